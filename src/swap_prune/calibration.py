@@ -1,0 +1,148 @@
+"""Calibration data: an endless, reproducible stream of samples drawn from what the caller has.
+
+Second step of the pipeline. ``data`` may be a map-style ``Dataset`` (samples are drawn at random, without
+repetition until all were seen), an iterable of batches such as a ``DataLoader`` or a list (read in order,
+each stage going on where the last one stopped, from the start again at the end), or a one-shot iterator
+(remembered as it is read). A draw larger than the data returns all of it, once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+__all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "slice_batch"]
+
+_COLLATE = 64  # samples a batch, where the stream makes the batches itself
+
+
+class CalibrationStream:
+    """Draws calibration batches; the only object of the package that remembers where it is.
+
+    Args:
+        data: Dataset, iterable of batches, or iterator of batches.
+        generator: Random state for drawing from a Dataset (CPU).
+
+    Raises:
+        ValueError: If ``data`` is neither.
+    """
+
+    def __init__(self, data: Any, generator: torch.Generator) -> None:
+        if isinstance(data, Tensor | str | bytes | Mapping) or not (
+            isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
+        ):
+            raise ValueError(
+                "data must be a Dataset or an iterable of batches (inputs, targets), "
+                f"got a {type(data).__name__}"
+            )
+        if isinstance(data, IterableDataset):
+            data = DataLoader(data, batch_size=_COLLATE)
+        self._data = data
+        self._generator = generator
+        self._indexed = isinstance(data, Dataset)
+        self._order: list[int] = []  # indices of a Dataset that were not drawn yet
+        self._passes = iter(()) if self._indexed else self._read_passes()
+        self._pass_size: int | None = None  # samples in one pass, once one was completed
+        self._read = 0  # samples read in the first pass
+        self._rest: Any = None  # what a draw left of its last batch
+
+    def draw(self, samples: int) -> list[Any]:
+        """Return batches with ``samples`` samples together, or all the data if it holds fewer.
+
+        Raises:
+            ValueError: If the data is empty or exhausted.
+        """
+        return self._draw_indexed(samples) if self._indexed else self._draw_iterated(samples)
+
+    def _draw_indexed(self, samples: int) -> list[Any]:
+        size = len(self._data)
+        if size == 0:
+            raise ValueError("the calibration data set is empty: at least one sample is needed")
+        take = min(samples, size)
+        if len(self._order) < take:  # a new permutation; nothing is drawn twice within one draw
+            held = set(self._order)
+            fresh = torch.randperm(size, generator=self._generator).tolist()
+            self._order += [i for i in fresh if i not in held]
+        indices, self._order = self._order[:take], self._order[take:]
+        fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
+        return [default_collate(fetch(indices[i : i + _COLLATE])) for i in range(0, take, _COLLATE)]
+
+    def _draw_iterated(self, samples: int) -> list[Any]:
+        batches: list[Any] = []
+        got = 0
+        while got < min(samples, self._pass_size or samples):
+            batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
+            if batch is None:
+                self._pass_size = self._read
+                if self._pass_size == 0:
+                    raise ValueError(
+                        "the calibration data is empty or exhausted: it gave no sample (a generator can be "
+                        "read only once; pass a list, a DataLoader or a Dataset)"
+                    )
+                continue
+            size = batch_size(batch)
+            surplus = got + size - min(samples, self._pass_size or samples)
+            if surplus > 0 and is_sliceable(batch):
+                self._rest = slice_batch(batch, size - surplus, size)
+                batch = slice_batch(batch, 0, size - surplus)
+            batches.append(batch)
+            got += size
+        return batches
+
+    def _read_passes(self) -> Iterator[Any]:
+        """Yield batch after batch for ever, None at the end of each pass."""
+        one_shot = iter(self._data) is self._data
+        source, remembered = self._data, []
+        for passes in itertools.count():
+            for batch in source:
+                if batch_size(batch) == 0:
+                    continue
+                if passes == 0:
+                    self._read += batch_size(batch)
+                    if one_shot:
+                        remembered.append(batch)
+                yield dict(batch) if isinstance(batch, Mapping) else batch
+            if one_shot:
+                source = remembered
+            yield None
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Apply a function to every tensor of a batch (nested tuples, lists and mappings), the rest unchanged."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, part) for part in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, part) for part in batch)
+    return batch
+
+
+def slice_batch(batch: Any, start: int, stop: int) -> Any:
+    """Return samples ``start`` to ``stop`` of a batch."""
+    size = batch_size(batch)
+    return map_tensors(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, batch)
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples of a batch: the leading dimension of its first tensor.
+
+    An object without tensors in sight counts as its ``len``, or as one sample.
+    """
+    sizes: list[int] = []
+    map_tensors(lambda t: sizes.append(t.shape[0]) if t.ndim else None, batch)
+    if sizes:
+        return sizes[0]
+    return len(batch) if hasattr(batch, "__len__") else 1
+
+
+def is_sliceable(batch: Any) -> bool:
+    """Whether the samples of a batch can be told apart: its tensors share a leading dimension."""
+    return batch_size(slice_batch(batch, 0, 0)) == 0

@@ -1,0 +1,1 @@
+"""Experiments around the pruning core: models, data sets, runs and their reports."""

@@ -1,0 +1,1 @@
+"""Per-sample gradients as rows of the Fisher factor G (n, p): capture, storage, noise."""

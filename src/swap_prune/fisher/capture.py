@@ -1,0 +1,241 @@
+"""Per-sample gradients: row i of G is the gradient of sample i's loss at the current weights.
+
+Third step of the pipeline. The network runs in eval mode (dropout off, BatchNorm with its running
+statistics), so that samples do not see each other. Two back ends give the same rows within rounding:
+
+- ``vmap``: ``torch.func.vmap(grad(loss))`` over chunks of samples. The chunk is sized from a measurement of
+  what one sample keeps for its backward pass. Bytes are measured and not seconds, since a chunk chosen by the
+  clock would make two runs of one seed differ in their last bits.
+- ``loop``: one backward pass a sample, for networks, losses or batches that ``vmap`` cannot trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.losses import LossFn, check_losses, evaluate_losses
+from swap_prune.selection import Selection
+
+__all__ = ["Backend", "Capture", "capture_gradients"]
+
+Backend = Literal["auto", "vmap", "loop"]
+
+_CHUNK_BYTES = 96 * 2**20  # activations and gradients of one chunk together
+_MAX_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Gradients of one set of calibration samples.
+
+    Attributes:
+        factor: G, (n, p), dense.
+        losses: Loss of each sample, (n,).
+        backend: How the rows were made: ``vmap`` or ``loop``.
+        chunk: Samples a chunk.
+    """
+
+    factor: DenseFactor
+    losses: Tensor
+    backend: str
+    chunk: int
+
+
+class _LossModule(nn.Module):
+    """The loss as a module, so that ``functional_call`` can swap the weights beneath any ``loss_fn``."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self._loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss_fn(self.model, batch)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a block with the whole model in eval mode, then give each module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def capture_gradients(
+    model: nn.Module,
+    selection: Selection,
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    *,
+    backend: Backend = "auto",
+    advance: Callable[[int], None] = lambda _count: None,
+) -> Capture:
+    """Compute G, (n, p), at the model's current weights.
+
+    Args:
+        model: The network; its weights, buffers and modes are as before when this returns.
+        selection: The p weights that gradients are taken of.
+        batches: Calibration batches on the model's device.
+        loss_fn: ``(model, batch) -> (n,)`` losses.
+        backend: ``vmap``, ``loop``, or ``auto``: vmap where the network allows it.
+        advance: Called with the number of rows that were added, for progress.
+
+    Returns:
+        G and the losses.
+
+    Raises:
+        ValueError: If a loss is not finite or not per sample, a label is out of range, or a gradient is not
+            finite.
+    """
+    with eval_mode(model):
+        checked = [evaluate_losses(model, loss_fn, batch, _known_size(batch)) for batch in batches[:1]]
+        sizes = [len(checked[0]), *(batch_size(batch) for batch in batches[1:])]
+        rows = _allocate(sum(sizes), selection, next(iter(model.parameters())).device)
+        losses = torch.empty(sum(sizes), dtype=rows.dtype, device=rows.device)
+        capturer = _Capturer(_LossModule(model, loss_fn), selection, backend)
+        start = 0
+        for batch in batches:
+            for part in capturer.chunks(batch):
+                count = capturer.fill(part, rows[start:], losses[start:])
+                start += count
+                advance(count)
+    rows, losses = rows[:start], losses[:start]
+    check_losses(losses, None)
+    _check_rows(rows, selection)
+    return Capture(DenseFactor(rows), losses, capturer.backend, capturer.chunk)
+
+
+class _Capturer:
+    """One back end, chosen on the first chunk, with the functional state that its calls share."""
+
+    def __init__(self, module: _LossModule, selection: Selection, backend: Backend) -> None:
+        self._module = module
+        self._selection = selection
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        buffers = {name: b.detach() for name, b in module.named_buffers()}
+        names = {f"model.{name}" for name in selection.names}
+        self._weights = {name: p for name, p in parameters.items() if name in names}
+        self._rest = {**{name: p for name, p in parameters.items() if name not in names}, **buffers}
+        self._fallback = backend == "auto"
+        self.backend: str = "loop" if backend == "loop" else "vmap"
+        self.chunk = 0
+
+    def chunks(self, batch: Any) -> Iterator[Any]:
+        """Split a batch in chunks of the size found by measurement."""
+        if not is_sliceable(batch):
+            self.backend, self.chunk = "loop", max(self.chunk, 1)
+            yield batch
+            return
+        if self.chunk == 0:
+            self.chunk = self._measure_chunk(slice_batch(batch, 0, 1))
+        size = batch_size(batch)
+        for start in range(0, size, self.chunk):
+            yield slice_batch(batch, start, min(start + self.chunk, size))
+
+    def fill(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
+        """Write the gradients and losses of a chunk to the first rows; return how many there were."""
+        if self.backend == "vmap":
+            try:
+                return self._fill_vmap(batch, rows, losses)
+            except ValueError:
+                raise
+            except Exception:  # vmap refuses in many ways (RuntimeError, NotImplementedError, TypeError, ...)
+                if not self._fallback:
+                    raise
+                self.backend = "loop"
+        return self._fill_loop(batch, rows, losses)
+
+    def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
+        size = batch_size(batch)
+        parts: list[Tensor] = []
+        map_tensors(lambda t: parts.append(t) if t.ndim and t.shape[0] == size else None, batch)
+
+        def sample_loss(weights: dict[str, Tensor], *sample: Tensor) -> Tensor:
+            supply = iter(sample)
+            one = map_tensors(
+                lambda t: next(supply).unsqueeze(0) if t.ndim and t.shape[0] == size else t, batch
+            )
+            state = {**self._rest, **weights}
+            return functional_call(self._module, state, (one,)).squeeze(0)  # type: ignore[no-any-return]
+
+        per_sample = vmap(grad_and_value(sample_loss), in_dims=(None, *([0] * len(parts))))
+        gradients, values = per_sample(self._weights, *parts)
+        for name, place in self._selection.slices().items():
+            rows[:size, place] = gradients[f"model.{name}"].reshape(size, -1)
+        losses[:size] = values.detach()
+        return size
+
+    def _fill_loop(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
+        weights = {name: w.clone().requires_grad_() for name, w in self._weights.items()}
+        values = functional_call(self._module, {**self._rest, **weights}, (batch,))
+        check_losses(values, None)
+        if len(values) > len(rows):
+            raise ValueError(f"loss_fn returned {len(values)} losses for {len(rows)} samples")
+        places = self._selection.slices()
+        for i, value in enumerate(values):
+            gradients = torch.autograd.grad(
+                value, list(weights.values()), retain_graph=i + 1 < len(values), allow_unused=True
+            )
+            for name, gradient in zip(weights, gradients, strict=True):
+                place = places[name.removeprefix("model.")]
+                rows[i, place] = 0 if gradient is None else gradient.reshape(-1).to(rows.dtype)
+        losses[: len(values)] = values.detach()
+        return len(values)
+
+    def _measure_chunk(self, sample: Any) -> int:
+        """Count the bytes that one sample keeps for its backward pass, and fit a chunk to the budget."""
+        own = {t.untyped_storage().data_ptr() for t in (*self._weights.values(), *self._rest.values())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        weights = {name: w.detach().requires_grad_() for name, w in self._weights.items()}
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            functional_call(self._module, {**self._rest, **weights}, (sample,))
+        gradient = 4 * self._selection.total
+        return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (3 * sum(kept.values()) + gradient)))
+
+
+def _known_size(batch: Any) -> int | None:
+    return batch_size(batch) if is_sliceable(batch) else None
+
+
+def _allocate(n: int, selection: Selection, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(n, selection.total, device=device)
+    except RuntimeError as error:
+        need = 4 * n * selection.total / 2**30
+        raise ValueError(
+            f"G with {n} rows of {selection.total} weights needs {need:.1f} GiB, which could not be had; "
+            "use fewer samples"
+        ) from error
+
+
+def _check_rows(rows: Tensor, selection: Selection) -> None:
+    sums = rows.abs().sum(1)  # an overflow of the sum is as bad as an infinite entry
+    if bool(torch.isfinite(sums).all()):
+        return
+    bad = int((~torch.isfinite(sums)).sum())
+    layers = [name for name, s in selection.slices().items() if not bool(torch.isfinite(rows[:, s]).all())]
+    raise ValueError(
+        f"the gradient is not finite on {bad} of {len(rows)} samples"
+        + (f" (first in {layers[0]!r})" if layers else "")
+        + "; check the loss and the data"
+    )

@@ -1,0 +1,176 @@
+"""Per-sample losses: the default one, and the checks that every loss has to pass.
+
+A loss function takes ``(model, batch)`` and returns one loss a sample, shape (n,). The default is the
+cross-entropy of ``model(inputs)`` against ``targets`` for batches ``(inputs, targets)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["LossFn", "check_losses", "cross_entropy", "evaluate_losses"]
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+_IGNORE_INDEX = -100  # torch's own
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of each sample, (n,); averaged over positions when there are several a sample.
+
+    Args:
+        model: Maps inputs to logits (n, classes) or (n, classes, ...).
+        batch: ``(inputs, targets)`` with targets (n,) or (n, ...) of class indices, or (n, classes) of
+            probabilities.
+    """
+    inputs, targets = batch
+    logits = model(inputs)
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=_IGNORE_INDEX)
+    if losses.ndim == 1:
+        return losses
+    counted = (targets != _IGNORE_INDEX).flatten(1).sum(1).clamp(min=1)
+    return losses.flatten(1).sum(1) / counted
+
+
+def check_pair(batch: Any) -> None:
+    """Check that a batch is ``(inputs, targets)``, as the default loss needs.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    is_pair = isinstance(batch, Sequence) and len(batch) == 2
+    if not is_pair or not all(isinstance(part, Tensor) for part in batch):
+        what = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            what = f"a dict with keys {sorted(map(str, batch))}"
+        elif isinstance(batch, Sequence):
+            what = f"a {type(batch).__name__} of {len(batch)}"
+        elif isinstance(batch, Tensor):
+            what = f"a tensor of shape {tuple(batch.shape)}"
+        raise ValueError(
+            f"the default loss needs batches (inputs, targets) of tensors, got {what}; pass loss_fn=, "
+            "or wrap tensors X, y as torch.utils.data.TensorDataset(X, y)"
+        )
+
+
+def check_labels(targets: Tensor, classes: int) -> None:
+    """Check class indices against the number of classes.
+
+    Raises:
+        ValueError: If a label is negative or not below ``classes``.
+    """
+    if targets.is_floating_point() or targets.numel() == 0:
+        return
+    valid = targets[targets != _IGNORE_INDEX] if targets.ndim > 1 else targets
+    if valid.numel() == 0:
+        return
+    low, high = int(valid.min()), int(valid.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels out of range: the model has {classes} outputs, so labels must lie in 0..{classes - 1}, "
+            f"got {low}..{high}"
+        )
+
+
+def check_losses(losses: Any, expected: int | None) -> Tensor:
+    """Check what a loss function returned.
+
+    Args:
+        losses: The value returned.
+        expected: Number of samples of the batch, or None where it cannot be known beforehand.
+
+    Returns:
+        The losses, (n,).
+
+    Raises:
+        ValueError: If it is not one finite loss a sample.
+    """
+    if not isinstance(losses, Tensor):
+        raise ValueError(f"loss_fn must return a tensor of per-sample losses, got a {type(losses).__name__}")
+    if losses.ndim != 1 or (expected is not None and losses.numel() != expected):
+        wanted = f"({expected},)" if expected is not None else "(n,)"
+        raise ValueError(
+            f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; "
+            "use reduction='none'"
+        )
+    if not losses.is_floating_point():
+        raise ValueError(f"loss_fn must return floating-point losses, got {losses.dtype}")
+    finite = torch.isfinite(losses.detach())
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        value = losses.detach()[~finite][0].item()
+        raise ValueError(
+            f"the loss is not finite on {bad} of {losses.numel()} samples (first: {value}); "
+            "check the weights and the normalisation of the data"
+        )
+    return losses
+
+
+def evaluate_losses(model: nn.Module, loss_fn: LossFn, batch: Any, samples: int | None) -> Tensor:
+    """Run the loss on a whole batch without gradients, with every check.
+
+    Args:
+        model: The network, in the mode that the caller wants.
+        loss_fn: Per-sample loss.
+        batch: One batch.
+        samples: Its number of samples, where known.
+
+    Returns:
+        Losses, (n,), detached.
+
+    Raises:
+        ValueError: If the batch does not fit the loss or the model, or a loss is not finite.
+    """
+    if loss_fn is cross_entropy:
+        check_pair(batch)
+    classes: list[int] = []
+    with torch.no_grad():
+        handle = model.register_forward_hook(lambda _m, _i, out: classes.extend(_classes(out)))
+        try:
+            if loss_fn is cross_entropy:
+                _precheck_labels(model, batch)
+            losses = loss_fn(model, batch)
+        except ValueError:
+            raise
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+            if loss_fn is cross_entropy and classes:
+                check_labels(batch[1], classes[0])
+            raise ValueError(
+                f"the loss failed on a calibration batch ({describe(batch)}): {_first_line(error)}"
+            ) from error
+        finally:
+            handle.remove()
+    return check_losses(losses, samples).detach()
+
+
+def _precheck_labels(model: nn.Module, batch: Any) -> None:
+    if batch[1].is_floating_point() or not batch[1].is_cuda:
+        return  # on the CPU an index error is raised and explained; on a GPU it would poison the context
+    with torch.no_grad():
+        for classes in _classes(model(batch[0])):
+            check_labels(batch[1], classes)
+
+
+def _classes(output: Any) -> list[int]:
+    return [output.shape[1]] if isinstance(output, Tensor) and output.ndim >= 2 else []
+
+
+def describe(batch: Any) -> str:
+    """Say in a few words what a batch holds."""
+    if isinstance(batch, Tensor):
+        return f"tensor {tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return "(" + ", ".join(describe(part) for part in batch) + ")"
+    return type(batch).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

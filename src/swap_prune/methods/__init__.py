@@ -1,0 +1,58 @@
+"""Pruning methods, one file each: a frozen config whose ``solve`` maps a problem to a solution."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from swap_prune.methods.ewr import EWR
+from swap_prune.methods.lr import LR
+from swap_prune.methods.magnitude import Magnitude
+from swap_prune.problem import PruningProblem, PruningSolution
+
+__all__ = ["EWR", "LR", "METHODS", "Magnitude", "Method", "resolve_method"]
+
+
+class Method(Protocol):
+    """What the pipeline asks of a method."""
+
+    name: ClassVar[str]
+    needs_gradients: ClassVar[bool]
+
+    def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        """Choose exactly k weights and their values."""
+        ...
+
+
+METHODS: dict[str, type[Method]] = {"ewr": EWR, "lr": LR, "magnitude": Magnitude}
+
+
+def resolve_method(method: str | Method, settings: dict[str, Any] | None = None) -> Method:
+    """Return the config object of a method given by name or by itself.
+
+    Args:
+        method: A name in ``METHODS``, or a config object.
+        settings: Fields of the config, for a method given by name.
+
+    Raises:
+        ValueError: If the name or a setting is not known, or a value is refused.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        known = {f.name for f in fields(METHODS[method])}  # type: ignore[arg-type]
+        for name in settings or {}:
+            if name not in known:
+                has = ", ".join(sorted(known)) or "none"
+                raise ValueError(f"method {method!r} has no setting {name!r}; it has: {has}")
+        return METHODS[method](**(settings or {}))
+    if settings:
+        raise ValueError("settings go with a method given by name, got a config object as well")
+    if isinstance(method, type) or not callable(getattr(method, "solve", None)):
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)} or a config object such as swap_prune.EWR(), "
+            f"got {method!r}"
+        )
+    return method

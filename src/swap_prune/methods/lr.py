@@ -1,0 +1,101 @@
+"""LR: sparse ridge regression on the empirical Fisher (the paper's baseline; CHITA, Benbaki et al., 2023).
+
+    minimise  1/2 ||G w - G w_bar||^2 + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subject to  ||w||_0 <= k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.regression.iht import SparseFit, solve_sparse
+from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+
+__all__ = ["LR"]
+
+_AUTO_RIDGE = 0.025  # in the diagonal metric, where lam has no unit; see docs/method.md
+
+
+@dataclass(frozen=True)
+class LR:
+    """Sparse linear regression: EWR with the plan fixed to the pairing.
+
+    Attributes:
+        ridge: lam, or ``"auto"``. Without a unit in the diagonal metric, in units of the Fisher diagonal in the
+            identity metric.
+        metric: ``"diagonal"``, ``m = f + damping mean(f)``, which does not care how layers are scaled, or
+            ``"identity"``, the paper's.
+        damping: Share of the mean diagonal in the metric, > 0.
+        iterations: Hard-thresholding iterations a stage at the most.
+    """
+
+    ridge: float | Literal["auto"] = "auto"
+    metric: Literal["diagonal", "identity"] = "diagonal"
+    damping: float = 1.0
+    iterations: int = 10
+
+    name: ClassVar[str] = "lr"
+    needs_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations)
+
+    def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        """Solve the regression by iterative hard thresholding with refits."""
+        if problem.keep in (0, problem.reference.numel()):
+            return trivial_solution(problem)
+        regression = pairing_regression(problem, self.ridge, self.metric, self.damping)
+        fit = solve_sparse(regression, problem.keep, max_iterations=self.iterations)
+        return solution_of(fit, {"ridge": regression.ridge, "objective": fit.value})
+
+
+def check_regression_settings(ridge: float | str, metric: str, damping: float, iterations: int) -> None:
+    """Refuse settings that LR and EWR share when they make no sense.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if ridge != "auto" and not (is_number(ridge) and 0 <= float(ridge) < float("inf")):
+        raise ValueError(f"ridge must be 'auto' or a number of at least 0, got {ridge!r}")
+    if metric not in ("diagonal", "identity"):
+        raise ValueError(f"metric must be 'diagonal' or 'identity', got {metric!r}")
+    if not (is_number(damping) and 0 < damping < float("inf")):
+        raise ValueError(f"damping must be a number above 0, got {damping!r}")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float (and not a bool)."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def pairing_regression(
+    problem: PruningProblem, ridge: float | str, metric: str, damping: float
+) -> WeightedRidge:
+    """State the regression of LR: the target is y itself."""
+    factor = problem.fisher()
+    diagonal = factor.diagonal()
+    m = diagonal_metric(diagonal, damping if metric == "diagonal" else float("inf"))
+    if ridge == "auto":
+        ridge = _AUTO_RIDGE if metric == "diagonal" else _AUTO_RIDGE * float(diagonal.mean())
+    target = factor.matvec(problem.reference)
+    return WeightedRidge(factor, target, problem.reference, float(ridge), m)
+
+
+def trivial_solution(problem: PruningProblem) -> PruningSolution:
+    """Return the only answer to keeping everything or nothing."""
+    everything = problem.keep > 0
+    kept = torch.full_like(problem.reference, everything, dtype=torch.bool)
+    return PruningSolution(problem.reference * everything, kept)
+
+
+def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:
+    """State a sparse fit as the solution of a pruning problem."""
+    kept: Tensor = torch.zeros_like(fit.weights, dtype=torch.bool).index_fill(0, fit.support, True)
+    return PruningSolution(fit.weights, kept, fit.converged, fit.iterations, evidence)

@@ -1,0 +1,92 @@
+"""The sparse regression that one pruning stage solves, and its answer.
+
+Glossary of symbols, used throughout the core (You and Cheng, ICLR 2024, section 3):
+
+======== ============ =========================================================================
+symbol   shape        meaning
+======== ============ =========================================================================
+n        int          number of calibration rows (per-sample gradients)
+p        int          number of prunable weights
+k        int          number of weights that are kept
+w_bar    (p,)         weights before the stage (the paper's reference)
+w        (p,)         weights after the stage, at most k of them non-zero
+G        (n, p)       Fisher factor; row i is the gradient of sample i's loss at ``w_bar``
+f        (p,)         diagonal of the empirical Fisher, ``mean_i G_ij^2``
+x        (n,)         ``G w``
+y        (n,)         ``G w_bar``
+t        (n,)         regression target; ``y`` for LR, the barycentric projection for EWR
+lam      float        ridge strength
+m        (p,)         metric of the ridge and of the selection; ones in the paper
+eps      float        entropy of the transport plan: the size of the neighbourhood
+plan, P  (n, n)       coupling between x and y, rows and columns sum to 1/n
+======== ============ =========================================================================
+
+``G^T G / n`` is the empirical Fisher. It is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from swap_prune.fisher.factor import FisherFactor
+
+__all__ = ["PruningProblem", "PruningSolution"]
+
+
+@dataclass(frozen=True)
+class PruningProblem:
+    """Keep ``k`` of the weights ``w_bar`` so that the loss, seen through ``factor``, hardly changes.
+
+    Attributes:
+        reference: w_bar, (p,), weights before the stage.
+        keep: k, number of weights that may be non-zero, ``0 <= k <= p``.
+        factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
+    """
+
+    reference: Tensor
+    keep: int
+    factor: FisherFactor | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference.ndim != 1:
+            raise ValueError(f"reference must have shape (p,), got {tuple(self.reference.shape)}")
+        if not 0 <= self.keep <= self.reference.numel():
+            raise ValueError(f"keep must lie in [0, p={self.reference.numel()}], got {self.keep}")
+        if self.factor is not None and self.factor.shape[1] != self.reference.numel():
+            raise ValueError(
+                f"the Fisher factor has {self.factor.shape[1]} columns for {self.reference.numel()} weights"
+            )
+
+    def fisher(self) -> FisherFactor:
+        """Return the Fisher factor of a problem whose method needs one.
+
+        Raises:
+            ValueError: If the problem was stated without gradients.
+        """
+        if self.factor is None:
+            raise ValueError("this method needs per-sample gradients, but the problem was stated without")
+        return self.factor
+
+
+@dataclass(frozen=True)
+class PruningSolution:
+    """What a method found.
+
+    Attributes:
+        weights: w, (p,), zero outside the kept set.
+        kept: Kept set, (p,), boolean with exactly k entries true.
+        converged: Whether the method's own stopping test was met.
+        iterations: Outer iterations spent.
+        evidence: Plain numbers and strings that say how the answer was reached (for the report).
+    """
+
+    weights: Tensor
+    kept: Tensor
+    converged: bool = True
+    iterations: int = 0
+    evidence: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,123 @@
+"""The weighted ridge regression behind LR and EWR: value, gradient, exact refit on a support.
+
+With the transport plan fixed, both of the paper's problems are (its equations 4 and 7)::
+
+    Q(w) = 1/2 (G w - t)^T S (G w - t) + n lam/2 sum_j m_j (w_j - w_bar_j)^2
+
+LR has ``t = y``, EWR's exact gradient has the barycentric target; both have ``S = I``. The gradient of the
+paper's Algorithm 1 has ``t = y`` and ``S = n P``: residuals smoothed over neighbours. ``m`` is 1 in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import FisherFactor
+
+__all__ = ["WeightedRidge", "diagonal_metric", "solve_square"]
+
+
+@dataclass(frozen=True)
+class WeightedRidge:
+    """The regression of one stage.
+
+    Attributes:
+        factor: G, (n, p).
+        target: t, (n,).
+        reference: w_bar, (p,).
+        ridge: lam >= 0.
+        metric: m, (p,), positive.
+        smoothing: S, (n, n), or None for the identity.
+    """
+
+    factor: FisherFactor
+    target: Tensor
+    reference: Tensor
+    ridge: float
+    metric: Tensor
+    smoothing: Tensor | None = None
+
+    @property
+    def penalty(self) -> float:
+        """n lam: the ridge as it stands in the normal equations."""
+        return self.factor.shape[0] * self.ridge
+
+    def smooth(self, residual: Tensor) -> Tensor:
+        """Return ``S r``, (n,)."""
+        return residual if self.smoothing is None else self.smoothing @ residual
+
+    def value(self, w: Tensor, x: Tensor | None = None) -> float:
+        """Return Q(w); ``x = G w`` saves a pass where it is known."""
+        residual = (self.factor.matvec(w) if x is None else x) - self.target
+        drift = w - self.reference
+        fit = torch.dot(residual.double(), self.smooth(residual).double())
+        return float(0.5 * fit + 0.5 * self.penalty * torch.dot(drift.double(), (self.metric * drift).double()))
+
+    def gradient(self, w: Tensor, x: Tensor | None = None) -> Tensor:
+        """Return ``G^T S (G w - t) + n lam m (w - w_bar)``, (p,)."""
+        residual = (self.factor.matvec(w) if x is None else x) - self.target
+        return self.factor.rmatvec(self.smooth(residual)) + self.penalty * self.metric * (w - self.reference)
+
+    def refit(self, support: Tensor) -> Tensor:
+        """Minimise Q over the weights of a support, exactly.
+
+        The stationarity condition for the change ``d`` on the support is
+        ``(G_s^T S G_s + n lam M) d = G_s^T S r`` with ``r = t - G_s w_bar_s``. For k > n it is solved through
+        Woodbury's identity, ``d = M^-1 G_s^T v`` with ``(S G_s M^-1 G_s^T + n lam I) v = S r``: the larger
+        of the two systems is never formed.
+
+        Args:
+            support: Indices of the kept weights, (k,).
+
+        Returns:
+            w, (p,), zero outside the support.
+        """
+        n = self.factor.shape[0]
+        kept = self.reference.index_select(0, support)
+        metric = self.metric.index_select(0, support)
+        result = torch.zeros_like(self.reference)
+        start = result.index_copy(0, support, kept)
+        residual = self.target - self.factor.matvec(start)
+        if len(support) <= n:
+            columns = self.factor.columns(support)
+            weighted = columns if self.smoothing is None else self.smoothing @ columns
+            matrix = columns.T @ weighted
+            matrix.diagonal().add_(self.penalty * metric)
+            change = solve_square(matrix, columns.T @ self.smooth(residual))
+        else:
+            inverse = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
+            matrix = self.factor.gram(inverse)
+            if self.smoothing is not None:
+                matrix = self.smoothing @ matrix
+            matrix.diagonal().add_(self.penalty)
+            dual = solve_square(matrix, self.smooth(residual))
+            change = (inverse * self.factor.rmatvec(dual)).index_select(0, support)
+        return result.index_copy(0, support, kept + change)
+
+
+def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
+    """Return ``m = f + damping * mean(f)``, (p,): the scale of each weight as the loss sees it.
+
+    Multiplying a layer's weights by s and dividing its inputs by s changes neither ``m_j w_j^2`` (up to the
+    damping) nor the network, so that selection by ``m_j w_j^2`` does not care how layers are scaled.
+
+    Args:
+        fisher_diagonal: f, (p,).
+        damping: Share of the mean added to every entry; infinity gives the identity metric.
+    """
+    mean = fisher_diagonal.mean()
+    if damping == float("inf") or float(mean) == 0:
+        return torch.ones_like(fisher_diagonal)
+    return fisher_diagonal + damping * mean
+
+
+def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve a square system in float64; a singular one in the least-squares sense of smallest norm."""
+    a, b = matrix.double(), right.double()
+    solution, info = torch.linalg.solve_ex(a, b)
+    if int(info) != 0 or not bool(torch.isfinite(solution).all()):
+        solution = torch.linalg.pinv(a) @ b
+    return solution.to(right.dtype)

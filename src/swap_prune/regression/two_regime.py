@@ -1,0 +1,93 @@
+"""One step of the paper's Algorithm 1: gradient step with a two-regime step size, then hard threshold.
+
+Up to ``tau_c``, the largest step that keeps the top-k support, Q is a parabola in tau and its minimum is known
+in closed form. When that minimum lies past ``tau_c``, tau grows from there by a factor as long as the
+thresholded objective falls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swap_prune.regression.iht import SparseFit, hard_threshold, top_k
+from swap_prune.regression.objective import WeightedRidge
+
+__all__ = ["critical_step", "two_regime_step"]
+
+
+def critical_step(w: Tensor, gradient: Tensor, support: Tensor) -> float:
+    """Return tau_c, the largest tau for which the support of the top k of ``|w - tau grad|`` stays.
+
+    w is zero outside its support, so that entry i of the support falls behind when
+    ``|w_i - tau g_i| < tau max_j |g_j|``, j outside.
+
+    Args:
+        w: Weights, (p,), zero outside the support.
+        gradient: g, (p,).
+        support: Indices, (k,).
+
+    Returns:
+        tau_c >= 0, infinite when no entry ever falls behind.
+    """
+    outside = torch.ones_like(w, dtype=torch.bool).index_fill(0, support, False)
+    if not bool(outside.any()):
+        return float("inf")
+    rival = gradient[outside].abs().max()
+    weight, slope = w.index_select(0, support), gradient.index_select(0, support)
+    towards_zero = weight.sign() == slope.sign()
+    closing = torch.where(towards_zero, rival + slope.abs(), rival - slope.abs())
+    steps = torch.where(closing > 0, weight.abs() / closing, torch.inf)
+    return float(steps.min()) if len(steps) else 0.0
+
+
+def two_regime_step(
+    problem: WeightedRidge, w: Tensor, support: Tensor, *, growth: float = 1.05, max_growths: int = 500
+) -> SparseFit:
+    """Take one step of Algorithm 1 from sparse weights.
+
+    Args:
+        problem: The objective with the plan fixed; its metric is not used for the step (Euclidean, as in the
+            paper).
+        w: Weights, (p,), zero outside ``support``.
+        support: Indices of the kept weights, (k,).
+        growth: Factor by which tau grows in the second regime, > 1.
+        max_growths: Bound on the number of growths.
+
+    Returns:
+        The new sparse weights; the old ones when no step lowers Q.
+    """
+    keep = len(support)
+    gradient = problem.gradient(w)
+    before = SparseFit(w, support, problem.value(w), 0, converged=True)
+    inside = hard_threshold(gradient, support)
+    moved = problem.factor.matvec(inside)
+    slope = float(torch.dot(gradient, inside))
+    curvature = float(
+        torch.dot(moved, problem.smooth(moved)) + problem.penalty * torch.dot(problem.metric * inside, inside)
+    )
+    tau_c = critical_step(w, gradient, support)
+    tau_m = slope / curvature if curvature > 0 else float("inf")
+    if tau_m <= tau_c:
+        return _better(before, _at(problem, w - tau_m * inside, keep))
+    if tau_c == float("inf"):
+        return before
+    tau = tau_c
+    best = _at(problem, w - tau * gradient, keep)
+    for _ in range(max_growths):
+        tau = tau * growth if tau > 0 else torch.finfo(w.dtype).eps
+        tried = _at(problem, w - tau * gradient, keep)
+        if not tried.value < best.value:
+            break
+        best = tried
+    return _better(before, best)
+
+
+def _at(problem: WeightedRidge, u: Tensor, keep: int) -> SparseFit:
+    support = top_k(u.abs(), keep)
+    w = hard_threshold(u, support)
+    return SparseFit(w, support, problem.value(w), 1, converged=False)
+
+
+def _better(old: SparseFit, new: SparseFit) -> SparseFit:
+    return new if new.value < old.value else old

@@ -1,0 +1,178 @@
+"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
+
+First step of the pipeline. Patterns are class names (``"Linear"``), parameter or module names
+(``"fc1.weight"``, ``"encoder"``) or regular expressions (``"re:layer[12]\\..*"``, matched against the whole
+parameter or module name). A parameter that several modules share is selected once, and its pruning acts
+wherever it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters"]
+
+DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names and shapes of the selected parameters, and their places in the flat vector.
+
+    Attributes:
+        shapes: Parameter name (as in ``named_parameters``) to shape, in the model's order.
+    """
+
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in flat order."""
+        return tuple(self.shapes)
+
+    @property
+    def total(self) -> int:
+        """p, the number of selected weights."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def slices(self) -> dict[str, slice]:
+        """Return each parameter's place in the flat vector."""
+        ends = [0]
+        for shape in self.shapes.values():
+            ends.append(ends[-1] + shape.numel())
+        return {name: slice(a, b) for name, (a, b) in zip(self.shapes, pairwise(ends), strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate tensors by name to (p,), in at least float32."""
+        parts = [tensors[name].detach().reshape(-1) for name in self.shapes]
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        return torch.cat([part.to(dtype) for part in parts])
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """View a flat (p,) vector as tensors of the parameters' shapes."""
+        places = self.slices()
+        return {name: flat[places[name]].view(shape) for name, shape in self.shapes.items()}
+
+    def read(self, model: nn.Module) -> Tensor:
+        """Copy the selected weights of ``model`` to one vector (p,)."""
+        return self.flatten(dict(model.named_parameters()))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One parameter under every name that it has."""
+
+    name: str
+    parameter: nn.Parameter
+    aliases: tuple[str, ...]
+    owners: tuple[tuple[str, nn.Module], ...]  # modules that hold it directly: (module name, module)
+
+
+def select_parameters(
+    model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS, ignore: Sequence[str] = ()
+) -> Selection:
+    """Select the parameters to prune.
+
+    A class or module pattern takes weights (parameters with two dimensions or more); a parameter named in
+    full is taken whatever its shape. ``ignore`` removes any parameter that it matches under any name.
+
+    Args:
+        model: Any module.
+        targets: Class names, parameter names, module names, or ``"re:..."``.
+        ignore: The same, for what to leave alone.
+
+    Returns:
+        The selection, with p >= 1.
+
+    Raises:
+        ValueError: If a pattern (other than the default targets) matches nothing, a regular expression is
+            malformed, a selected parameter is not yet initialised, or nothing is left to prune.
+    """
+    targets, ignore = _as_patterns("targets", targets), _as_patterns("ignore", ignore)
+    candidates = _collect(model)
+    chosen: set[str] = set()
+    for pattern in targets:
+        hits = {c.name for c in candidates if _matches(pattern, c, model) and _prunable(pattern, c)}
+        if not hits and targets != DEFAULT_TARGETS:
+            raise ValueError(_unmatched("targets", pattern, model))
+        chosen |= hits
+    for pattern in ignore:
+        hits = {c.name for c in candidates if _matches(pattern, c, model)}
+        if not hits:
+            raise ValueError(_unmatched("ignore", pattern, model))
+        chosen -= hits
+    shapes: dict[str, torch.Size] = {}
+    for candidate in candidates:
+        if candidate.name not in chosen:
+            continue
+        if isinstance(candidate.parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {candidate.name!r} is not initialised: run the model once, then prune")
+        if candidate.parameter.is_floating_point() and candidate.parameter.numel() > 0:
+            shapes[candidate.name] = candidate.parameter.shape
+    if not shapes:
+        raise ValueError(
+            f"the model has nothing to prune: targets={list(targets)} less ignore={list(ignore)} "
+            f"leaves no floating-point weight in {type(model).__name__}"
+        )
+    return Selection(shapes)
+
+
+def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        return (patterns,)
+    result = tuple(patterns)
+    for pattern in result:
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(f"{parameter} must hold non-empty strings, got {pattern!r}")
+    if parameter == "targets" and not result:
+        raise ValueError("targets must name at least one class, module or parameter, got an empty sequence")
+    return result
+
+
+def _collect(model: nn.Module) -> list[_Candidate]:
+    aliases: dict[int, list[str]] = {}
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+            owners.setdefault(id(parameter), []).append((module_name, module))
+    return [
+        _Candidate(name, parameter, tuple(aliases[id(parameter)]), tuple(owners[id(parameter)]))
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _matches(pattern: str, candidate: _Candidate, model: nn.Module) -> bool:
+    modules = {""}
+    for module_name, _ in candidate.owners:
+        parts = module_name.split(".")
+        modules.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    modules.discard("")
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        return any(expression.fullmatch(name) for name in (*candidate.aliases, *modules))
+    if pattern in candidate.aliases or pattern in modules:
+        return True
+    return any(pattern in {c.__name__ for c in type(module).__mro__[:-1]} - {"Module"} for _, module in candidate.owners)
+
+
+def _prunable(pattern: str, candidate: _Candidate) -> bool:
+    return pattern in candidate.aliases or candidate.parameter.ndim >= 2
+
+
+def _unmatched(parameter: str, pattern: str, model: nn.Module) -> str:
+    names = [name for name, _ in model.named_parameters()]
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return (
+        f"{parameter} pattern {pattern!r} matches no prunable parameter of {type(model).__name__}; "
+        f"use a class name, a module or parameter name, or 're:...' (parameters: {shown})"
+    )
