@@ -1,1 +1,24 @@
-"""x."""
+"""swap-prune: prune trained networks by sparse entropic Wasserstein regression.
+
+One call, ``prune(model, data, sparsity)``, on any ``torch.nn.Module``; start reading at ``pipeline.py``.
+"""
+
+from swap_prune.artifact import load_pruned
+from swap_prune.fisher.noise import GradientNoise
+from swap_prune.methods import EWR, LR, METHODS, Magnitude
+from swap_prune.pipeline import prune
+from swap_prune.report import PruningReport
+
+__all__ = [
+    "EWR",
+    "LR",
+    "METHODS",
+    "GradientNoise",
+    "Magnitude",
+    "PruningReport",
+    "__version__",
+    "load_pruned",
+    "prune",
+]
+
+__version__ = "0.1.0"

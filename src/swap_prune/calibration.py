@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 __all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "slice_batch"]
 
-_COLLATE = 64  # samples a batch, where the stream makes the batches itself
+_COLLATE = 128  # samples a batch, where the stream makes the batches itself
 
 
 class CalibrationStream:
@@ -27,23 +27,24 @@ class CalibrationStream:
     Args:
         data: Dataset, iterable of batches, or iterator of batches.
         generator: Random state for drawing from a Dataset (CPU).
+        device: Where the drawn batches are put.
 
     Raises:
         ValueError: If ``data`` is neither.
     """
 
-    def __init__(self, data: Any, generator: torch.Generator) -> None:
+    def __init__(self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu") -> None:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
         ):
             raise ValueError(
-                "data must be a Dataset or an iterable of batches (inputs, targets), "
-                f"got a {type(data).__name__}"
+                f"data must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
             )
         if isinstance(data, IterableDataset):
             data = DataLoader(data, batch_size=_COLLATE)
         self._data = data
         self._generator = generator
+        self._device = device
         self._indexed = isinstance(data, Dataset)
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
         self._passes = iter(()) if self._indexed else self._read_passes()
@@ -57,7 +58,8 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
-        return self._draw_indexed(samples) if self._indexed else self._draw_iterated(samples)
+        batches = self._draw_indexed(samples) if self._indexed else self._draw_iterated(samples)
+        return [map_tensors(lambda t: t.to(self._device), batch) for batch in batches]
 
     def _draw_indexed(self, samples: int) -> list[Any]:
         size = len(self._data)

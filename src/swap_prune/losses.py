@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["LossFn", "check_losses", "cross_entropy", "evaluate_losses"]
+from swap_prune.calibration import batch_size, is_sliceable
+
+__all__ = ["LossFn", "check_calibration", "check_losses", "cross_entropy"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -30,11 +32,12 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """
     inputs, targets = batch
     logits = model(inputs)
-    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=_IGNORE_INDEX)
+    losses: Tensor = functional.cross_entropy(logits, targets, reduction="none", ignore_index=_IGNORE_INDEX)
     if losses.ndim == 1:
         return losses
     counted = (targets != _IGNORE_INDEX).flatten(1).sum(1).clamp(min=1)
-    return losses.flatten(1).sum(1) / counted
+    mean: Tensor = losses.flatten(1).sum(1) / counted
+    return mean
 
 
 def check_pair(batch: Any) -> None:
@@ -95,8 +98,7 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
     if losses.ndim != 1 or (expected is not None and losses.numel() != expected):
         wanted = f"({expected},)" if expected is not None else "(n,)"
         raise ValueError(
-            f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; "
-            "use reduction='none'"
+            f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; use reduction='none'"
         )
     if not losses.is_floating_point():
         raise ValueError(f"loss_fn must return floating-point losses, got {losses.dtype}")
@@ -111,53 +113,43 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
     return losses
 
 
-def evaluate_losses(model: nn.Module, loss_fn: LossFn, batch: Any, samples: int | None) -> Tensor:
-    """Run the loss on a whole batch without gradients, with every check.
+def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> list[int]:
+    """Run the loss once without gradients, with every check, before any gradient is taken.
 
     Args:
         model: The network, in the mode that the caller wants.
         loss_fn: Per-sample loss.
-        batch: One batch.
-        samples: Its number of samples, where known.
+        batches: Batches on the model's device.
 
     Returns:
-        Losses, (n,), detached.
+        The number of samples of each batch.
 
     Raises:
-        ValueError: If the batch does not fit the loss or the model, or a loss is not finite.
+        ValueError: If a batch does not fit the loss or the model, a label is out of range, or a loss is not
+            finite or not per sample.
     """
-    if loss_fn is cross_entropy:
-        check_pair(batch)
-    classes: list[int] = []
-    with torch.no_grad():
-        handle = model.register_forward_hook(lambda _m, _i, out: classes.extend(_classes(out)))
+    sizes: list[int] = []
+    classes: int | None = None
+    for batch in batches:
+        known = batch_size(batch) if is_sliceable(batch) else None
         try:
-            if loss_fn is cross_entropy:
-                _precheck_labels(model, batch)
-            losses = loss_fn(model, batch)
+            with torch.no_grad():
+                if loss_fn is cross_entropy:
+                    check_pair(batch)
+                    if classes is None:
+                        logits = model(batch[0][:1])
+                        classes = logits.shape[1]
+                    check_labels(batch[1], classes)
+                if not sizes or known is None:  # one batch speaks for its like
+                    known = len(check_losses(loss_fn(model, batch), known))
         except ValueError:
             raise
-        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-            if loss_fn is cross_entropy and classes:
-                check_labels(batch[1], classes[0])
+        except Exception as error:  # whatever the caller's model or loss raises
             raise ValueError(
-                f"the loss failed on a calibration batch ({describe(batch)}): {_first_line(error)}"
+                f"the loss failed on a calibration batch {describe(batch)}: {_first_line(error)}"
             ) from error
-        finally:
-            handle.remove()
-    return check_losses(losses, samples).detach()
-
-
-def _precheck_labels(model: nn.Module, batch: Any) -> None:
-    if batch[1].is_floating_point() or not batch[1].is_cuda:
-        return  # on the CPU an index error is raised and explained; on a GPU it would poison the context
-    with torch.no_grad():
-        for classes in _classes(model(batch[0])):
-            check_labels(batch[1], classes)
-
-
-def _classes(output: Any) -> list[int]:
-    return [output.shape[1]] if isinstance(output, Tensor) and output.ndim >= 2 else []
+        sizes.append(known)
+    return sizes
 
 
 def describe(batch: Any) -> str:

@@ -12,29 +12,33 @@ from collections.abc import Callable
 __all__ = ["SCHEDULES", "keep_count", "sparsity_schedule"]
 
 
-def _exponential(u: float, stages: int) -> float:
-    # Halves the distance to the target at each stage (CHITA's "exp", without its first stage at zero).
-    return float((1 - 2 ** (-u * stages)) / (1 - 2.0**-stages))
+def _exponential(t: int, stages: int, target: float) -> float:
+    # The distance to the target halves (CHITA's "exp", without its first stage at zero).
+    return target * (1 - 2.0**-t) / (1 - 2.0**-stages)
 
 
-def _cubic(u: float, stages: int) -> float:
-    return 1 - (1 - u) ** 3  # Zhu and Gupta, 2017; the paper's schedule
+def _cubic(t: int, stages: int, target: float) -> float:
+    return target * (1 - (1 - t / stages) ** 3)  # Zhu and Gupta, 2017; the paper's schedule
 
 
-def _linear(u: float, stages: int) -> float:
-    return u
+def _linear(t: int, stages: int, target: float) -> float:
+    return target * t / stages
 
 
-def _constant(u: float, stages: int) -> float:
-    return 1.0
+def _geometric(t: int, stages: int, target: float) -> float:
+    return 1.0 - math.pow(1 - target, t / stages)
 
 
-SCHEDULES: dict[str, Callable[[float, int], float]] = {
+def _constant(t: int, stages: int, target: float) -> float:
+    return target
+
+
+SCHEDULES: dict[str, Callable[[int, int, float], float]] = {
     "exponential": _exponential,
     "cubic": _cubic,
     "linear": _linear,
+    "geometric": _geometric,
     "constant": _constant,
-    "geometric": lambda u, stages: u,  # in log(1 - sparsity), see sparsity_schedule
 }
 
 
@@ -59,11 +63,7 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
         raise ValueError(f"stages must be a whole number of at least 1, got {stages!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    progress = [SCHEDULES[schedule](t / stages, stages) for t in range(1, stages)]
-    if schedule == "geometric":
-        early = [1 - (1 - target) ** u for u in progress]
-    else:
-        early = [target * u for u in progress]
+    early = (SCHEDULES[schedule](t, stages, float(target)) for t in range(1, stages))
     return (*early, float(target))
 
 

@@ -1,7 +1,7 @@
-"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
+r"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
 
 First step of the pipeline. Patterns are class names (``"Linear"``), parameter or module names
-(``"fc1.weight"``, ``"encoder"``) or regular expressions (``"re:layer[12]\\..*"``, matched against the whole
+(``"fc1.weight"``, ``"encoder"``) or regular expressions (``"re:layer[12]\..*"``, matched against the whole
 parameter or module name). A parameter that several modules share is selected once, and its pruning acts
 wherever it is used.
 """
@@ -162,7 +162,9 @@ def _matches(pattern: str, candidate: _Candidate, model: nn.Module) -> bool:
         return any(expression.fullmatch(name) for name in (*candidate.aliases, *modules))
     if pattern in candidate.aliases or pattern in modules:
         return True
-    return any(pattern in {c.__name__ for c in type(module).__mro__[:-1]} - {"Module"} for _, module in candidate.owners)
+    return any(
+        pattern in {c.__name__ for c in type(module).__mro__[:-1]} - {"Module"} for _, module in candidate.owners
+    )
 
 
 def _prunable(pattern: str, candidate: _Candidate) -> bool:

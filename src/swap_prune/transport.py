@@ -143,9 +143,7 @@ def _solve_dual(
     return potential, iteration, residual
 
 
-def _row_normalised(
-    cost: Tensor, log_reference: Tensor, epsilon: float, potential: Tensor
-) -> tuple[Tensor, float]:
+def _row_normalised(cost: Tensor, log_reference: Tensor, epsilon: float, potential: Tensor) -> tuple[Tensor, float]:
     """Return the plan whose rows sum to 1/n for the column potential g, and the semi-dual's value."""
     n = len(potential)
     logits = (potential - cost) / epsilon + log_reference
@@ -161,6 +159,7 @@ def _newton_direction(plan: Tensor, columns: Tensor, epsilon: float) -> Tensor:
     n = len(columns)
     curvature = torch.diag(columns * (1 + 1e-12) + 1e-14 / n) - n * (plan.T @ plan)
     curvature += 1 / n**2
+    direction: Tensor
     direction, info = torch.linalg.solve_ex(curvature, epsilon * (1 / n - columns))
     if int(info) != 0 or not bool(torch.isfinite(direction).all()):
         return torch.zeros_like(columns)

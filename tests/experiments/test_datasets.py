@@ -36,9 +36,7 @@ def isolated(monkeypatch, tmp_path):
 
 
 def idx(array):
-    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + bytes(
-        array.flatten().tolist()
-    )
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + bytes(array.flatten().tolist())
 
 
 def random_bytes(*shape, high=256, seed=0):
@@ -171,9 +169,7 @@ def test_damaged_cifar_batch_is_named(tmp_path, content):
         load_dataset("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("mean", "std"), [((0.5,), (0.5,)), ((0.5,) * 3, (0.5,)), ((0.5,) * 3, (1.0, 0.0, 1.0))]
-)
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.5,) * 3, (0.5,)), ((0.5,) * 3, (1.0, 0.0, 1.0))])
 def test_bad_normalisation_is_refused(tmp_path, mean, std):
     write_cifar(tmp_path)
     with pytest.raises(ValueError, match="mean and std must"):
@@ -244,9 +240,7 @@ def test_offline_says_where_it_looked_and_what_it_tried(tmp_path, name):
 
 def serve(monkeypatch, name, contents, checksums=None):
     """Let urlopen return `contents` by address, under checksums that fit unless others are given."""
-    downloads = tuple(
-        (url, (checksums or {}).get(url) or hashlib.md5(body).hexdigest()) for url, body in contents
-    )
+    downloads = tuple((url, (checksums or {}).get(url) or hashlib.md5(body).hexdigest()) for url, body in contents)
     monkeypatch.setitem(datasets.DATASETS, name, replace(DATASETS[name], downloads=downloads))
     asked = []
 
@@ -284,9 +278,7 @@ def test_download_of_an_archive_extracts_only_its_batches(tmp_path, monkeypatch)
 
 def test_download_keeps_the_files_that_are_there(tmp_path, monkeypatch):
     folder, written = write_mnist(tmp_path)
-    contents = [
-        (url, (folder / url.rpartition("/")[2]).read_bytes()) for url, _ in DATASETS["mnist"].downloads
-    ]
+    contents = [(url, (folder / url.rpartition("/")[2]).read_bytes()) for url, _ in DATASETS["mnist"].downloads]
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     asked = serve(monkeypatch, "mnist", contents)
     data = load_dataset("mnist", tmp_path)

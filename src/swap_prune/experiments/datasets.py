@@ -65,9 +65,7 @@ class Source:
     test: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    downloads: tuple[
-        tuple[str, str], ...
-    ] = ()  # address and MD5 of a gzipped file, or of a tar of the folder
+    downloads: tuple[tuple[str, str], ...] = ()  # address and MD5 of a gzipped file, or of a tar of the folder
 
 
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -91,9 +89,7 @@ DATASETS: dict[str, Source] = {
         test=("test_batch.bin",),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
-        downloads=(
-            ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
-        ),
+        downloads=(("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
     ),
     "imagenet": Source("imagenet", ("train",), ("val",), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
@@ -220,9 +216,7 @@ def _read_bytes(folder: Path, name: str) -> tuple[Path, bytearray]:
     """Return a file's path and its contents, unzipped."""
     path = _existing(folder, name) or folder / name
     try:
-        return path, bytearray(
-            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        )
+        return path, bytearray(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise damaged(path, "readable", str(error)) from error
 
@@ -265,6 +259,4 @@ def _read_wnids(folder: Path) -> list[str]:
     listing = folder / "classes.txt"
     if listing.exists():
         return [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return sorted(
-        {path.name for part in ("train", "val") for path in (folder / part).iterdir() if path.is_dir()}
-    )
+    return sorted({path.name for part in ("train", "val") for path in (folder / part).iterdir() if path.is_dir()})

@@ -122,12 +122,25 @@ class AugmentedImages(ImageTensors):
         return self.normalise(crops), labels
 
 
+class AugmentedBatches:
+    """Endless passes over augmented images, each in a new order, reproducible from the seed."""
+
+    def __init__(self, images: AugmentedImages, batch_size: int, seed: int) -> None:
+        self._images = images
+        self._batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one pass of (images, classes) batches."""
+        order = torch.randperm(len(self._images), generator=self._generator)
+        for start in range(0, len(order), self._batch_size):
+            yield self._images.batch(order[start : start + self._batch_size], self._generator)
+
+
 class ImageFolder(Images):
     """Images in `folder/<wnid>/*.JPEG`, listed at the first use and decoded when asked for, 224x224."""
 
-    def __init__(
-        self, folder: Path, wnids: Sequence[str], mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, folder: Path, wnids: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
         """Keep the folder; the class of an image is the position of its folder's name in `wnids`."""
         super().__init__(mean, std)
         self.folder, self.wnids = folder, tuple(wnids)
@@ -140,9 +153,7 @@ class ImageFolder(Images):
         for path in sorted(self.folder.glob("*/*")):
             if path.suffix.lower() in (".jpeg", ".jpg", ".png"):
                 if path.parent.name not in number:
-                    raise ValueError(
-                        f"image folders must be listed in classes.txt, got {path.parent}: add or move it"
-                    )
+                    raise ValueError(f"image folders must be listed in classes.txt, got {path.parent}: add or move it")
                 files.append((path, number[path.parent.name]))
         if not files:
             raise ValueError(f"{self.folder} must hold <wnid>/*.JPEG, got no image: put the images there")
@@ -207,9 +218,7 @@ def iterate(
     elif indices is None:
         yield from dataset
     else:
-        raise ValueError(
-            f"indices must be None for an iterable of batches, got {len(indices)} indices: give a Dataset"
-        )
+        raise ValueError(f"indices must be None for an iterable of batches, got {len(indices)} indices: give a Dataset")
 
 
 def damaged(path: Path, constraint: str, got: str) -> ValueError:

@@ -93,9 +93,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
 
 
-def _stage(
-    block: type[BasicBlock | Bottleneck], inputs: int, channels: int, count: int, stride: int
-) -> nn.Sequential:
+def _stage(block: type[BasicBlock | Bottleneck], inputs: int, channels: int, count: int, stride: int) -> nn.Sequential:
     """Return `count` residual blocks; the first one changes the width and strides."""
     rest = (block(channels * block.expansion, channels, 1) for _ in range(count - 1))
     return nn.Sequential(block(inputs, channels, stride), *rest)
@@ -155,9 +153,7 @@ class ConvUnit(nn.Module):
         super().__init__()
         self.pad_right_bottom = stride == 2
         padding = 0 if self.pad_right_bottom else kernel // 2
-        self.conv = nn.Conv2d(
-            inputs, outputs, kernel, stride=stride, padding=padding, groups=groups, bias=False
-        )
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -250,9 +246,7 @@ def build_model(spec: str, **options: Any) -> tuple[nn.Module, ZooEntry | None]:
             )
         return model, None
     if spec not in MODELS:
-        raise ValueError(
-            f"model must be {', '.join(MODELS)} or package.module:factory, got {spec!r}: correct the name"
-        )
+        raise ValueError(f"model must be {', '.join(MODELS)} or package.module:factory, got {spec!r}: correct the name")
     entry = MODELS[spec]
     unknown = sorted(set(options) - set(entry.options))
     if unknown:

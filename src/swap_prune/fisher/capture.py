@@ -12,7 +12,6 @@ statistics), so that samples do not see each other. Two back ends give the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +21,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.losses import LossFn, check_losses, evaluate_losses
+from swap_prune.losses import LossFn, check_calibration, check_losses
+from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
 __all__ = ["Backend", "Capture", "capture_gradients"]
@@ -62,18 +62,6 @@ class _LossModule(nn.Module):
         return self._loss_fn(self.model, batch)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block with the whole model in eval mode, then give each module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def capture_gradients(
     model: nn.Module,
     selection: Selection,
@@ -101,10 +89,9 @@ def capture_gradients(
             finite.
     """
     with eval_mode(model):
-        checked = [evaluate_losses(model, loss_fn, batch, _known_size(batch)) for batch in batches[:1]]
-        sizes = [len(checked[0]), *(batch_size(batch) for batch in batches[1:])]
-        rows = _allocate(sum(sizes), selection, next(iter(model.parameters())).device)
-        losses = torch.empty(sum(sizes), dtype=rows.dtype, device=rows.device)
+        n = sum(check_calibration(model, loss_fn, batches))
+        device = next(model.parameters()).device
+        rows, losses = _allocate(n, selection, device), torch.empty(n, device=device)
         capturer = _Capturer(_LossModule(model, loss_fn), selection, backend)
         start = 0
         for batch in batches:
@@ -165,9 +152,7 @@ class _Capturer:
 
         def sample_loss(weights: dict[str, Tensor], *sample: Tensor) -> Tensor:
             supply = iter(sample)
-            one = map_tensors(
-                lambda t: next(supply).unsqueeze(0) if t.ndim and t.shape[0] == size else t, batch
-            )
+            one = map_tensors(lambda t: next(supply).unsqueeze(0) if t.ndim and t.shape[0] == size else t, batch)
             state = {**self._rest, **weights}
             return functional_call(self._module, state, (one,)).squeeze(0)  # type: ignore[no-any-return]
 
@@ -211,10 +196,6 @@ class _Capturer:
             functional_call(self._module, {**self._rest, **weights}, (sample,))
         gradient = 4 * self._selection.total
         return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (3 * sum(kept.values()) + gradient)))
-
-
-def _known_size(batch: Any) -> int | None:
-    return batch_size(batch) if is_sliceable(batch) else None
 
 
 def _allocate(n: int, selection: Selection, device: torch.device) -> Tensor:

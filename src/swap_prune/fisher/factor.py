@@ -80,7 +80,8 @@ class DenseFactor:
 
     def diagonal(self) -> Tensor:
         """Return f, (p,): the mean over rows of the squared entries."""
-        return torch.linalg.vector_norm(self.matrix, dim=0).square() / len(self.matrix)
+        norms: Tensor = torch.linalg.vector_norm(self.matrix, dim=0)
+        return norms.square() / len(self.matrix)
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index))."""

@@ -39,7 +39,7 @@ class GradientNoise:
 
     def apply(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
         """Return the factor of the noisy rows; the one given is left as it is."""
-        n, p = factor.shape
+        p = factor.shape[1]
         hit = round(self.fraction * p)
         if hit == 0 or self.std == 0:
             return factor
@@ -77,4 +77,3 @@ def parse_noise(spec: str | GradientNoise | None) -> GradientNoise | None:
         except ValueError:
             raise ValueError(f"noise setting {key!r} must be a number, got {value!r}") from None
     return model(**settings)
-

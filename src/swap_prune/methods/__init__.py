@@ -52,7 +52,6 @@ def resolve_method(method: str | Method, settings: dict[str, Any] | None = None)
         raise ValueError("settings go with a method given by name, got a config object as well")
     if isinstance(method, type) or not callable(getattr(method, "solve", None)):
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)} or a config object such as swap_prune.EWR(), "
-            f"got {method!r}"
+            f"method must be one of {', '.join(METHODS)} or a config object such as swap_prune.EWR(), got {method!r}"
         )
     return method

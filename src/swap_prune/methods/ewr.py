@@ -1,6 +1,6 @@
 """EWR ("SWAP"): sparse entropic Wasserstein regression (You and Cheng, ICLR 2024).
 
-    minimise  n/2 OT_eps(G w, G w_bar) + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subject to  ||w||_0 <= k
+minimise  n/2 OT_eps(G w, G w_bar) + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subject to  ||w||_0 <= k
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class EWR:
         choices["solver"] = ("iht", "algorithm1")
         for setting, allowed in choices.items():
             if getattr(self, setting) not in allowed:
-                raise ValueError(
-                    f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}"
-                )
+                raise ValueError(f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}")
         if isinstance(self.couplings, bool) or not isinstance(self.couplings, int) or self.couplings < 1:
             raise ValueError(f"couplings must be a whole number of at least 1, got {self.couplings!r}")
 
@@ -89,9 +87,7 @@ class EWR:
         coupling, evidence = self._coupling(pairing, fit, generator)
         for _ in range(self.couplings if coupling.anchor > 0 else 0):
             regression = couple(pairing, pairing.factor.matvec(fit.weights), coupling)
-            fit = solve_sparse(
-                regression, problem.keep, start=fit.support, max_iterations=self.iterations
-            )
+            fit = solve_sparse(regression, problem.keep, start=fit.support, max_iterations=self.iterations)
         return solution_of(
             fit,
             {

@@ -1,6 +1,6 @@
 """LR: sparse ridge regression on the empirical Fisher (the paper's baseline; CHITA, Benbaki et al., 2023).
 
-    minimise  1/2 ||G w - G w_bar||^2 + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subject to  ||w||_0 <= k
+minimise  1/2 ||G w - G w_bar||^2 + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subject to  ||w||_0 <= k
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 
 __all__ = ["LR"]
 
-_AUTO_RIDGE = 0.025  # in the diagonal metric, where lam has no unit; see docs/method.md
+_AUTO_RIDGE = 0.0025  # in the diagonal metric, where lam has no unit; see docs/method.md
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def pairing_regression(
-    problem: PruningProblem, ridge: float | str, metric: str, damping: float
-) -> WeightedRidge:
+def pairing_regression(problem: PruningProblem, ridge: float | str, metric: str, damping: float) -> WeightedRidge:
     """State the regression of LR: the target is y itself."""
     factor = problem.fisher()
     diagonal = factor.diagonal()

@@ -6,10 +6,15 @@ exactly (hard thresholding pursuit; Foucart, 2011)::
     u = w - tau M^-1 grad Q(w),     s = top-k of m u^2,     w = argmin Q over s
 
 Only an iteration that lowers Q is accepted, so Q never rises.
+
+The first support is found along a path: k falls in steps that each keep a fixed share of the weights, the least
+of ``m_j w_j^2`` leave, and the others are refitted. A weight whose work others can take over is thereby found
+out before the end, at the price of a few refits on the one G (see docs/method.md).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +25,7 @@ from swap_prune.regression.objective import WeightedRidge
 __all__ = ["SparseFit", "hard_threshold", "solve_sparse", "top_k"]
 
 _RELATIVE_GAIN = 1e-4  # an iteration that gains less ends the search
+_PATH_SHARE = 0.75  # of the weights, kept by one step of the path
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,14 @@ def solve_sparse(
     Args:
         problem: The regression.
         keep: k, ``1 <= k <= p``.
-        start: Indices of a first support, (k,); by default the top k of ``m w_bar^2``.
+        start: Indices of a first support, (k,); by default the end of the path.
         max_iterations: Gradient steps tried.
 
     Returns:
         The best weights found.
     """
     metric = problem.metric
-    support = top_k(metric * problem.reference.square(), keep) if start is None else start
+    support = shrink_support(problem, keep) if start is None else start
     w = problem.refit(support)
     x = problem.factor.matvec(w)
     value = problem.value(w, x)
@@ -80,6 +86,28 @@ def solve_sparse(
             return SparseFit(w, support, value, iteration, converged=True)
         support, w, x, value = candidate, tried, tried_x, tried_value
     return SparseFit(w, support, value, max_iterations, converged=False)
+
+
+def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> Tensor:
+    """Follow the path from the support of ``w_bar`` down to ``keep`` weights.
+
+    Args:
+        problem: The regression.
+        keep: k, ``1 <= k <= p``.
+        share: Share of the weights that one step keeps, in (0, 1).
+
+    Returns:
+        Indices of the support, (k,), in increasing order.
+    """
+    w = problem.reference
+    first = int(w.count_nonzero())
+    steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
+    for step in range(1, steps + 1):
+        size = keep if step == steps else round(first * (keep / first) ** (step / steps))
+        support = top_k(problem.metric * w.square(), size)
+        if step < steps:
+            w = problem.refit(support)
+    return support
 
 
 def _next_support(problem: WeightedRidge, w: Tensor, direction: Tensor, keep: int) -> Tensor:

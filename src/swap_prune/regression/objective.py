@@ -42,7 +42,7 @@ class WeightedRidge:
 
     @property
     def penalty(self) -> float:
-        """n lam: the ridge as it stands in the normal equations."""
+        """N lam: the ridge as it stands in the normal equations."""
         return self.factor.shape[0] * self.ridge
 
     def smooth(self, residual: Tensor) -> Tensor:
@@ -117,6 +117,7 @@ def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
 def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve a square system in float64; a singular one in the least-squares sense of smallest norm."""
     a, b = matrix.double(), right.double()
+    solution: Tensor
     solution, info = torch.linalg.solve_ex(a, b)
     if int(info) != 0 or not bool(torch.isfinite(solution).all()):
         solution = torch.linalg.pinv(a) @ b

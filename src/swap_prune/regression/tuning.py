@@ -22,10 +22,10 @@ from swap_prune.transport import barycentric_target, squared_cost, transport_pla
 __all__ = ["Coupling", "choose_coupling", "couple", "mean_cost"]
 
 _HELD_OUT = 0.25
-_TUNING_ROWS = 512  # a plan costs n^2; the choice does not need all rows
-_ANCHORS = (0.03, 0.3, 1.0)
+_TUNING_ROWS = 256  # a plan costs n^2; the choice does not need all rows
+_ANCHORS = (0.1, 1.0)
 _EPSILONS = (0.1, 1.0)  # in units of the mean cost
-_PLAN_TOLERANCE = 1e-6
+_PLAN_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def couple(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> WeightedRid
         (``T_xy(x) - T_xx(x) + x``; Feydy et al., 2019), or with residuals smoothed by the symmetric part of
         ``n P``.
     """
-    y, options = pairing.target, {"anchor": coupling.anchor, "tolerance": _PLAN_TOLERANCE}
-    plan = transport_plan(x, y, coupling.epsilon, **options).plan
+    y = pairing.target
+    plan = transport_plan(x, y, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE).plan
     if coupling.gradient == "paper":
         smoothing = (plan + plan.T) * (len(y) / 2)
         return replace(pairing, smoothing=smoothing.to(y.dtype))
     target = barycentric_target(plan, y)
     if coupling.debias and coupling.anchor > 0:
-        itself = transport_plan(x, x, coupling.epsilon, **options).plan
+        itself = transport_plan(x, x, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE).plan
         target = target - barycentric_target(itself, x) + x
     return replace(pairing, target=target)
 

@@ -1,0 +1,5 @@
+"""``python -m swap_prune``."""
+
+from swap_prune.cli import main
+
+main()

@@ -1,0 +1,229 @@
+"""Plain files: a pruned model on disk, verified when it is read, and checkpoints read without running code.
+
+An artifact is a directory of two files: ``weights.safetensors``, the whole state_dict under its original keys,
+and ``report.json``, the pruning report with the SHA-256 of the weights. It is written under a temporary name
+and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from swap_prune.report import LayerReport, PruningReport
+
+__all__ = [
+    "check_output_directory",
+    "count_layers",
+    "load_pruned",
+    "load_report",
+    "load_weights",
+    "read_weights",
+    "save_artifact",
+]
+
+_WEIGHTS, _REPORT = "weights.safetensors", "report.json"
+
+
+def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path) -> Path:
+    """Write a pruned model and its report; see :meth:`PruningReport.save`."""
+    target = check_output_directory(directory)
+    if count_layers(model, tuple(report.layers)) != report.layers:
+        raise ValueError(
+            "the model no longer has the sparsity reported (it was changed after pruning); save right after "
+            "pruning, or prune again"
+        )
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    data = safetensors.torch.save(state)
+    content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            (scratch / _WEIGHTS).write_bytes(data)
+            (scratch / _REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            scratch.chmod(0o777 & ~_umask())
+            os.replace(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def check_output_directory(directory: str | Path) -> Path:
+    """Check that a new directory can be written, before any work is done.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        ValueError: If it exists and is not an empty directory, or its parent cannot be written.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"output {target} exists and is not a directory; choose another")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"output directory {target} is not empty; choose another or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Load an artifact into a model of the same architecture, in place, and verify it.
+
+    Args:
+        model: A model whose state_dict has the artifact's keys and shapes.
+        directory: What ``report.save`` wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If a file is missing, damaged or altered, keys or shapes do not match, or the weights do
+            not have the zeros that the report states. The model is then as it was.
+    """
+    directory = Path(directory)
+    report, digest = _read_report(directory)
+    path = directory / _WEIGHTS
+    state = read_weights(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise ValueError(f"{path} does not match the hash in {_REPORT}: it was altered or damaged")
+    for name, layer in report.layers.items():
+        if name not in state:
+            raise ValueError(f"{path} lacks the pruned parameter {name!r}")
+        found = LayerReport(total=state[name].numel(), kept=int(state[name].count_nonzero()))
+        if found != layer:
+            raise ValueError(
+                f"{name!r} in {path} has {found.kept} of {found.total} weights, but the report says "
+                f"{layer.kept} of {layer.total}"
+            )
+    _load_state(model, state, path)
+    return model
+
+
+def load_report(directory: str | Path) -> PruningReport:
+    """Read an artifact's report.
+
+    Raises:
+        ValueError: If it is missing or not a report.
+    """
+    return _read_report(Path(directory))[0]
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a checkpoint into a model, in place.
+
+    Args:
+        model: Its state_dict must have the file's keys and shapes. BatchNorm's ``num_batches_tracked`` may be
+            missing.
+        path: ``.safetensors``, or ``.pt``, ``.pth`` or ``.bin`` holding tensors only.
+
+    Raises:
+        ValueError: If the file is missing, damaged, would run code, or does not fit.
+    """
+    _load_state(model, read_weights(path), Path(path))
+    return model
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors without executing code.
+
+    A training checkpoint that holds the weights under ``state_dict`` or ``model`` is unwrapped, and a
+    ``module.`` before every name is dropped.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights file {path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError(
+                f"weights file {path} must end in .safetensors, .pt, .pth or .bin, got {path.suffix or 'no suffix'!r}"
+            )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights file {path} is a pickle that holds more than tensors and was not loaded, since that could "
+            "run code; save its state_dict as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"weights file {path} is damaged or not a checkpoint: {reason}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights file {path} must hold a state_dict of tensors, got a {type(state).__name__}")
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerReport]:
+    """Count the non-zero weights of some parameters."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: LayerReport(total=parameters[name].numel(), kept=int(parameters[name].count_nonzero())) for name in names
+    }
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
+    if missing or unexpected:
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(unexpected)}"] * bool(unexpected)
+        raise ValueError(f"the keys of {path} do not match {type(model).__name__}: it {' and '.join(parts)}")
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"the shapes of {path} do not match {type(model).__name__}: {name!r} is {tuple(state[name].shape)} "
+            f"in the file and {tuple(own[name].shape)} in the model ({len(wrong)} differ)"
+        )
+    model.load_state_dict(dict(state), strict=False)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_report(directory: Path) -> tuple[PruningReport, str]:
+    path = directory / _REPORT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = content.pop("weights_sha256")
+        return PruningReport.model_validate(content), str(digest)
+    except OSError as error:
+        raise ValueError(f"{directory} is not a pruning artifact: cannot read {path}: {error.strerror}") from error
+    except (ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a pruning report, or was altered") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

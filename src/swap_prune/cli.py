@@ -1,0 +1,301 @@
+"""The command line: ``swap-prune demo | prune | eval``.
+
+Results for people go to standard output as text, for programs (``--json``) as one JSON object and nothing else;
+progress and messages go to standard error. Whatever a user can mend ends in one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
+from swap_prune.calibration import CalibrationStream
+from swap_prune.experiments.datasets import ImageData, load_dataset
+from swap_prune.experiments.evaluate import evaluate
+from swap_prune.experiments.images import AugmentedBatches, ImageTensors
+from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.losses import cross_entropy
+from swap_prune.methods import resolve_method
+from swap_prune.pipeline import prune as prune_model
+from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.surgery import repair_batchnorm
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="swap-prune",
+    help="Prune trained networks by sparse entropic Wasserstein regression.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option(help="mlpnet, resnet20, mobilenetv1, resnet50, or package.module:factory")]
+Weights = Annotated[Path | None, typer.Option(help="checkpoint: .safetensors, or .pt/.pth/.bin of tensors")]
+Data = Annotated[str, typer.Option(help="mnist, cifar10, imagenet, or package.module:loader")]
+DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or a cache")]
+Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="new directory for the report")] = Path("demo-report"),
+    seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Prune an embedded MNIST network with every method, clean and noisy, and write a report."""
+    from swap_prune.experiments.demo import run_demo  # matplotlib is slow to import
+
+    target = check_output_directory(out)
+    rows = run_demo(target, seed, _say)
+    if as_json:
+        _print_json({"rows": rows, "report": str(target / "report.html")})
+        return
+    table = Table(title="MLPNet on MNIST, 95 % of the weights removed, no fine-tuning: test accuracy in %")
+    for column in ("method", "clean gradients", "noisy gradients", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        noisy = "-" if row["noisy"] is None else f"{row['noisy']:.2f}"
+        table.add_row(row["method"], f"{row['clean']:.2f}", noisy, f"{row['seconds']:.1f}")
+    Console().print(table)
+    print(f"report: {target / 'report.html'}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    sparsity: Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = 0.9,
+    method: Annotated[str, typer.Option(help="ewr, lr or magnitude")] = "ewr",
+    samples: Annotated[int, typer.Option(help="calibration samples a stage")] = 1024,
+    stages: Annotated[int, typer.Option(help="prune-and-recapture stages")] = 1,
+    schedule: Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")] = "exponential",
+    seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
+    out: Annotated[Path | None, typer.Option(help="new directory for the pruned model")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")] = None,
+    noise: Annotated[str | None, typer.Option(help="noise on the gradients: gradient:std=4,fraction=0.25")] = None,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")
+    ] = True,
+    memory: Annotated[str | None, typer.Option(help="memory budget, such as 4GB")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="a setting of the method: name=value; may be repeated")
+    ] = None,
+    data_dir: DataDir = None,
+    width: Width = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a trained network, measure it on the test images, and save it."""
+    solver = resolve_method(method, dict(map(_parse_setting, settings or [])))
+    target = check_output_directory(out) if out is not None else None
+    network, images = _load(model, weights, data, data_dir, width)
+    report = prune_model(
+        network,
+        images.train,
+        sparsity,
+        solver,
+        targets=targets or DEFAULT_TARGETS,
+        ignore=ignore or (),
+        samples=samples,
+        stages=stages,
+        schedule=schedule,
+        recalibrate_batchnorm=recalibrate,
+        recalibration_data=_recalibration_data(images, seed),
+        noise=noise,
+        memory=memory,
+        seed=seed,
+        device=_device(device),
+    )
+    for note in report.notes:
+        _say(f"note: {note}")
+    measured = evaluate(network, images.test)
+    result = {
+        "model": model,
+        "data": data,
+        "method": report.method,
+        "accuracy": measured.accuracy,
+        "loss": measured.loss,
+        "test_samples": measured.samples,
+        "sparsity": report.sparsity,
+        "kept": report.kept,
+        "total": report.total,
+        "seconds": report.seconds,
+        "seed": report.seed,
+        "stages": stages,
+        "notes": report.notes,
+        "layers": {name: layer.kept for name, layer in report.layers.items()},
+    }
+    if target is not None:
+        report.save(target)
+        result["out"] = str(target)
+    _print_result(result, as_json)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    pruned: Annotated[Path | None, typer.Option(help="directory that prune wrote, instead of --weights")] = None,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate/--no-recalibrate",
+            help="re-estimate BatchNorm statistics of --weights that do not fit the data at all",
+        ),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="seed of the recalibration")] = 0,
+    data_dir: DataDir = None,
+    width: Width = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a dense or pruned network on the test images."""
+    if pruned is not None and weights is not None:
+        raise ValueError("give either --weights or --pruned, not both")
+    network, images = _load(model, weights, data, data_dir, width, pruned)
+    place = _device(device) or torch.device("cpu")
+    network.to(place)
+    notes: list[str] = []
+    if pruned is None and recalibrate:
+        source = _recalibration_data(images, seed) or images.train
+        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
+        notes = repair_batchnorm(network, stream, cross_entropy)
+    for note in notes:
+        _say(f"note: {note}")
+    measured = evaluate(network, images.test)
+    result: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "accuracy": measured.accuracy,
+        "loss": measured.loss,
+        "test_samples": measured.samples,
+        "notes": notes,
+    }
+    if pruned is not None:
+        report = load_report(pruned)
+        result |= {
+            "method": report.method,
+            "sparsity": report.sparsity,
+            "kept": report.kept,
+            "total": report.total,
+            "seed": report.seed,
+        }
+    _print_result(result, as_json)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; every error that a user can mend is one line on standard error."""
+    sys.exit(run(lambda: app(args=arguments, standalone_mode=False)))
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit status."""
+    try:
+        status = command()
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.Abort:
+        return _fail("interrupted; nothing was written", 130)
+    except (ValueError, OSError) as error:
+        return _fail(str(error) or type(error).__name__, 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the argument parser's own errors have it
+            raise
+        return _fail(error.format_message(), 2)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    _say("swap-prune: error: " + " ".join(message.split()))
+    return status
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _load(
+    model: str,
+    weights: Path | None,
+    data: str,
+    data_dir: Path | None,
+    width: float | None,
+    pruned: Path | None = None,
+) -> tuple[nn.Module, ImageData]:
+    network, entry = build_model(model, **({} if width is None else {"width": width}))
+    if pruned is not None:
+        load_pruned(network, pruned)
+    elif weights is not None:
+        load_weights(network, weights)
+    elif model in MODELS:
+        raise ValueError(f"model {model!r} of the zoo has no weights of its own: give --weights FILE")
+    fits = entry is not None and entry.dataset == data
+    mean, std = (entry.mean, entry.std) if entry is not None and fits else (None, None)
+    return network, load_dataset(data, data_dir, mean=mean, std=std)
+
+
+def _recalibration_data(images: ImageData, seed: int) -> Any:
+    """BatchNorm statistics of CIFAR-10 networks belong to the training augmentation."""
+    if images.name == "cifar10" and isinstance(images.train, ImageTensors):
+        return AugmentedBatches(images.train.augmented(seed), batch_size=250, seed=seed)
+    return None
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"--set needs name=value, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, allow_nan=False))
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        if name == "layers":
+            value = ", ".join(f"{layer} {kept}" for layer, kept in value.items())
+        if value not in (None, []):
+            print(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The demo: an embedded MNIST network pruned with every method, with clean and with noisy gradients.
+
+Everything it needs is in the package. It writes a self-contained page with a picture, and the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from swap_prune.artifact import load_weights
+from swap_prune.experiments.evaluate import evaluate
+from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.methods import METHODS
+from swap_prune.pipeline import prune
+from swap_prune.report import PruningReport
+
+__all__ = ["embedded_data", "embedded_network", "run_demo"]
+
+SPARSITY = 0.95
+SAMPLES = 500
+STAGES = 5
+NOISE = "gradient:std=4,fraction=0.25"
+_ORDER = ("magnitude", "lr", "ewr")
+_COLOURS = {"dense": "#9aa0a6", "clean": "#2f6db3", "noisy": "#d9822b"}
+
+
+def embedded_network() -> nn.Module:
+    """Return the MLPNet (784-40-20-10) of the package, trained by ``scripts/make_demo_assets.py``."""
+    model, _ = build_model("mlpnet")
+    with as_file(files("swap_prune") / "assets" / "mlpnet_mnist.safetensors") as path:
+        return load_weights(model, path)
+
+
+def embedded_data() -> tuple[TensorDataset, TensorDataset]:
+    """Return the package's part of MNIST: calibration and test images, normalised."""
+    entry = MODELS["mlpnet"]
+    with as_file(files("swap_prune") / "assets" / "mnist_part.npz") as path, np.load(path, allow_pickle=False) as part:
+
+        def split(name: str) -> TensorDataset:
+            pixels = torch.from_numpy(part[f"{name}_images"]).float().unsqueeze(1) / 255
+            labels = torch.from_numpy(part[f"{name}_labels"]).long()
+            return TensorDataset((pixels - entry.mean[0]) / entry.std[0], labels)
+
+        return split("calibration"), split("test")
+
+
+def run_demo(target: Path, seed: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run the demo and write its report.
+
+    Args:
+        target: Directory for the report; it must not exist or be empty, and appears whole or not at all.
+        seed: Seed of every run.
+        say: Called with progress messages.
+
+    Returns:
+        One row a method: name, clean and noisy accuracy in percent (noisy None where gradients are not used)
+        and seconds of both runs.
+    """
+    calibration, test = embedded_data()
+    dense = evaluate(embedded_network(), test)
+    rows: list[dict[str, Any]] = [{"method": "dense", "clean": dense.accuracy, "noisy": None, "seconds": 0.0}]
+    pixels: dict[str, Tensor] = {}
+    for name in _ORDER:
+        started = time.perf_counter()
+        accuracy: dict[str, float | None] = {"noisy": None}
+        for condition in ("clean", "noisy") if METHODS[name].needs_gradients else ("clean",):
+            say(f"{name}, {condition} gradients ...")
+            model = embedded_network()
+            report = prune(
+                model,
+                calibration,
+                SPARSITY,
+                name,
+                samples=SAMPLES,
+                stages=STAGES,
+                noise=NOISE if condition == "noisy" else None,
+                seed=seed,
+                progress=False,
+            )
+            _check(report)
+            accuracy[condition] = evaluate(model, test).accuracy
+            if condition == "clean":
+                pixels[name] = _inputs_read(model)
+        rows.append({"method": name, **accuracy, "seconds": time.perf_counter() - started})
+    _write(target, rows, _draw(rows, pixels), len(test), seed)
+    return rows
+
+
+def _check(report: PruningReport) -> None:
+    assert report.kept == report.stages[-1].kept, "the model does not have the sparsity that was asked for"
+
+
+def _inputs_read(model: nn.Module) -> Tensor:
+    """Count, for each input pixel, the first-layer weights that are left: (28, 28)."""
+    weight = dict(model.named_parameters())["fc1.weight"]
+    return (weight != 0).sum(0).reshape(28, 28)
+
+
+def _draw(rows: list[dict[str, Any]], pixels: dict[str, Tensor]) -> bytes:
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    top, bottom = halves
+    bars = top.subplots()
+    for place, row in enumerate(rows):
+        shown = [(c, row[c]) for c in ("clean", "noisy") if row[c] is not None]
+        for i, (condition, value) in enumerate(shown):
+            x = place + (i - (len(shown) - 1) / 2) * 0.38
+            colour = _COLOURS["dense" if row["method"] == "dense" else condition]
+            bars.bar(x, value, 0.36, color=colour)
+            bars.text(x, value + 0.8, f"{value:.1f}", ha="center", va="bottom", fontsize=10)
+    for condition, label in (("clean", "clean gradients"), ("noisy", "noisy gradients (4 sigma on 25 % of entries)")):
+        bars.bar(0, 0, color=_COLOURS[condition], label=label)
+    bars.set_xticks(range(len(rows)), [row["method"] for row in rows])
+    bars.set_ylim(0, 114)
+    bars.set_yticks(range(0, 101, 20))
+    bars.set_ylabel("test accuracy, %")
+    bars.set_title(f"MLPNet on MNIST with {SPARSITY:.0%} of its weights removed, no fine-tuning", fontsize=12)
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.legend(frameon=False, loc="upper right", ncols=2)
+    maps = bottom.subplots(1, len(pixels))
+    limit = max(int(counts.max()) for counts in pixels.values())
+    for axis, (name, counts) in zip(maps, pixels.items(), strict=True):
+        image = axis.imshow(counts.numpy(), cmap="magma", vmin=0, vmax=limit)
+        axis.set_title(f"{name}: {int((counts > 0).sum())} of 784 pixels still read", fontsize=10)
+        axis.set_axis_off()
+    bottom.colorbar(image, ax=maps, shrink=0.8, label="weights left at each pixel")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _write(target: Path, rows: list[dict[str, Any]], picture: bytes, test_images: int, seed: int) -> None:
+    settings = {"sparsity": SPARSITY, "samples": SAMPLES, "stages": STAGES, "noise": NOISE, "seed": seed}
+    body = "".join(
+        f"<tr><td>{html.escape(row['method'])}</td><td>{row['clean']:.2f}</td>"
+        f"<td>{'-' if row['noisy'] is None else format(row['noisy'], '.2f')}</td><td>{row['seconds']:.1f}</td></tr>"
+        for row in rows
+    )
+    error = 100 * (0.9 * 0.1 / test_images) ** 0.5
+    page = _PAGE.format(
+        picture=base64.b64encode(picture).decode(),
+        rows=body,
+        test_images=test_images,
+        error=f"{error:.1f}",
+        settings=html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
+    )
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        (scratch / "report.html").write_text(page, encoding="utf-8")
+        (scratch / "picture.png").write_bytes(picture)
+        (scratch / "results.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+        scratch.chmod(0o755)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>swap-prune demo</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+img {{ width: 100% }} table {{ border-collapse: collapse }} td, th {{ padding: .3rem 1rem; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px solid #ddd }} .small {{ color: #666 }}
+</style>
+<h1>Pruning an MNIST network</h1>
+<img alt="Test accuracy of each method, and the input pixels that each pruned network still reads"
+     src="data:image/png;base64,{picture}">
+<table><tr><th>method</th><th>clean gradients, %</th><th>noisy gradients, %</th><th>seconds</th></tr>{rows}</table>
+<p>Accuracy on {test_images} test images; one standard error near 90 % is {error} points. Magnitude pruning uses no
+gradients, so noise cannot reach it. LR and EWR also move the weights that stay.</p>
+<p class="small">One seed. Settings: {settings}. Data: a part of MNIST (LeCun, Cortes and Burges), CC BY-SA 3.0.</p>
+</html>
+"""

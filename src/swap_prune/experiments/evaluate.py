@@ -1,0 +1,70 @@
+"""Accuracy and loss of a classifier on a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from swap_prune.experiments.images import iterate
+from swap_prune.losses import check_labels, check_pair, describe
+from swap_prune.modes import eval_mode
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation.
+
+    Attributes:
+        accuracy: Correct top-1 predictions, in percent.
+        loss: Mean cross-entropy; None when it is not finite.
+        samples: Number of samples.
+    """
+
+    accuracy: float
+    loss: float | None
+    samples: int
+
+
+def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 256) -> Evaluation:
+    """Evaluate a classifier in eval mode, on the device where it is.
+
+    Args:
+        model: Maps inputs to logits (n, classes).
+        dataset: A Dataset or an iterable of batches ``(inputs, targets)``.
+        batch_size: Samples a batch, for a Dataset.
+
+    Raises:
+        ValueError: If the data is empty or does not fit the model, or a label is out of range.
+    """
+    device = next(model.parameters()).device
+    correct, total, loss = 0, 0, 0.0
+    with eval_mode(model), torch.no_grad():
+        for batch in iterate(dataset, batch_size=batch_size):
+            check_pair(batch)
+            inputs, targets = (part.to(device) for part in batch)
+            try:
+                logits = model(inputs)
+            except Exception as error:  # whatever the caller's model raises
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ValueError(f"the model failed on test images {describe(inputs)}: {reason}") from error
+            if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"evaluation needs logits (n, classes) and labels (n,), got {tuple(logits.shape)} and "
+                    f"{tuple(targets.shape)}"
+                )
+            check_labels(targets, logits.shape[1])
+            correct += int((logits.argmax(1) == targets).sum())
+            loss += float(functional.cross_entropy(logits.double(), targets, reduction="sum"))
+            total += len(targets)
+    if total == 0:
+        raise ValueError("the test data is empty: nothing to evaluate on")
+    mean = loss / total
+    return Evaluation(100 * correct / total, mean if math.isfinite(mean) else None, total)

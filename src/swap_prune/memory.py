@@ -1,0 +1,61 @@
+"""The memory budget: how much a run will need, known before any work is done."""
+
+from __future__ import annotations
+
+import os
+import re
+
+__all__ = ["check_memory", "parse_memory"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_OVERHEAD = 2**29  # interpreter, network, activations of a chunk and the solver's blocks of columns
+_VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
+
+
+def parse_memory(budget: str | int) -> int:
+    """Return a budget in bytes, from bytes or text such as ``"4GB"`` or ``"512MiB"``.
+
+    Raises:
+        ValueError: If it is not a positive amount of memory.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(budget).strip().upper())
+    if isinstance(budget, bool) or match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"memory must be bytes or an amount such as '4GB' or '512MiB', got {budget!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_memory(budget: str | int | None, n: int, p: int) -> None:
+    """Refuse a run whose Fisher factor would not fit.
+
+    Args:
+        budget: As for :func:`parse_memory`; None takes nine tenths of what the machine has free.
+        n: Calibration samples a stage.
+        p: Selected weights.
+
+    Raises:
+        ValueError: If the predicted need exceeds the budget.
+    """
+    limit = parse_memory(budget) if budget is not None else _free_memory()
+    if limit is None:
+        return
+    need = 4 * p * (n + _VECTORS) + 3 * 8 * n * n + _OVERHEAD
+    if need > limit:
+        fits = max(0, (limit - _OVERHEAD) // (4 * p) - _VECTORS)
+        raise ValueError(
+            f"{n} samples of {p} weights need about {need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB; "
+            + (f"use samples={fits} or fewer" if fits else "give more memory or select fewer weights")
+        )
+
+
+def _free_memory() -> int | None:
+    """Return nine tenths of the memory that is free, where the system says."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024 * 9 // 10
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+        except (AttributeError, OSError, ValueError):
+            return None

@@ -1,0 +1,226 @@
+"""READ FIRST: the whole of pruning on one page.
+
+    select -> capture -> (noise) -> regress -> apply -> recalibrate, once a stage
+
+Each stage draws fresh calibration samples, takes their gradients at the network's current weights, states a
+:class:`PruningProblem`, lets the method solve it, and writes the answer to the network. The sparsity of the
+stages follows a schedule that ends exactly at the target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from swap_prune.artifact import count_layers
+from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.noise import GradientNoise, parse_noise
+from swap_prune.losses import LossFn, cross_entropy
+from swap_prune.memory import check_memory
+from swap_prune.methods import Method, resolve_method
+from swap_prune.problem import PruningProblem
+from swap_prune.progress import StageProgress
+from swap_prune.report import PruningReport, StageReport, versions
+from swap_prune.schedule import keep_count, sparsity_schedule
+from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
+from swap_prune.surgery import (
+    RECALIBRATION_SAMPLES,
+    batchnorm_layers,
+    repair_batchnorm,
+    restored_on_error,
+    write_weights,
+)
+from swap_prune.surgery import recalibrate_batchnorm as recalibrate_layers
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: nn.Module,
+    data: Any,
+    sparsity: float = 0.9,
+    method: str | Method = "ewr",
+    *,
+    loss_fn: LossFn | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    ignore: Sequence[str] = (),
+    samples: int = 1024,
+    stages: int = 1,
+    schedule: str = "exponential",
+    recalibrate_batchnorm: bool = True,
+    recalibration_data: Any = None,
+    noise: str | GradientNoise | None = None,
+    memory: str | int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune a trained network in place, exactly to a sparsity, so that its loss hardly changes.
+
+    Args:
+        model: Any module. It is changed in place; if anything goes wrong it is left as it was.
+        data: Calibration data: a Dataset, or an iterable of batches that ``loss_fn`` takes.
+        sparsity: Fraction of the selected weights that becomes zero, in [0, 1):
+            ``p - floor(p * (1 - sparsity))`` zeros.
+        method: A name in ``swap_prune.METHODS``, or a config object such as ``swap_prune.EWR(epsilon=0.1)``.
+        loss_fn: ``(model, batch) -> (n,)`` per-sample losses; by default the cross-entropy of batches
+            ``(inputs, targets)``.
+        targets: Class names, parameter or module names, or ``"re:..."``, of what is pruned.
+        ignore: The same, for what is not.
+        samples: Calibration samples a stage; all there are, if the data holds fewer.
+        stages: Number of prune-and-recapture stages.
+        schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
+        recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
+            the stored ones do not fit the data at all).
+        recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
+        noise: Noise put on the gradients, to measure how a method bears it: ``"gradient:std=4,fraction=0.25"``.
+        memory: Budget such as ``"4GB"``, or bytes; by default what the machine has free. A run that would
+            need more is refused before any work.
+        seed: Seed of the run's own random state; the global one is neither read nor changed.
+        device: Where to compute; the model is moved there. By default where it is.
+        progress: Show progress on standard error.
+
+    Returns:
+        The report; ``report.save(directory)`` writes the pruned model.
+
+    Raises:
+        ValueError: If an argument, the data, the model or the loss cannot be used. The message says what
+            was received and what to do.
+    """
+    started = time.perf_counter()
+    solver, noise_model = resolve_method(method), parse_noise(noise)
+    sparsities = sparsity_schedule(sparsity, stages, schedule)
+    _check_whole("samples", samples, 1)
+    _check_whole("seed", seed, 0)
+    selection = select_parameters(model, targets, ignore)
+    if solver.needs_gradients:
+        check_memory(memory, samples, selection.total)
+    if device is not None:
+        model.to(device)
+    place = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    calibration = CalibrationStream(data, generator, place)
+    run = _Run(
+        model=model,
+        selection=selection,
+        solver=solver,
+        noise=noise_model,
+        loss_fn=loss_fn or cross_entropy,
+        samples=samples,
+        generator=generator,
+        calibration=calibration,
+        recalibration=calibration
+        if recalibration_data is None
+        else CalibrationStream(recalibration_data, generator, place),
+        normalised=recalibrate_batchnorm and bool(batchnorm_layers(model)),
+    )
+    with restored_on_error(model, selection), StageProgress(progress, stages) as shown:
+        notes = repair_batchnorm(model, run.recalibration, run.loss_fn) if run.normalised else []
+        records = [
+            run.stage(target, shown, number, final=number == stages)
+            for number, target in enumerate(sparsities, start=1)
+        ]
+    settings = {
+        "sparsity": sparsity,
+        "method": {"name": solver.name, **asdict(solver)},  # type: ignore[call-overload]
+        "targets": [targets] if isinstance(targets, str) else list(targets),
+        "ignore": [ignore] if isinstance(ignore, str) else list(ignore),
+        "samples": samples,
+        "stages": stages,
+        "schedule": schedule,
+        "recalibrate_batchnorm": recalibrate_batchnorm,
+        "noise": None if noise_model is None else asdict(noise_model),
+        "device": str(place),
+    }
+    return _report(model, selection, solver.name, settings, seed, records, notes, started)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every stage of a run shares."""
+
+    model: nn.Module
+    selection: Selection
+    solver: Method
+    noise: GradientNoise | None
+    loss_fn: LossFn
+    samples: int
+    generator: torch.Generator
+    calibration: CalibrationStream
+    recalibration: CalibrationStream
+    normalised: bool  # whether BatchNorm is recalibrated
+
+    def stage(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
+        """Capture, solve, apply, recalibrate."""
+        started = time.perf_counter()
+        capture: Capture | None = None
+        if self.solver.needs_gradients:
+            batches = self.calibration.draw(self.samples)
+            shown.stage(number, sparsity, sum(map(batch_size, batches)))
+            capture = capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=shown.advance)
+        keep = keep_count(self.selection.total, sparsity)
+        factor = capture.factor if capture else None
+        if factor is not None and self.noise is not None:
+            factor = self.noise.apply(factor, self.generator)
+        problem = PruningProblem(self.selection.read(self.model), keep, factor)
+        solution = self.solver.solve(problem, self.generator)
+        write_weights(self.model, self.selection, solution.weights, solution.kept)
+        if self.normalised:
+            drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
+            recalibrate_layers(self.model, drawn, self.loss_fn)
+        return StageReport(
+            sparsity=sparsity,
+            kept=keep,
+            samples=len(capture.losses) if capture else 0,
+            loss=float(capture.losses.mean()) if capture else None,
+            seconds=time.perf_counter() - started,
+            converged=solution.converged,
+            iterations=solution.iterations,
+            evidence=dict(solution.evidence),
+        )
+
+
+def _report(
+    model: nn.Module,
+    selection: Selection,
+    method: str,
+    settings: dict[str, Any],
+    seed: int,
+    stages: list[StageReport],
+    notes: list[str],
+    started: float,
+) -> PruningReport:
+    """Count what is in the model now, and say what a reader should know."""
+    layers = count_layers(model, selection.names)
+    kept = sum(layer.kept for layer in layers.values())
+    if kept != stages[-1].kept:
+        notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
+    if 0 < stages[-1].samples < settings["samples"]:
+        notes.append(f"the data hold {stages[-1].samples} samples, fewer than the {settings['samples']} asked for")
+    emptied = [name for name, layer in layers.items() if layer.kept == 0]
+    if emptied:
+        notes.append(f"layers without a weight left: {', '.join(emptied)}")
+    return PruningReport(
+        method=method,
+        sparsity=1 - kept / selection.total,
+        kept=kept,
+        total=selection.total,
+        layers=layers,
+        seconds=time.perf_counter() - started,
+        settings=settings,
+        seed=seed,
+        stages=stages,
+        versions=versions(),
+        notes=notes,
+    ).bind(model)
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

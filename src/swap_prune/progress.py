@@ -1,0 +1,53 @@
+"""Progress of a run on standard error, for people; silent when standard error is not a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["StageProgress"]
+
+
+class StageProgress:
+    """A bar over the calibration rows of the running stage.
+
+    Args:
+        shown: Whether to show anything.
+        stages: Number of stages.
+    """
+
+    def __init__(self, shown: bool, stages: int) -> None:
+        console = Console(stderr=True)
+        self._stages = stages
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} gradients"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not (shown and console.is_terminal),
+        )
+        self._task = self._bar.add_task("pruning", total=None)
+
+    def __enter__(self) -> StageProgress:
+        """Start the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+    def stage(self, number: int, sparsity: float, rows: int) -> None:
+        """Begin a stage that will capture some rows."""
+        label = f"stage {number}/{self._stages}: sparsity {sparsity:.4f}"
+        self._bar.reset(self._task, total=rows, description=label)
+
+    def advance(self, rows: int) -> None:
+        """Count rows that were captured."""
+        self._bar.advance(self._task, rows)

@@ -1,0 +1,172 @@
+"""The only module that changes a model: selected weights and BatchNorm statistics.
+
+Sixth and seventh step of the pipeline: the solution is written to the parameters in place, then the running
+statistics of BatchNorm are estimated anew, since pruning moves the activations that they describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.losses import LossFn, check_calibration
+from swap_prune.modes import eval_mode
+from swap_prune.selection import Selection
+
+__all__ = [
+    "batchnorm_layers",
+    "batchnorm_misfit",
+    "recalibrate_batchnorm",
+    "repair_batchnorm",
+    "restored_on_error",
+    "write_weights",
+]
+
+RECALIBRATION_SAMPLES = 10_000  # at the end of a run; all the data, if it holds fewer
+_MISFIT_SAMPLES = 512
+_MISFIT, _MISFIT_MARGIN = 1.5, 0.1  # stored statistics are given up when their loss exceeds 1.5 own + 0.1
+
+
+def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept: Tensor) -> None:
+    """Write w to the selected parameters; what is not kept becomes exactly zero.
+
+    A kept weight that the parameter's dtype would round to zero becomes the smallest number that it has, so
+    that storing in half precision does not change the sparsity.
+
+    Args:
+        model: The network, changed in place.
+        selection: Where the p weights lie.
+        weights: w, (p,).
+        kept: Kept set, (p,), boolean.
+    """
+    parameters = dict(model.named_parameters())
+    masks = selection.split(kept)
+    with torch.no_grad():
+        for name, values in selection.split(weights).items():
+            parameter = parameters[name]
+            stored = values.to(parameter)
+            lost = (stored == 0) & (values.to(parameter.device) != 0)
+            if bool(lost.any()):
+                least = torch.finfo(parameter.dtype).smallest_normal
+                stored = torch.where(lost, values.sign().to(parameter) * least, stored)
+            parameter.copy_(stored.masked_fill(~masks[name].to(parameter.device), 0))
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, selection: Selection) -> Iterator[None]:
+    """Give the selected weights and the BatchNorm statistics back if the block does not end well."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in selection.names}
+    buffers = [(b, b.detach().clone()) for layer in batchnorm_layers(model) for b in layer.buffers()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, values in before.items():
+                parameters[name].copy_(values)
+            for buffer, values in buffers:
+                buffer.copy_(values)
+        raise
+
+
+def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> int:
+    """Estimate BatchNorm's running statistics anew: the plain average over the batches.
+
+    Everything but BatchNorm stays in eval mode. Batches of one sample are passed over, since they have no
+    variance.
+
+    Args:
+        model: The network; only its BatchNorm buffers change.
+        batches: Batches on the model's device.
+        loss_fn: Used to run the network on a batch.
+
+    Returns:
+        The number of layers that were recalibrated; 0 when there are none or no batch was usable.
+    """
+    layers = batchnorm_layers(model)
+    usable = [batch for batch in batches if batch_size(batch) > 1]
+    if not layers or not usable:
+        return 0
+    momenta = [layer.momentum for layer in layers]
+    with _batch_statistics(model, layers), torch.no_grad():
+        try:
+            for layer in layers:
+                layer.reset_running_stats()  # type: ignore[operator]
+                layer.momentum = None  # type: ignore[assignment]
+            for batch in usable:
+                loss_fn(model, batch)
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+    return len(layers)
+
+
+def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> tuple[float, float]:
+    """Compare the stored statistics with those of the data.
+
+    Args:
+        model: The network; nothing of it changes.
+        batches: Batches on the model's device.
+        loss_fn: Per-sample loss.
+
+    Returns:
+        The mean loss with the stored statistics, and with each batch's own; equal without BatchNorm.
+    """
+    layers = batchnorm_layers(model)
+    usable = [batch for batch in batches if batch_size(batch) > 1]
+    if not layers or not usable:
+        return 0.0, 0.0
+    with torch.no_grad():
+        with eval_mode(model):
+            stored = torch.cat([loss_fn(model, batch) for batch in usable]).mean()
+        before = [(b, b.clone()) for layer in layers for b in layer.buffers()]
+        with _batch_statistics(model, layers):
+            own = torch.cat([loss_fn(model, batch) for batch in usable]).mean()
+        for buffer, values in before:
+            buffer.copy_(values)
+    return float(stored), float(own)
+
+
+def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossFn) -> list[str]:
+    """Recalibrate a network whose stored statistics do not fit the data at all.
+
+    Args:
+        model: The network; only its BatchNorm buffers may change.
+        stream: Data to judge by, and to recalibrate with.
+        loss_fn: Per-sample loss.
+
+    Returns:
+        What was found and done, as a sentence; empty when the statistics fit.
+    """
+    if not batchnorm_layers(model):
+        return []
+    batches = stream.draw(_MISFIT_SAMPLES)
+    with eval_mode(model):
+        check_calibration(model, loss_fn, batches[:1])
+    stored, own = batchnorm_misfit(model, batches, loss_fn)
+    if not stored > _MISFIT * own + _MISFIT_MARGIN:
+        return []
+    recalibrate_batchnorm(model, stream.draw(RECALIBRATION_SAMPLES), loss_fn)
+    return [
+        f"BatchNorm's stored statistics did not fit the data (mean loss {stored:.3f}, against {own:.3f} with the "
+        "batches' own) and were recalibrated first"
+    ]
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    with eval_mode(model):
+        for layer in layers:
+            layer.training = True
+        yield

@@ -1,0 +1,277 @@
+"""Entropic transport: the plan against POT, its limits, and what no eps may break."""
+
+import math
+
+import ot
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swap_prune.transport import barycentric_target, squared_cost, transport_plan
+from tests.cases import normal, paired_clouds
+from tests.reference import reference_measure, sinkhorn
+
+ANCHORS = (0.0, 0.1, 1.0)
+
+
+def mean_cost(x, y):
+    return float(((x[:, None] - y[None, :]) ** 2).mean())
+
+
+def assert_coupling(plan, tolerance=1e-9):
+    n = len(plan)
+    assert plan.dtype == torch.float64 and plan.shape == (n, n)
+    assert bool(torch.isfinite(plan).all()) and float(plan.min()) >= 0
+    assert float((plan.sum(0) * n - 1).abs().max()) <= tolerance
+    assert float((plan.sum(1) * n - 1).abs().max()) <= tolerance
+
+
+def pot_plan(x, y, epsilon, anchor):
+    """POT's plan and the error of its marginals; the anchored problem has cost ``C - eps log R``."""
+    n = len(x)
+    cost = (x[:, None] - y[None, :]) ** 2 - epsilon * (n**2 * reference_measure(n, anchor)).log()
+    mass = torch.full((n,), 1 / n, dtype=torch.float64)
+    plan, log = ot.bregman.sinkhorn_log(
+        mass, mass, cost, reg=epsilon, numItermax=20_000, stopThr=1e-13, log=True, warn=False
+    )
+    return plan, float(log["err"][-1])
+
+
+@pytest.mark.parametrize("anchor", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("relative", [0.02, 0.1, 1.0, 30.0])
+def test_plan_is_that_of_pot(relative, anchor):
+    x, y = paired_clouds(16, seed=1, noise=0.5)
+    epsilon = relative * mean_cost(x, y)
+    expected, error = pot_plan(x, y, epsilon, anchor)
+    assert error < 1e-9, "POT did not converge: it says nothing about the plan"
+    result = transport_plan(x, y, epsilon, anchor=anchor)
+    assert result.converged and result.residual <= 1e-9
+    torch.testing.assert_close(result.plan, expected, rtol=0, atol=1e-6 / len(x))
+
+
+@pytest.mark.parametrize("anchor", [0.01, 0.3, 1.0])
+def test_plan_is_that_of_plain_sinkhorn(anchor):
+    x, y = normal(9, seed=3), normal(9, seed=4)
+    epsilon = 0.2 * mean_cost(x, y)
+    expected = sinkhorn((x[:, None] - y[None, :]) ** 2, reference_measure(9, anchor), epsilon)
+    torch.testing.assert_close(transport_plan(x, y, epsilon, anchor=anchor).plan, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("exponent", range(-8, 9, 2))
+def test_marginals_whatever_the_epsilon(exponent, anchor):
+    x, y = paired_clouds(24, seed=2)
+    epsilon = 10.0**exponent * mean_cost(x, y)
+    result = transport_plan(x, y, epsilon, anchor=anchor)
+    assert result.epsilon == epsilon
+    assert_coupling(result.plan)
+
+
+@pytest.mark.parametrize("anchor", [0.1, 1.0])
+@pytest.mark.parametrize("relative", [0.01, 0.1, 1.0, 100.0])
+def test_convergence_at_the_size_of_a_stage(relative, anchor):
+    x, y = paired_clouds(200, seed=5)
+    result = transport_plan(x, y, relative * mean_cost(x, y), anchor=anchor)
+    assert result.converged and result.residual <= 1e-9
+    assert_coupling(result.plan)
+
+
+@pytest.mark.parametrize("anchor", [0.1, 1.0])
+def test_small_epsilon_matches_sorted_to_sorted(anchor):
+    x, y = normal(15, seed=6), normal(15, seed=7)
+    plan = transport_plan(x, y, 1e-8 * mean_cost(x, y), anchor=anchor).plan
+    expected = torch.zeros_like(plan)
+    expected[x.argsort(), y.argsort()] = 1 / 15
+    torch.testing.assert_close(plan, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(barycentric_target(plan, y)[x.argsort()], y.sort().values)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_large_epsilon_gives_the_reference_measure(anchor):
+    x, y = normal(11, seed=8), normal(11, seed=9)
+    plan = transport_plan(x, y, 1e9 * mean_cost(x, y), anchor=anchor).plan
+    torch.testing.assert_close(plan, reference_measure(11, anchor), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("relative", [1e-6, 1.0, 1e6])
+def test_without_freedom_the_plan_is_the_pairing(relative):
+    x, y = normal(7, seed=10), normal(7, seed=11)
+    result = transport_plan(x, y, relative * mean_cost(x, y), anchor=0)
+    assert torch.equal(result.plan, torch.eye(7, dtype=torch.float64) / 7)
+    assert result.converged
+
+
+def test_the_plan_moves_off_the_pairing_as_the_anchor_is_lifted():
+    x, y = normal(12, seed=12), normal(12, seed=13)
+    epsilon = mean_cost(x, y)
+    paired = [
+        float(transport_plan(x, y, epsilon, anchor=a).plan.diagonal().sum()) for a in (0.0, 1e-9, 0.01, 0.1, 0.5, 1.0)
+    ]
+    assert paired[0] == pytest.approx(paired[1], abs=1e-6) == pytest.approx(1, abs=1e-6)
+    assert all(a > b for a, b in zip(paired[1:], paired[2:], strict=False))
+
+
+@pytest.mark.parametrize("anchor", [0.1, 1.0])
+@pytest.mark.parametrize(("shift_x", "shift_y"), [(50.0, 50.0), (-300.0, 7.0)])
+def test_translation_of_either_cloud_leaves_the_plan(anchor, shift_x, shift_y):
+    x, y = paired_clouds(13, seed=14)  # moving x by c adds a function of i and one of j to the cost
+    epsilon = 0.3 * mean_cost(x, y)
+    plan = transport_plan(x, y, epsilon, anchor=anchor).plan
+    moved = transport_plan(x + shift_x, y + shift_y, epsilon, anchor=anchor).plan
+    torch.testing.assert_close(moved, plan, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("factor", [1e-6, -1.0, 1e6])
+def test_scaling_both_clouds_scales_epsilon_by_the_square(factor):
+    x, y = paired_clouds(13, seed=15)
+    epsilon = 0.3 * mean_cost(x, y)
+    plan = transport_plan(x, y, epsilon, anchor=0.4).plan
+    scaled = transport_plan(factor * x, factor * y, factor**2 * epsilon, anchor=0.4).plan
+    torch.testing.assert_close(scaled, plan, rtol=0, atol=1e-9)
+
+
+def test_permutation_of_one_cloud_permutes_the_unanchored_plan():
+    x, y = paired_clouds(13, seed=16)
+    epsilon = 0.1 * mean_cost(x, y)
+    rows, columns = torch.randperm(13, generator=torch.Generator().manual_seed(1)), torch.arange(12, -1, -1)
+    plan = transport_plan(x, y, epsilon).plan
+    permuted = transport_plan(x[rows], y[columns], epsilon).plan
+    torch.testing.assert_close(permuted, plan[rows][:, columns], rtol=0, atol=1e-9)
+
+
+def test_permutation_of_the_pairs_permutes_the_anchored_plan():
+    x, y = paired_clouds(13, seed=17)
+    epsilon = 0.1 * mean_cost(x, y)
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(2))
+    plan = transport_plan(x, y, epsilon, anchor=0.2).plan
+    permuted = transport_plan(x[order], y[order], epsilon, anchor=0.2).plan
+    torch.testing.assert_close(permuted, plan[order][:, order], rtol=0, atol=1e-9)
+
+
+def test_exchange_of_the_clouds_transposes_the_plan():
+    x, y = paired_clouds(13, seed=18)
+    epsilon = 0.2 * mean_cost(x, y)
+    there = transport_plan(x, y, epsilon, anchor=0.7).plan
+    back = transport_plan(y, x, epsilon, anchor=0.7).plan
+    torch.testing.assert_close(back, there.T, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_one_point(anchor):
+    result = transport_plan(torch.tensor([3.0]), torch.tensor([-1.0]), 0.1, anchor=anchor)
+    assert result.plan.tolist() == [[1.0]] and result.converged
+
+
+def test_ties_get_equal_rows_and_columns():
+    x = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 2.0], dtype=torch.float64)
+    y = torch.tensor([0.0, 0.0, 1.0, 1.0, 5.0, 5.0], dtype=torch.float64)
+    for relative in (1e-6, 1e-2, 1.0):
+        plan = transport_plan(x, y, relative * mean_cost(x, y)).plan
+        assert_coupling(plan)
+        torch.testing.assert_close(plan[1], plan[2], rtol=0, atol=1e-9)
+        torch.testing.assert_close(plan[3], plan[5], rtol=0, atol=1e-9)
+        torch.testing.assert_close(plan[:, 4], plan[:, 5], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("apart", [0.0, 5.0])
+@pytest.mark.parametrize("epsilon", [1e-9, 1.0, 1e9])
+def test_constant_clouds_leave_the_reference_measure(anchor, apart, epsilon):
+    x, y = torch.zeros(6, dtype=torch.float64), torch.full((6,), apart, dtype=torch.float64)
+    plan = transport_plan(x, y, epsilon, anchor=anchor).plan
+    rounding = 1e-9 + 1e-15 * apart**2 / epsilon  # of the cost, seen through eps
+    torch.testing.assert_close(plan, reference_measure(6, anchor), rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("anchor", [0.1, 1.0])
+@pytest.mark.parametrize("relative", [1e-8, 1e-3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outliers(anchor, relative, dtype):
+    x, y = (cloud.to(dtype) for cloud in paired_clouds(20, seed=19))
+    x[3], y[3], y[11] = 1e6, 2e6, -1e5
+    plan = transport_plan(x, y, relative * mean_cost(x.double(), y.double()), anchor=anchor).plan
+    assert_coupling(plan)
+
+
+def test_an_outlier_does_not_disturb_its_neighbours():
+    """At an eps fit for the bulk, pairs of outliers go to each other and the rest is as without them."""
+    x, y = paired_clouds(14, seed=20)
+    epsilon = 0.1 * mean_cost(x, y)
+    alone = transport_plan(x, y, epsilon).plan
+    far = torch.tensor([1e4], dtype=torch.float64)
+    plan = transport_plan(torch.cat([x, far]), torch.cat([y, far]), epsilon).plan
+    torch.testing.assert_close(plan[:14, :14] * 15, alone * 14, rtol=0, atol=1e-7)
+    assert float(plan[14, 14]) == pytest.approx(1 / 15, abs=1e-9)
+
+
+def test_a_search_cut_short_is_reported_and_still_a_coupling():
+    x, y = normal(40, seed=21), 3 * normal(40, seed=22)
+    result = transport_plan(x, y, 1e-4 * mean_cost(x, y), max_iterations=1, tolerance=1e-15)
+    assert not result.converged and result.residual > 1e-15 and result.iterations <= 1
+    assert_coupling(result.plan)
+
+
+def test_inputs_are_left_alone():
+    x, y = paired_clouds(8, seed=23)
+    before = x.clone(), y.clone()
+    transport_plan(x, y, 0.1, anchor=0.5)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])
+
+
+def test_squared_cost_of_clouds_far_from_zero():
+    x, y = normal(5, seed=24), normal(7, seed=25)
+    expected = (x[:, None] - y[None, :]) ** 2
+    torch.testing.assert_close(squared_cost(x, y), expected)
+    torch.testing.assert_close(squared_cost(x + 1e6, y + 1e6), expected, rtol=1e-7, atol=1e-8)
+
+
+def test_barycentric_target():
+    y = normal(6, seed=26, dtype=torch.float32)
+    pairing = torch.eye(6, dtype=torch.float64) / 6
+    assert torch.allclose(barycentric_target(pairing, y), y) and barycentric_target(pairing, y).dtype == y.dtype
+    uniform = torch.full((6, 6), 1 / 36, dtype=torch.float64)
+    torch.testing.assert_close(barycentric_target(uniform, y), y.mean().expand(6))
+    plan = reference_measure(6, 0.3)
+    torch.testing.assert_close(barycentric_target(plan, y.double()), 0.7 * y.double() + 0.3 * y.double().mean())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(epsilon=0.0), "epsilon"),
+        (dict(epsilon=-1.0), "epsilon"),
+        (dict(epsilon=math.inf), "epsilon"),
+        (dict(epsilon=math.nan), "epsilon"),
+        (dict(anchor=-0.1), "anchor"),
+        (dict(anchor=1.1), "anchor"),
+        (dict(anchor=math.nan), "anchor"),
+        (dict(x=torch.zeros(3)), "shape"),
+        (dict(x=torch.zeros(4, 1), y=torch.zeros(4, 1)), "shape"),
+        (dict(x=torch.zeros(0), y=torch.zeros(0)), "shape"),
+        (dict(x=torch.tensor([0.0, 1.0, 2.0, math.nan])), "finite"),
+        (dict(y=torch.tensor([0.0, 1.0, 2.0, -math.inf])), "finite"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    usual = {"x": torch.arange(4.0), "y": torch.arange(4.0), "epsilon": 1.0, "anchor": 0.5, **arguments}
+    anchor = usual.pop("anchor")
+    with pytest.raises(ValueError, match=message):
+        transport_plan(*usual.values(), anchor=anchor)
+
+
+numbers = st.floats(-1e3, 1e3, allow_nan=False)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    pairs=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=10),
+    exponent=st.floats(-8, 8),
+    anchor=st.sampled_from([0.0, 1e-6, 0.1, 0.9, 1.0]),
+)
+def test_every_plan_is_a_coupling(pairs, exponent, anchor):
+    x, y = (torch.tensor(cloud, dtype=torch.float64) for cloud in zip(*pairs, strict=True))
+    epsilon = 10.0**exponent * max(mean_cost(x, y), 1e-30)
+    result = transport_plan(x, y, epsilon, anchor=anchor)
+    assert_coupling(result.plan)
+    assert not result.converged or result.residual <= 1e-9
