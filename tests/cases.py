@@ -79,9 +79,9 @@ def pruning_problem(n, p, keep, seed=0, kind="plain", dtype=torch.float32):
     elif kind == "zero matrix":
         G.zero_()
     elif kind == "duplicate rows":
-        G[n // 2 :] = G[: n - n // 2]
+        G[n // 2 :] = G[: n - n // 2].clone()
     elif kind == "duplicate columns":
-        G[:, p // 2 :] = G[:, : p - p // 2]
+        G[:, p // 2 :] = G[:, : p - p // 2].clone()
     elif kind == "one row dominates":
         G[0] *= 1e4
     elif kind == "layers of different scale":

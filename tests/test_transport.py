@@ -1,6 +1,7 @@
 """Entropic transport: the plan against POT, its limits, and what no eps may break."""
 
 import math
+from itertools import pairwise
 
 import ot
 import pytest
@@ -109,7 +110,7 @@ def test_the_plan_moves_off_the_pairing_as_the_anchor_is_lifted():
         float(transport_plan(x, y, epsilon, anchor=a).plan.diagonal().sum()) for a in (0.0, 1e-9, 0.01, 0.1, 0.5, 1.0)
     ]
     assert paired[0] == pytest.approx(paired[1], abs=1e-6) == pytest.approx(1, abs=1e-6)
-    assert all(a > b for a, b in zip(paired[1:], paired[2:], strict=False))
+    assert all(a > b for a, b in pairwise(paired[1:]))
 
 
 @pytest.mark.parametrize("anchor", [0.1, 1.0])

@@ -29,7 +29,7 @@ __all__ = ["Backend", "Capture", "capture_gradients"]
 
 Backend = Literal["auto", "vmap", "loop"]
 
-_CHUNK_BYTES = 96 * 2**20  # activations and gradients of one chunk together
+_CHUNK_BYTES = 256 * 2**20  # activations and gradients of one chunk together
 _MAX_CHUNK = 256
 
 
@@ -143,7 +143,12 @@ class _Capturer:
                 if not self._fallback:
                     raise
                 self.backend = "loop"
-        return self._fill_loop(batch, rows, losses)
+        if not is_sliceable(batch):
+            return self._fill_loop(batch, rows, losses)
+        size = batch_size(batch)  # one sample at a time: a backward pass costs what its whole batch costs
+        for i in range(size):
+            self._fill_loop(slice_batch(batch, i, i + 1), rows[i:], losses[i:])
+        return size
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         size = batch_size(batch)

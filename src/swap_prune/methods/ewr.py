@@ -23,6 +23,7 @@ from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse, t
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
 from swap_prune.regression.two_regime import two_regime_step
+from swap_prune.transport import barycentric_target, transport_plan
 
 __all__ = ["EWR"]
 
@@ -44,7 +45,7 @@ class EWR:
             step; the paper takes one a stage.
         metric: As for LR. ``algorithm1`` steps in the identity metric, as the paper does.
         damping: As for LR.
-        iterations: As for LR.
+        iterations: As for LR; not used by ``algorithm1``.
     """
 
     epsilon: float | Literal["auto"] = "auto"
@@ -119,23 +120,28 @@ class EWR:
     def _algorithm_1(self, problem: PruningProblem) -> PruningSolution:
         """The paper's Algorithm 1, one stage.
 
-        Departure from the paper's text: its stage starts at ``w = w_bar``, where its gradient is zero. Here
-        it starts at the hard-thresholded ``w_bar``, as the public code in effect does.
+        Departure from the paper's text: its stage starts at ``w = w_bar``, where its gradient is zero; here it
+        starts at the hard-thresholded ``w_bar``. The objective that the step size looks at is that of the
+        fixed plan, whichever gradient gives the direction.
         """
         pairing = pairing_regression(problem, self.ridge, "identity", self.damping)
         support = top_k(problem.reference.abs(), problem.keep)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)
         anchor = 1.0 if self.anchor == "auto" else float(self.anchor)
-        taken = 0
-        for _ in range(self.couplings):
+        for taken in range(self.couplings):
             x = pairing.factor.matvec(fit.weights)
             epsilon = (1.0 if self.epsilon == "auto" else float(self.epsilon)) * self._unit(x, pairing.target)
-            coupling = Coupling(anchor, epsilon, self.gradient, debias=False)
-            step = two_regime_step(couple(pairing, x, coupling), fit.weights, fit.support)
-            taken += step.iterations
+            plan = transport_plan(x, pairing.target, epsilon, anchor=anchor).plan
+            objective = replace(pairing, target=barycentric_target(plan, pairing.target))
+            direction = None
+            if self.gradient == "paper":
+                smoothing = (plan * len(x)).to(x.dtype)
+                direction = replace(pairing, smoothing=smoothing).gradient(fit.weights, x)
+            step = two_regime_step(objective, fit.weights, fit.support, direction)
             if step.iterations == 0:
+                fit = replace(fit, iterations=taken, converged=True)
                 break
-            fit = replace(step, converged=False)
-        evidence = {"ridge": pairing.ridge, "anchor": anchor, "steps": taken}
-        return solution_of(fit, {**evidence, "objective": pairing.value(fit.weights)})
+            fit = replace(step, iterations=taken + 1, converged=False)
+        evidence = {"ridge": pairing.ridge, "anchor": anchor, "objective": pairing.value(fit.weights)}
+        return solution_of(fit, evidence)

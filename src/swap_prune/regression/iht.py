@@ -82,7 +82,7 @@ def solve_sparse(
         tried = problem.refit(candidate)
         tried_x = problem.factor.matvec(tried)
         tried_value = problem.value(tried, tried_x)
-        if not tried_value < value * (1 - _RELATIVE_GAIN):
+        if not tried_value < value - _RELATIVE_GAIN * abs(value):
             return SparseFit(w, support, value, iteration, converged=True)
         support, w, x, value = candidate, tried, tried_x, tried_value
     return SparseFit(w, support, value, max_iterations, converged=False)

@@ -61,13 +61,14 @@ def couple(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> WeightedRid
 
     Returns:
         The same regression with the barycentric target, debiased as in the Sinkhorn divergence
-        (``T_xy(x) - T_xx(x) + x``; Feydy et al., 2019), or with residuals smoothed by the symmetric part of
-        ``n P``.
+        (``T_xy(x) - T_xx(x) + x``; Feydy et al., 2019), or with residuals smoothed by ``n P``, of which the
+        symmetric positive part is taken, so that there is a minimum.
     """
     y = pairing.target
     plan = transport_plan(x, y, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE).plan
     if coupling.gradient == "paper":
-        smoothing = (plan + plan.T) * (len(y) / 2)
+        values, vectors = torch.linalg.eigh((plan + plan.T) * (len(y) / 2))
+        smoothing = (vectors * values.clamp(min=0)) @ vectors.T
         return replace(pairing, smoothing=smoothing.to(y.dtype))
     target = barycentric_target(plan, y)
     if coupling.debias and coupling.anchor > 0:

@@ -42,15 +42,22 @@ def critical_step(w: Tensor, gradient: Tensor, support: Tensor) -> float:
 
 
 def two_regime_step(
-    problem: WeightedRidge, w: Tensor, support: Tensor, *, growth: float = 1.05, max_growths: int = 500
+    problem: WeightedRidge,
+    w: Tensor,
+    support: Tensor,
+    gradient: Tensor | None = None,
+    *,
+    growth: float = 1.05,
+    max_growths: int = 500,
 ) -> SparseFit:
     """Take one step of Algorithm 1 from sparse weights.
 
     Args:
-        problem: The objective with the plan fixed; its metric is not used for the step (Euclidean, as in the
-            paper).
+        problem: The objective with the plan fixed, ``n/2 <P, C> + ridge`` up to a constant; its metric is not
+            used for the step (Euclidean, as in the paper).
         w: Weights, (p,), zero outside ``support``.
         support: Indices of the kept weights, (k,).
+        gradient: Direction of descent, (p,); by default the gradient of the objective.
         growth: Factor by which tau grows in the second regime, > 1.
         max_growths: Bound on the number of growths.
 
@@ -58,19 +65,20 @@ def two_regime_step(
         The new sparse weights; the old ones when no step lowers Q.
     """
     keep = len(support)
-    gradient = problem.gradient(w)
+    descent = problem.gradient(w)
+    gradient = descent if gradient is None else gradient
     before = SparseFit(w, support, problem.value(w), 0, converged=True)
     inside = hard_threshold(gradient, support)
     moved = problem.factor.matvec(inside)
-    slope = float(torch.dot(gradient, inside))
+    slope = float(torch.dot(descent, inside))
     curvature = float(
         torch.dot(moved, problem.smooth(moved)) + problem.penalty * torch.dot(problem.metric * inside, inside)
     )
     tau_c = critical_step(w, gradient, support)
     tau_m = slope / curvature if curvature > 0 else float("inf")
-    if tau_m <= tau_c:
+    if 0 <= tau_m <= tau_c:
         return _better(before, _at(problem, w - tau_m * inside, keep))
-    if tau_c == float("inf"):
+    if tau_m < 0 or tau_c == float("inf"):  # no descent on the support, or nothing that could change it
         return before
     tau = tau_c
     best = _at(problem, w - tau * gradient, keep)

@@ -1,0 +1,247 @@
+"""The calibration stream: what is drawn from data sets, lists, loaders and generators."""
+
+from collections import namedtuple
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from swap_prune.calibration import CalibrationStream, batch_size, is_sliceable, map_tensors, slice_batch
+from tests.cases import generator
+
+
+def batches_of(*sizes):
+    """Batches (inputs, targets) whose targets number the samples."""
+    numbers = torch.arange(sum(sizes))
+    return [(part[:, None].float() * 10, part) for part in numbers.split(list(sizes))]
+
+
+def stream(data, seed=0):
+    return CalibrationStream(data, generator(seed))
+
+
+def drawn(source, samples):
+    """The numbers of the samples of one draw; inputs and targets must still belong together."""
+    numbers = []
+    for inputs, targets in source.draw(samples):
+        assert inputs.shape == (len(targets), 1) and torch.equal(inputs[:, 0], targets.float() * 10)
+        numbers += targets.tolist()
+    return numbers
+
+
+class OneByOne(Dataset):
+    """A map-style data set without ``__getitems__``."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if not 0 <= index < 10:
+            raise IndexError
+        return torch.tensor([index * 10.0]), index
+
+
+class Flow(IterableDataset):
+    def __iter__(self):
+        return ((torch.tensor([i * 10.0]), i) for i in range(10))
+
+
+def datasets():
+    inputs, targets = batches_of(10)[0]
+    whole = TensorDataset(inputs, targets)
+    more = TensorDataset(*batches_of(20)[0])
+    return {"tensors": whole, "one by one": OneByOne(), "subset": Subset(more, range(10))}
+
+
+@pytest.mark.parametrize("name", datasets())
+def test_a_dataset_is_drawn_at_random_without_repetition(name):
+    source = stream(datasets()[name])
+    draws = [drawn(source, 5) for _ in range(4)]
+    assert sorted(draws[0] + draws[1]) == sorted(draws[2] + draws[3]) == list(range(10))
+    assert draws[0] + draws[1] != list(range(10)), "shuffled"
+    assert draws[0] + draws[1] != draws[2] + draws[3], "and shuffled anew"
+
+
+def test_a_draw_across_the_end_of_a_dataset_repeats_nothing():
+    source = stream(OneByOne())
+    for size in (4, 4, 4, 7, 7, 3, 9):
+        numbers = drawn(source, size)
+        assert len(numbers) == len(set(numbers)) == size
+
+
+def test_every_sample_of_a_dataset_is_seen_before_any_is_seen_twice():
+    source = stream(OneByOne())
+    numbers = [i for _ in range(5) for i in drawn(source, 4)]
+    assert sorted(numbers[:10]) == sorted(set(numbers[10:]) | set(numbers[8:10])) == list(range(10))
+
+
+def test_more_samples_than_a_dataset_has():
+    source = stream(OneByOne())
+    assert sorted(drawn(source, 25)) == sorted(drawn(source, 25)) == list(range(10))
+
+
+def test_a_large_draw_comes_in_batches():
+    count = 300
+    data = TensorDataset(torch.arange(count)[:, None].float() * 10, torch.arange(count))
+    parts = stream(data).draw(290)
+    assert len(parts) > 1 and sum(len(targets) for _, targets in parts) == 290
+
+
+def test_the_seed_decides():
+    first, second, other = stream(OneByOne(), 1), stream(OneByOne(), 1), stream(OneByOne(), 2)
+    state = torch.get_rng_state()
+    one, two, three = ([drawn(s, 6) for _ in range(3)] for s in (first, second, other))
+    assert one == two and one != three
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def iterables():
+    return {
+        "list": lambda: batches_of(4, 4, 2),
+        "tuple": lambda: tuple(batches_of(4, 4, 2)),
+        "loader": lambda: DataLoader(OneByOne(), batch_size=4, generator=generator()),
+        "generator": lambda: (batch for batch in batches_of(4, 4, 2)),
+        "iterator": lambda: iter(batches_of(4, 4, 2)),
+        "iterable dataset": Flow,
+        "with empty batches": lambda: [*batches_of(0, 4), *batches_of(0), *batches_of(4, 4, 2)[1:], *batches_of(0)],
+    }
+
+
+@pytest.mark.parametrize("name", iterables())
+def test_batches_are_read_in_order_and_from_the_start_again(name):
+    source = stream(iterables()[name]())
+    assert drawn(source, 3) == [0, 1, 2]
+    assert drawn(source, 3) == [3, 4, 5], "the remainder of a batch comes first"
+    assert drawn(source, 6) == [6, 7, 8, 9, 0, 1]
+    assert drawn(source, 10) == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+
+
+@pytest.mark.parametrize("name", iterables())
+def test_more_samples_than_there_are(name):
+    source = stream(iterables()[name]())
+    assert drawn(source, 64) == list(range(10)), "all, once"
+    assert sorted(drawn(source, 64)) == list(range(10))
+    source = stream(iterables()[name]())
+    assert drawn(source, 7) == list(range(7))
+    assert sorted(drawn(source, 64)) == list(range(10)), "also from the middle"
+
+
+def test_a_draw_that_ends_with_the_data():
+    source = stream(batches_of(4, 4, 2))
+    assert drawn(source, 10) == list(range(10))
+    assert drawn(source, 4) == [0, 1, 2, 3]
+
+
+def test_a_generator_is_read_no_further_than_needed():
+    read = []
+
+    def source():
+        for batch in batches_of(4, 4, 2):
+            read.append(len(batch[1]))
+            yield batch
+
+    calibration = stream(source())
+    assert read == []
+    drawn(calibration, 5)
+    assert read == [4, 4]
+
+
+def test_a_generator_that_never_ends():
+    def endless():
+        while True:
+            yield from batches_of(3)
+
+    assert drawn(stream(endless()), 8) == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("data", [[], iter([]), DataLoader([], batch_size=2), batches_of(0), TensorDataset()])
+def test_data_without_a_sample(data):
+    if isinstance(data, TensorDataset):
+        data = TensorDataset(torch.zeros(0, 1), torch.zeros(0))
+    source = stream(data)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="empty"):
+            source.draw(4)
+
+
+def test_a_generator_that_was_read_before():
+    data = (batch for batch in batches_of(4))
+    list(data)
+    with pytest.raises(ValueError, match="exhausted"):
+        stream(data).draw(4)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(4, 2), "mnist", {"inputs": torch.zeros(4)}, 7, None])
+def test_data_that_is_none(data):
+    with pytest.raises(ValueError, match=f"data must be .*{type(data).__name__}"):
+        stream(data)
+
+
+class Encoding(Mapping):
+    """A mapping that is not a dict, as tokenizers return it."""
+
+    def __init__(self, **parts):
+        self._parts = parts
+
+    def __getitem__(self, key):
+        return self._parts[key]
+
+    def __iter__(self):
+        return iter(self._parts)
+
+    def __len__(self):
+        return len(self._parts)
+
+
+@pytest.mark.parametrize("make", [dict, Encoding])
+def test_mapping_batches(make):
+    data = [make(ids=torch.arange(4), mask=torch.ones(4, 3)), make(ids=torch.arange(4, 7), mask=torch.ones(3, 3))]
+    source = stream(data)
+    parts = source.draw(6)
+    assert [part["ids"].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5]]
+    assert [tuple(part["mask"].shape) for part in parts] == [(4, 3), (2, 3)]
+    assert source.draw(1)[0]["ids"].tolist() == [6]
+
+
+def test_the_data_are_left_alone():
+    data = batches_of(4, 4, 2)
+    source = stream(data)
+    for _ in range(5):
+        source.draw(3)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(data, batches_of(4, 4, 2), strict=True))
+
+
+def test_opaque_batches_come_whole():
+    class Opaque:
+        def __init__(self, size):
+            self.size = size
+
+        def __len__(self):
+            return self.size
+
+    data = [Opaque(3), Opaque(3), Opaque(3)]
+    source = stream(data)
+    assert source.draw(4) == data[:2]
+    assert source.draw(1) == data[2:]
+
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+def test_map_tensors_keeps_the_structure():
+    batch = {"a": [torch.ones(2), "text"], "b": Pair(torch.ones(1), (None, torch.zeros(3)))}
+    doubled = map_tensors(lambda t: t * 2, batch)
+    assert doubled["a"][0].tolist() == [2, 2] and doubled["a"][1] == "text"
+    assert isinstance(doubled["b"], Pair) and doubled["b"].x.tolist() == [2] and doubled["b"].y[0] is None
+    assert batch["a"][0].tolist() == [1, 1]
+
+
+def test_slicing_and_sizes():
+    batch = (torch.arange(6).view(3, 2), {"y": torch.arange(3), "scale": torch.tensor(2.0), "table": torch.zeros(5)})
+    part = slice_batch(batch, 1, 3)
+    assert part[0].tolist() == [[2, 3], [4, 5]] and part[1]["y"].tolist() == [1, 2]
+    assert part[1]["scale"].item() == 2 and part[1]["table"].shape == (5,)
+    assert batch_size(batch) == 3 and batch_size(part) == 2 and batch_size([1, 2, 3, 4]) == 4
+    assert batch_size(object()) == 1
+    assert is_sliceable(batch) and not is_sliceable(object())

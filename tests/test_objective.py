@@ -1,0 +1,205 @@
+"""The weighted ridge regression: value, gradients (three ways) and exact refits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.regression.objective import WeightedRidge, diagonal_metric, solve_square
+from swap_prune.transport import barycentric_target, transport_plan
+from tests.cases import dense_parts, generator, normal, random_regression
+from tests.reference import dense_value, difference_gradient, normal_equation_refit, transport_value
+
+SHAPES = ((12, 5), (5, 12), (6, 6))
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize(("n", "p"), SHAPES)
+def test_value_is_the_formula(n, p, ridge, smoothed):
+    problem = random_regression(n, p, generator(1), ridge=ridge, smoothed=smoothed)
+    w = normal(p, seed=2)
+    parts = dense_parts(problem)
+    expected = dense_value(w=w, **parts)
+    assert problem.value(w) == pytest.approx(expected, rel=1e-12)
+    assert problem.value(w, problem.factor.matvec(w)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize(("n", "p"), SHAPES)
+def test_gradient_is_that_of_the_value(n, p, ridge, smoothed):
+    problem = random_regression(n, p, generator(3), ridge=ridge, smoothed=smoothed)
+    w = normal(p, seed=4)
+    parts = dense_parts(problem)
+    expected = difference_gradient(lambda v: dense_value(w=v, **parts), w)
+    torch.testing.assert_close(problem.gradient(w), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(problem.gradient(w, problem.factor.matvec(w)), problem.gradient(w))
+
+
+def test_ridge_alone():
+    """With G = 0 only ``n lam/2 sum m (w - w_bar)^2`` is left: n = 3, lam = 0.5, m = (1, 2), drift = (2, -1)."""
+    reference = torch.tensor([1.0, 1.0])
+    problem = WeightedRidge(DenseFactor(torch.zeros(3, 2)), torch.zeros(3), reference, 0.5, torch.tensor([1.0, 2.0]))
+    w = torch.tensor([3.0, 0.0])
+    assert problem.penalty == 1.5
+    assert problem.value(w) == pytest.approx(0.75 * (4 + 2))
+    torch.testing.assert_close(problem.gradient(w), torch.tensor([3.0, -3.0]))
+
+
+@pytest.mark.parametrize("anchor", [0.2, 1.0])
+@pytest.mark.parametrize("relative", [0.1, 1.0])
+def test_envelope_theorem(relative, anchor):
+    """The gradient of n/2 OT_eps(G w, y), by differences of the true OT value, is least squares on the target."""
+    n, p = 6, 4
+    pairing = random_regression(n, p, generator(5), ridge=0.05)
+    pairing = replace(pairing, target=pairing.factor.matvec(pairing.reference))
+    y, w = pairing.target, normal(p, seed=6)
+    epsilon = relative * float(((pairing.factor.matvec(w)[:, None] - y[None, :]) ** 2).mean())
+
+    def objective(v):
+        drift = v - pairing.reference
+        ridge = pairing.penalty / 2 * float(pairing.metric @ drift.square())
+        return n / 2 * transport_value(pairing.factor.matvec(v), y, epsilon, anchor) + ridge
+
+    expected = difference_gradient(objective, w, step=1e-4)
+    plan = transport_plan(pairing.factor.matvec(w), y, epsilon, anchor=anchor).plan
+    gradient = replace(pairing, target=barycentric_target(plan, y)).gradient(w)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+    paired = pairing.gradient(w)  # and the plan matters here
+    assert float((gradient - paired).norm()) > 1e-2 * float(paired.norm())
+
+
+def test_paper_gradient():
+    """Algorithm 1: ``G^T (n P (G w - G w_bar)) + lam' (w - w_bar)``; P need not be symmetric."""
+    n, p = 7, 5
+    problem = random_regression(n, p, generator(7), ridge=0.2)
+    G, w_bar, w = dense_parts(problem)["G"], problem.reference, normal(p, seed=8)
+    y = G @ w_bar
+    plan = transport_plan(G @ w, y, 0.5).plan
+    assert float((plan - plan.T).abs().max()) > 1e-3
+    step = replace(problem, target=y, metric=torch.ones(p, dtype=torch.float64), smoothing=n * plan)
+    expected = G.T @ (n * plan @ (G @ w - G @ w_bar)) + n * 0.2 * (w - w_bar)
+    torch.testing.assert_close(step.gradient(w), expected)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("ridge", [1e-3, 0.5])
+@pytest.mark.parametrize("keep", [1, 4, 7, 8, 9, 15, 20])
+def test_refit_is_that_of_the_normal_equations(keep, ridge, smoothed):
+    problem = random_regression(8, 20, generator(9), ridge=ridge, smoothed=smoothed)
+    support = torch.randperm(20, generator=generator(keep))[:keep].sort().values
+    w = problem.refit(support)
+    expected = normal_equation_refit(support=support, **dense_parts(problem))
+    torch.testing.assert_close(w, expected, rtol=1e-7, atol=1e-9)
+    outside = torch.ones(20, dtype=torch.bool).index_fill(0, support, False)
+    assert bool((w[outside] == 0).all())
+    torch.testing.assert_close(problem.gradient(w)[support], torch.zeros(keep, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_refit_does_not_depend_on_the_order_of_the_support():
+    problem = random_regression(6, 15, generator(10))
+    for support in (torch.tensor([1, 4, 9]), torch.arange(2, 12)):
+        torch.testing.assert_close(problem.refit(support), problem.refit(support.flip(0)))
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("keep", [3, 6, 10])
+def test_refit_without_ridge(keep, smoothed):
+    """k < n: least squares; k = n: interpolation; k > n: of the interpolations the nearest in the metric."""
+    problem = random_regression(6, 14, generator(11), ridge=0.0, smoothed=smoothed)
+    support = torch.arange(1, 1 + keep)
+    w = problem.refit(support)
+    expected = normal_equation_refit(support=support, **dense_parts(problem))
+    torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-7)
+    if keep >= 6:
+        torch.testing.assert_close(problem.factor.matvec(w), problem.target, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["duplicate columns", "zero columns", "duplicate rows", "zero matrix"])
+@pytest.mark.parametrize("keep", [5, 8, 13])
+def test_refit_of_a_singular_system(keep, kind, dtype):
+    """Without ridge and with a rank too low, a minimiser of moderate size is still found."""
+    n, p = 8, 16
+    problem = random_regression(n, p, generator(12), ridge=0.0)
+    G = dense_parts(problem)["G"]
+    if kind == "duplicate columns":
+        G[:, 1::2] = G[:, ::2]
+    elif kind == "zero columns":
+        G[:, ::2] = 0
+    elif kind == "duplicate rows":
+        G[4:] = G[:4]
+    else:
+        G.zero_()
+    target = G @ problem.reference  # as in LR, so that the optimum over all weights is 0
+    problem = replace(
+        problem,
+        factor=DenseFactor(G.to(dtype)),
+        target=target.to(dtype),
+        reference=problem.reference.to(dtype),
+        metric=problem.metric.to(dtype),
+    )
+    support = torch.arange(keep)
+    w = problem.refit(support)
+    parts = dense_parts(problem)
+    expected = normal_equation_refit(support=support, **parts)
+    best = dense_value(w=expected, **parts)
+    slack = (1e-6 if dtype == torch.float64 else 1e-3) * (1 + dense_value(w=torch.zeros(p).double(), **parts))
+    assert bool(torch.isfinite(w).all())
+    assert dense_value(w=w.double(), **parts) <= best + slack
+    assert float(w.norm()) <= 10 * float(expected.norm()) + 1
+
+
+def test_refit_in_single_precision():
+    problem = random_regression(30, 60, generator(13), ridge=0.05, dtype=torch.float32)
+    for keep in (20, 30, 45):
+        support = torch.arange(keep)
+        w = problem.refit(support)
+        assert w.dtype == torch.float32
+        expected = normal_equation_refit(support=support, **dense_parts(problem))
+        torch.testing.assert_close(w.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_refit_of_every_weight_with_the_target_met_changes_nothing():
+    problem = random_regression(5, 9, generator(14))
+    problem = replace(problem, target=problem.factor.matvec(problem.reference))
+    torch.testing.assert_close(problem.refit(torch.arange(9)), problem.reference)
+
+
+def test_nothing_is_changed_by_use():
+    problem = random_regression(5, 9, generator(15), smoothed=True)
+    before = {name: part.clone() for name, part in dense_parts(problem).items() if name != "ridge"}
+    w, support = normal(9, seed=16), torch.arange(4)
+    kept = w.clone()
+    problem.value(w), problem.gradient(w), problem.refit(support), problem.refit(torch.arange(8))
+    after = dense_parts(problem)
+    assert torch.equal(w, kept) and torch.equal(support, torch.arange(4))
+    assert all(torch.equal(part, after[name]) for name, part in before.items())
+
+
+def test_diagonal_metric():
+    f = torch.tensor([0.0, 1.0, 5.0])
+    torch.testing.assert_close(diagonal_metric(f, 0.5), torch.tensor([1.0, 2.0, 6.0]))
+    assert torch.equal(diagonal_metric(f, float("inf")), torch.ones(3))
+    assert torch.equal(diagonal_metric(torch.zeros(3), 1.0), torch.ones(3))
+    assert torch.equal(f, torch.tensor([0.0, 1.0, 5.0]))
+
+
+def test_solve_square():
+    a, b = normal(5, 5, seed=17), normal(5, seed=18)
+    torch.testing.assert_close(a @ solve_square(a, b), b)
+    singular = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    assert solve_square(singular, torch.tensor([4.0, 3.0])).tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve_square_of_a_matrix_singular_up_to_rounding(dtype):
+    """Elimination of such a matrix meets a pivot of rounding size instead of 0; the answer must not blow up."""
+    columns = normal(9, 4, seed=19).to(dtype)
+    columns = torch.cat([columns, columns[:, :2]], 1)
+    matrix, right = columns.T @ columns, columns.T @ normal(9, seed=20).to(dtype)
+    expected = torch.linalg.pinv(matrix.double(), rtol=1e-5, hermitian=True) @ right.double()
+    solution = solve_square(matrix, right).double()
+    assert float(solution.norm()) <= 10 * float(expected.norm())

@@ -1,0 +1,82 @@
+"""Sparsity over the stages, and the number of weights kept."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swap_prune.schedule import SCHEDULES, keep_count, sparsity_schedule
+
+ALL = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+@ALL
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.9, 0.98, 0.999999])
+@pytest.mark.parametrize("stages", [1, 2, 7, 100])
+def test_rises_to_exactly_the_target(schedule, target, stages):
+    steps = sparsity_schedule(target, stages, schedule)
+    assert len(steps) == stages and steps[-1] == target
+    assert list(steps) == sorted(steps) and steps[0] >= 0
+    if target > 0:
+        assert steps[0] > 0, "no stage is spent at sparsity zero"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(target=st.floats(0, 1, exclude_max=True), stages=st.integers(1, 60), schedule=st.sampled_from(sorted(SCHEDULES)))
+def test_is_monotone_and_in_range_for_any_target(target, stages, schedule):
+    steps = sparsity_schedule(target, stages, schedule)
+    assert len(steps) == stages and steps[-1] == target
+    assert all(0 <= a <= b < 1 for a, b in pairwise(steps))
+
+
+def test_values_by_hand():
+    assert sparsity_schedule(0.7, 3, "exponential") == pytest.approx((0.4, 0.6, 0.7))  # 4/7, 6/7, 7/7
+    assert sparsity_schedule(0.8, 2, "cubic") == pytest.approx((0.7, 0.8))  # 1 - 1/8
+    assert sparsity_schedule(0.9, 3, "linear") == pytest.approx((0.3, 0.6, 0.9))
+    assert sparsity_schedule(0.75, 2, "geometric") == pytest.approx((0.5, 0.75))  # half of the rest each time
+    assert sparsity_schedule(0.9, 3, "constant") == (0.9, 0.9, 0.9)
+
+
+def test_default_is_exponential():
+    assert sparsity_schedule(0.9, 5) == sparsity_schedule(0.9, 5, "exponential")
+
+
+@pytest.mark.parametrize(
+    ("target", "stages", "schedule", "message"),
+    [
+        (1.0, 1, "cubic", "sparsity"),
+        (-0.1, 1, "cubic", "sparsity"),
+        (math.nan, 1, "cubic", "sparsity"),
+        ("0.9", 1, "cubic", "sparsity"),
+        (0.9, 0, "cubic", "stages"),
+        (0.9, 1.5, "cubic", "stages"),
+        (0.9, True, "cubic", "stages"),
+        (0.9, 1, "quartic", "schedule .*'quartic'"),
+    ],
+)
+def test_bad_arguments(target, stages, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        sparsity_schedule(target, stages, schedule)
+
+
+@pytest.mark.parametrize(
+    ("total", "sparsity", "kept"), [(10, 0.5, 5), (7, 0.5, 3), (3, 0.9, 0), (8, 0.0, 8), (1, 0, 1)]
+)
+def test_keep_count(total, sparsity, kept):
+    assert keep_count(total, sparsity) == kept
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(total=st.integers(1, 10**8), sparsity=st.floats(0, 1, exclude_max=True))
+def test_zeros_are_those_of_the_public_formula(total, sparsity):
+    kept = keep_count(total, sparsity)
+    assert total - kept == total - math.floor(total * (1 - sparsity))
+    assert 0 <= kept <= total
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan])
+def test_keep_count_of_an_impossible_sparsity(sparsity):
+    with pytest.raises(ValueError, match="sparsity"):
+        keep_count(10, sparsity)

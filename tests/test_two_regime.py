@@ -1,0 +1,157 @@
+"""The paper's step: the critical step against a scan, the step against a grid."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.regression.iht import hard_threshold, top_k
+from swap_prune.regression.two_regime import critical_step, two_regime_step
+from tests.cases import dense_parts, generator, normal, random_regression
+
+
+def sparse_start(problem, keep):
+    support = top_k(problem.reference.abs(), keep)
+    return hard_threshold(problem.reference, support), support
+
+
+def support_at(w, gradient, tau, keep):
+    return set(top_k((w - tau * gradient).abs(), keep).tolist())
+
+
+@pytest.mark.parametrize("keep", [1, 3, 7])
+@pytest.mark.parametrize("seed", range(6))
+def test_critical_step_is_where_a_scan_sees_the_support_change(seed, keep):
+    support = torch.randperm(8, generator=generator(seed))[:keep].sort().values
+    w = torch.zeros(8, dtype=torch.float64)
+    w[support] = normal(keep, seed=seed + 50) + 0.1
+    gradient = normal(8, seed=seed + 90)
+    tau = critical_step(w, gradient, support)
+    if tau == math.inf:  # every entry of the support outruns the rest
+        outside = set(range(8)) - set(support.tolist())
+        assert float(gradient[support].abs().min()) >= float(gradient[list(outside)].abs().max())
+        scan = torch.logspace(-3, 4, 500, dtype=torch.float64)
+    else:
+        scan = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)[1:] * tau
+        assert support_at(w, gradient, tau * (1 + 1e-9), keep) != set(support.tolist())
+    for step in scan.tolist():
+        assert support_at(w, gradient, step, keep) == set(support.tolist())
+
+
+def test_critical_step_by_hand():
+    support = torch.tensor([0, 1])
+    w = torch.tensor([2.0, -3.0, 0.0, 0.0])
+    # entry 0 falls towards zero: 2 - tau = 3 tau; entry 1 moves away: 3 + tau = 3 tau
+    assert critical_step(w, torch.tensor([1.0, 1.0, 3.0, -2.0]), support) == pytest.approx(0.5)
+    assert critical_step(w, torch.tensor([-1.0, 1.0, 3.0, -2.0]), support) == pytest.approx(1.0)
+    assert critical_step(w, torch.tensor([-5.0, 4.0, 3.0, -2.0]), support) == math.inf
+    assert critical_step(torch.tensor([2.0, 0.0, 0.0, 0.0]), torch.ones(4) * torch.tensor([0, 1, 2, 2]), support) == 0
+
+
+def test_critical_step_with_every_weight_kept():
+    assert critical_step(normal(4, seed=1), normal(4, seed=2), torch.arange(4)) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(("n", "p", "keep"), [(30, 12, 4), (8, 40, 10), (1, 6, 2), (9, 9, 9), (6, 10, 1)])
+def test_a_step_never_raises_the_objective(n, p, keep, smoothed, dtype):
+    for seed in range(4):
+        problem = random_regression(n, p, generator(seed), smoothed=smoothed, dtype=dtype)
+        w, support = sparse_start(problem, keep)
+        value = problem.value(w)
+        for _ in range(5):
+            fit = two_regime_step(problem, w, support)
+            assert fit.value <= value and fit.value == pytest.approx(problem.value(fit.weights), rel=1e-6)
+            assert fit.support.shape == (keep,)
+            outside = torch.ones(p, dtype=torch.bool).index_fill(0, fit.support, False)
+            assert bool((fit.weights[outside] == 0).all()) and bool(torch.isfinite(fit.weights).all())
+            w, support, value = fit.weights, fit.support, fit.value
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_first_regime_is_the_best_of_a_grid(seed, smoothed):
+    """Large weights near their optimum: the parabola's minimum comes long before any change of support."""
+    problem = random_regression(12, 10, generator(seed), ridge=0.01, smoothed=smoothed)
+    support = torch.tensor([1, 2, 4, 7, 9])
+    w = torch.zeros(10, dtype=torch.float64)
+    w[support] = 30.0
+    faint = torch.full((10,), 1e-3, dtype=torch.float64).index_fill(0, support, 1.0)
+    factor = DenseFactor(dense_parts(problem)["G"] * faint)
+    problem = replace(problem, factor=factor, target=factor.matvec(w), reference=w)
+    w = hard_threshold(w + normal(10, seed=seed + 30), support)
+    gradient = problem.gradient(w)
+    fit = two_regime_step(problem, w, support)
+    values = {
+        tau: problem.value(hard_threshold(w - tau * gradient, support))
+        for tau in torch.linspace(0, critical_step(w, gradient, support), 20_001, dtype=torch.float64).tolist()
+    }
+    best = min(values, key=values.get)
+    assert 0 < best < max(values), "the case is in the first regime"
+    assert fit.support.tolist() == support.tolist()
+    assert fit.value <= values[best] * (1 + 1e-9)
+    assert fit.value == pytest.approx(values[best], rel=1e-2)
+
+
+@pytest.mark.parametrize(("n", "p", "keep"), [(20, 15, 4), (6, 10, 1), (1, 6, 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_second_regime_is_no_worse_than_the_critical_step(seed, n, p, keep):
+    """Up to tau_c the support stays and Q falls: whatever comes later, that much is gained."""
+    problem = random_regression(n, p, generator(seed), ridge=0.01)
+    w, support = sparse_start(problem, keep)
+    gradient = problem.gradient(w)
+    tau = critical_step(w, gradient, support)
+    inside = hard_threshold(gradient, support)
+    moved = problem.factor.matvec(inside)
+    curvature = float(moved @ moved + problem.penalty * (problem.metric @ inside.square()))
+    tau = min(tau, float(gradient @ inside) / curvature)
+    reached = problem.value(w - tau * inside)
+    assert reached < problem.value(w)
+    assert two_regime_step(problem, w, support).value <= reached * (1 + 1e-9)
+
+
+def test_the_support_changes_where_that_pays():
+    """w starts on the wrong weights: the target is column 0, and the support holds the others' small weights."""
+    G = torch.eye(6, 4, dtype=torch.float64)
+    problem = random_regression(6, 4, generator(1), ridge=0.0)
+    problem = replace(problem, factor=DenseFactor(G), target=5 * G[:, 0])
+    w = torch.tensor([0.0, 0.5, 0.0, 0.0], dtype=torch.float64)
+    fit = two_regime_step(problem, w, torch.tensor([1]))
+    assert fit.support.tolist() == [0]
+    assert fit.value < problem.value(w)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_direction_other_than_the_gradient_never_raises_the_objective(seed):
+    """The paper's gradient is not that of the objective which its step size looks at."""
+    problem = random_regression(12, 10, generator(seed))
+    w, support = sparse_start(problem, 4)
+    gradient = problem.gradient(w)
+    direction = gradient + 0.5 * gradient.norm() * normal(10, seed=seed + 20) / 10**0.5
+    fit = two_regime_step(problem, w, support, direction)
+    assert fit.value <= problem.value(w) and fit.value == pytest.approx(problem.value(fit.weights))
+    assert fit.support.shape == (4,) and int(fit.weights.count_nonzero()) <= 4
+    uphill = two_regime_step(problem, w, support, -gradient)
+    assert uphill.value <= problem.value(w)
+    same = two_regime_step(problem, w, support, gradient)
+    assert torch.equal(same.weights, two_regime_step(problem, w, support).weights)
+
+
+def test_a_stationary_point_stays():
+    problem = random_regression(9, 5, generator(3), ridge=0.0)
+    w, support = sparse_start(problem, 3)
+    problem = replace(problem, target=problem.factor.matvec(w))  # Q(w) = 0 and the gradient vanishes
+    fit = two_regime_step(problem, w, support)
+    torch.testing.assert_close(fit.weights, w)
+    assert fit.value <= 1e-12 and bool(torch.isfinite(fit.weights).all())
+
+
+def test_inputs_are_left_alone():
+    problem = random_regression(9, 8, generator(4))
+    w, support = sparse_start(problem, 3)
+    before = w.clone(), support.clone()
+    two_regime_step(problem, w, support)
+    assert torch.equal(w, before[0]) and torch.equal(support, before[1])
