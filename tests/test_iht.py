@@ -45,7 +45,7 @@ def test_exactly_k_weights_and_never_worse_than_the_start(n, p, smoothed, dtype)
         fit = solve_sparse(problem, keep)
         assert_sparse(fit, problem, keep)
         first = top_k(problem.metric * problem.reference.square(), keep)
-        assert fit.value <= problem.value(problem.refit(first)) * (1 + 1e-6) + 1e-6
+        assert fit.value <= problem.value(problem.refit(first).weights) * (1 + 1e-6) + 1e-6
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -55,8 +55,19 @@ def test_never_worse_than_a_support_that_is_given(seed):
     before = start.clone()
     fit = solve_sparse(problem, 7, start=start)
     assert_sparse(fit, problem, 7)
-    assert fit.value <= problem.value(problem.refit(start)) * (1 + 1e-9)
+    assert fit.value <= problem.value(problem.refit(start).weights) * (1 + 1e-9)
     assert torch.equal(start, before)
+
+
+def test_steps_that_would_make_it_worse_are_refused():
+    """One step at a time, each from where the last one ended: full steps often go uphill or back and forth here."""
+    for seed in range(30):
+        problem = random_regression(15, 12, generator(seed), ridge=1e-3)
+        support, value = torch.arange(3), float("inf")
+        for _ in range(8):
+            fit = solve_sparse(problem, 3, start=support, max_iterations=1)
+            assert fit.value <= value * (1 + 1e-9)
+            support, value = fit.support, fit.value
 
 
 @pytest.mark.parametrize("keep", [1, 3, 6])
@@ -107,7 +118,7 @@ def test_more_iterations_never_raise_the_value(smoothed):
         problem = random_regression(20, 40, generator(seed), smoothed=smoothed)
         values = [solve_sparse(problem, 10, start=torch.arange(10), max_iterations=i).value for i in (1, 2, 3, 5, 10)]
         assert values == sorted(values, reverse=True)
-        assert values[-1] < problem.value(problem.refit(torch.arange(10)))
+        assert values[-1] < problem.value(problem.refit(torch.arange(10)).weights)
 
 
 @pytest.mark.parametrize("factor", [2.0**-8, 4.0, 2.0**10])

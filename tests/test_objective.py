@@ -90,7 +90,7 @@ def test_paper_gradient():
 def test_refit_is_that_of_the_normal_equations(keep, ridge, smoothed):
     problem = random_regression(8, 20, generator(9), ridge=ridge, smoothed=smoothed)
     support = torch.randperm(20, generator=generator(keep))[:keep].sort().values
-    w = problem.refit(support)
+    w = problem.refit(support).weights
     expected = normal_equation_refit(support=support, **dense_parts(problem))
     torch.testing.assert_close(w, expected, rtol=1e-7, atol=1e-9)
     outside = torch.ones(20, dtype=torch.bool).index_fill(0, support, False)
@@ -101,7 +101,7 @@ def test_refit_is_that_of_the_normal_equations(keep, ridge, smoothed):
 def test_refit_does_not_depend_on_the_order_of_the_support():
     problem = random_regression(6, 15, generator(10))
     for support in (torch.tensor([1, 4, 9]), torch.arange(2, 12)):
-        torch.testing.assert_close(problem.refit(support), problem.refit(support.flip(0)))
+        torch.testing.assert_close(problem.refit(support).weights, problem.refit(support.flip(0)).weights)
 
 
 @pytest.mark.parametrize("smoothed", [False, True])
@@ -110,7 +110,7 @@ def test_refit_without_ridge(keep, smoothed):
     """k < n: least squares; k = n: interpolation; k > n: of the interpolations the nearest in the metric."""
     problem = random_regression(6, 14, generator(11), ridge=0.0, smoothed=smoothed)
     support = torch.arange(1, 1 + keep)
-    w = problem.refit(support)
+    w = problem.refit(support).weights
     expected = normal_equation_refit(support=support, **dense_parts(problem))
     torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-7)
     if keep >= 6:
@@ -142,7 +142,7 @@ def test_refit_of_a_singular_system(keep, kind, dtype):
         metric=problem.metric.to(dtype),
     )
     support = torch.arange(keep)
-    w = problem.refit(support)
+    w = problem.refit(support).weights
     parts = dense_parts(problem)
     expected = normal_equation_refit(support=support, **parts)
     best = dense_value(w=expected, **parts)
@@ -156,7 +156,7 @@ def test_refit_in_single_precision():
     problem = random_regression(30, 60, generator(13), ridge=0.05, dtype=torch.float32)
     for keep in (20, 30, 45):
         support = torch.arange(keep)
-        w = problem.refit(support)
+        w = problem.refit(support).weights
         assert w.dtype == torch.float32
         expected = normal_equation_refit(support=support, **dense_parts(problem))
         torch.testing.assert_close(w.double(), expected, rtol=1e-3, atol=1e-4)
@@ -165,7 +165,7 @@ def test_refit_in_single_precision():
 def test_refit_of_every_weight_with_the_target_met_changes_nothing():
     problem = random_regression(5, 9, generator(14))
     problem = replace(problem, target=problem.factor.matvec(problem.reference))
-    torch.testing.assert_close(problem.refit(torch.arange(9)), problem.reference)
+    torch.testing.assert_close(problem.refit(torch.arange(9)).weights, problem.reference)
 
 
 def test_nothing_is_changed_by_use():
@@ -173,7 +173,7 @@ def test_nothing_is_changed_by_use():
     before = {name: part.clone() for name, part in dense_parts(problem).items() if name != "ridge"}
     w, support = normal(9, seed=16), torch.arange(4)
     kept = w.clone()
-    problem.value(w), problem.gradient(w), problem.refit(support), problem.refit(torch.arange(8))
+    problem.value(w), problem.gradient(w), problem.refit(support).weights, problem.refit(torch.arange(8)).weights
     after = dense_parts(problem)
     assert torch.equal(w, kept) and torch.equal(support, torch.arange(4))
     assert all(torch.equal(part, after[name]) for name, part in before.items())

@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
         elif path.suffix in (".pt", ".pth", ".bin"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is raised
+                state = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise ValueError(
                 f"weights file {path} must end in .safetensors, .pt, .pth or .bin, got {path.suffix or 'no suffix'!r}"

@@ -69,7 +69,7 @@ class CalibrationStream:
         if len(self._order) < take:  # a new permutation; nothing is drawn twice within one draw
             held = set(self._order)
             fresh = torch.randperm(size, generator=self._generator).tolist()
-            self._order += [i for i in fresh if i not in held]
+            self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
         indices, self._order = self._order[:take], self._order[take:]
         fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
         return [default_collate(fetch(indices[i : i + _COLLATE])) for i in range(0, take, _COLLATE)]

@@ -168,7 +168,8 @@ def _matches(pattern: str, candidate: _Candidate, model: nn.Module) -> bool:
 
 
 def _prunable(pattern: str, candidate: _Candidate) -> bool:
-    return pattern in candidate.aliases or candidate.parameter.ndim >= 2
+    lazy = isinstance(candidate.parameter, nn.parameter.UninitializedParameter)  # refused later, with a reason
+    return pattern in candidate.aliases or lazy or candidate.parameter.ndim >= 2
 
 
 def _unmatched(parameter: str, pattern: str, model: nn.Module) -> str:

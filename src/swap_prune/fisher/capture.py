@@ -21,7 +21,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.losses import LossFn, check_calibration, check_losses
+from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -29,7 +29,7 @@ __all__ = ["Backend", "Capture", "capture_gradients"]
 
 Backend = Literal["auto", "vmap", "loop"]
 
-_CHUNK_BYTES = 256 * 2**20  # activations and gradients of one chunk together
+_CHUNK_BYTES = 512 * 2**20  # saved activations and gradients of one chunk together
 _MAX_CHUNK = 256
 
 
@@ -91,7 +91,8 @@ def capture_gradients(
     with eval_mode(model):
         n = sum(check_calibration(model, loss_fn, batches))
         device = next(model.parameters()).device
-        rows, losses = _allocate(n, selection, device), torch.empty(n, device=device)
+        dtype = selection.read(model).dtype
+        rows, losses = _allocate(n, selection, dtype, device), torch.empty(n, dtype=dtype, device=device)
         capturer = _Capturer(_LossModule(model, loss_fn), selection, backend)
         start = 0
         for batch in batches:
@@ -143,12 +144,18 @@ class _Capturer:
                 if not self._fallback:
                     raise
                 self.backend = "loop"
-        if not is_sliceable(batch):
-            return self._fill_loop(batch, rows, losses)
-        size = batch_size(batch)  # one sample at a time: a backward pass costs what its whole batch costs
-        for i in range(size):
-            self._fill_loop(slice_batch(batch, i, i + 1), rows[i:], losses[i:])
-        return size
+        try:
+            if not is_sliceable(batch):
+                return self._fill_loop(batch, rows, losses)
+            size = batch_size(batch)  # one sample at a time: a backward pass costs what its whole batch costs
+            for i in range(size):
+                self._fill_loop(slice_batch(batch, i, i + 1), rows[i:], losses[i:])
+            return size
+        except ValueError:
+            raise
+        except Exception as error:  # whatever the caller's model or loss raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"the gradient failed on a calibration batch {describe(batch)}: {reason}") from error
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         size = batch_size(batch)
@@ -169,8 +176,9 @@ class _Capturer:
         return size
 
     def _fill_loop(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
-        weights = {name: w.clone().requires_grad_() for name, w in self._weights.items()}
-        values = functional_call(self._module, {**self._rest, **weights}, (batch,))
+        with torch.enable_grad():
+            weights = {name: w.clone().requires_grad_() for name, w in self._weights.items()}
+            values = functional_call(self._module, {**self._rest, **weights}, (batch,))
         check_losses(values, None)
         if len(values) > len(rows):
             raise ValueError(f"loss_fn returned {len(values)} losses for {len(rows)} samples")
@@ -200,12 +208,12 @@ class _Capturer:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             functional_call(self._module, {**self._rest, **weights}, (sample,))
         gradient = 4 * self._selection.total
-        return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (3 * sum(kept.values()) + gradient)))
+        return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (sum(kept.values()) + gradient)))
 
 
-def _allocate(n: int, selection: Selection, device: torch.device) -> Tensor:
+def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
-        return torch.empty(n, selection.total, device=device)
+        return torch.empty(n, selection.total, dtype=dtype, device=device)
     except RuntimeError as error:
         need = 4 * n * selection.total / 2**30
         raise ValueError(

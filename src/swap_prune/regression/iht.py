@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.objective import Refit, WeightedRidge
 
 __all__ = ["SparseFit", "hard_threshold", "solve_sparse", "top_k"]
 
@@ -72,23 +72,29 @@ def solve_sparse(
         The best weights found.
     """
     metric = problem.metric
-    support = shrink_support(problem, keep) if start is None else start
-    w = problem.refit(support)
+    path = None
+    if start is None:
+        support, path = shrink_support(problem, keep)
+    else:
+        support = start
+    refit = problem.refit(support, path)
+    w = refit.weights
     x = problem.factor.matvec(w)
     value = problem.value(w, x)
     for iteration in range(max_iterations):
         direction = problem.gradient(w, x) / metric
         candidate = _next_support(problem, w, direction, keep)
-        tried = problem.refit(candidate)
+        tried_refit = problem.refit(candidate, refit)
+        tried = tried_refit.weights
         tried_x = problem.factor.matvec(tried)
         tried_value = problem.value(tried, tried_x)
         if not tried_value < value - _RELATIVE_GAIN * abs(value):
             return SparseFit(w, support, value, iteration, converged=True)
-        support, w, x, value = candidate, tried, tried_x, tried_value
+        support, refit, w, x, value = candidate, tried_refit, tried, tried_x, tried_value
     return SparseFit(w, support, value, max_iterations, converged=False)
 
 
-def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> Tensor:
+def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, Refit | None]:
     """Follow the path from the support of ``w_bar`` down to ``keep`` weights.
 
     Args:
@@ -97,17 +103,18 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
         share: Share of the weights that one step keeps, in (0, 1).
 
     Returns:
-        Indices of the support, (k,), in increasing order.
+        Indices of the support, (k,), in increasing order, and the last refit of the path, if it had any.
     """
-    w = problem.reference
+    w, refit = problem.reference, None
     first = int(w.count_nonzero())
     steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
     for step in range(1, steps + 1):
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))
         support = top_k(problem.metric * w.square(), size)
         if step < steps:
-            w = problem.refit(support)
-    return support
+            refit = problem.refit(support, refit)
+            w = refit.weights
+    return support, refit
 
 
 def _next_support(problem: WeightedRidge, w: Tensor, direction: Tensor, keep: int) -> Tensor:

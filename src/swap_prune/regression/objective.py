@@ -17,7 +17,33 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
 
-__all__ = ["WeightedRidge", "diagonal_metric", "solve_square"]
+__all__ = ["Refit", "ScaledGram", "WeightedRidge", "diagonal_metric", "solve_square"]
+
+
+@dataclass(frozen=True)
+class ScaledGram:
+    """``G diag(scale) G^T``.
+
+    Attributes:
+        scale: (p,), ``1/m`` on the support and zero elsewhere.
+        matrix: (n, n).
+    """
+
+    scale: Tensor
+    matrix: Tensor
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The minimiser of Q on a support.
+
+    Attributes:
+        weights: w, (p,), zero outside the support.
+        gram: The Gram matrix behind it, or None where the k x k system was solved.
+    """
+
+    weights: Tensor
+    gram: ScaledGram | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +87,7 @@ class WeightedRidge:
         residual = (self.factor.matvec(w) if x is None else x) - self.target
         return self.factor.rmatvec(self.smooth(residual)) + self.penalty * self.metric * (w - self.reference)
 
-    def refit(self, support: Tensor) -> Tensor:
+    def refit(self, support: Tensor, previous: Refit | None = None) -> Refit:
         """Minimise Q over the weights of a support, exactly.
 
         The stationarity condition for the change ``d`` on the support is
@@ -71,9 +97,11 @@ class WeightedRidge:
 
         Args:
             support: Indices of the kept weights, (k,).
+            previous: An earlier refit of the same factor and metric; where the supports differ by less than k,
+                its Gram matrix is up- and downdated instead of being computed anew.
 
         Returns:
-            w, (p,), zero outside the support.
+            The weights, zero outside the support, and what the next refit can use.
         """
         n = self.factor.shape[0]
         kept = self.reference.index_select(0, support)
@@ -87,15 +115,22 @@ class WeightedRidge:
             matrix = columns.T @ weighted
             matrix.diagonal().add_(self.penalty * metric)
             change = solve_square(matrix, columns.T @ self.smooth(residual))
-        else:
-            inverse = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
-            matrix = self.factor.gram(inverse)
-            if self.smoothing is not None:
-                matrix = self.smoothing @ matrix
-            matrix.diagonal().add_(self.penalty)
-            dual = solve_square(matrix, self.smooth(residual))
-            change = (inverse * self.factor.rmatvec(dual)).index_select(0, support)
-        return result.index_copy(0, support, kept + change)
+            return Refit(result.index_copy(0, support, kept + change), None)
+        gram = self._gram(support, 1 / metric, previous)
+        system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
+        system.diagonal().add_(self.penalty)
+        dual = solve_square(system, self.smooth(residual))
+        change = (gram.scale * self.factor.rmatvec(dual)).index_select(0, support)
+        return Refit(result.index_copy(0, support, kept + change), gram)
+
+    def _gram(self, support: Tensor, inverse: Tensor, previous: Refit | None) -> ScaledGram:
+        """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""
+        scale = torch.zeros_like(self.metric).index_copy(0, support, inverse)
+        if previous is not None and previous.gram is not None:
+            difference = scale - previous.gram.scale
+            if int(difference.count_nonzero()) < len(support):
+                return ScaledGram(scale, previous.gram.matrix + self.factor.gram(difference))
+        return ScaledGram(scale, self.factor.gram(scale))
 
 
 def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
@@ -115,10 +150,13 @@ def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
 
 
 def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve a square system in float64; a singular one in the least-squares sense of smallest norm."""
+    """Solve a square system in float64; one that is singular in the matrix's own precision by least norm."""
     a, b = matrix.double(), right.double()
-    solution: Tensor
-    solution, info = torch.linalg.solve_ex(a, b)
-    if int(info) != 0 or not bool(torch.isfinite(solution).all()):
-        solution = torch.linalg.pinv(a) @ b
+    rounding = len(a) * torch.finfo(matrix.dtype).eps
+    factors, pivots, info = torch.linalg.lu_factor_ex(a)
+    sizes = factors.diagonal().abs()
+    if int(info) == 0 and float(sizes.min()) > rounding * float(sizes.max()):
+        solution: Tensor = torch.linalg.lu_solve(factors, pivots, b.unsqueeze(1)).squeeze(1)
+    else:
+        solution = torch.linalg.pinv(a, rtol=rounding) @ b
     return solution.to(right.dtype)

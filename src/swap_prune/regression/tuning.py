@@ -111,7 +111,7 @@ def choose_coupling(
     fitting = replace(pairing, factor=pairing.factor.rows(kept), target=pairing.target[kept])
 
     def loss(regression: WeightedRidge) -> tuple[Tensor, Tensor]:
-        w = regression.refit(support)
+        w = regression.refit(support).weights
         return held_out.matvec(w - pairing.reference).square() / 2, w
 
     baseline, w = loss(fitting)

@@ -81,7 +81,10 @@ def two_regime_step(
     if tau_m < 0 or tau_c == float("inf"):  # no descent on the support, or nothing that could change it
         return before
     tau = tau_c
-    best = _at(problem, w - tau * gradient, keep)
+    edge = w - tau * inside  # the last point on the old support, where one entry ties with its rival
+    best = _better(
+        SparseFit(edge, support, problem.value(edge), 1, converged=False), _at(problem, w - tau * gradient, keep)
+    )
     for _ in range(max_growths):
         tau = tau * growth if tau > 0 else torch.finfo(w.dtype).eps
         tried = _at(problem, w - tau * gradient, keep)

@@ -1,0 +1,182 @@
+"""Artifacts: what is saved is what is loaded, and everything else is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from swap_prune import METHODS, load_pruned, prune
+from swap_prune.artifact import load_report, load_weights, read_weights
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 10), nn.BatchNorm1d(10), nn.Linear(10, 4))
+
+
+def pruned(method: str = "lr") -> tuple[nn.Module, object]:
+    torch.manual_seed(1)
+    model = network()
+    data = TensorDataset(torch.randn(40, 8), torch.randint(4, (40,)))
+    return model, prune(model, data, 0.75, method, samples=40)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_round_trip_keeps_every_value_and_every_zero(method: str, tmp_path: Path) -> None:
+    model, report = pruned(method)
+    report.save(tmp_path / "out")
+    other = network(seed=9)
+    assert load_pruned(other, tmp_path / "out") is other
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    zeros = sum(int((layer.weight == 0).sum()) for layer in (other[0], other[2]))
+    assert zeros == report.total - report.kept == 120 - 30
+    assert load_report(tmp_path / "out").to_dict() == report.to_dict()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "weights.safetensors"]
+    assert sorted(safetensors.torch.load_file(tmp_path / "out" / "weights.safetensors")) == sorted(model.state_dict())
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pruned()[1].save(tmp_path / name)
+    assert (tmp_path / "a/weights.safetensors").read_bytes() == (tmp_path / "b/weights.safetensors").read_bytes()
+
+
+def test_tied_weights_are_stored_under_all_their_keys(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x))
+
+    model = Tied()
+    prune(model, [(torch.randn(6, 5), torch.randint(5, (6,)))], 0.5, "magnitude").save(tmp_path / "out")
+    other = load_pruned(Tied(), tmp_path / "out")
+    assert torch.equal(other.a.weight, model.a.weight) and other.a.weight is other.b.weight
+
+
+def test_nothing_is_written_over_or_into(tmp_path: Path) -> None:
+    _, report = pruned()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for target in ("full", "file"):
+        with pytest.raises(ValueError, match="choose another"):
+            report.save(tmp_path / target)
+    with pytest.raises(ValueError, match="cannot be written"):
+        report.save(tmp_path / "file" / "below")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    (tmp_path / "empty").mkdir()
+    report.save(tmp_path / "empty")
+    assert (tmp_path / "empty" / "report.json").exists()
+
+
+def test_a_model_changed_after_pruning_is_not_saved(tmp_path: Path) -> None:
+    model, report = pruned()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    with pytest.raises(ValueError, match="no longer has the sparsity"):
+        report.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _flip_a_byte(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _densify(folder: Path) -> None:
+    import hashlib
+
+    path = folder / "weights.safetensors"
+    state = safetensors.torch.load_file(path)
+    state["0.weight"] += 1
+    data = safetensors.torch.save(state)
+    path.write_bytes(data)
+    report = json.loads((folder / "report.json").read_text())
+    report["weights_sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+DAMAGE = {
+    "altered weights": (_flip_a_byte, "hash"),
+    "truncated weights": (
+        lambda f: (f / "weights.safetensors").write_bytes((f / "weights.safetensors").read_bytes()[:100]),
+        "damaged",
+    ),
+    "missing weights": (lambda f: (f / "weights.safetensors").unlink(), "does not exist"),
+    "missing report": (lambda f: (f / "report.json").unlink(), "not a pruning artifact"),
+    "report not json": (lambda f: (f / "report.json").write_text("{"), "not a pruning report"),
+    "report of something else": (lambda f: (f / "report.json").write_text('{"a": 1}'), "not a pruning report"),
+    "dense weights": (_densify, "the report says"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_artifacts_are_refused_and_the_model_stays(case: str, tmp_path: Path) -> None:
+    damage, message = DAMAGE[case]
+    pruned()[1].save(tmp_path / "out")
+    damage(tmp_path / "out")
+    model = network(seed=9)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=message):
+        load_pruned(model, tmp_path / "out")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    pruned()[1].save(tmp_path / "out")
+    with pytest.raises(ValueError, match="shapes"):
+        load_pruned(nn.Sequential(nn.Linear(8, 11), nn.BatchNorm1d(11), nn.Linear(11, 4)), tmp_path / "out")
+    with pytest.raises(ValueError, match="keys"):
+        load_pruned(nn.Sequential(nn.Linear(8, 10)), tmp_path / "out")
+
+
+class _Exploit:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("exploited"),))
+
+
+def test_pickles_are_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": _Exploit()}, tmp_path / "a.pt")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"weight": _Exploit()}))
+    (tmp_path / "c.safetensors").write_bytes(pickle.dumps({"weight": _Exploit()}))
+    for name in ("a.pt", "b.pth", "c.safetensors"):
+        with pytest.raises(ValueError, match=name):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_checkpoints_of_every_kind_load(tmp_path: Path) -> None:
+    model = network()
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "b.pth"
+    )
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "c.safetensors")
+    for name in ("plain.pt", "b.pth", "c.safetensors"):
+        assert torch.equal(load_weights(network(seed=4), tmp_path / name)[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("none.pt", None, "does not exist"), ("x.pt", b"", "damaged"), ("x.onnx", b"abc", "must end in")],
+)
+def test_unusable_checkpoints(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / name)

@@ -1,0 +1,235 @@
+"""The whole of pruning on small networks: exact counts, determinism, failure without damage."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import swap_prune
+from swap_prune import METHODS, prune
+
+
+def small_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 12),
+        nn.ReLU(),
+        nn.Linear(12, 3),
+    )
+
+
+def small_data(n: int = 60, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 1, 8, 8, generator=generator), torch.randint(3, (n,), generator=generator))
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((p == 0).sum()) for name, p in model.named_parameters() if p.ndim >= 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.98, 0.999])
+def test_zeros_are_exact(method: str, sparsity: float) -> None:
+    model = small_network()
+    report = prune(model, small_data(), sparsity, method, samples=40, stages=2)
+    expected = report.total - math.floor(report.total * (1 - sparsity))
+    assert report.total == 36 + 144 * 12 + 36
+    assert zeros(model) == expected
+    assert report.kept == report.total - expected
+    assert report.sparsity == pytest.approx(expected / report.total)
+    assert sum(layer.kept for layer in report.layers.values()) == report.kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_gives_the_same_bits_and_leaves_the_global_random_state(method: str) -> None:
+    first, second = small_network(), small_network()
+    state = torch.get_rng_state()
+    prune(first, small_data(), 0.7, method, samples=30, stages=3, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    prune(second, small_data(), 0.7, method, samples=30, stages=3, seed=5)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_another_seed_draws_other_samples() -> None:
+    first, second = small_network(), small_network()
+    prune(first, small_data(), 0.7, "lr", samples=30, seed=0)
+    prune(second, small_data(), 0.7, "lr", samples=30, seed=1)
+    assert not torch.equal(first[4].weight, second[4].weight)
+
+
+def test_second_order_update_lowers_the_loss_of_a_trained_network() -> None:
+    """LR and EWR beat magnitude where the Fisher matrix is the whole story: a trained network, many samples."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(400, 20, generator=generator) * torch.logspace(-1, 1, 20)
+    labels = (inputs @ torch.randn(20, 4, generator=generator)).argmax(1)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 4))
+    optimiser = torch.optim.Adam(dense.parameters(), lr=0.01)
+    for _ in range(200):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(dense(inputs), labels).backward()
+        optimiser.step()
+    losses = {}
+    for method in METHODS:
+        model = copy.deepcopy(dense)
+        prune(model, TensorDataset(inputs, labels), 0.7, method, samples=400, stages=5)
+        losses[method] = nn.functional.cross_entropy(model(inputs), labels).item()
+    assert losses["lr"] < 0.8 * losses["magnitude"]
+    assert losses["ewr"] < 0.8 * losses["magnitude"]
+
+
+def test_tied_weights_are_counted_once_and_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.head = nn.Linear(6, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(tokens).mean(1))
+
+    torch.manual_seed(0)
+    model = Tied()
+    data = [(torch.randint(11, (20, 5)), torch.randint(11, (20,)))]
+    report = prune(model, data, 0.5, "lr")
+    assert report.total == 66 and report.kept == 33
+    assert model.head.weight is model.embed.weight
+    assert int((model.embed.weight == 0).sum()) == 33
+
+
+def test_dict_batches_and_a_custom_loss() -> None:
+    model = nn.Linear(5, 1)
+    batches = [{"x": torch.randn(8, 5), "y": torch.randn(8, 1)} for _ in range(3)]
+    report = prune(
+        model, batches, 0.4, "ewr", loss_fn=lambda net, b: (net(b["x"]) - b["y"]).square().mean(1), samples=24
+    )
+    assert report.kept == 3 and report.stages[0].samples == 24
+
+
+def test_batchnorm_is_recalibrated_unless_switched_off_and_modes_come_back() -> None:
+    model, frozen = small_network(), small_network()
+    model.train()
+    model[0].eval()
+    before = model[1].running_var.clone()
+    prune(model, small_data(), 0.8, "magnitude")
+    assert model.training and not model[0].training and model[1].momentum == 0.1
+    assert not torch.equal(model[1].running_var, before)
+    prune(frozen, small_data(), 0.8, "magnitude", recalibrate_batchnorm=False)
+    assert torch.equal(frozen[1].running_var, before)
+    expected = model[0](small_data().tensors[0]).var((0, 2, 3))
+    assert torch.allclose(model[1].running_var, expected, rtol=0.02)
+
+
+def test_statistics_that_do_not_fit_are_repaired_before_pruning_and_reported() -> None:
+    model = small_network()
+    model[1].running_mean -= 50
+    report = prune(model, small_data(), 0.5, "lr", samples=40)
+    assert any("BatchNorm" in note for note in report.notes)
+    assert prune(small_network(), small_data(), 0.5, "magnitude", recalibrate_batchnorm=False).notes == []
+
+
+def test_a_failure_in_a_later_stage_leaves_the_model_as_it_was() -> None:
+    model = small_network()
+    before = copy.deepcopy(model.state_dict())
+    calls = 0
+
+    def loss_fn(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+        return loss * float("nan") if calls > 12 else loss
+
+    with pytest.raises(ValueError, match="not finite"):
+        prune(model, small_data(), 0.5, "lr", loss_fn=loss_fn, stages=50, samples=20)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_fewer_samples_than_asked_for_are_used_and_noted() -> None:
+    report = prune(small_network(), small_data(20), 0.5, "lr", samples=64)
+    assert report.stages[0].samples == 20
+    assert any("fewer than the 64" in note for note in report.notes)
+
+
+def test_half_precision_weights_keep_the_sparsity() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)).to(torch.bfloat16)
+    data = [(torch.randn(16, 16, dtype=torch.bfloat16), torch.randint(3, (16,)))]
+    report = prune(model, data, 0.75, "lr", samples=16)
+    assert report.kept == math.floor(report.total * 0.25)
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_noise_changes_the_answer_and_is_recorded() -> None:
+    clean, noisy = small_network(), small_network()
+    prune(clean, small_data(), 0.7, "lr", samples=30)
+    report = prune(noisy, small_data(), 0.7, "lr", samples=30, noise="gradient:std=4,fraction=0.25")
+    assert report.settings["noise"] == {"std": 4.0, "fraction": 0.25}
+    assert not torch.equal(clean[4].weight, noisy[4].weight)
+
+
+BAD = {
+    "sparsity above": ({"sparsity": 1.0}, "sparsity"),
+    "sparsity below": ({"sparsity": -0.1}, "sparsity"),
+    "sparsity nan": ({"sparsity": float("nan")}, "sparsity"),
+    "sparsity text": ({"sparsity": "0.5"}, "sparsity"),
+    "method": ({"method": "sgd"}, "method"),
+    "method class": ({"method": swap_prune.EWR}, "method"),
+    "schedule": ({"schedule": "wavy"}, "schedule"),
+    "stages": ({"stages": 0}, "stages"),
+    "samples": ({"samples": 0}, "samples"),
+    "seed": ({"seed": -1}, "seed"),
+    "targets": ({"targets": ("Conv9d",)}, "Conv9d"),
+    "ignore": ({"ignore": ("re:nothing",)}, "nothing"),
+    "regex": ({"targets": ("re:(",)}, "regular expression"),
+    "nothing left": ({"ignore": ("re:.*",)}, "nothing to prune"),
+    "noise": ({"noise": "gradient:std=x"}, "std"),
+    "memory": ({"memory": "lots"}, "memory"),
+    "memory too small": ({"memory": "1KB"}, "memory"),
+    "empty loader": ({"data": []}, "empty"),
+    "no data": ({"data": None}, "data"),
+    "tensor as data": ({"data": torch.zeros(3)}, "data"),
+    "labels": ({"data": [(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))]}, "labels out of range"),
+    "negative labels": ({"data": [(torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]))]}, "labels out of range"),
+    "not pairs": ({"data": [torch.zeros(4, 1, 8, 8)]}, "inputs, targets"),
+    "wrong shape": ({"data": [(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())]}, "failed on a calibration batch"),
+    "scalar loss": ({"loss_fn": lambda net, b: net(b[0]).mean()}, "one loss a sample"),
+    "infinite loss": ({"loss_fn": lambda net, b: net(b[0]).sum(1) / 0}, "not finite"),
+    "loss not a tensor": ({"loss_fn": lambda net, b: [1.0]}, "tensor"),
+    "gradient nan": ({"loss_fn": lambda net, b: (net(b[0]).sum(1) * 0).sqrt()}, "gradient is not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_value_error_and_changes_nothing(case: str) -> None:
+    changes, message = BAD[case]
+    model = small_network()
+    before = copy.deepcopy(model.state_dict())
+    arguments = {"data": small_data(), "method": "lr", "samples": 20, "recalibrate_batchnorm": False} | changes
+    with pytest.raises(ValueError, match=message):
+        prune(model, **arguments)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_exhausted_generator_is_refused_and_a_fresh_one_is_remembered() -> None:
+    loader = DataLoader(small_data(), batch_size=16)
+    batches = (batch for batch in loader)
+    assert prune(small_network(), batches, 0.5, "lr", samples=60, stages=3).stages[2].samples == 60
+    with pytest.raises(ValueError, match="exhausted"):
+        prune(small_network(), batches, 0.5, "lr")
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to prune"):
+        prune(nn.ReLU(), small_data(), 0.5)
