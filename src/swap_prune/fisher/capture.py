@@ -135,16 +135,14 @@ class _Capturer:
 
     def fill(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         """Write the gradients and losses of a chunk to the first rows; return how many there were."""
-        if self.backend == "vmap":
-            try:
-                return self._fill_vmap(batch, rows, losses)
-            except ValueError:
-                raise
-            except Exception:  # vmap refuses in many ways (RuntimeError, NotImplementedError, TypeError, ...)
-                if not self._fallback:
-                    raise
-                self.backend = "loop"
         try:
+            if self.backend == "vmap":
+                try:
+                    return self._fill_vmap(batch, rows, losses)
+                except Exception as error:  # vmap refuses in many ways
+                    if isinstance(error, ValueError) or not self._fallback:
+                        raise
+                    self.backend = "loop"
             if not is_sliceable(batch):
                 return self._fill_loop(batch, rows, losses)
             size = batch_size(batch)  # one sample at a time: a backward pass costs what its whole batch costs
@@ -175,10 +173,10 @@ class _Capturer:
         losses[:size] = values.detach()
         return size
 
+    @torch.enable_grad()
     def _fill_loop(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
-        with torch.enable_grad():
-            weights = {name: w.clone().requires_grad_() for name, w in self._weights.items()}
-            values = functional_call(self._module, {**self._rest, **weights}, (batch,))
+        weights = {name: w.clone().requires_grad_() for name, w in self._weights.items()}
+        values = functional_call(self._module, {**self._rest, **weights}, (batch,))
         check_losses(values, None)
         if len(values) > len(rows):
             raise ValueError(f"loss_fn returned {len(values)} losses for {len(rows)} samples")
