@@ -61,6 +61,30 @@ class CalibrationStream:
         batches = self._draw_indexed(samples) if self._indexed else self._draw_iterated(samples)
         return [map_tensors(lambda t: t.to(self._device), batch) for batch in batches]
 
+    def draw_apart(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
+        """Draw ``samples`` samples, and ``held_out`` more that are not among them.
+
+        Data that hold fewer are shared out: a fifth at the most is held out.
+
+        Returns:
+            Both as batches.
+        """
+        drawn = self.draw(samples + held_out)
+        got = sum(map(batch_size, drawn))
+        spare = min(held_out, got // 5) if got < samples + held_out else held_out
+        fitting: list[Any] = []
+        apart: list[Any] = []
+        missing = got - spare
+        for batch in drawn:
+            size = batch_size(batch)
+            if missing >= size or not is_sliceable(batch):
+                (fitting if missing > 0 else apart).append(batch)
+            else:
+                fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
+                apart.append(slice_batch(batch, max(missing, 0), size))
+            missing -= size
+        return fitting, apart
+
     def _draw_indexed(self, samples: int) -> list[Any]:
         size = len(self._data)
         if size == 0:

@@ -10,12 +10,12 @@ stages follows a schedule that ends exactly at the target.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swap_prune.artifact import count_layers
 from swap_prune.calibration import CalibrationStream, batch_size
@@ -24,6 +24,7 @@ from swap_prune.fisher.noise import GradientNoise, parse_noise
 from swap_prune.losses import LossFn, cross_entropy
 from swap_prune.memory import check_memory
 from swap_prune.methods import Method, resolve_method
+from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
 from swap_prune.report import PruningReport, StageReport, versions
@@ -39,6 +40,8 @@ from swap_prune.surgery import (
 from swap_prune.surgery import recalibrate_batchnorm as recalibrate_layers
 
 __all__ = ["prune"]
+
+_HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 
 
 def prune(
@@ -73,7 +76,8 @@ def prune(
             ``(inputs, targets)``.
         targets: Class names, parameter or module names, or ``"re:..."``, of what is pruned.
         ignore: The same, for what is not.
-        samples: Calibration samples a stage; all there are, if the data holds fewer.
+        samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
+            settings by the loss on held-out samples draws up to 512 more, or a fifth of data that hold fewer.
         stages: Number of prune-and-recapture stages.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
@@ -160,15 +164,18 @@ class _Run:
         """Capture, solve, apply, recalibrate."""
         started = time.perf_counter()
         capture: Capture | None = None
+        spare: list[Any] = []
         if self.solver.needs_gradients:
-            batches = self.calibration.draw(self.samples)
+            held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
+            batches, spare = self.calibration.draw_apart(self.samples, held_out)
             shown.stage(number, sparsity, sum(map(batch_size, batches)))
             capture = capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=shown.advance)
         keep = keep_count(self.selection.total, sparsity)
         factor = capture.factor if capture else None
         if factor is not None and self.noise is not None:
             factor = self.noise.apply(factor, self.generator)
-        problem = PruningProblem(self.selection.read(self.model), keep, factor)
+        reference = self.selection.read(self.model)
+        problem = PruningProblem(reference, keep, factor, self._held_out_losses(spare) if spare else None)
         solution = self.solver.solve(problem, self.generator)
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.normalised:
@@ -184,6 +191,22 @@ class _Run:
             iterations=solution.iterations,
             evidence=dict(solution.evidence),
         )
+
+    def _held_out_losses(self, batches: list[Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Let a method ask what a candidate would cost, recalibration included.
+
+        Candidates are written to the model. That is safe, since the reference was read before and the solution
+        is written, and its statistics estimated, afterwards.
+        """
+        statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if self.normalised else []
+
+        def losses(weights: Tensor, kept: Tensor) -> Tensor:
+            write_weights(self.model, self.selection, weights, kept)
+            recalibrate_layers(self.model, statistics, self.loss_fn)
+            with eval_mode(self.model), torch.no_grad():
+                return torch.cat([self.loss_fn(self.model, batch) for batch in batches])
+
+        return losses
 
 
 def _report(
@@ -202,7 +225,9 @@ def _report(
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
     if 0 < stages[-1].samples < settings["samples"]:
-        notes.append(f"the data hold {stages[-1].samples} samples, fewer than the {settings['samples']} asked for")
+        notes.append(
+            f"gradients of {stages[-1].samples} samples were used, fewer than the {settings['samples']} asked for"
+        )
     emptied = [name for name, layer in layers.items() if layer.kept == 0]
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")

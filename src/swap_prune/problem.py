@@ -26,7 +26,7 @@ plan, P  (n, n)       coupling between x and y, rows and columns sum to 1/n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,14 @@ class PruningProblem:
         reference: w_bar, (p,), weights before the stage.
         keep: k, number of weights that may be non-zero, ``0 <= k <= p``.
         factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
+        held_out: Maps weights w (p,) and a kept set (p,) to the network's losses (n_v,) on samples whose gradients
+            are not in G; None where there are none. It is what candidates are chosen by.
     """
 
     reference: Tensor
     keep: int
     factor: FisherFactor | None = None
+    held_out: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reference.ndim != 1:

@@ -21,6 +21,11 @@ class Method(Protocol):
     name: ClassVar[str]
     needs_gradients: ClassVar[bool]
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it chooses by the loss on held-out samples."""
+        ...
+
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Choose exactly k weights and their values."""
         ...

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from swap_prune.methods.lr import (
+    LR,
     check_regression_settings,
+    held_out_losses,
     is_number,
     pairing_regression,
     solution_of,
@@ -36,7 +38,8 @@ class EWR:
         epsilon: eps, the entropy of the plan, in units of ``epsilon_unit``; or ``"auto"``.
         ridge: lam, or ``"auto"``; see :class:`swap_prune.LR`.
         anchor: a in [0, 1], how far the plan may leave the pairing (1 is the paper, 0 is LR); or ``"auto"``.
-            What is ``"auto"`` among epsilon and anchor is chosen on held-out rows, LR among the candidates.
+            What is ``"auto"`` among epsilon and anchor is chosen on held-out rows and confirmed by the loss on
+            held-out samples, LR among the candidates.
         epsilon_unit: ``"mean_cost"`` (the mean of the cost matrix) or ``"absolute"``.
         gradient: ``"exact"``, the envelope theorem's, or ``"paper"``, that of Algorithm 1.
         solver: ``"iht"``, hard thresholding with exact refits, or ``"algorithm1"``, the paper's steps.
@@ -57,7 +60,7 @@ class EWR:
     debias: bool = True
     couplings: int = 1
     metric: Literal["diagonal", "identity"] = "diagonal"
-    damping: float = 1.0
+    damping: float | Literal["auto"] = "auto"
     iterations: int = 10
 
     name: ClassVar[str] = "ewr"
@@ -77,28 +80,33 @@ class EWR:
         if isinstance(self.couplings, bool) or not isinstance(self.couplings, int) or self.couplings < 1:
             raise ValueError(f"couplings must be a whole number of at least 1, got {self.couplings!r}")
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether a setting is chosen by the loss on held-out samples."""
+        return self.solver == "iht" and "auto" in (self.damping, self.anchor, self.epsilon)
+
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
         if problem.keep in (0, problem.reference.numel()):
             return trivial_solution(problem)
         if self.solver == "algorithm1":
             return self._algorithm_1(problem)
-        pairing = pairing_regression(problem, self.ridge, self.metric, self.damping)
-        fit = solve_sparse(pairing, problem.keep, max_iterations=self.iterations)
-        coupling, evidence = self._coupling(pairing, fit, generator)
+        pairing, paired, evidence = LR(self.ridge, self.metric, self.damping, self.iterations).fit(problem)
+        coupling, reason = self._coupling(pairing, paired, generator)
+        fit = paired
         for _ in range(self.couplings if coupling.anchor > 0 else 0):
             regression = couple(pairing, pairing.factor.matvec(fit.weights), coupling)
             fit = solve_sparse(regression, problem.keep, start=fit.support, max_iterations=self.iterations)
-        return solution_of(
-            fit,
-            {
-                "ridge": pairing.ridge,
-                "anchor": coupling.anchor,
-                "epsilon": coupling.epsilon,
-                "objective": pairing.value(fit.weights),
-                **evidence,
-            },
-        )
+        evidence |= reason
+        if "auto" in (self.anchor, self.epsilon) and coupling.anchor > 0 and problem.held_out is not None:
+            gain = held_out_losses(problem, paired) - held_out_losses(problem, fit)
+            evidence["held_out_gain"] = float(gain.mean())
+            evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
+            if not evidence["held_out_gain"] > evidence["held_out_gain_error"]:
+                fit, coupling = paired, replace(coupling, anchor=0.0)
+                evidence["coupling"] = "held-out samples favour the pairing"
+        evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "objective": pairing.value(fit.weights)}
+        return solution_of(fit, evidence)
 
     def _coupling(
         self, pairing: WeightedRidge, fit: SparseFit, generator: torch.Generator
@@ -124,7 +132,7 @@ class EWR:
         starts at the hard-thresholded ``w_bar``. The objective that the step size looks at is that of the
         fixed plan, whichever gradient gives the direction.
         """
-        pairing = pairing_regression(problem, self.ridge, "identity", self.damping)
+        pairing = pairing_regression(problem, self.ridge, "identity")
         support = top_k(problem.reference.abs(), problem.keep)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)

@@ -5,6 +5,7 @@ minimise  1/2 ||G w - G w_bar||^2 + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subjec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 __all__ = ["LR"]
 
 _AUTO_RIDGE = 0.0025  # in the diagonal metric, where lam has no unit; see docs/method.md
+_DAMPINGS = (1.0, 30.0)  # candidates; the first is taken where nothing is held out
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,14 @@ class LR:
             identity metric.
         metric: ``"diagonal"``, ``m = f + damping mean(f)``, which does not care how layers are scaled, or
             ``"identity"``, the paper's.
-        damping: Share of the mean diagonal in the metric, > 0.
+        damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``: chosen by the loss on held-out
+            samples, where there are any.
         iterations: Hard-thresholding iterations a stage at the most.
     """
 
     ridge: float | Literal["auto"] = "auto"
     metric: Literal["diagonal", "identity"] = "diagonal"
-    damping: float = 1.0
+    damping: float | Literal["auto"] = "auto"
     iterations: int = 10
 
     name: ClassVar[str] = "lr"
@@ -45,16 +48,56 @@ class LR:
     def __post_init__(self) -> None:
         check_regression_settings(self.ridge, self.metric, self.damping, self.iterations)
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether a setting is chosen by the loss on held-out samples."""
+        return self.damping == "auto" and self.metric == "diagonal"
+
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):
             return trivial_solution(problem)
-        regression = pairing_regression(problem, self.ridge, self.metric, self.damping)
-        fit = solve_sparse(regression, problem.keep, max_iterations=self.iterations)
-        return solution_of(fit, {"ridge": regression.ridge, "objective": fit.value})
+        _, fit, evidence = self.fit(problem)
+        return solution_of(fit, evidence)
+
+    def fit(self, problem: PruningProblem) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
+        """Fit with each candidate for the damping and keep what held-out samples favour.
+
+        Returns:
+            The regression, its sparse fit, and the evidence for the report.
+        """
+        automatic = self.needs_held_out and problem.held_out is not None
+        dampings = _DAMPINGS if automatic else (self.damping,)
+        candidates: dict[float, tuple[WeightedRidge, SparseFit]] = {}
+        losses: dict[float, float] = {}
+        for choice in dampings:
+            damping = _DAMPINGS[0] if choice == "auto" else float(choice)
+            regression = pairing_regression(problem, self.ridge, self.metric, damping)
+            fit = solve_sparse(regression, problem.keep, max_iterations=self.iterations)
+            candidates[damping] = regression, fit
+            losses[damping] = held_out_loss(problem, fit) if len(dampings) > 1 else 0.0
+        best = min(losses, key=losses.__getitem__)
+        regression, fit = candidates[best]
+        evidence: dict[str, Any] = {"ridge": regression.ridge, "damping": best, "objective": fit.value}
+        if len(losses) > 1:
+            evidence["held_out_loss_by_damping"] = {str(damping): loss for damping, loss in losses.items()}
+        return regression, fit, evidence
 
 
-def check_regression_settings(ridge: float | str, metric: str, damping: float, iterations: int) -> None:
+def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
+    """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
+    assert problem.held_out is not None, "the caller checks"
+    kept = torch.zeros_like(fit.weights, dtype=torch.bool).index_fill(0, fit.support, True)
+    return problem.held_out(fit.weights, kept)
+
+
+def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:
+    """Return their mean, infinite when it is not a number."""
+    mean = float(held_out_losses(problem, fit).mean())
+    return mean if math.isfinite(mean) else math.inf
+
+
+def check_regression_settings(ridge: float | str, metric: str, damping: float | str, iterations: int) -> None:
     """Refuse settings that LR and EWR share when they make no sense.
 
     Raises:
@@ -64,8 +107,8 @@ def check_regression_settings(ridge: float | str, metric: str, damping: float, i
         raise ValueError(f"ridge must be 'auto' or a number of at least 0, got {ridge!r}")
     if metric not in ("diagonal", "identity"):
         raise ValueError(f"metric must be 'diagonal' or 'identity', got {metric!r}")
-    if not (is_number(damping) and 0 < damping < float("inf")):
-        raise ValueError(f"damping must be a number above 0, got {damping!r}")
+    if damping != "auto" and not (is_number(damping) and 0 < float(damping) < float("inf")):
+        raise ValueError(f"damping must be 'auto' or a number above 0, got {damping!r}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
 
@@ -75,7 +118,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def pairing_regression(problem: PruningProblem, ridge: float | str, metric: str, damping: float) -> WeightedRidge:
+def pairing_regression(
+    problem: PruningProblem, ridge: float | str, metric: str, damping: float = math.inf
+) -> WeightedRidge:
     """State the regression of LR: the target is y itself."""
     factor = problem.fisher()
     diagonal = factor.diagonal()

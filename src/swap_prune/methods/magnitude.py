@@ -19,6 +19,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     needs_gradients: ClassVar[bool] = False
+    needs_held_out: ClassVar[bool] = False
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Keep the largest weights."""
