@@ -1,0 +1,191 @@
+"""The command line from outside: JSON alone on standard output, one line and status 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from swap_prune.cli import app, run
+from swap_prune.experiments.demo import embedded_data, embedded_network
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MNIST in its own layout, and a checkpoint, made of what the package embeds."""
+    root = tmp_path_factory.mktemp("cli")
+    folder = root / "data" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split, part, count in (("train", 0, 300), ("t10k", 1, 200)):
+        images, labels = (t[:count] for t in embedded_data()[part].tensors)
+        pixels = ((images * 0.3081 + 0.1307) * 255).round().to(torch.uint8).numpy()
+        header = struct.pack(">IIII", 2051, count, 28, 28)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        label_header = struct.pack(">II", 2049, count)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(label_header + labels.numpy().astype(np.uint8).tobytes())
+    safetensors.torch.save_file(embedded_network().state_dict(), root / "w.safetensors")
+    return root
+
+
+@pytest.fixture
+def call(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SWAP_PRUNE_DATA", str(workplace / "data"))
+    monkeypatch.chdir(workplace)
+
+    def invoke(*arguments: str) -> tuple[int, str, str]:
+        status = run(lambda: app(args=list(arguments), standalone_mode=False))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return invoke
+
+
+PRUNE = ("prune", "--model", "mlpnet", "--data", "mnist", "--weights", "w.safetensors")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "lr", "ewr"])
+def test_prune_prints_one_json_object_and_writes_what_eval_reads(call, method: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    status, text, _ = call(
+        *PRUNE, "--method", method, "--sparsity", "0.9", "--samples", "100", "--seed", "3", "--out", out, "--json"
+    )
+    assert status == 0
+    result = json.loads(text)
+    assert {"accuracy", "loss", "sparsity", "kept", "total", "seconds", "method", "seed"} <= set(result)
+    assert (result["method"], result["seed"], result["total"]) == (method, 3, 32360)
+    assert result["kept"] == math.floor(32360 * (1 - 0.9))
+    status, text, _ = call("eval", "--model", "mlpnet", "--data", "mnist", "--pruned", out, "--json")
+    again = json.loads(text)
+    assert status == 0
+    assert (again["accuracy"], again["loss"], again["kept"]) == (result["accuracy"], result["loss"], result["kept"])
+    state = safetensors.torch.load_file(f"{out}/weights.safetensors")
+    assert sum(int((value == 0).sum()) for value in state.values()) == 32360 - result["kept"]
+
+
+def test_the_same_seed_writes_the_same_bytes(call, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        status, *_ = call(*PRUNE, "--method", "ewr", "--samples", "80", "--stages", "2", "--out", str(tmp_path / name))
+        assert status == 0
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_text_for_people_and_settings_of_the_method(call) -> None:
+    status, text, _ = call(
+        *PRUNE, "--method", "ewr", "--samples", "60", "--set", "anchor=0.5", "--set", "epsilon=0.1",
+        "--noise", "gradient:std=2,fraction=0.1", "--set", "gradient=paper", "--ignore", "fc3",
+    )  # fmt: skip
+    assert status == 0
+    assert "accuracy" in text and "31880" not in text and "32160" in text
+
+
+def test_eval_of_the_dense_network(call) -> None:
+    status, text, _ = call("eval", "--model", "mlpnet", "--data", "mnist", "--weights", "w.safetensors", "--json")
+    assert status == 0 and json.loads(text)["accuracy"] > 93
+
+
+def test_help_and_no_arguments(call) -> None:
+    for arguments in (("--help",), ("prune", "--help")):
+        status, text, _ = call(*arguments)
+        assert status == 0 and "Usage" in text
+
+
+BAD = {
+    "sparsity": ([*PRUNE, "--sparsity", "1.0"], "sparsity"),
+    "sparsity text": ([*PRUNE, "--sparsity", "much"], "sparsity"),
+    "method": ([*PRUNE, "--method", "sgd"], "method"),
+    "model": (["prune", "--model", "vgg", "--data", "mnist"], "vgg"),
+    "module": (["prune", "--model", "nowhere:net", "--data", "mnist"], "nowhere"),
+    "data": (["prune", "--model", "mlpnet", "--weights", "w.safetensors", "--data", "letters"], "letters"),
+    "pattern": ([*PRUNE, "--targets", "fc9"], "fc9"),
+    "ignore": ([*PRUNE, "--ignore", "re:("], "regular expression"),
+    "no weights": (["prune", "--model", "mlpnet", "--data", "mnist"], "--weights"),
+    "missing weights": ([*PRUNE[:-1], "none.safetensors"], "does not exist"),
+    "truncated weights": ([*PRUNE[:-1], "short.safetensors"], "damaged"),
+    "pickle": ([*PRUNE[:-1], "evil.pt"], "pickle"),
+    "keys": ([*PRUNE[:-1], "other.safetensors"], "keys"),
+    "shapes": ([*PRUNE[:-1], "shapes.safetensors"], "shapes"),
+    "out not empty": ([*PRUNE, "--out", "."], "not empty"),
+    "out not writable": ([*PRUNE, "--out", "w.safetensors/below"], "cannot be written"),
+    "noise": ([*PRUNE, "--noise", "thunder"], "noise"),
+    "setting": ([*PRUNE, "--method", "lr", "--set", "colour=1"], "colour"),
+    "setting form": ([*PRUNE, "--set", "ridge"], "name=value"),
+    "setting value": ([*PRUNE, "--method", "lr", "--set", "ridge=-1"], "ridge"),
+    "device": ([*PRUNE, "--device", "tpu9"], "device"),
+    "option": ([*PRUNE, "--colour", "red"], "colour"),
+    "command": (["paint"], "paint"),
+    "missing option": (["prune", "--model", "mlpnet"], "data"),
+    "stages": ([*PRUNE, "--stages", "0"], "stages"),
+    "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
+    "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),
+    "no artifact": (["eval", *PRUNE[1:5], "--pruned", "x"], "not a pruning artifact"),
+    "data folder": ([*PRUNE, "--data-dir", "empty"], "mnist"),
+    "demo out": (["demo", "--out", "."], "not empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(
+    call, workplace: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    state = embedded_network().state_dict()
+    (workplace / "short.safetensors").write_bytes((workplace / "w.safetensors").read_bytes()[:5000])
+    (workplace / "evil.pt").write_bytes(pickle.dumps({"fc1.weight": Path("x")}))
+    (workplace / "empty").mkdir(exist_ok=True)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, workplace / "other.safetensors")
+    safetensors.torch.save_file({**state, "fc3.weight": torch.zeros(10, 21)}, workplace / "shapes.safetensors")
+    before = sorted(str(path) for path in workplace.rglob("*"))
+    arguments, message = BAD[case]
+    status, out, err = call(*arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("swap-prune: error: ") and err.count("\n") == 1
+    assert message in err and "Traceback" not in err
+    assert sorted(str(path) for path in workplace.rglob("*")) == before
+
+
+def test_a_model_and_a_loader_of_ones_own(
+    call, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_for_cli.py").write_text(
+        "import torch\n"
+        "def net(): return torch.nn.Linear(6, 3)\n"
+        "def data():\n"
+        "    g = torch.Generator().manual_seed(0)\n"
+        "    batch = (torch.randn(40, 6, generator=g), torch.randint(3, (40,), generator=g))\n"
+        "    return [batch], [batch]\n"
+        "def labels(): return [(torch.randn(4, 6), torch.tensor([0, 1, 2, 9]))], []\n"
+        "def nothing(): return [], []\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ("prune", "--model", "mine_for_cli:net", "--method", "lr", "--json", "--data")
+    status, text, _ = call(*command, "mine_for_cli:data")
+    assert status == 0 and json.loads(text)["kept"] == 1
+    for loader, message in (("labels", "labels out of range"), ("nothing", "empty")):
+        status, text, err = call(*command, f"mine_for_cli:{loader}")
+        assert (status, text) == (2, "") and message in err
+
+
+def test_demo_needs_nothing_and_writes_a_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.experiments.demo.SAMPLES", 60)
+    monkeypatch.setattr("swap_prune.experiments.demo.STAGES", 1)
+    monkeypatch.delenv("SWAP_PRUNE_DATA")
+    status, text, _ = call("demo", "--out", str(tmp_path / "report"), "--json")
+    assert status == 0
+    rows = {row["method"]: row for row in json.loads(text)["rows"]}
+    assert set(rows) == {"dense", "magnitude", "lr", "ewr"}
+    assert rows["dense"]["clean"] > 97 > rows["magnitude"]["clean"]
+    assert rows["lr"]["noisy"] is not None and rows["magnitude"]["noisy"] is None
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["picture.png", "report.html", "results.json"]
+    assert (tmp_path / "report" / "picture.png").read_bytes()[:4] == b"\x89PNG"
