@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from swap_prune.artifact import count_layers
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.capture import Capture, capture_gradients
-from swap_prune.fisher.noise import GradientNoise, parse_noise
+from swap_prune.fisher.noise import NoiseModel, parse_noise
 from swap_prune.losses import LossFn, cross_entropy
 from swap_prune.memory import check_memory
 from swap_prune.methods import Method, resolve_method
@@ -58,7 +58,7 @@ def prune(
     schedule: str = "exponential",
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
-    noise: str | GradientNoise | None = None,
+    noise: str | NoiseModel | None = None,
     memory: str | int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -139,7 +139,7 @@ def prune(
         "stages": stages,
         "schedule": schedule,
         "recalibrate_batchnorm": recalibrate_batchnorm,
-        "noise": None if noise_model is None else asdict(noise_model),
+        "noise": None if noise_model is None else {"model": type(noise_model).__name__, **vars(noise_model)},
         "device": str(place),
     }
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
@@ -152,7 +152,7 @@ class _Run:
     model: nn.Module
     selection: Selection
     solver: Method
-    noise: GradientNoise | None
+    noise: NoiseModel | None
     loss_fn: LossFn
     samples: int
     generator: torch.Generator

@@ -8,12 +8,21 @@ text.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
 
-__all__ = ["NOISE_MODELS", "GradientNoise", "parse_noise"]
+__all__ = ["NOISE_MODELS", "GradientNoise", "NoiseModel", "parse_noise"]
+
+
+class NoiseModel(Protocol):
+    """What the pipeline asks of a noise model; its fields are its settings."""
+
+    def apply(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
+        """Return the factor of the noisy rows; the one given is left as it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,22 +60,22 @@ class GradientNoise:
         return DenseFactor(noisy)
 
 
-NOISE_MODELS: dict[str, type[GradientNoise]] = {"gradient": GradientNoise}
+NOISE_MODELS: dict[str, type[NoiseModel]] = {"gradient": GradientNoise}
 
 
-def parse_noise(spec: str | GradientNoise | None) -> GradientNoise | None:
+def parse_noise(spec: str | NoiseModel | None) -> NoiseModel | None:
     """Make a noise model from ``NAME`` or ``NAME:key=value,key=value``.
 
     Raises:
         ValueError: If the name, a key or a value is not understood.
     """
-    if spec is None or isinstance(spec, GradientNoise):
+    if spec is None or (not isinstance(spec, str | type) and callable(getattr(spec, "apply", None))):
         return spec
     name, _, rest = str(spec).partition(":")
     if name not in NOISE_MODELS:
         raise ValueError(f"noise must be one of {', '.join(NOISE_MODELS)}, got {name!r} in {spec!r}")
     model = NOISE_MODELS[name]
-    known = {f.name for f in fields(model)}
+    known = {f.name for f in fields(model)}  # type: ignore[arg-type]
     settings: dict[str, float] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")

@@ -1,0 +1,38 @@
+"""The examples of the documentation run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from swap_prune import METHODS
+from swap_prune.fisher.noise import NOISE_MODELS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(METHODS, "diagonal", METHODS["magnitude"])  # both tables are restored afterwards
+    monkeypatch.setitem(NOISE_MODELS, "lost", NOISE_MODELS["gradient"])
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    scope: dict[str, object] = {"__name__": page}
+    for block in blocks:
+        if block.startswith("# mine.py"):
+            (tmp_path / "mine.py").write_text(block)
+        else:
+            exec(compile(block, page, "exec", dont_inherit=True), scope)
+
+
+@pytest.mark.parametrize(
+    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert ((ROOT / page).parent / link).exists(), link
