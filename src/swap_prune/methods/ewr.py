@@ -18,6 +18,7 @@ from swap_prune.methods.lr import (
     is_number,
     pairing_regression,
     solution_of,
+    step_down,
     trivial_solution,
 )
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -49,6 +50,7 @@ class EWR:
         metric: As for LR. ``algorithm1`` steps in the identity metric, as the paper does.
         damping: As for LR.
         iterations: As for LR; not used by ``algorithm1``.
+        first_order: As for LR; not used by ``algorithm1``.
     """
 
     epsilon: float | Literal["auto"] = "auto"
@@ -62,12 +64,13 @@ class EWR:
     metric: Literal["diagonal", "identity"] = "diagonal"
     damping: float | Literal["auto"] = "auto"
     iterations: int = 10
+    first_order: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "ewr"
     needs_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations)
+        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations, self.first_order)
         if self.epsilon != "auto" and not (is_number(self.epsilon) and 0 < float(self.epsilon) < float("inf")):
             raise ValueError(f"epsilon must be 'auto' or a positive number, got {self.epsilon!r}")
         if self.anchor != "auto" and not (is_number(self.anchor) and 0 <= float(self.anchor) <= 1):
@@ -83,7 +86,12 @@ class EWR:
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        return self.solver == "iht" and "auto" in (self.damping, self.anchor, self.epsilon)
+        return self.solver == "iht" and "auto" in (
+            self.damping,
+            self.anchor,
+            self.epsilon,
+            self.first_order,
+        )
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
@@ -106,6 +114,7 @@ class EWR:
                 fit, coupling = paired, replace(coupling, anchor=0.0)
                 evidence["coupling"] = "held-out samples favour the pairing"
         evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "objective": pairing.value(fit.weights)}
+        fit, evidence["first_order"] = step_down(problem, pairing, fit, self.first_order)
         return solution_of(fit, evidence)
 
     def _coupling(

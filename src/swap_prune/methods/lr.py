@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +20,8 @@ from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 __all__ = ["LR"]
 
 _AUTO_RIDGE = 0.0025  # in the diagonal metric, where lam has no unit; see docs/method.md
+_STEP_RIDGE = 0.25  # damping of the natural-gradient step
+_LENGTHS = (0.03, 0.1, 0.3, 1.0)  # of that step, tried in this order
 _DAMPINGS = (1.0, 30.0)  # candidates; the first is taken where nothing is held out
 
 
@@ -35,30 +37,34 @@ class LR:
         damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``: chosen by the loss on held-out
             samples, where there are any.
         iterations: Hard-thresholding iterations a stage at the most.
+        first_order: Length of a natural-gradient step on the kept weights after the regression, which leaves
+            the gradient's mean out (0, the paper); or ``"auto"``: as long as held-out samples gain from it.
     """
 
     ridge: float | Literal["auto"] = "auto"
     metric: Literal["diagonal", "identity"] = "diagonal"
     damping: float | Literal["auto"] = "auto"
     iterations: int = 10
+    first_order: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "lr"
     needs_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations)
+        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations, self.first_order)
 
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        return self.damping == "auto" and self.metric == "diagonal"
+        return "auto" in (self.damping, self.first_order)
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):
             return trivial_solution(problem)
-        _, fit, evidence = self.fit(problem)
-        return solution_of(fit, evidence)
+        regression, fit, evidence = self.fit(problem)
+        fit, length = step_down(problem, regression, fit, self.first_order)
+        return solution_of(fit, evidence | {"first_order": length})
 
     def fit(self, problem: PruningProblem) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
         """Fit with each candidate for the damping and keep what held-out samples favour.
@@ -66,7 +72,7 @@ class LR:
         Returns:
             The regression, its sparse fit, and the evidence for the report.
         """
-        automatic = self.needs_held_out and problem.held_out is not None
+        automatic = self.damping == "auto" and self.metric == "diagonal" and problem.held_out is not None
         dampings = _DAMPINGS if automatic else (self.damping,)
         candidates: dict[float, tuple[WeightedRidge, SparseFit]] = {}
         losses: dict[float, float] = {}
@@ -84,6 +90,36 @@ class LR:
         return regression, fit, evidence
 
 
+def step_down(
+    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, length: float | str
+) -> tuple[SparseFit, float]:
+    """Go down the loss along the natural gradient, on the support of a fit.
+
+    Args:
+        problem: The pruning problem.
+        regression: The regression that was solved.
+        fit: Its sparse solution.
+        length: Length of the step; ``"auto"`` tries longer and longer ones while the mean loss on held-out
+            samples falls, none where nothing is held out.
+
+    Returns:
+        The fit with its weights moved, and the length taken.
+    """
+    lengths = _LENGTHS if length == "auto" else (float(length),)
+    if lengths == (0.0,) or (length == "auto" and problem.held_out is None):
+        return fit, 0.0
+    direction = regression.descent(fit.support, _STEP_RIDGE, fit.refit)
+    best, taken = fit, 0.0
+    least = held_out_loss(problem, fit) if length == "auto" else math.inf
+    for trial in lengths:
+        moved = replace(fit, weights=fit.weights + trial * direction)
+        loss = held_out_loss(problem, moved) if length == "auto" else -math.inf
+        if not loss < least:
+            break
+        best, taken, least = moved, trial, loss
+    return best, taken
+
+
 def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
     """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
     assert problem.held_out is not None, "the caller checks"
@@ -97,7 +133,9 @@ def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
-def check_regression_settings(ridge: float | str, metric: str, damping: float | str, iterations: int) -> None:
+def check_regression_settings(
+    ridge: float | str, metric: str, damping: float | str, iterations: int, first_order: float | str
+) -> None:
     """Refuse settings that LR and EWR share when they make no sense.
 
     Raises:
@@ -109,6 +147,8 @@ def check_regression_settings(ridge: float | str, metric: str, damping: float | 
         raise ValueError(f"metric must be 'diagonal' or 'identity', got {metric!r}")
     if damping != "auto" and not (is_number(damping) and 0 < float(damping) < float("inf")):
         raise ValueError(f"damping must be 'auto' or a number above 0, got {damping!r}")
+    if first_order != "auto" and not (is_number(first_order) and 0 <= float(first_order) < float("inf")):
+        raise ValueError(f"first_order must be 'auto' or a number of at least 0, got {first_order!r}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
 

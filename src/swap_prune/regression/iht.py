@@ -38,6 +38,7 @@ class SparseFit:
         value: Q(w).
         iterations: Accepted iterations.
         converged: Whether the search ended because nothing more was to be gained.
+        refit: The refit behind the weights, for those who go on from there.
     """
 
     weights: Tensor
@@ -45,6 +46,7 @@ class SparseFit:
     value: float
     iterations: int
     converged: bool
+    refit: Refit | None = None
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
@@ -89,9 +91,9 @@ def solve_sparse(
         tried_x = problem.factor.matvec(tried)
         tried_value = problem.value(tried, tried_x)
         if not tried_value < value - _RELATIVE_GAIN * abs(value):
-            return SparseFit(w, support, value, iteration, converged=True)
+            return SparseFit(w, support, value, iteration, True, refit)
         support, refit, w, x, value = candidate, tried_refit, tried, tried_x, tried_value
-    return SparseFit(w, support, value, max_iterations, converged=False)
+    return SparseFit(w, support, value, max_iterations, False, refit)
 
 
 def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, Refit | None]:
