@@ -21,7 +21,7 @@ __all__ = ["LR"]
 
 _AUTO_RIDGE = 0.0025  # in the diagonal metric, where lam has no unit; see docs/method.md
 _STEP_RIDGE = 0.25  # damping of the natural-gradient step
-_LENGTHS = (0.03, 0.1, 0.3, 1.0)  # of that step, tried in this order
+_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of that step, tried in this order
 _DAMPINGS = (1.0, 30.0)  # candidates; the first is taken where nothing is held out
 
 
@@ -74,11 +74,12 @@ class LR:
         """
         automatic = self.damping == "auto" and self.metric == "diagonal" and problem.held_out is not None
         dampings = _DAMPINGS if automatic else (self.damping,)
+        diagonal = problem.fisher().diagonal()
         candidates: dict[float, tuple[WeightedRidge, SparseFit]] = {}
         losses: dict[float, float] = {}
         for choice in dampings:
             damping = _DAMPINGS[0] if choice == "auto" else float(choice)
-            regression = pairing_regression(problem, self.ridge, self.metric, damping)
+            regression = pairing_regression(problem, self.ridge, self.metric, damping, diagonal)
             fit = solve_sparse(regression, problem.keep, max_iterations=self.iterations)
             candidates[damping] = regression, fit
             losses[damping] = held_out_loss(problem, fit) if len(dampings) > 1 else 0.0
@@ -159,14 +160,18 @@ def is_number(value: object) -> bool:
 
 
 def pairing_regression(
-    problem: PruningProblem, ridge: float | str, metric: str, damping: float = math.inf
+    problem: PruningProblem,
+    ridge: float | str,
+    metric: str,
+    damping: float = math.inf,
+    diagonal: Tensor | None = None,
 ) -> WeightedRidge:
-    """State the regression of LR: the target is y itself."""
+    """State the regression of LR: the target is y itself. ``diagonal`` saves a pass where f is known."""
     factor = problem.fisher()
-    diagonal = factor.diagonal()
-    m = diagonal_metric(diagonal, damping if metric == "diagonal" else float("inf"))
+    f = factor.diagonal() if diagonal is None else diagonal
+    m = diagonal_metric(f, damping if metric == "diagonal" else math.inf)
     if ridge == "auto":
-        ridge = _AUTO_RIDGE if metric == "diagonal" else _AUTO_RIDGE * float(diagonal.mean())
+        ridge = _AUTO_RIDGE if metric == "diagonal" else _AUTO_RIDGE * float(f.mean())
     target = factor.matvec(problem.reference)
     return WeightedRidge(factor, target, problem.reference, float(ridge), m)
 

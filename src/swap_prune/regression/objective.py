@@ -170,7 +170,7 @@ def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
 def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve a square system in float64; one that is singular in the matrix's own precision by least norm."""
     a, b = matrix.double(), right.double()
-    rounding = len(a) * torch.finfo(matrix.dtype).eps
+    rounding = 8 * torch.finfo(matrix.dtype).eps
     factors, pivots, info = torch.linalg.lu_factor_ex(a)
     sizes = factors.diagonal().abs()
     if int(info) == 0 and float(sizes.min()) > rounding * float(sizes.max()):
