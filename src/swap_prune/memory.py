@@ -25,13 +25,14 @@ def parse_memory(budget: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def check_memory(budget: str | int | None, n: int, p: int) -> None:
+def check_memory(budget: str | int | None, n: int, p: int, itemsize: int = 4) -> None:
     """Refuse a run whose Fisher factor would not fit.
 
     Args:
         budget: As for :func:`parse_memory`; None takes nine tenths of what the machine has free.
         n: Calibration samples a stage.
         p: Selected weights.
+        itemsize: Bytes a weight.
 
     Raises:
         ValueError: If the predicted need exceeds the budget.
@@ -39,9 +40,9 @@ def check_memory(budget: str | int | None, n: int, p: int) -> None:
     limit = parse_memory(budget) if budget is not None else _free_memory()
     if limit is None:
         return
-    need = 4 * p * (n + _VECTORS) + 3 * 8 * n * n + _OVERHEAD
+    need = itemsize * p * (n + _VECTORS) + 3 * 8 * n * n + _OVERHEAD
     if need > limit:
-        fits = max(0, (limit - _OVERHEAD) // (4 * p) - _VECTORS)
+        fits = max(0, (limit - _OVERHEAD) // (itemsize * p) - _VECTORS)
         raise ValueError(
             f"{n} samples of {p} weights need about {need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB; "
             + (f"use samples={fits} or fewer" if fits else "give more memory or select fewer weights")

@@ -104,7 +104,7 @@ def prune(
     _check_whole("seed", seed, 0)
     selection = select_parameters(model, targets, ignore)
     if solver.needs_gradients:
-        check_memory(memory, samples, selection.total)
+        check_memory(memory, samples, selection.total, selection.read(model).element_size())
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device

@@ -14,6 +14,7 @@ from torch import Tensor
 from swap_prune.methods.lr import (
     LR,
     check_regression_settings,
+    chooses_damping,
     held_out_losses,
     is_number,
     pairing_regression,
@@ -86,12 +87,8 @@ class EWR:
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        return self.solver == "iht" and "auto" in (
-            self.damping,
-            self.anchor,
-            self.epsilon,
-            self.first_order,
-        )
+        chosen = chooses_damping(self.metric, self.damping) or "auto" in (self.anchor, self.epsilon, self.first_order)
+        return self.solver == "iht" and chosen
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""

@@ -20,8 +20,8 @@ from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 __all__ = ["LR"]
 
 _AUTO_RIDGE = 0.0025  # in the diagonal metric, where lam has no unit; see docs/method.md
-_STEP_RIDGE = 0.25  # damping of the natural-gradient step
-_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of that step, tried in this order
+_STEP_RIDGE = 1.0  # damping of the natural-gradient step
+_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of that step, tried in this order
 _DAMPINGS = (1.0, 30.0)  # candidates; the first is taken where nothing is held out
 
 
@@ -56,7 +56,7 @@ class LR:
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        return "auto" in (self.damping, self.first_order)
+        return chooses_damping(self.metric, self.damping) or self.first_order == "auto"
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
@@ -72,7 +72,7 @@ class LR:
         Returns:
             The regression, its sparse fit, and the evidence for the report.
         """
-        automatic = self.damping == "auto" and self.metric == "diagonal" and problem.held_out is not None
+        automatic = chooses_damping(self.metric, self.damping) and problem.held_out is not None
         dampings = _DAMPINGS if automatic else (self.damping,)
         diagonal = problem.fisher().diagonal()
         candidates: dict[float, tuple[WeightedRidge, SparseFit]] = {}
@@ -89,6 +89,11 @@ class LR:
         if len(losses) > 1:
             evidence["held_out_loss_by_damping"] = {str(damping): loss for damping, loss in losses.items()}
         return regression, fit, evidence
+
+
+def chooses_damping(metric: str, damping: float | str) -> bool:
+    """Whether there is a damping to choose: the identity metric has none."""
+    return metric == "diagonal" and damping == "auto"
 
 
 def step_down(
