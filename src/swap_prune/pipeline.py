@@ -12,12 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swap_prune.artifact import count_layers
+from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.noise import NoiseModel, parse_noise
@@ -243,7 +244,7 @@ def _report(
         stages=stages,
         versions=versions(),
         notes=notes,
-    ).bind(model)
+    ).bind(partial(save_artifact, model))
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

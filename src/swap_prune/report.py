@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
-from torch import nn
 
 __all__ = ["LayerReport", "PruningReport", "StageReport", "versions"]
 
@@ -89,11 +88,11 @@ class PruningReport(_Record):
     versions: dict[str, str]
     notes: list[str]
 
-    _model: nn.Module | None = PrivateAttr(default=None)
+    _saver: Callable[[PruningReport, str | Path], Path] | None = PrivateAttr(default=None)
 
-    def bind(self, model: nn.Module) -> PruningReport:
-        """Remember the pruned model, so that ``save`` knows what to save."""
-        self._model = model
+    def bind(self, saver: Callable[[PruningReport, str | Path], Path]) -> PruningReport:
+        """Remember how to save the pruned model."""
+        self._saver = saver
         return self
 
     def save(self, directory: str | Path) -> Path:
@@ -108,11 +107,9 @@ class PruningReport(_Record):
         Raises:
             ValueError: If it cannot be written, or the model no longer has the sparsity reported.
         """
-        from swap_prune.artifact import save_artifact
-
-        if self._model is None:
+        if self._saver is None:
             raise ValueError("this report was read from a file: there is no model to save with it")
-        return save_artifact(self._model, self, directory)
+        return self._saver(self, directory)
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return plain types, as stored in ``report.json``."""

@@ -1,0 +1,79 @@
+"""Choices by held-out loss: what is chosen is what the held-out samples favour."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swap_prune import EWR, LR
+from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.problem import PruningProblem
+
+
+def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-2, 1, p)
+    factor = DenseFactor(torch.randn(n, p, generator=generator) * scale)
+    return PruningProblem(torch.randn(p, generator=generator), keep, factor, held_out)
+
+
+@pytest.mark.parametrize("damping", [1.0, 30.0])
+def test_the_damping_that_held_out_samples_favour_is_taken(damping: float) -> None:
+    generator = torch.Generator()
+    wanted = LR(damping=damping, first_order=0).solve(problem_with(None), generator).weights
+    problem = problem_with(lambda w, kept: (w - wanted).square())
+    solution = LR(first_order=0).solve(problem, generator)
+    assert solution.evidence["damping"] == damping
+    assert torch.equal(solution.weights, wanted)
+
+
+def test_the_step_is_as_long_as_held_out_samples_gain() -> None:
+    generator = torch.Generator()
+    still = LR(damping=1.0, first_order=0).solve(problem_with(None), generator)
+    moved = LR(damping=1.0, first_order=0.3).solve(problem_with(None), generator)
+    assert not torch.equal(still.weights, moved.weights)
+    for target, length in ((still, 0.0), (moved, 0.3)):
+        problem = problem_with(lambda w, kept, goal=target.weights: (w - goal).square())
+        solution = LR(damping=1.0).solve(problem, generator)
+        assert solution.evidence["first_order"] == length
+        assert torch.equal(solution.weights, target.weights)
+        assert torch.equal(solution.kept, still.kept)
+
+
+def test_losses_that_are_not_numbers_are_never_favoured() -> None:
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.full((5,), float("nan"))
+
+    solution = LR().solve(problem_with(held_out), torch.Generator())
+    assert bool(torch.isfinite(solution.weights).all()) and solution.evidence["first_order"] == 0
+
+
+def test_without_gain_on_held_out_samples_ewr_is_lr() -> None:
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.ones(30)
+
+    generator = torch.Generator().manual_seed(0)
+    ewr = EWR(epsilon=0.1).solve(problem_with(held_out), generator)
+    lr = LR().solve(problem_with(held_out), generator)
+    assert torch.equal(ewr.weights, lr.weights) and ewr.evidence["anchor"] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "fitting", "apart"), [(100, 30, 10), (40, 30, 10), (39, 32, 7), (20, 16, 4), (3, 3, 0)]
+)
+def test_held_out_samples_are_not_among_the_others(size: int, fitting: int, apart: int) -> None:
+    batches = [torch.arange(i, min(i + 7, size)) for i in range(0, size, 7)]
+    first, second = CalibrationStream(batches, torch.Generator()).draw_apart(30, 10)
+    assert sum(map(batch_size, first)) == fitting and sum(map(batch_size, second)) == apart
+    values = torch.cat([*first, *second]).tolist()
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("name", ["damping", "first_order"])
+def test_settings_out_of_range(name: str) -> None:
+    for config in (LR, EWR):
+        for value in (-1, float("nan"), "much", None, True):
+            with pytest.raises(ValueError, match=name):
+                config(**{name: value})
