@@ -189,6 +189,7 @@ BAD = {
     "stages": ({"stages": 0}, "stages"),
     "samples": ({"samples": 0}, "samples"),
     "seed": ({"seed": -1}, "seed"),
+    "seed too large": ({"seed": 2**63}, "seed"),
     "targets": ({"targets": ("Conv9d",)}, "Conv9d"),
     "ignore": ({"ignore": ("re:nothing",)}, "nothing"),
     "regex": ({"targets": ("re:(",)}, "regular expression"),

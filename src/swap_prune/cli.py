@@ -220,6 +220,9 @@ def run(command: Callable[[], Any]) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # the argument parser's own errors have it
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
         return _fail(error.format_message(), 2)
     return status if isinstance(status, int) else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -11,6 +12,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _OVERHEAD = 2**29  # interpreter, network, activations of a chunk and the solver's blocks of columns
 _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
+_SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 
 
 def parse_memory(budget: str | int) -> int:
@@ -40,9 +42,11 @@ def check_memory(budget: str | int | None, n: int, p: int, itemsize: int = 4) ->
     limit = parse_memory(budget) if budget is not None else _free_memory()
     if limit is None:
         return
-    need = itemsize * p * (n + _VECTORS) + 3 * 8 * n * n + _OVERHEAD
+    column, square = itemsize * p, _SQUARES * 8
+    need = column * (n + _VECTORS) + square * n * n + _OVERHEAD
     if need > limit:
-        fits = max(0, (limit - _OVERHEAD) // (itemsize * p) - _VECTORS)
+        spare = limit - _OVERHEAD - column * _VECTORS
+        fits = int((math.sqrt(column**2 + 4 * square * spare) - column) / (2 * square)) if spare > 0 else 0
         raise ValueError(
             f"{n} samples of {p} weights need about {need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB; "
             + (f"use samples={fits} or fewer" if fits else "give more memory or select fewer weights")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, batch_size
@@ -103,9 +104,12 @@ def prune(
     sparsities = sparsity_schedule(sparsity, stages, schedule)
     _check_whole("samples", samples, 1)
     _check_whole("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {seed}")
     selection = select_parameters(model, targets, ignore)
     if solver.needs_gradients:
-        check_memory(memory, samples, selection.total, selection.read(model).element_size())
+        rows = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
+        check_memory(memory, rows, selection.total, selection.read(model).element_size())
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
