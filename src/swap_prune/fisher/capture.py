@@ -221,7 +221,7 @@ def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.de
 
 
 def _check_rows(rows: Tensor, selection: Selection) -> None:
-    sums = rows.abs().sum(1)  # an overflow of the sum is as bad as an infinite entry
+    sums = torch.linalg.vector_norm(rows, ord=1, dim=1)  # an overflow of the sum is as bad as an infinite entry
     if bool(torch.isfinite(sums).all()):
         return
     bad = int((~torch.isfinite(sums)).sum())
