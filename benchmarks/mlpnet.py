@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--stages", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--noise")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
         cells, seconds = [], []
         for sparsity in options.sparsities:
             accuracies = []
-            for seed in range(options.seeds if method != "magnitude" else 1):
+            for seed in range(options.first_seed, options.first_seed + (options.seeds if method != "magnitude" else 1)):
                 model, _ = build_model("mlpnet")
                 load_weights(model, options.weights)
                 report = prune(
