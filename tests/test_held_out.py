@@ -13,32 +13,45 @@ from swap_prune.problem import PruningProblem
 
 
 def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
+    """A random problem whose slope is the same everywhere."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(-2, 1, p)
     factor = DenseFactor(torch.randn(n, p, generator=generator) * scale)
-    return PruningProblem(torch.randn(p, generator=generator), keep, factor, held_out)
+    slope = torch.randn(p, generator=generator)
+    return PruningProblem(torch.randn(p, generator=generator), keep, factor, held_out, lambda w, kept: slope)
 
 
-@pytest.mark.parametrize("damping", [1.0, 30.0])
-def test_the_damping_that_held_out_samples_favour_is_taken(damping: float) -> None:
+@pytest.mark.parametrize(("ridge", "damping"), [(0.025, 1.0), (0.1, 1.0), (0.0025, 30.0)])
+def test_the_ridge_and_damping_that_held_out_samples_favour_are_taken(ridge: float, damping: float) -> None:
     generator = torch.Generator()
-    wanted = LR(damping=damping, first_order=0).solve(problem_with(None), generator).weights
+    wanted = LR(ridge=ridge, damping=damping, first_order=0).solve(problem_with(None), generator).weights
     problem = problem_with(lambda w, kept: (w - wanted).square())
     solution = LR(first_order=0).solve(problem, generator)
-    assert solution.evidence["damping"] == damping
+    assert solution.evidence["ridge"] == ridge and solution.evidence["damping"] == damping
+    assert [one["held_out_loss"] == 0 for one in solution.evidence["candidates"]].count(True) == 1
     assert torch.equal(solution.weights, wanted)
 
 
-def test_the_step_is_as_long_as_held_out_samples_gain() -> None:
+@pytest.mark.parametrize(("settings", "candidates"), [({"ridge": 0.1}, 2), ({"damping": 3.0}, 3), ({}, 3)])
+def test_what_is_fixed_is_not_chosen(settings: dict, candidates: int) -> None:
+    problem = problem_with(lambda w, kept: w.square())
+    evidence = LR(first_order=0, **settings).solve(problem, torch.Generator()).evidence
+    assert len(evidence["candidates"]) == candidates
+    assert all(evidence[name] == value for name, value in settings.items())
+
+
+def test_steps_are_as_long_and_as_many_as_held_out_samples_gain() -> None:
     generator = torch.Generator()
-    still = LR(damping=1.0, first_order=0).solve(problem_with(None), generator)
-    moved = LR(damping=1.0, first_order=0.3).solve(problem_with(None), generator)
+    still = LR(ridge=0.1, damping=1.0, first_order=0).solve(problem_with(None), generator)
+    moved = LR(ridge=0.1, damping=1.0, first_order=0.3).solve(problem_with(None), generator)
     assert not torch.equal(still.weights, moved.weights)
-    for target, length in ((still, 0.0), (moved, 0.3)):
-        problem = problem_with(lambda w, kept, goal=target.weights: (w - goal).square())
-        solution = LR(damping=1.0).solve(problem, generator)
-        assert solution.evidence["first_order"] == length
-        assert torch.equal(solution.weights, target.weights)
+    away = still.weights + 100 * (moved.weights - still.weights)  # 30 steps of length 1 away
+    for target, steps in ((still.weights, []), (moved.weights, [0.3]), (away, [8.1, 24.3])):
+        problem = problem_with(lambda w, kept, goal=target: (w - goal).square())
+        solution = LR(ridge=0.1, damping=1.0).solve(problem, generator)
+        assert solution.evidence["first_order"] == pytest.approx(steps)
+        if target is not away:
+            assert torch.equal(solution.weights, target)
         assert torch.equal(solution.kept, still.kept)
 
 
@@ -47,7 +60,7 @@ def test_losses_that_are_not_numbers_are_never_favoured() -> None:
         return torch.full((5,), float("nan"))
 
     solution = LR().solve(problem_with(held_out), torch.Generator())
-    assert bool(torch.isfinite(solution.weights).all()) and solution.evidence["first_order"] == 0
+    assert bool(torch.isfinite(solution.weights).all()) and solution.evidence["first_order"] == []
 
 
 def test_without_gain_on_held_out_samples_ewr_is_lr() -> None:
@@ -71,7 +84,7 @@ def test_held_out_samples_are_not_among_the_others(size: int, fitting: int, apar
     assert len(set(values)) == len(values)
 
 
-@pytest.mark.parametrize("name", ["damping", "first_order"])
+@pytest.mark.parametrize("name", ["damping", "first_order", "ridge", "fisher", "metric", "iterations"])
 def test_settings_out_of_range(name: str) -> None:
     for config in (LR, EWR):
         for value in (-1, float("nan"), "much", None, True):

@@ -205,23 +205,6 @@ def test_solve_square_of_a_matrix_singular_up_to_rounding(dtype):
     assert float(solution.norm()) <= 10 * float(expected.norm())
 
 
-@pytest.mark.parametrize("k", [3, 8, 12])
-def test_descent_minimises_the_quadratic_model_with_its_first_order_term(k: int) -> None:
-    """Against the normal equations of ``mean g.d + 1/2 mean (g.d)^2 + ridge/2 sum m d^2`` on the support."""
-    generator = torch.Generator().manual_seed(k)
-    G = torch.randn(8, 14, generator=generator, dtype=torch.float64)
-    metric = torch.rand(14, generator=generator, dtype=torch.float64) + 0.5
-    reference = torch.randn(14, generator=generator, dtype=torch.float64)
-    problem = WeightedRidge(DenseFactor(G), G @ reference, reference, 0.3, metric)
-    support = torch.randperm(14, generator=generator)[:k].sort().values
-    step = problem.descent(support, 0.7)
-    g = G[:, support]
-    hessian = g.T @ g / 8 + 0.7 * torch.diag(metric[support])
-    expected = -torch.linalg.solve(hessian, g.mean(0))
-    torch.testing.assert_close(step[support], expected)
-    assert int(step.count_nonzero()) == k
-
-
 @pytest.mark.parametrize("k", [9, 12, 14])
 def test_an_updated_gram_matrix_gives_the_same_refit(k: int) -> None:
     generator = torch.Generator().manual_seed(k)

@@ -7,7 +7,8 @@ cross-entropy of ``model(inputs)`` against ``targets`` for batches ``(inputs, ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +16,107 @@ from torch.nn import functional
 
 from swap_prune.calibration import batch_size, is_sliceable
 
-__all__ = ["LossFn", "check_calibration", "check_losses", "cross_entropy"]
+__all__ = ["CrossEntropy", "GaussNewtonLoss", "LossFn", "check_calibration", "check_losses", "cross_entropy"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 _IGNORE_INDEX = -100  # torch's own
 
 
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Cross-entropy of each sample, (n,); averaged over positions when there are several a sample.
+@runtime_checkable
+class GaussNewtonLoss(Protocol):
+    """A loss that knows its own curvature at the outputs of the network.
 
-    Args:
-        model: Maps inputs to logits (n, classes) or (n, classes, ...).
-        batch: ``(inputs, targets)`` with targets (n,) or (n, ...) of class indices, or (n, classes) of
-            probabilities.
+    With outputs z and a loss of second derivative H(z), the generalised Gauss-Newton matrix of the network is the
+    mean over samples of ``J^T H J``, J being the derivative of z with respect to the weights (Schraudolph, 2002;
+    Martens, 2020). It needs no labels.
     """
-    inputs, targets = batch
-    logits = model(inputs)
-    losses: Tensor = functional.cross_entropy(logits, targets, reduction="none", ignore_index=_IGNORE_INDEX)
-    if losses.ndim == 1:
-        return losses
-    counted = (targets != _IGNORE_INDEX).flatten(1).sum(1).clamp(min=1)
-    mean: Tensor = losses.flatten(1).sum(1) / counted
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of each sample, (n,)."""
+        ...
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return z, (n, ...)."""
+        ...
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss of each sample from z, (n,)."""
+        ...
+
+    def curvature_root(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
+        """Return ``L xi`` for random signs xi shaped like z, where ``L L^T = H(z)`` sample by sample."""
+        ...
+
+    def divergence(self, outputs: Tensor, batch: Any, teacher: Tensor) -> Tensor:
+        """Return how far each sample's outputs are from those of a teacher, (n,), in the unit of the loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of each sample, averaged over positions when there are several a sample.
+
+    The model maps inputs to logits z, (n, classes) or (n, classes, ...). A batch is ``(inputs, targets)`` with targets
+    (n,) or (n, ...) of class indices, or (n, classes) of probabilities.
+
+    Attributes:
+        temperature: Of the softmax in the curvature, > 0. 1 is the exact second derivative of the loss. A higher one
+            (Hinton et al., 2015) lets every class count, also where the network is sure of itself.
+    """
+
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of each sample, (n,)."""
+        inputs, targets = batch
+        return self.losses(model(inputs), (inputs, targets))
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the logits z."""
+        logits: Tensor = model(batch[0])
+        return logits
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss of each sample from its logits, (n,)."""
+        losses: Tensor = functional.cross_entropy(outputs, batch[1], reduction="none", ignore_index=_IGNORE_INDEX)
+        return _mean_of_positions(losses, batch[1])
+
+    def curvature_root(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
+        """Return ``L xi`` with ``L = diag(q)^(1/2) - q q^(1/2)T``, q the softmax of z over the temperature.
+
+        ``L L^T = diag(q) - q q^T``, the second derivative of the cross-entropy. Of several positions each has its own
+        q, and the root of its share in the mean.
+        """
+        q = (outputs / self.temperature).softmax(1)
+        spread = q.sqrt() * signs
+        root = spread - q * spread.sum(1, keepdim=True)
+        if outputs.ndim == 2:
+            return root
+        counted = batch[1] != _IGNORE_INDEX
+        share = counted / counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (counted.ndim - 1))
+        weighted: Tensor = root * share.sqrt().unsqueeze(1).to(root)
+        return weighted
+
+    def divergence(self, outputs: Tensor, batch: Any, teacher: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence of the teacher's predictions from the network's, (n,)."""
+        ours, theirs = outputs.log_softmax(1), teacher.log_softmax(1)
+        return _mean_of_positions((theirs.exp() * (theirs - ours)).sum(1), batch[1])
+
+
+cross_entropy = CrossEntropy()  # the default loss
+
+
+def _mean_of_positions(values: Tensor, targets: Tensor) -> Tensor:
+    """Average values (n,) or (n, ...) over the positions of each sample that have a target."""
+    if values.ndim == 1:
+        return values
+    counted = targets != _IGNORE_INDEX
+    mean: Tensor = (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
     return mean
 
 
@@ -134,7 +214,7 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
         known = batch_size(batch) if is_sliceable(batch) else None
         try:
             with torch.no_grad():
-                if loss_fn is cross_entropy:
+                if isinstance(loss_fn, CrossEntropy):
                     check_pair(batch)
                     if classes is None:
                         logits = model(batch[0][:1])

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["eval_mode"]
+__all__ = ["batch_statistics", "eval_mode"]
 
 
 @contextmanager
@@ -20,3 +21,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode, but with BatchNorm on each batch's own statistics; its running ones do not change."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    tracking = [layer.track_running_stats for layer in layers]
+    with eval_mode(model):
+        for layer in layers:
+            layer.training, layer.track_running_stats = True, False
+        try:
+            yield
+        finally:
+            for layer, tracked in zip(layers, tracking, strict=True):
+                layer.track_running_stats = tracked

@@ -16,17 +16,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.noise import NoiseModel, parse_noise
-from swap_prune.losses import LossFn, cross_entropy
+from swap_prune.fisher.sketch import sketch_curvature, sketch_rows
+from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import check_memory
 from swap_prune.methods import Method, resolve_method
-from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
 from swap_prune.report import PruningReport, StageReport, versions
@@ -40,6 +41,7 @@ from swap_prune.surgery import (
     write_weights,
 )
 from swap_prune.surgery import recalibrate_batchnorm as recalibrate_layers
+from swap_prune.trials import Teacher, Trials
 
 __all__ = ["prune"]
 
@@ -107,8 +109,12 @@ def prune(
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
     selection = select_parameters(model, targets, ignore)
+    loss = cross_entropy if loss_fn is None else loss_fn
+    curvature = _curvature(solver, loss)
+    normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
     if solver.needs_gradients:
-        rows = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
+        drawn = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
+        rows = sketch_rows(drawn, in_batches=normalised) if isinstance(curvature, GaussNewtonLoss) else drawn
         check_memory(memory, rows, selection.total, selection.read(model).element_size())
     if device is not None:
         model.to(device)
@@ -120,19 +126,23 @@ def prune(
         selection=selection,
         solver=solver,
         noise=noise_model,
-        loss_fn=loss_fn or cross_entropy,
+        loss_fn=loss,
+        curvature=curvature,
         samples=samples,
         generator=generator,
         calibration=calibration,
         recalibration=calibration
         if recalibration_data is None
         else CalibrationStream(recalibration_data, generator, place),
-        normalised=recalibrate_batchnorm and bool(batchnorm_layers(model)),
+        normalised=normalised,
     )
     with restored_on_error(model, selection), StageProgress(progress, stages) as shown:
         notes = repair_batchnorm(model, run.recalibration, run.loss_fn) if run.normalised else []
+        teacher = (
+            Teacher(model, selection, loss) if solver.needs_held_out and isinstance(loss, GaussNewtonLoss) else None
+        )
         records = [
-            run.stage(target, shown, number, final=number == stages)
+            run.stage(target, shown, number, teacher, final=number == stages)
             for number, target in enumerate(sparsities, start=1)
         ]
     settings = {
@@ -159,28 +169,31 @@ class _Run:
     solver: Method
     noise: NoiseModel | None
     loss_fn: LossFn
+    curvature: GaussNewtonLoss | None  # the same loss, where G is a sketch of its Gauss-Newton matrix
     samples: int
     generator: torch.Generator
     calibration: CalibrationStream
     recalibration: CalibrationStream
     normalised: bool  # whether BatchNorm is recalibrated
 
-    def stage(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
+    def stage(
+        self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
+    ) -> StageReport:
         """Capture, solve, apply, recalibrate."""
         started = time.perf_counter()
-        capture: Capture | None = None
-        spare: list[Any] = []
+        keep = keep_count(self.selection.total, sparsity)
+        reference = self.selection.read(self.model)
+        problem, losses = PruningProblem(reference, keep), None
         if self.solver.needs_gradients:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
-            batches, spare = self.calibration.draw_apart(self.samples, held_out)
-            shown.stage(number, sparsity, sum(map(batch_size, batches)))
-            capture = capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=shown.advance)
-        keep = keep_count(self.selection.total, sparsity)
-        factor = capture.factor if capture else None
-        if factor is not None and self.noise is not None:
-            factor = self.noise.apply(factor, self.generator)
-        reference = self.selection.read(self.model)
-        problem = PruningProblem(reference, keep, factor, self._held_out_losses(spare) if spare else None)
+            fitting, spare = self.calibration.draw_apart(self.samples, held_out)
+            shown.stage(number, sparsity, sum(map(batch_size, fitting)))
+            capture = self._capture(fitting, shown.advance)
+            losses = capture.losses
+            trials = self._trials(fitting, spare, teacher)
+            problem = PruningProblem(
+                reference, keep, self._noisy(capture.factor), trials.losses if spare else None, trials.slope
+            )
         solution = self.solver.solve(problem, self.generator)
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.normalised:
@@ -189,29 +202,52 @@ class _Run:
         return StageReport(
             sparsity=sparsity,
             kept=keep,
-            samples=len(capture.losses) if capture else 0,
-            loss=float(capture.losses.mean()) if capture else None,
+            samples=0 if losses is None else len(losses),
+            loss=None if losses is None else float(losses.mean()),
             seconds=time.perf_counter() - started,
             converged=solution.converged,
             iterations=solution.iterations,
             evidence=dict(solution.evidence),
         )
 
-    def _held_out_losses(self, batches: list[Any]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Let a method ask what a candidate would cost, recalibration included.
+    def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return G: rows of the Gauss-Newton matrix where there is a loss that knows it, else of the empirical one."""
+        if self.curvature is None:
+            return capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=advance)
+        return sketch_curvature(
+            self.model,
+            self.selection,
+            batches,
+            self.curvature,
+            self.generator,
+            in_batches=self.normalised,
+            advance=advance,
+        )
 
-        Candidates are written to the model. That is safe, since the reference was read before and the solution
-        is written, and its statistics estimated, afterwards.
-        """
-        statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if self.normalised else []
+    def _noisy(self, factor: DenseFactor) -> DenseFactor:
+        return factor if self.noise is None else self.noise.apply(factor, self.generator)
 
-        def losses(weights: Tensor, kept: Tensor) -> Tensor:
-            write_weights(self.model, self.selection, weights, kept)
-            recalibrate_layers(self.model, statistics, self.loss_fn)
-            with eval_mode(self.model), torch.no_grad():
-                return torch.cat([self.loss_fn(self.model, batch) for batch in batches])
+    def _trials(self, fitting: list[Any], spare: list[Any], teacher: Teacher | None) -> Trials:
+        """Let a method ask what a candidate would cost, recalibration included."""
+        recalibrated = self.normalised and bool(spare)
+        statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if recalibrated else []
+        taught = [] if teacher is None else teacher.outputs(fitting)
+        return Trials(self.model, self.selection, self.loss_fn, fitting, spare, statistics, taught, self._noisy)
 
-        return losses
+
+def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
+    """Return the loss as one that knows its curvature, where it does and the method wants it.
+
+    Raises:
+        ValueError: If the method insists and the loss does not.
+    """
+    wanted = getattr(solver, "fisher", "empirical")
+    if wanted == "gauss-newton" and not isinstance(loss_fn, GaussNewtonLoss):
+        raise ValueError(
+            "fisher='gauss-newton' needs a loss that knows its curvature (swap_prune.losses.GaussNewtonLoss), got "
+            f"{loss_fn!r}; use fisher='empirical'"
+        )
+    return loss_fn if wanted != "empirical" and isinstance(loss_fn, GaussNewtonLoss) else None
 
 
 def _report(

@@ -10,8 +10,10 @@ p        int          number of prunable weights
 k        int          number of weights that are kept
 w_bar    (p,)         weights before the stage (the paper's reference)
 w        (p,)         weights after the stage, at most k of them non-zero
-G        (n, p)       Fisher factor; row i is the gradient of sample i's loss at ``w_bar``
-f        (p,)         diagonal of the empirical Fisher, ``mean_i G_ij^2``
+G        (n, p)       Fisher factor; row i is the gradient of sample i's loss at ``w_bar``, or a draw from
+                      its curvature (:mod:`swap_prune.fisher.sketch`)
+f        (p,)         diagonal of the Fisher, ``mean_i G_ij^2``
+s        (p,)         slope: mean gradient of the loss at w
 x        (n,)         ``G w``
 y        (n,)         ``G w_bar``
 t        (n,)         regression target; ``y`` for LR, the barycentric projection for EWR
@@ -21,21 +23,23 @@ eps      float        entropy of the transport plan: the size of the neighbourho
 plan, P  (n, n)       coupling between x and y, rows and columns sum to 1/n
 ======== ============ =========================================================================
 
-``G^T G / n`` is the empirical Fisher. It is never formed.
+``G^T G / n`` is the Fisher matrix (empirical, or Gauss-Newton). It is never formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from swap_prune.fisher.factor import FisherFactor
 
-__all__ = ["PruningProblem", "PruningSolution"]
+__all__ = ["FisherKind", "PruningProblem", "PruningSolution"]
+
+FisherKind = Literal["auto", "gauss-newton", "empirical"]  # what the rows of G stand for
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,15 @@ class PruningProblem:
         factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
         held_out: Maps weights w (p,) and a kept set (p,) to the network's losses (n_v,) on samples whose gradients
             are not in G; None where there are none. It is what candidates are chosen by.
+        slope: Maps w and a kept set to s (p,), the mean gradient of the network's loss on the samples of G; None
+            where there are no gradients.
     """
 
     reference: Tensor
     keep: int
     factor: FisherFactor | None = None
     held_out: Callable[[Tensor, Tensor], Tensor] | None = None
+    slope: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reference.ndim != 1:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from swap_prune.bound import Bound
 from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
-__all__ = ["Backend", "Capture", "capture_gradients"]
+__all__ = ["Backend", "Capture", "capture_gradients", "check_rows"]
 
 Backend = Literal["auto", "vmap", "loop"]
 
@@ -39,8 +40,8 @@ class Capture:
 
     Attributes:
         factor: G, (n, p), dense.
-        losses: Loss of each sample, (n,).
-        backend: How the rows were made: ``vmap`` or ``loop``.
+        losses: Loss of each sample; as many as there were samples.
+        backend: How the rows were made: ``vmap``, ``loop`` or ``mini-batch``.
         chunk: Samples a chunk.
     """
 
@@ -48,18 +49,6 @@ class Capture:
     losses: Tensor
     backend: str
     chunk: int
-
-
-class _LossModule(nn.Module):
-    """The loss as a module, so that ``functional_call`` can swap the weights beneath any ``loss_fn``."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self._loss_fn = loss_fn
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_fn(self.model, batch)
 
 
 def capture_gradients(
@@ -93,7 +82,7 @@ def capture_gradients(
         device = next(model.parameters()).device
         dtype = selection.read(model).dtype
         rows, losses = _allocate(n, selection, dtype, device), torch.empty(n, dtype=dtype, device=device)
-        capturer = _Capturer(_LossModule(model, loss_fn), selection, backend)
+        capturer = _Capturer(Bound(model, loss_fn), selection, backend)
         start = 0
         for batch in batches:
             for part in capturer.chunks(batch):
@@ -102,14 +91,14 @@ def capture_gradients(
                 advance(count)
     rows, losses = rows[:start], losses[:start]
     check_losses(losses, None)
-    _check_rows(rows, selection)
+    check_rows(rows, selection)
     return Capture(DenseFactor(rows), losses, capturer.backend, capturer.chunk)
 
 
 class _Capturer:
     """One back end, chosen on the first chunk, with the functional state that its calls share."""
 
-    def __init__(self, module: _LossModule, selection: Selection, backend: Backend) -> None:
+    def __init__(self, module: Bound, selection: Selection, backend: Backend) -> None:
         self._module = module
         self._selection = selection
         parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -220,7 +209,12 @@ def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.de
         ) from error
 
 
-def _check_rows(rows: Tensor, selection: Selection) -> None:
+def check_rows(rows: Tensor, selection: Selection) -> None:
+    """Check that gradients (n, p) are finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
     sums = torch.linalg.vector_norm(rows, ord=1, dim=1)  # an overflow of the sum is as bad as an infinite entry
     if bool(torch.isfinite(sums).all()):
         return

@@ -5,24 +5,25 @@ minimise  n/2 OT_eps(G w, G w_bar) + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subje
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from swap_prune.methods.descent import held_out_losses, step_down
 from swap_prune.methods.lr import (
-    LR,
     check_regression_settings,
-    chooses_damping,
-    held_out_losses,
+    chooses,
+    fit_pairing,
     is_number,
     pairing_regression,
+    ridge_candidates,
     solution_of,
-    step_down,
     trivial_solution,
 )
-from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse, top_k
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
@@ -46,6 +47,7 @@ class EWR:
         gradient: ``"exact"``, the envelope theorem's, or ``"paper"``, that of Algorithm 1.
         solver: ``"iht"``, hard thresholding with exact refits, or ``"algorithm1"``, the paper's steps.
         debias: Subtract the shrinkage that entropy puts on the target (exact gradient, ``iht`` only).
+        fisher: As for :class:`swap_prune.LR`. The paper's is ``"empirical"``.
         couplings: How often the plan is computed anew within a stage, >= 1. With ``algorithm1`` each is one
             step; the paper takes one a stage.
         metric: As for LR. ``algorithm1`` steps in the identity metric, as the paper does.
@@ -61,6 +63,7 @@ class EWR:
     gradient: Literal["exact", "paper"] = "exact"
     solver: Literal["iht", "algorithm1"] = "iht"
     debias: bool = True
+    fisher: FisherKind = "auto"
     couplings: int = 1
     metric: Literal["diagonal", "identity"] = "diagonal"
     damping: float | Literal["auto"] = "auto"
@@ -71,7 +74,7 @@ class EWR:
     needs_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations, self.first_order)
+        check_regression_settings(self)
         if self.epsilon != "auto" and not (is_number(self.epsilon) and 0 < float(self.epsilon) < float("inf")):
             raise ValueError(f"epsilon must be 'auto' or a positive number, got {self.epsilon!r}")
         if self.anchor != "auto" and not (is_number(self.anchor) and 0 <= float(self.anchor) <= 1):
@@ -87,8 +90,7 @@ class EWR:
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        chosen = chooses_damping(self.metric, self.damping) or "auto" in (self.anchor, self.epsilon, self.first_order)
-        return self.solver == "iht" and chosen
+        return self.solver == "iht" and (chooses(self) or "auto" in (self.anchor, self.epsilon))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
@@ -96,7 +98,7 @@ class EWR:
             return trivial_solution(problem)
         if self.solver == "algorithm1":
             return self._algorithm_1(problem)
-        pairing, paired, evidence = LR(self.ridge, self.metric, self.damping, self.iterations).fit(problem)
+        pairing, paired, evidence = fit_pairing(self, problem)
         coupling, reason = self._coupling(pairing, paired, generator)
         fit = paired
         for _ in range(self.couplings if coupling.anchor > 0 else 0):
@@ -138,7 +140,8 @@ class EWR:
         starts at the hard-thresholded ``w_bar``. The objective that the step size looks at is that of the
         fixed plan, whichever gradient gives the direction.
         """
-        pairing = pairing_regression(problem, self.ridge, "identity")
+        ridge, _ = ridge_candidates(self)[0]
+        pairing = pairing_regression(problem, ridge, math.inf)
         support = top_k(problem.reference.abs(), problem.keep)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)

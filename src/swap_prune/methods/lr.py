@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.methods.descent import held_out_loss, kept_set, step_down
+from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 
 __all__ = ["LR"]
 
-_AUTO_RIDGE = 0.0025  # in the diagonal metric, where lam has no unit; see docs/method.md
-_STEP_RIDGE = 1.0  # damping of the natural-gradient step
-_LENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of that step, tried in this order
-_DAMPINGS = (1.0, 30.0)  # candidates; the first is taken where nothing is held out
+# (ridge, damping) in the diagonal metric, where neither has a unit; the first is taken where nothing is held out
+_CANDIDATES = ((0.025, 1.0), (0.1, 1.0), (0.0025, 30.0))
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,19 @@ class LR:
     """Sparse linear regression: EWR with the plan fixed to the pairing.
 
     Attributes:
-        ridge: lam, or ``"auto"``. Without a unit in the diagonal metric, in units of the Fisher diagonal in the
-            identity metric.
+        fisher: Which matrix the rows of G stand for: ``"gauss-newton"``, which needs a loss that knows its curvature;
+            ``"empirical"``, the paper's; or ``"auto"``: Gauss-Newton where the loss allows it.
+        ridge: lam, without a unit in the diagonal metric, in units of the mean Fisher diagonal in the identity
+            metric; or ``"auto"``: chosen by the loss on held-out samples, where there are any.
         metric: ``"diagonal"``, ``m = f + damping mean(f)``, which does not care how layers are scaled, or
             ``"identity"``, the paper's.
-        damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``: chosen by the loss on held-out
-            samples, where there are any.
+        damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``, chosen together with the ridge.
         iterations: Hard-thresholding iterations a stage at the most.
-        first_order: Length of a natural-gradient step on the kept weights after the regression, which leaves
-            the gradient's mean out (0, the paper); or ``"auto"``: as long as held-out samples gain from it.
+        first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
+            mean gradient out (0, the paper); or ``"auto"``: up to three, as far as held-out samples gain.
     """
 
+    fisher: FisherKind = "auto"
     ridge: float | Literal["auto"] = "auto"
     metric: Literal["diagonal", "identity"] = "diagonal"
     damping: float | Literal["auto"] = "auto"
@@ -51,112 +52,111 @@ class LR:
     needs_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_regression_settings(self.ridge, self.metric, self.damping, self.iterations, self.first_order)
+        check_regression_settings(self)
 
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        return chooses_damping(self.metric, self.damping) or self.first_order == "auto"
+        return chooses(self)
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):
             return trivial_solution(problem)
-        regression, fit, evidence = self.fit(problem)
-        fit, length = step_down(problem, regression, fit, self.first_order)
-        return solution_of(fit, evidence | {"first_order": length})
-
-    def fit(self, problem: PruningProblem) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
-        """Fit with each candidate for the damping and keep what held-out samples favour.
-
-        Returns:
-            The regression, its sparse fit, and the evidence for the report.
-        """
-        automatic = chooses_damping(self.metric, self.damping) and problem.held_out is not None
-        dampings = _DAMPINGS if automatic else (self.damping,)
-        diagonal = problem.fisher().diagonal()
-        candidates: dict[float, tuple[WeightedRidge, SparseFit]] = {}
-        losses: dict[float, float] = {}
-        for choice in dampings:
-            damping = _DAMPINGS[0] if choice == "auto" else float(choice)
-            regression = pairing_regression(problem, self.ridge, self.metric, damping, diagonal)
-            fit = solve_sparse(regression, problem.keep, max_iterations=self.iterations)
-            candidates[damping] = regression, fit
-            losses[damping] = held_out_loss(problem, fit) if len(dampings) > 1 else 0.0
-        best = min(losses, key=losses.__getitem__)
-        regression, fit = candidates[best]
-        evidence: dict[str, Any] = {"ridge": regression.ridge, "damping": best, "objective": fit.value}
-        if len(losses) > 1:
-            evidence["held_out_loss_by_damping"] = {str(damping): loss for damping, loss in losses.items()}
-        return regression, fit, evidence
+        regression, fit, evidence = fit_pairing(self, problem)
+        fit, steps = step_down(problem, regression, fit, self.first_order)
+        return solution_of(fit, evidence | {"first_order": steps})
 
 
-def chooses_damping(metric: str, damping: float | str) -> bool:
-    """Whether there is a damping to choose: the identity metric has none."""
-    return metric == "diagonal" and damping == "auto"
+class RegressionSettings(Protocol):
+    """The settings that LR and EWR share; see :class:`LR`."""
+
+    @property
+    def fisher(self) -> str: ...
+    @property
+    def ridge(self) -> float | str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def damping(self) -> float | str: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def first_order(self) -> float | str: ...
 
 
-def step_down(
-    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, length: float | str
-) -> tuple[SparseFit, float]:
-    """Go down the loss along the natural gradient, on the support of a fit.
+def chooses(settings: RegressionSettings) -> bool:
+    """Whether held-out samples have something to choose: a ridge, a damping or the length of a step."""
+    return len(ridge_candidates(settings)) > 1 or settings.first_order == "auto"
 
-    Args:
-        problem: The pruning problem.
-        regression: The regression that was solved.
-        fit: Its sparse solution.
-        length: Length of the step; ``"auto"`` tries longer and longer ones while the mean loss on held-out
-            samples falls, none where nothing is held out.
+
+def ridge_candidates(settings: RegressionSettings) -> list[tuple[float, float]]:
+    """Return the pairs (ridge, damping) to choose from; damping is infinite in the identity metric."""
+    pairs = [
+        (
+            ridge if settings.ridge == "auto" else float(settings.ridge),
+            math.inf
+            if settings.metric == "identity"
+            else damping
+            if settings.damping == "auto"
+            else float(settings.damping),
+        )
+        for ridge, damping in _CANDIDATES
+    ]
+    return list(dict.fromkeys(pairs))
+
+
+def fit_pairing(
+    settings: RegressionSettings, problem: PruningProblem
+) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
+    """Fit with each candidate for ridge and damping, and keep what held-out samples favour.
 
     Returns:
-        The fit with its weights moved, and the length taken.
+        The regression, its sparse fit, and the evidence for the report.
     """
-    lengths = _LENGTHS if length == "auto" else (float(length),)
-    if lengths == (0.0,) or (length == "auto" and problem.held_out is None):
-        return fit, 0.0
-    direction = regression.descent(fit.support, _STEP_RIDGE, fit.refit)
-    best, taken = fit, 0.0
-    least = held_out_loss(problem, fit) if length == "auto" else math.inf
-    for trial in lengths:
-        moved = replace(fit, weights=fit.weights + trial * direction)
-        loss = held_out_loss(problem, moved) if length == "auto" else -math.inf
-        if not loss < least:
-            break
-        best, taken, least = moved, trial, loss
-    return best, taken
+    candidates = ridge_candidates(settings)
+    if problem.held_out is None:
+        candidates = candidates[:1]
+    diagonal = problem.fisher().diagonal()
+    best: tuple[WeightedRidge, SparseFit, float] | None = None
+    least = math.inf
+    tried: list[dict[str, float]] = []
+    for ridge, damping in candidates:
+        regression = pairing_regression(problem, ridge, damping, diagonal)
+        fit = solve_sparse(regression, problem.keep, max_iterations=settings.iterations)
+        loss = held_out_loss(problem, fit) if len(candidates) > 1 else 0.0
+        tried.append({"ridge": ridge, "damping": damping, "held_out_loss": loss})
+        if best is None or loss < least:
+            best, least = (regression, fit, damping), loss
+    assert best is not None, "there is at least one candidate"
+    regression, fit, damping = best
+    evidence: dict[str, Any] = {"ridge": regression.ridge, "objective": fit.value}
+    if settings.metric == "diagonal":
+        evidence["damping"] = damping
+    if len(candidates) > 1:
+        evidence["candidates"] = [{key: value for key, value in one.items() if math.isfinite(value)} for one in tried]
+    return regression, fit, evidence
 
 
-def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
-    """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
-    assert problem.held_out is not None, "the caller checks"
-    kept = torch.zeros_like(fit.weights, dtype=torch.bool).index_fill(0, fit.support, True)
-    return problem.held_out(fit.weights, kept)
-
-
-def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:
-    """Return their mean, infinite when it is not a number."""
-    mean = float(held_out_losses(problem, fit).mean())
-    return mean if math.isfinite(mean) else math.inf
-
-
-def check_regression_settings(
-    ridge: float | str, metric: str, damping: float | str, iterations: int, first_order: float | str
-) -> None:
+def check_regression_settings(settings: RegressionSettings) -> None:
     """Refuse settings that LR and EWR share when they make no sense.
 
     Raises:
         ValueError: If one is out of range.
     """
-    if ridge != "auto" and not (is_number(ridge) and 0 <= float(ridge) < float("inf")):
-        raise ValueError(f"ridge must be 'auto' or a number of at least 0, got {ridge!r}")
-    if metric not in ("diagonal", "identity"):
-        raise ValueError(f"metric must be 'diagonal' or 'identity', got {metric!r}")
-    if damping != "auto" and not (is_number(damping) and 0 < float(damping) < float("inf")):
-        raise ValueError(f"damping must be 'auto' or a number above 0, got {damping!r}")
-    if first_order != "auto" and not (is_number(first_order) and 0 <= float(first_order) < float("inf")):
-        raise ValueError(f"first_order must be 'auto' or a number of at least 0, got {first_order!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
+    if settings.fisher not in get_args(FisherKind):
+        raise ValueError(f"fisher must be one of {', '.join(get_args(FisherKind))}, got {settings.fisher!r}")
+    if settings.metric not in ("diagonal", "identity"):
+        raise ValueError(f"metric must be 'diagonal' or 'identity', got {settings.metric!r}")
+    for name, least in (("ridge", "at least"), ("damping", "above"), ("first_order", "at least")):
+        value = getattr(settings, name)
+        if value == "auto":
+            continue
+        if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
+            raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
+    count = settings.iterations
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"iterations must be a whole number of at least 1, got {count!r}")
 
 
 def is_number(value: object) -> bool:
@@ -165,20 +165,21 @@ def is_number(value: object) -> bool:
 
 
 def pairing_regression(
-    problem: PruningProblem,
-    ridge: float | str,
-    metric: str,
-    damping: float = math.inf,
-    diagonal: Tensor | None = None,
+    problem: PruningProblem, ridge: float, damping: float, diagonal: Tensor | None = None
 ) -> WeightedRidge:
-    """State the regression of LR: the target is y itself. ``diagonal`` saves a pass where f is known."""
+    """State the regression of LR: the target is y itself.
+
+    Args:
+        problem: The pruning problem.
+        ridge: lam; with the identity metric in units of the mean of f.
+        damping: Of the diagonal metric; infinite for the identity.
+        diagonal: f, (p,), where it is known already.
+    """
     factor = problem.fisher()
     f = factor.diagonal() if diagonal is None else diagonal
-    m = diagonal_metric(f, damping if metric == "diagonal" else math.inf)
-    if ridge == "auto":
-        ridge = _AUTO_RIDGE if metric == "diagonal" else _AUTO_RIDGE * float(f.mean())
+    unit = 1.0 if math.isfinite(damping) else float(f.mean())
     target = factor.matvec(problem.reference)
-    return WeightedRidge(factor, target, problem.reference, float(ridge), m)
+    return WeightedRidge(factor, target, problem.reference, ridge * unit, diagonal_metric(f, damping))
 
 
 def trivial_solution(problem: PruningProblem) -> PruningSolution:
@@ -190,5 +191,4 @@ def trivial_solution(problem: PruningProblem) -> PruningSolution:
 
 def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:
     """State a sparse fit as the solution of a pruning problem."""
-    kept: Tensor = torch.zeros_like(fit.weights, dtype=torch.bool).index_fill(0, fit.support, True)
-    return PruningSolution(fit.weights, kept, fit.converged, fit.iterations, evidence)
+    return PruningSolution(fit.weights, kept_set(fit), fit.converged, fit.iterations, evidence)

@@ -10,7 +10,7 @@ paper's Algorithm 1 has ``t = y`` and ``S = n P``: residuals smoothed over neigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -122,24 +122,6 @@ class WeightedRidge:
         dual = solve_square(system, self.smooth(residual))
         change = (gram.scale * self.factor.rmatvec(dual)).index_select(0, support)
         return Refit(result.index_copy(0, support, kept + change), gram)
-
-    def descent(self, support: Tensor, ridge: float, previous: Refit | None = None) -> Tensor:
-        """Return the damped natural-gradient step on a support.
-
-        It minimises ``mean_i (g_i . d) + 1/2 mean_i (g_i . d)^2 + ridge/2 sum_j m_j d_j^2``: the quadratic model
-        of the loss with its first-order term, which is not zero once a network was pruned.
-
-        Args:
-            support: Indices of the kept weights, (k,).
-            ridge: Damping of the step, > 0.
-            previous: As for :meth:`refit`.
-
-        Returns:
-            d, (p,), zero outside the support.
-        """
-        ones = torch.ones_like(self.target)
-        nothing = torch.zeros_like(self.reference)
-        return replace(self, target=-ones, reference=nothing, ridge=ridge).refit(support, previous).weights
 
     def _gram(self, support: Tensor, inverse: Tensor, previous: Refit | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""

@@ -1,0 +1,43 @@
+"""A model and a function of it as one module, so that ``functional_call`` can swap weights beneath the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from swap_prune.selection import Selection
+
+__all__ = ["Bound", "flat_gradient"]
+
+
+class Bound(nn.Module):
+    """``function(model, batch)`` as ``bound(batch)``; parameters and buffers are called ``model.NAME``."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._function = function
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return ``function(model, batch)``."""
+        return self._function(self.model, batch)
+
+    def with_leaves(self, selection: Selection, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """Call with the selected weights as leaves of their own, so that no ``.grad`` is touched.
+
+        Returns:
+            The value, and the selected weights in the order of the selection.
+        """
+        parameters = dict(self.model.named_parameters())
+        leaves = {f"model.{name}": parameters[name].detach().requires_grad_() for name in selection.names}
+        value: Tensor = functional_call(self, leaves, (batch,))
+        return value, list(leaves.values())
+
+
+def flat_gradient(out: Tensor, gradients: Iterable[Tensor | None], selection: Selection) -> None:
+    """Write the gradients of the selected weights to one row, (p,); unused weights have gradient zero."""
+    for place, gradient in zip(selection.slices().values(), gradients, strict=True):
+        out[place] = 0 if gradient is None else gradient.reshape(-1).to(out.dtype)

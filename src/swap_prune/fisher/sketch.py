@@ -1,0 +1,140 @@
+"""Rows of G from the generalised Gauss-Newton matrix, where the loss knows its curvature.
+
+The empirical Fisher takes the gradients of the losses on the calibration labels. Those are noisy and, where the
+network is right, almost zero. The generalised Gauss-Newton matrix has the curvature of the loss itself and needs no
+labels. A row here is the gradient of ``<z, L xi>`` with ``L L^T`` the second derivative of the loss at the outputs z,
+taken as constant, and xi random signs::
+
+    g = J^T L xi,        E[g g^T] = J^T L E[xi xi^T] L^T J = J^T H J
+
+so that ``G^T G / n`` is an unbiased estimate of it (Rademacher sketch; docs/method.md).
+
+When BatchNorm will be recalibrated after pruning, what matters is the network on the statistics of its own batches.
+Rows then are gradients through whole mini-batches, several draws of signs for each, over the root of their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.bound import Bound, flat_gradient
+from swap_prune.calibration import batch_size, slice_batch
+from swap_prune.fisher.capture import Capture, capture_gradients, check_rows
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses
+from swap_prune.modes import batch_statistics, eval_mode
+from swap_prune.selection import Selection
+
+__all__ = ["MINI_BATCH", "CurvatureSketch", "draw_signs", "sketch_curvature", "sketch_rows"]
+
+MINI_BATCH = 16  # samples that share their statistics
+_DRAWS = 4  # of signs for one mini-batch: the forward pass is done once
+
+
+@dataclass(frozen=True)
+class CurvatureSketch:
+    """``<z, L xi>`` of each sample: a function of (model, (batch, signs)) whose gradients are the rows.
+
+    Attributes:
+        loss: What knows L.
+    """
+
+    loss: GaussNewtonLoss
+
+    def __call__(self, model: nn.Module, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return the products, (n,)."""
+        batch, signs = drawn
+        return self.product(self.loss.outputs(model, batch), batch, signs)
+
+    def product(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
+        """Return ``<z, L xi>``, (n,), with L constant."""
+        root = self.loss.curvature_root(outputs.detach(), batch, signs)
+        return (outputs * root).flatten(1).sum(1)
+
+
+def sketch_rows(samples: int, *, in_batches: bool) -> int:
+    """Return how many rows a number of samples gives at the most."""
+    return math.ceil(samples / MINI_BATCH) * _DRAWS if in_batches else samples
+
+
+def sketch_curvature(
+    model: nn.Module,
+    selection: Selection,
+    batches: Sequence[Any],
+    loss: GaussNewtonLoss,
+    generator: torch.Generator,
+    *,
+    in_batches: bool,
+    advance: Callable[[int], None] = lambda _count: None,
+) -> Capture:
+    """Sketch the generalised Gauss-Newton matrix at the model's current weights.
+
+    Args:
+        model: The network; its weights, buffers and modes are as before when this returns.
+        selection: The p weights that gradients are taken of.
+        batches: Calibration batches on the model's device.
+        loss: A loss that knows its curvature.
+        generator: Draws the signs.
+        in_batches: Whether BatchNorm sees mini-batches, as after recalibration, rather than single samples.
+        advance: Called with the number of samples that were done, for progress.
+
+    Returns:
+        G, and the loss of each sample in eval mode.
+
+    Raises:
+        ValueError: As for ``capture_gradients``.
+    """
+    with eval_mode(model), torch.no_grad():
+        check_calibration(model, loss, batches)
+        losses = torch.cat([check_losses(loss(model, batch), None) for batch in batches])
+    sketch = CurvatureSketch(loss)
+    if in_batches:
+        rows = _mini_batch_rows(model, selection, batches, sketch, generator, advance)
+        check_rows(rows, selection)
+        return Capture(DenseFactor(rows), losses, "mini-batch", MINI_BATCH)
+    with eval_mode(model), torch.no_grad():
+        drawn = [(batch, draw_signs(loss.outputs(model, batch), generator)) for batch in batches]
+    capture = capture_gradients(model, selection, drawn, sketch, advance=advance)
+    return Capture(capture.factor, losses, capture.backend, capture.chunk)
+
+
+def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return signs of the shape and device of the outputs, drawn on the CPU."""
+    return (torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1).to(outputs)
+
+
+def _mini_batch_rows(
+    model: nn.Module,
+    selection: Selection,
+    batches: Sequence[Any],
+    sketch: CurvatureSketch,
+    generator: torch.Generator,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Return rows ``sum_i J_i^T L_i xi_i / sqrt(size)`` over mini-batches, (n, p)."""
+    parts = [
+        slice_batch(batch, start, min(start + MINI_BATCH, batch_size(batch)))
+        for batch in batches
+        for start in range(0, batch_size(batch), MINI_BATCH)
+    ]
+    usable = [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
+    weights = selection.read(model)
+    rows = torch.empty(len(usable) * _DRAWS, selection.total, dtype=weights.dtype, device=weights.device)
+    bound = Bound(model, sketch.loss.outputs)
+    with batch_statistics(model), torch.enable_grad():
+        for number, part in enumerate(usable):
+            outputs, leaves = bound.with_leaves(selection, part)
+            for draw in range(_DRAWS):
+                product = sketch.product(outputs, part, draw_signs(outputs, generator)).sum()
+                gradients = torch.autograd.grad(
+                    product / batch_size(part) ** 0.5, leaves, retain_graph=draw + 1 < _DRAWS, allow_unused=True
+                )
+                flat_gradient(rows[number * _DRAWS + draw], gradients, selection)
+            advance(batch_size(part))
+    return rows

@@ -1,0 +1,111 @@
+"""Asking the network: candidates compared, and first-order steps taken, by the loss on held-out samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swap_prune.problem import PruningProblem
+from swap_prune.regression.iht import SparseFit
+from swap_prune.regression.natural_gradient import NaturalGradient
+from swap_prune.regression.objective import WeightedRidge
+
+__all__ = ["held_out_loss", "held_out_losses", "step_down"]
+
+_STEPS = 3  # natural-gradient steps a stage, at the most
+_STEP_RIDGE = 0.1  # their damping
+_FIRST_LENGTH = 0.3  # of a step; the next ones start from the length that was taken last
+_GROWTH = 3.0  # of a length, from trial to trial
+_GROWTHS, _SHRINKS = 3, 3  # trials at the most
+
+
+def step_down(
+    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, length: float | str
+) -> tuple[SparseFit, list[float]]:
+    """Go down the loss along the natural gradient, on the support of a fit.
+
+    Args:
+        problem: The pruning problem.
+        regression: The regression that was solved.
+        fit: Its sparse solution.
+        length: Length of a single step; ``"auto"`` takes several, each with a slope of its own and as long as the
+            mean loss on held-out samples gains from it; none where nothing is held out.
+
+    Returns:
+        The fit with its weights moved, and the lengths of the steps taken.
+    """
+    if length == 0 or problem.slope is None or (length == "auto" and problem.held_out is None):
+        return fit, []
+    descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
+    if length != "auto":
+        direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
+        return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
+    least = held_out_loss(problem, fit)
+    taken: list[float] = []
+    for _ in range(_STEPS):
+        direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
+        start = taken[-1] if taken else _FIRST_LENGTH
+        step, least = line_search(problem, fit, direction, start, least)
+        if step == 0:
+            break
+        fit = replace(fit, weights=fit.weights + step * direction)
+        taken.append(step)
+    return fit, taken
+
+
+def line_search(
+    problem: PruningProblem, fit: SparseFit, direction: Tensor, start: float, least: float
+) -> tuple[float, float]:
+    """Find a length whose mean loss on held-out samples is lower than that of no step.
+
+    Longer lengths are tried as long as they gain; where the first does not gain, shorter ones until one does.
+
+    Args:
+        problem: The pruning problem, with held-out samples.
+        fit: Where the line starts.
+        direction: Its direction, (p,).
+        start: The first length tried.
+        least: Mean held-out loss at length 0.
+
+    Returns:
+        The length, 0 for none, and its mean held-out loss.
+    """
+
+    def loss_at(length: float) -> float:
+        return held_out_loss(problem, replace(fit, weights=fit.weights + length * direction))
+
+    length, loss = start, loss_at(start)
+    if loss < least:
+        for _ in range(_GROWTHS):
+            longer = loss_at(length * _GROWTH)
+            if not longer < loss:
+                break
+            length, loss = length * _GROWTH, longer
+        return length, loss
+    for _ in range(_SHRINKS):
+        length = length / _GROWTH
+        loss = loss_at(length)
+        if loss < least:
+            return length, loss
+    return 0.0, least
+
+
+def kept_set(fit: SparseFit) -> Tensor:
+    """Return the support of a fit as a boolean vector, (p,)."""
+    kept: Tensor = torch.zeros_like(fit.weights, dtype=torch.bool).index_fill(0, fit.support, True)
+    return kept
+
+
+def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
+    """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
+    assert problem.held_out is not None, "the caller checks"
+    return problem.held_out(fit.weights, kept_set(fit))
+
+
+def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:
+    """Return their mean, infinite when it is not a number."""
+    mean = float(held_out_losses(problem, fit).mean())
+    return mean if math.isfinite(mean) else math.inf

@@ -1,0 +1,113 @@
+"""What the network itself says of a candidate: its losses on held-out samples, and its slope.
+
+The regression sees the network through G alone. Settings are chosen, and first-order steps taken, by asking the
+network. A candidate's weights are written to the model and BatchNorm's statistics estimated anew, as they will be in
+the end. That is safe between the reading of the reference weights and the writing of the solution.
+
+Where the loss can compare outputs (:class:`GaussNewtonLoss`), the slope is that of the mean of the loss and of the
+divergence from the network before pruning (self-distillation; Hinton et al., 2015). The labels say where to go, the
+dense network says it with less noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from swap_prune.bound import Bound, flat_gradient
+from swap_prune.calibration import batch_size
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.modes import batch_statistics, eval_mode
+from swap_prune.selection import Selection
+from swap_prune.surgery import batchnorm_layers, recalibrate_batchnorm, write_weights
+
+__all__ = ["Teacher", "Trials"]
+
+_TEACHER_SHARE = 0.5  # of the divergence from the dense network in the slope
+
+
+class Teacher:
+    """The network as it was before pruning: its selected weights and BatchNorm statistics.
+
+    Args:
+        model: The network, not pruned yet.
+        selection: The weights that pruning will change.
+        loss: What reads the outputs.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection, loss: GaussNewtonLoss) -> None:
+        statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
+        weights = {name: p.detach() for name, p in model.named_parameters() if name in selection.names}
+        weights |= {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
+        self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
+        self._bound = Bound(model, loss.outputs)
+
+    def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
+        """Return the dense network's outputs on batches, in eval mode."""
+        with eval_mode(self._bound.model), torch.no_grad():
+            return [functional_call(self._bound, self._state, (batch,)) for batch in batches]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Candidates tried on the model.
+
+    Attributes:
+        model: The network; a candidate's weights and statistics stay in it.
+        selection: Where the p weights lie.
+        loss_fn: Per-sample loss.
+        fitting: The batches that G was captured on.
+        held_out: Batches that were not.
+        statistics: Batches for BatchNorm's statistics; empty where it is not recalibrated.
+        taught: Outputs of the dense network on ``fitting``; empty without a teacher.
+        noisy: What noise does to rows of gradients.
+    """
+
+    model: nn.Module
+    selection: Selection
+    loss_fn: LossFn
+    fitting: Sequence[Any]
+    held_out: Sequence[Any]
+    statistics: Sequence[Any]
+    taught: Sequence[Tensor]
+    noisy: Callable[[DenseFactor], DenseFactor]
+
+    def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Return the losses of a candidate w (p,) on the held-out samples, (n_v,), after recalibration."""
+        write_weights(self.model, self.selection, weights, kept)
+        recalibrate_batchnorm(self.model, self.statistics, self.loss_fn)
+        with eval_mode(self.model), torch.no_grad():
+            return torch.cat([self.loss_fn(self.model, batch) for batch in self.held_out])
+
+    def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
+
+        BatchNorm works on the statistics of each batch where it will be recalibrated. Noise acts on the gradient of
+        each batch.
+        """
+        write_weights(self.model, self.selection, weights, kept)
+        sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
+        rows = weights.new_empty(len(self.fitting), len(weights))
+        teachers: Sequence[Tensor | None] = self.taught or [None] * len(self.fitting)
+        bound = Bound(self.model, self._objective)
+        alone = min(map(batch_size, self.fitting)) < 2  # one sample has no variance
+        mode = batch_statistics if self.statistics and not alone else eval_mode
+        with mode(self.model), torch.enable_grad():
+            for row, batch, teacher in zip(rows, self.fitting, teachers, strict=True):
+                value, leaves = bound.with_leaves(self.selection, (batch, teacher))
+                flat_gradient(row, torch.autograd.grad(value, leaves, allow_unused=True), self.selection)
+        return self.noisy(DenseFactor(rows)).rmatvec(sizes / sizes.sum())
+
+    def _objective(self, model: nn.Module, taught: tuple[Any, Tensor | None]) -> Tensor:
+        batch, teacher = taught
+        if teacher is None or not isinstance(self.loss_fn, GaussNewtonLoss):
+            return self.loss_fn(model, batch).mean()
+        outputs = self.loss_fn.outputs(model, batch)
+        own = self.loss_fn.losses(outputs, batch).mean()
+        return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher).mean(), _TEACHER_SHARE)

@@ -1,0 +1,131 @@
+"""What the network says of a candidate: slopes against finite differences, teachers against a copy of the network."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.losses import cross_entropy
+from swap_prune.modes import batch_statistics
+from swap_prune.selection import Selection, select_parameters
+from swap_prune.surgery import write_weights
+from swap_prune.trials import Teacher, Trials
+from tests.cases import generator
+
+
+def network(norm: bool) -> nn.Module:
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm1d(6)] if norm else []
+    return nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Linear(6, 3)).double().eval()
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    state = generator(1)
+    return [
+        (torch.randn(n, 4, generator=state, dtype=torch.float64), torch.randint(3, (n,), generator=state))
+        for n in sizes
+    ]
+
+
+def trials_on(
+    model: nn.Module, selection: Selection, fitting: list, taught: list, norm: bool, **changes: object
+) -> Trials:
+    settings = {"held_out": batches(9), "statistics": fitting if norm else [], "noisy": lambda factor: factor}
+    return Trials(model, selection, cross_entropy, fitting, taught=taught, **(settings | changes))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_slope_is_the_derivative_of_the_mean_loss(norm: bool, with_teacher: bool) -> None:
+    model, fitting = network(norm), batches(5, 8)
+    selection = select_parameters(model, ("Linear",), ())
+    dense = copy.deepcopy(model)
+    teacher = Teacher(model, selection, cross_entropy)
+    w = 0.7 * selection.read(model)
+    taught = teacher.outputs(fitting) if with_teacher else []
+    kept = torch.ones_like(w, dtype=torch.bool)
+
+    def mean_loss(weights: Tensor) -> float:
+        write_weights(model, selection, weights, kept)
+        total = 0.0
+        with batch_statistics(model) if norm else torch.no_grad(), torch.no_grad():
+            for x, y in fitting:
+                z = model(x)
+                loss = functional.cross_entropy(z, y, reduction="sum")
+                if with_teacher:
+                    wanted, ours = dense(x).log_softmax(1), z.log_softmax(1)
+                    loss = (loss + functional.kl_div(ours, wanted, reduction="sum", log_target=True)) / 2
+                total += float(loss)
+        return total / 13
+
+    slope = trials_on(model, selection, fitting, taught, norm).slope(w, kept)
+    for j in (0, 7, 23, 30, 41):
+        step = torch.zeros_like(w).index_fill(0, torch.tensor(j), 1e-5)
+        assert float(slope[j]) == pytest.approx((mean_loss(w + step) - mean_loss(w - step)) / 2e-5, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_teacher_is_the_network_as_it_was(norm: bool) -> None:
+    model, fitting = network(norm), batches(5, 8)
+    selection = select_parameters(model, ("Linear",), ())
+    expected = [model(x).detach() for x, _ in fitting]
+    teacher = Teacher(model, selection, cross_entropy)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.ndim == 2 or any(tensor is buffer for buffer in model.buffers()):
+                tensor.mul_(2)
+    state = copy.deepcopy(model.state_dict())
+    for got, wanted in zip(teacher.outputs(fitting), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_noise_reaches_the_slope() -> None:
+    model, fitting = network(False), batches(4, 12)
+    selection = select_parameters(model, ("Linear",), ())
+    w = selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    clean = trials_on(model, selection, fitting, [], False)
+    noisy = trials_on(model, selection, fitting, [], False, noisy=lambda factor: DenseFactor(factor.matrix + 1))
+    torch.testing.assert_close(noisy.slope(w, kept), clean.slope(w, kept) + 1)
+
+
+def test_held_out_losses_are_those_of_the_candidate_after_recalibration() -> None:
+    model, fitting = network(True), batches(40)
+    selection = select_parameters(model, ("Linear",), ())
+    w = 0.5 * selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    losses = trials_on(model, selection, fitting, [], True).losses(w, kept)
+    other = network(True)
+    write_weights(other, selection, w, kept)
+    other.train()
+    other[1].momentum = None
+    other[1].reset_running_stats()
+    other(fitting[0][0])
+    other.eval()
+    x, y = batches(9)[0]
+    torch.testing.assert_close(losses, functional.cross_entropy(other(x), y, reduction="none").detach())
+
+
+def test_batch_statistics_leave_the_running_ones() -> None:
+    model = network(True)
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    x = batches(10)[0][0]
+    with batch_statistics(model):
+        inside = model(x)
+        assert model[1].training and not model[0].training
+    model.train()
+    torch.testing.assert_close(inside, model(x))
+    model.load_state_dict(before)
+    model.eval()
+    with pytest.raises(RuntimeError, match="stop"), batch_statistics(model):
+        model(x)
+        raise RuntimeError("stop")
+    assert not model[1].training and model[1].track_running_stats
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
