@@ -1,4 +1,4 @@
-"""The command line: ``swap-prune demo | prune | eval``.
+"""The command line: ``swap-prune demo | prune | eval | experiment | report``.
 
 Results for people go to standard output as text, for programs (``--json``) as one JSON object and nothing else;
 progress and messages go to standard error. Whatever a user can mend ends in one line and exit status 2.
@@ -20,9 +20,10 @@ from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
 from swap_prune.calibration import CalibrationStream
-from swap_prune.experiments.datasets import ImageData, load_dataset
+from swap_prune.experiments import commands
+from swap_prune.experiments.bench import usable_device
+from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
-from swap_prune.experiments.images import AugmentedBatches, ImageTensors
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import resolve_method
@@ -116,7 +117,7 @@ def prune(
         stages=stages,
         schedule=schedule,
         recalibrate_batchnorm=recalibrate,
-        recalibration_data=_recalibration_data(images, seed),
+        recalibration_data=recalibration_data(images, seed),
         noise=noise,
         memory=memory,
         seed=seed,
@@ -174,7 +175,7 @@ def evaluate_model(
     network.to(place)
     notes: list[str] = []
     if pruned is None and recalibrate:
-        source = _recalibration_data(images, seed) or images.train
+        source = recalibration_data(images, seed) or images.train
         stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
         notes = repair_batchnorm(network, stream, cross_entropy)
     for note in notes:
@@ -198,6 +199,10 @@ def evaluate_model(
             "seed": report.seed,
         }
     _print_result(result, as_json)
+
+
+app.command()(commands.experiment)
+app.command()(commands.report)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -256,23 +261,8 @@ def _load(
     return network, load_dataset(data, data_dir, mean=mean, std=std)
 
 
-def _recalibration_data(images: ImageData, seed: int) -> Any:
-    """BatchNorm statistics of CIFAR-10 networks belong to the training augmentation."""
-    if images.name == "cifar10" and isinstance(images.train, ImageTensors):
-        return AugmentedBatches(images.train.augmented(seed), batch_size=250, seed=seed)
-    return None
-
-
 def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return device
+    return None if name is None else usable_device(name)
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from swap_prune.experiments.images import AugmentedImages, ImageFolder, Images, ImageTensors, damaged, iterate
+from swap_prune.experiments.images import (
+    AugmentedBatches,
+    AugmentedImages,
+    ImageFolder,
+    Images,
+    ImageTensors,
+    damaged,
+    iterate,
+)
 from swap_prune.experiments.zoo import call_named
 
 __all__ = [
@@ -40,6 +48,7 @@ __all__ = [
     "Source",
     "iterate",
     "load_dataset",
+    "recalibration_data",
 ]
 
 
@@ -130,6 +139,16 @@ def load_dataset(
     read = _read_mnist if name == "mnist" else _read_cifar10
     tensors = [ImageTensors(*read(folder, files), mean, std) for files in (source.train, source.test)]
     return ImageData(name, 10, *tensors)
+
+
+def recalibration_data(images: ImageData, seed: int) -> AugmentedBatches | None:
+    """Return what BatchNorm is recalibrated from, where that is not the training split as it is.
+
+    The statistics of CIFAR-10 networks belong to the training augmentation.
+    """
+    if images.name == "cifar10" and isinstance(images.train, ImageTensors):
+        return AugmentedBatches(images.train.augmented(seed), batch_size=250, seed=seed)
+    return None
 
 
 def _call_loader(spec: str) -> ImageData:

@@ -1,0 +1,151 @@
+"""What all runs of an experiment share: the dense network and the data, loaded and checked before any work."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from swap_prune.artifact import load_weights
+from swap_prune.calibration import CalibrationStream
+from swap_prune.experiments.config import Experiment
+from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
+from swap_prune.experiments.evaluate import Evaluation, evaluate
+from swap_prune.experiments.images import iterate
+from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.losses import cross_entropy
+from swap_prune.selection import select_parameters
+from swap_prune.surgery import repair_batchnorm
+
+__all__ = ["Bench", "prepare", "seeded", "usable_device"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of an experiment share: the dense network and where the data comes from.
+
+    Attributes:
+        experiment: The experiment.
+        network: The dense network as its checkpoint has it.
+        data_dir: Folder of the data sets, or None.
+        device: Where to compute.
+        images: The data set; None for a loader of the user's, which is called anew for each use, since its
+            batches may be readable only once.
+    """
+
+    experiment: Experiment
+    network: nn.Module
+    data_dir: Path | None
+    device: torch.device
+    images: ImageData | None
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the dense network's tensors and their names."""
+        digest = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def data(self) -> ImageData:
+        """Return the data set."""
+        with seeded(0):
+            return self.images or load_dataset(self.experiment.data, self.data_dir)
+
+    def measure(self, network: nn.Module) -> Evaluation:
+        """Evaluate on the test images, or the part of them that the experiment names."""
+        test, limit = self.data().test, self.experiment.test_images
+        if limit is None:
+            return evaluate(network, test)
+        if not isinstance(test, Dataset):
+            raise ValueError("test_images needs test data that is a Dataset, got an iterable of batches; leave it out")
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        return evaluate(network, iterate(test, order[:limit].sort().values))
+
+    def dense(self) -> nn.Module:
+        """Return a copy of the dense network, its BatchNorm statistics repaired where they do not fit the data."""
+        network = copy.deepcopy(self.network)
+        if self.experiment.recalibrate_batchnorm:
+            images, seed = self.data(), self.experiment.seeds[0]
+            source = recalibration_data(images, seed) or images.train
+            stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device)
+            repair_batchnorm(network, stream, cross_entropy)
+        return network
+
+
+def prepare(
+    experiment: Experiment, folder: Path, weights: Path | None, data_dir: Path | None, device: torch.device
+) -> Bench:
+    """Build and load what an experiment names, so that a mistake shows before any work.
+
+    Args:
+        experiment: The experiment.
+        folder: Where its file lies; its weights are looked for there first.
+        weights: Checkpoint to take instead of the experiment's.
+        data_dir: Folder of the data sets, or None.
+        device: Where to compute.
+
+    Raises:
+        ValueError: If something is missing or does not fit.
+    """
+    with seeded(0):  # a factory of the user's may draw its weights
+        network, entry = build_model(experiment.model, **experiment.model_options)
+    path = weights if weights is not None else _find_weights(experiment.weights, folder, data_dir)
+    if path is not None:
+        load_weights(network, path)
+    elif experiment.model in MODELS:
+        raise ValueError(
+            f"model {experiment.model!r} of the zoo has no weights of its own: name them by the key weights"
+        )
+    select_parameters(network, experiment.targets, experiment.ignore)
+    own = entry is not None and entry.dataset == experiment.data
+    mean, std = (entry.mean, entry.std) if entry is not None and own else (None, None)
+    with seeded(0):
+        images = load_dataset(experiment.data, data_dir, mean=mean, std=std)
+    return Bench(experiment, network.to(device), data_dir, device, None if ":" in experiment.data else images)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Give a user's factory or loader, which may draw from PyTorch's own random state, the same state each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def usable_device(name: str) -> torch.device:
+    """Return a device that can be used.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def _find_weights(name: str | None, folder: Path, data_dir: Path | None) -> Path | None:
+    """Look for a checkpoint beside the experiment's file, then in the data directories."""
+    if name is None:
+        return None
+    environment = os.environ.get("SWAP_PRUNE_DATA")
+    roots = [folder, *([data_dir] if data_dir else []), *([Path(environment)] if environment else [])]
+    paths = [(root / Path(name).expanduser()).absolute() for root in roots]
+    for path in paths:
+        if path.exists():
+            return path
+    looked = " and ".join(dict.fromkeys(map(str, paths)))
+    raise ValueError(f"weights: {name} was not found as {looked}; put it there, or name it by --weights FILE")

@@ -1,0 +1,87 @@
+"""The commands ``swap-prune experiment`` and ``swap-prune report``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swap_prune.experiments.bench import prepare, usable_device
+from swap_prune.experiments.config import read_experiment
+
+__all__ = ["experiment", "report"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def experiment(
+    file: Annotated[Path, typer.Argument(help="the experiment, a TOML file")],
+    out: Annotated[Path, typer.Option(help="directory for the results")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the experiment in --out stopped")] = False,
+    weights: Annotated[Path | None, typer.Option(help="checkpoint, instead of the one the file names")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Do every run of a grid of methods, sparsities and seeds; can be interrupted at any time."""
+    from swap_prune.experiments.results import check_directory  # file locks: not on every system
+    from swap_prune.experiments.run import run_experiment
+
+    grid = read_experiment(file)
+    check_directory(out, resume=resume)
+    try:
+        bench = prepare(grid, file.parent, weights, data_dir, usable_device(device))
+        outcome = run_experiment(bench, out, resume=resume, say=_say)
+    except KeyboardInterrupt:
+        options = {"--weights": weights, "--data-dir": data_dir, "--device": None if device == "cpu" else device}
+        given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+        command = ["swap-prune", "experiment", str(file), "--out", str(out), *given, "--resume"]
+        _say(f"interrupted; finished runs are kept. Go on with: {shlex.join(command)}")
+        raise typer.Exit(130) from None
+    result = {**asdict(outcome), "out": str(out)}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"{outcome.total} runs: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
+        print(f"tables and plots: {shlex.join(['swap-prune', 'report', str(out)])}")
+    if outcome.failed:
+        _say(
+            f"{outcome.failed} runs failed; their errors are in {out / 'results.jsonl'}, and --resume tries them again"
+        )
+        raise typer.Exit(1)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="what experiment wrote")],
+    reference: Annotated[
+        str | None, typer.Option(help="label of the method to take differences from; default the first")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write tables and plots of an experiment's results, finished or not, beside them."""
+    from swap_prune.experiments.plots import write_plots  # matplotlib is slow to import
+    from swap_prune.experiments.results import read_results
+    from swap_prune.experiments.tables import as_markdown, summarise, write_tables
+
+    results = read_results(directory)
+    summary = summarise(results, reference)
+    files = [*write_tables(summary, directory), *write_plots(summary, directory)]
+    if as_json:
+        content = {
+            "reference": summary.reference,
+            "notes": summary.notes,
+            "rows": [asdict(row) for row in summary.cells],
+        }
+        print(json.dumps(content | {"files": [str(path) for path in files]}))
+        return
+    print(as_markdown(summary))
+    print("written: " + ", ".join(map(str, files)))
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,231 @@
+"""An experiment as a TOML file: a grid of pruning runs, checked whole before any work.
+
+The grid is the product of seeds, stages, noise, sparsities and methods. Every run has an id, a hash of all settings
+that its result depends on, by which a resumed experiment knows what it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from swap_prune.fisher.noise import parse_noise
+from swap_prune.methods import METHODS, Method, resolve_method
+from swap_prune.schedule import SCHEDULES
+from swap_prune.selection import DEFAULT_TARGETS
+
+__all__ = ["Experiment", "MethodEntry", "Run", "plan_runs", "read_experiment"]
+
+_Axis = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"must be distinct, got {values}")
+    return values
+
+
+def _check_noise(spec: str) -> str:
+    if spec != "none":
+        parse_noise(spec)
+    return spec
+
+
+def _check_schedule(name: str) -> str:
+    if name not in SCHEDULES:
+        raise ValueError(f"must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    return name
+
+
+_Whole = Annotated[int, Field(ge=1)]
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Sparsity = Annotated[float, Field(ge=0, lt=1)]
+_Noise = Annotated[str, AfterValidator(_check_noise)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class MethodEntry(_Table):
+    """One method of the grid.
+
+    Attributes:
+        name: A name in ``METHODS``.
+        label: Its name in the tables, to tell two settings of one method apart; by default the name.
+        settings: Fields of the method's config.
+    """
+
+    name: str
+    label: Annotated[str, Field(pattern=r"^[^|\n]+$")]
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_by_name(cls, table: Any) -> Any:
+        return {"label": table["name"], **table} if isinstance(table, Mapping) and "name" in table else table
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"must be one of {', '.join(METHODS)}, got {name!r}")
+        return name
+
+    @field_validator("settings")
+    @classmethod
+    def _accepted(cls, settings: dict[str, Any], info: Any) -> dict[str, Any]:
+        if "name" in info.data:
+            try:
+                resolve_method(info.data["name"], settings)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+        return settings
+
+    def resolve(self) -> Method:
+        """Return the method's config object."""
+        return resolve_method(self.name, self.settings)
+
+
+class Experiment(_Table):
+    """The keys of an experiment file; docs/experiments.md explains them.
+
+    Attributes:
+        model: A model of the zoo, or ``package.module:factory``.
+        model_options: Keyword options of its factory.
+        weights: Checkpoint of the dense network: absolute, or relative to the file or a data directory.
+        data: A data set's name, or ``package.module:loader``.
+        test_images: Measure on this many test images, drawn once for all runs; None for all.
+        targets: What is pruned, as for ``prune``.
+        ignore: What is not.
+        methods: The methods to compare. The first is the reference of paired differences.
+        sparsities: Sparsities asked for.
+        stages: Numbers of stages.
+        noise: Noise specs, or ``"none"``.
+        seeds: Seeds. The same seed gives every method the same calibration samples.
+        samples: Calibration samples a stage.
+        schedule: Sparsity over the stages.
+        recalibrate_batchnorm: As for ``prune``.
+        evaluate_before_recalibration: Also measure the pruned weights with the dense network's BatchNorm statistics.
+    """
+
+    model: str
+    model_options: dict[str, Any] = {}
+    weights: str | None = None
+    data: str
+    test_images: _Whole | None = None
+    targets: list[str] = list(DEFAULT_TARGETS)
+    ignore: list[str] = []
+    methods: Annotated[list[MethodEntry], Field(min_length=1)]
+    sparsities: Annotated[list[_Sparsity], _Axis, Field(min_length=1), AfterValidator(_distinct)]
+    stages: Annotated[list[_Whole], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [1]
+    noise: Annotated[list[_Noise], _Axis, Field(min_length=1), AfterValidator(_distinct)] = ["none"]
+    seeds: Annotated[list[_Seed], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [0]
+    samples: _Whole = 1024
+    schedule: Annotated[str, AfterValidator(_check_schedule)] = "exponential"
+    recalibrate_batchnorm: bool = True
+    evaluate_before_recalibration: bool = False
+
+    @field_validator("methods")
+    @classmethod
+    def _told_apart(cls, methods: list[MethodEntry]) -> list[MethodEntry]:
+        labels = [method.label for method in methods]
+        for number, label in enumerate(labels):
+            if label in labels[:number]:
+                raise ValueError(f"labels must be distinct, got {label!r} twice: give one of them another label")
+        solvers = [method.resolve() for method in methods]
+        for number, solver in enumerate(solvers):
+            if solver in solvers[:number]:
+                raise ValueError(f"must differ in name or settings, got {labels[number]!r} under two labels")
+        return methods
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the grid.
+
+    Attributes:
+        id: Hash of ``settings`` and ``seed``.
+        method: The method.
+        seed: Seed of the run.
+        settings: All else that the result depends on, the method's settings with their defaults included.
+    """
+
+    id: str
+    method: MethodEntry
+    seed: int
+    settings: dict[str, Any]
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Read and check an experiment file.
+
+    Raises:
+        ValueError: If it cannot be read, is not TOML, or a key or value is refused; names the key.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return Experiment.model_validate(table)
+    except OSError as error:
+        raise ValueError(f"experiment file {path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: {key}: {_explain(first)}") from error
+    except ValueError as error:  # not UTF-8, not TOML
+        raise ValueError(f"experiment file {path} is not TOML: {error}") from error
+
+
+def plan_runs(experiment: Experiment, weights_sha256: str) -> list[Run]:
+    """Return the grid, seed by seed, so that an unfinished experiment holds whole comparisons.
+
+    Args:
+        experiment: The experiment.
+        weights_sha256: Hash of the dense network's weights.
+    """
+    shared = experiment.model_dump(include=_SHARED) | {"weights_sha256": weights_sha256}
+    grid = itertools.product(
+        experiment.seeds, experiment.stages, experiment.noise, experiment.sparsities, experiment.methods
+    )
+    return [
+        _run(method, seed, shared | {"stages": stages, "noise": noise, "sparsity": sparsity})
+        for seed, stages, noise, sparsity, method in grid
+    ]
+
+
+_SHARED = set(Experiment.model_fields) - {"methods", "sparsities", "stages", "noise", "seeds", "weights"}
+
+
+def _run(method: MethodEntry, seed: int, settings: dict[str, Any]) -> Run:
+    solver = method.resolve()
+    settings = settings | {"method": {"name": method.name, **asdict(solver)}}  # type: ignore[call-overload]
+    text = json.dumps([settings, seed], sort_keys=True, default=str)  # TOML has dates
+    return Run(hashlib.sha256(text.encode()).hexdigest()[:16], method, seed, settings)
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """Say in our words what pydantic found."""
+    if error["type"] == "extra_forbidden":
+        known = MethodEntry if "methods" in error["loc"] else Experiment
+        return f"unknown key; the keys are {', '.join(known.model_fields)}"
+    if error["type"] == "missing":
+        return "this key is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message if error["type"] == "value_error" else f"{message}, got {error['input']!r}"

@@ -1,0 +1,119 @@
+"""Pictures of an experiment's results: accuracy over sparsity, accuracy over time, sparsity of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from swap_prune.experiments.tables import Cell, Summary
+
+__all__ = ["write_plots"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+_MARKERS = "os^DvP*X"
+
+
+def write_plots(summary: Summary, directory: Path) -> list[Path]:
+    """Write ``accuracy.png``, ``seconds.png`` and ``layers.png``, one panel for each stages and noise.
+
+    Returns:
+        Their paths.
+    """
+    drawings: dict[str, Callable[[Any, Summary, tuple[int, str]], None]] = {
+        "accuracy.png": _accuracy,
+        "seconds.png": _seconds,
+        "layers.png": _layers,
+    }
+    paths = []
+    for name, draw in drawings.items():
+        paths.append(directory / name)
+        _panels(summary, draw).savefig(paths[-1], dpi=110, metadata={"Software": None})
+    return paths
+
+
+def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int, str]], None]) -> Figure:
+    panels = summary.panels()
+    rows = len({stages for stages, _ in panels})
+    columns = -(-len(panels) // rows)
+    figure = Figure(figsize=(1.2 + 5.2 * columns, 4.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, panels, strict=False):
+        draw(axis, summary, panel)
+        axis.set_title(f"{panel[0]} stage{'s' * (panel[0] > 1)}, noise: {panel[1]}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        axis.set_axisbelow(True)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    figure.suptitle(summary.title, fontsize=12)
+    return figure
+
+
+def _style(number: int) -> dict[str, Any]:
+    again = number // len(_COLOURS)
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": ("-", "--", ":")[again % 3],
+        "markersize": 6,
+        "markerfacecolor": "none",  # equal results stay visible
+        "linewidth": 1.5,
+    }
+
+
+def _measured(summary: Summary, label: str, panel: tuple[int, str]) -> list[Cell]:
+    return [cell for cell in summary.row(label, panel) if cell.accuracy is not None]
+
+
+def _accuracy(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
+    """Accuracy over the logarithm of the fraction kept, which spreads the high sparsities out."""
+    for number, label in enumerate(summary.labels()):
+        cells = _measured(summary, label, panel)
+        x = np.array([-np.log2(1 - cell.sparsity) for cell in cells])
+        mean = np.array([cell.accuracy.mean for cell in cells if cell.accuracy])
+        error = np.array([cell.accuracy.error or 0.0 for cell in cells if cell.accuracy])
+        style = _style(number)
+        axis.plot(x, mean, label=label, **style)
+        axis.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+    if summary.dense is not None:
+        axis.axhline(summary.dense, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
+    sparsities = summary.sparsities()
+    axis.set_xticks([-np.log2(1 - s) for s in sparsities], [f"{s:g}" for s in sparsities])
+    axis.set_xlabel("sparsity (dashed: dense network)")
+    axis.set_ylabel("test accuracy, %")
+
+
+def _seconds(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
+    """Accuracy over time; the points of a method are its sparsities."""
+    for number, label in enumerate(summary.labels()):
+        cells = [cell for cell in _measured(summary, label, panel) if cell.seconds]
+        seconds = [cell.seconds for cell in cells]
+        accuracy = [cell.accuracy.mean for cell in cells if cell.accuracy]
+        error = [cell.accuracy.error or 0.0 for cell in cells if cell.accuracy]
+        axis.errorbar(seconds, accuracy, yerr=error, label=label, **_style(number) | {"linestyle": "none"})
+    axis.set_xscale("log")
+    axis.set_xlabel("seconds a run; a point is a sparsity")
+    axis.set_ylabel("test accuracy, %")
+
+
+def _layers(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
+    """Sparsity of each layer at the highest sparsity."""
+    highest = summary.sparsities()[-1]
+    names: list[str] = []
+    for number, label in enumerate(summary.labels()):
+        cells = [cell for cell in _measured(summary, label, panel) if cell.sparsity == highest]
+        for cell in cells:
+            names = list(cell.layers)
+            axis.plot(range(len(names)), list(cell.layers.values()), label=label, **_style(number))
+    axis.axhline(highest, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
+    axis.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=7)
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel(f"sparsity (dashed: {highest:g} over all layers)")

@@ -1,0 +1,219 @@
+"""The results of an experiment on disk: one JSON line a run, that no interruption can damage.
+
+A directory holds ``config.json``, what was asked for; ``results.jsonl``; and ``.lock``, held by the one process that
+writes. Every line is forced to the disk before the next run starts. A line that an interruption tore is cut off when
+the experiment is resumed, and its run is done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results"]
+
+_CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
+
+
+class RunResult(BaseModel):
+    """One line of ``results.jsonl``. What was not measured is None; so is all of it for a run that failed.
+
+    Attributes:
+        id: Hash of ``settings`` and ``seed``.
+        label: The method's name in tables.
+        seed: Seed of the run.
+        settings: All else that the result depends on.
+        error: Why the run failed; None if it did not.
+        accuracy: Of the pruned network on the test images, in percent.
+        loss: Its mean cross-entropy.
+        accuracy_before: Accuracy with the dense network's BatchNorm statistics, where that was asked for.
+        loss_before: Loss with them.
+        dense_accuracy: Accuracy of the dense network.
+        test_samples: Number of test images.
+        kept: Non-zero weights among those selected.
+        total: Selected weights.
+        layers: Parameter name to its sparsity.
+        evidence: What the method chose and why, one table a stage.
+        notes: What a reader should know.
+        versions: Of Python, torch and swap-prune.
+        seconds: Wall-clock seconds of ``prune``.
+        peak_memory: Largest resident memory of the process while it ran, in bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    label: str
+    seed: int
+    settings: dict[str, Any]
+    error: str | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    accuracy_before: float | None = None
+    loss_before: float | None = None
+    dense_accuracy: float | None = None
+    test_samples: int | None = None
+    kept: int | None = None
+    total: int | None = None
+    layers: dict[str, float] = {}
+    evidence: list[dict[str, Any]] = []
+    notes: list[str] = []
+    versions: dict[str, str] = {}
+    seconds: float | None = None
+    peak_memory: int | None = None
+
+
+class Results:
+    """The results of one experiment, open for writing; :func:`open_results` makes it.
+
+    Args:
+        path: The file.
+        records: What it held when it was opened.
+    """
+
+    def __init__(self, path: Path, records: list[RunResult]) -> None:
+        self._path = path
+        self.records = records
+
+    def append(self, record: RunResult) -> None:
+        """Add a line and force it to the disk."""
+        with self._path.open("ab") as file:
+            file.write(record.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+
+def check_directory(directory: str | Path, *, resume: bool) -> Path:
+    """Check that an experiment can be written to a directory; writes nothing.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        ValueError: If it is not a directory, or holds what it should not.
+    """
+    target = Path(directory).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output {target} exists and is not a directory; choose another")
+    present = {path.name for path in target.iterdir()} - {_LOCK, _SCRATCH} if target.exists() else set()
+    if present and not resume:
+        raise ValueError(f"output directory {target} is not empty; go on with --resume, or choose another")
+    if present and _CONFIG not in present:
+        raise ValueError(f"{target} holds no experiment to resume ({_CONFIG} is missing); choose another directory")
+    return target
+
+
+@contextmanager
+def open_results(directory: str | Path, config: Mapping[str, Any], *, resume: bool) -> Iterator[Results]:
+    """Hold an experiment's directory for writing; it is made, if it is not there.
+
+    Args:
+        directory: The directory.
+        config: What was asked for, as JSON types; kept in the directory, and compared on resuming.
+        resume: Whether the directory may hold results of this experiment.
+
+    Raises:
+        ValueError: If another process holds it, it belongs to another experiment, or it cannot be written.
+    """
+    target = check_directory(directory, resume=resume)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        lock = (target / _LOCK).open("a")
+    except OSError as error:
+        raise ValueError(f"output directory {target} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {target}; wait for it, or end it") from error
+        check_directory(target, resume=resume)  # again: another may have been faster
+        _keep_config(target, config)
+        yield Results(target / _RESULTS, _recover(target / _RESULTS))
+
+
+def read_results(directory: str | Path) -> list[RunResult]:
+    """Read an experiment's results, also while it is running.
+
+    Returns:
+        The last line of every run, in the order of the file.
+
+    Raises:
+        ValueError: If there are none, or the file is damaged.
+    """
+    path = Path(directory) / _RESULTS
+    try:
+        records, _ = _parse(path, path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{directory} holds no results of an experiment: {path}: {error.strerror}") from error
+    if not records:
+        raise ValueError(f"{path} holds no finished run yet")
+    return list({record.id: record for record in records}.values())
+
+
+def _keep_config(target: Path, config: Mapping[str, Any]) -> None:
+    """Write the configuration, or compare it with the one that is there."""
+    path = target / _CONFIG
+    wanted = json.loads(json.dumps(config))
+    if not path.exists():
+        with (target / _SCRATCH).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(wanted, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(target / _SCRATCH, path)
+        _sync_names(target)
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        differ = sorted(key for key in kept.keys() | wanted.keys() if kept.get(key) != wanted.get(key))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; choose another directory") from error
+    if differ:
+        raise ValueError(
+            f"{target} holds another experiment: {', '.join(differ)} differ from {path}; restore them, or choose "
+            "another directory"
+        )
+
+
+def _recover(path: Path) -> list[RunResult]:
+    """Read the results and cut a torn last line off; make the file, if there is none."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        records, whole = _parse(path, content)
+        if whole < len(content):
+            file.truncate(whole)
+        os.fsync(file.fileno())
+    _sync_names(path.parent)
+    return records
+
+
+def _parse(path: Path, content: bytes) -> tuple[list[RunResult], int]:
+    """Return the records of whole lines, and how many bytes these take; only the last line may be torn."""
+    lines = content.split(b"\n")
+    lines, torn = lines[:-1], lines[-1]
+    records: list[RunResult] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(RunResult.model_validate_json(line))
+        except ValidationError as error:
+            if number == len(lines) and not torn:  # the disk may keep the end of a line and lose its beginning
+                return records, len(content) - len(line) - 1
+            raise ValueError(f"{path}, line {number}, is not a result: the file was altered or damaged") from error
+    return records, len(content) - len(torn)
+
+
+def _sync_names(directory: Path) -> None:
+    """Force the names of a directory's files to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

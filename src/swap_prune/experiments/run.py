@@ -1,0 +1,174 @@
+"""Run an experiment: every run of its grid once, whatever interrupts it.
+
+Each run prunes a fresh copy of the dense network with ``swap_prune.prune``, as a user would, measures it, and adds a
+line to ``results.jsonl``. Nothing passes from one run to the next, so a resumed experiment ends in the same bytes,
+timings apart, as one that ran through.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from swap_prune.experiments.bench import Bench, seeded
+from swap_prune.experiments.config import Experiment, Run, plan_runs
+from swap_prune.experiments.datasets import ImageData, recalibration_data
+from swap_prune.experiments.evaluate import Evaluation
+from swap_prune.experiments.results import RunResult, open_results
+from swap_prune.pipeline import prune
+from swap_prune.report import PruningReport, versions
+from swap_prune.surgery import batchnorm_layers
+
+__all__ = ["Outcome", "run_experiment"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an experiment ended.
+
+    Attributes:
+        total: Runs of the grid.
+        done: Runs that were done now, without failure.
+        failed: Runs that failed now.
+        skipped: Runs that were there already.
+    """
+
+    total: int
+    done: int
+    failed: int
+    skipped: int
+
+
+def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable[[str], None]) -> Outcome:
+    """Do every run that is not done yet.
+
+    Args:
+        bench: What :func:`swap_prune.experiments.bench.prepare` returned.
+        out: Directory of the results.
+        resume: Whether it may hold results already. Failed runs are tried again.
+        say: Called with progress messages.
+
+    Raises:
+        ValueError: If the dense network cannot be measured, or the directory cannot be used. A run that fails
+            is recorded with its error, and the next one goes on.
+    """
+    with seeded(0):
+        dense_network = bench.dense()
+        dense = bench.measure(dense_network)
+    sha256 = bench.weights_sha256
+    runs = plan_runs(bench.experiment, sha256)
+    config = bench.experiment.model_dump(mode="json", exclude={"weights"})
+    with open_results(out, config | {"weights_sha256": sha256, "device": str(bench.device)}, resume=resume) as results:
+        finished = {record.id for record in results.records if record.error is None}
+        missing = [run for run in runs if run.id not in finished]
+        say(f"dense network: {dense.accuracy:.2f} %; {len(missing)} of {len(runs)} runs to do")
+        failed, started = 0, time.perf_counter()
+        for number, run in enumerate(missing, start=1):
+            record = _record(bench, run, dense_network, dense)
+            results.append(record)
+            failed += record.error is not None
+            left = (time.perf_counter() - started) / number * (len(missing) - number)
+            say(f"[{number}/{len(missing)}] {_describe(record)}; {_duration(left)} left")
+    return Outcome(len(runs), len(missing) - failed, failed, len(runs) - len(missing))
+
+
+def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation) -> RunResult:
+    """Do a run, and return its line; a failure is a line too."""
+    line: dict[str, Any] = {"id": run.id, "label": run.method.label, "seed": run.seed, "settings": run.settings}
+    line |= {"versions": versions(), "dense_accuracy": dense.accuracy}
+    try:
+        with seeded(run.seed):
+            return RunResult(**line, **_figures(bench, run, dense_network))
+    except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch is out of memory, or LAPACK fails
+        return RunResult(**line, error=" ".join(str(error).split()) or type(error).__name__)
+
+
+def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]:
+    """Prune a copy of the dense network, and measure it."""
+    network = copy.deepcopy(bench.network)
+    _reset_peak_memory()
+    report = _prune(bench.experiment, network, bench.data(), run)
+    peak_memory = _peak_memory()
+    measured = bench.measure(network)
+    before: Evaluation | None = None
+    if bench.experiment.evaluate_before_recalibration and batchnorm_layers(network):
+        _copy_statistics(dense_network, network)
+        before = bench.measure(network)
+    return {
+        "accuracy": measured.accuracy,
+        "loss": measured.loss,
+        "accuracy_before": before and before.accuracy,
+        "loss_before": before and before.loss,
+        "test_samples": measured.samples,
+        "kept": report.kept,
+        "total": report.total,
+        "layers": {name: layer.sparsity for name, layer in report.layers.items()},
+        "evidence": [stage.evidence for stage in report.stages],
+        "notes": report.notes,
+        "seconds": report.seconds,
+        "peak_memory": peak_memory,
+    }
+
+
+def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: Run) -> PruningReport:
+    """Call ``prune`` as a user would."""
+    noise = run.settings["noise"]
+    return prune(
+        network,
+        images.train,
+        run.settings["sparsity"],
+        run.method.resolve(),
+        targets=experiment.targets,
+        ignore=experiment.ignore,
+        samples=experiment.samples,
+        stages=run.settings["stages"],
+        schedule=experiment.schedule,
+        recalibrate_batchnorm=experiment.recalibrate_batchnorm,
+        recalibration_data=recalibration_data(images, run.seed),
+        noise=None if noise == "none" else noise,
+        seed=run.seed,
+    )
+
+
+def _copy_statistics(source: nn.Module, target: nn.Module) -> None:
+    for own, other in zip(batchnorm_layers(target), batchnorm_layers(source), strict=True):
+        for buffer, values in zip(own.buffers(), other.buffers(), strict=True):
+            buffer.copy_(values)
+
+
+def _describe(record: RunResult) -> str:
+    settings = record.settings
+    text = f"{record.label}, sparsity {settings['sparsity']:g}, stages {settings['stages']}, noise {settings['noise']}"
+    if record.error is not None:
+        return f"{text}, seed {record.seed}: failed: {record.error}"
+    return f"{text}, seed {record.seed}: {record.accuracy:.2f} % in {record.seconds:.1f} s"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _reset_peak_memory() -> None:
+    """Let the system forget the largest memory so far; only Linux can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """Return the largest resident memory since the reset, or of the whole process where there is no reset."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found is not None, "Linux always states it"
+        return int(found[1]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

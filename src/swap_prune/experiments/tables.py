@@ -1,0 +1,278 @@
+"""What an experiment's results say: means over seeds, paired differences, the cost, as Markdown and CSV.
+
+Everything comes from the lines of ``results.jsonl``. Runs are paired by sparsity, stages, noise and seed, hence by
+calibration samples, so that a difference has a smaller error than the accuracies that it is taken of.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from swap_prune.experiments.results import RunResult
+
+__all__ = ["Cell", "Estimate", "Summary", "as_csv", "as_markdown", "summarise", "write_tables"]
+
+_Point = tuple[float, int, str, int]  # sparsity, stages, noise, seed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        error: Its standard error, the standard deviation over the root of ``runs``; None for one run.
+        runs: Number of runs.
+    """
+
+    mean: float
+    error: float | None
+    runs: int
+
+    @classmethod
+    def over(cls, values: Iterable[float | None]) -> Estimate | None:
+        """Return the estimate from what is there of some values; None from nothing."""
+        there = [value for value in values if value is not None]
+        if not there:
+            return None
+        error = statistics.stdev(there) / len(there) ** 0.5 if len(there) > 1 else None
+        return cls(statistics.fmean(there), error, len(there))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one point of the grid, over its seeds.
+
+    Attributes:
+        label: The method's name in tables.
+        sparsity: Sparsity asked for.
+        stages: Number of stages.
+        noise: Noise spec, or ``"none"``.
+        accuracy: In percent.
+        loss: Mean cross-entropy.
+        accuracy_before: Accuracy with the dense network's BatchNorm statistics.
+        difference: Accuracy less that of the reference method, paired.
+        lost_to_noise: The method's own accuracy without noise less that with it, paired.
+        seconds: Of ``prune``, the median: the first run of a process is slower than the others.
+        peak_memory: Largest of its runs, in bytes.
+        layers: Parameter name to its mean sparsity.
+    """
+
+    label: str
+    sparsity: float
+    stages: int
+    noise: str
+    accuracy: Estimate | None
+    loss: Estimate | None
+    accuracy_before: Estimate | None
+    difference: Estimate | None
+    lost_to_noise: Estimate | None
+    seconds: float | None
+    peak_memory: int | None
+    layers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A report.
+
+    Attributes:
+        title: Model and data.
+        reference: Label of the method that differences are taken from.
+        dense: Accuracy of the dense network, in percent.
+        cells: All methods at all points.
+        notes: What a reader should know.
+    """
+
+    title: str
+    reference: str
+    dense: float | None
+    cells: list[Cell]
+    notes: list[str]
+
+    def panels(self) -> list[tuple[int, str]]:
+        """Return the pairs of stages and noise, in the order of the results."""
+        return list(dict.fromkeys((cell.stages, cell.noise) for cell in self.cells))
+
+    def labels(self) -> list[str]:
+        """Return the methods in the order of the results."""
+        return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    def sparsities(self) -> list[float]:
+        """Return the sparsities, ascending."""
+        return sorted({cell.sparsity for cell in self.cells})
+
+    def row(self, label: str, panel: tuple[int, str]) -> list[Cell]:
+        """Return the cells of a method in a panel, by sparsity."""
+        cells = (cell for cell in self.cells if cell.label == label and (cell.stages, cell.noise) == panel)
+        return sorted(cells, key=lambda cell: cell.sparsity)
+
+
+def summarise(results: Sequence[RunResult], reference: str | None = None) -> Summary:
+    """Average an experiment's results over its seeds.
+
+    Args:
+        results: At least one, each run once.
+        reference: Label of the method to take differences from; by default the first.
+
+    Raises:
+        ValueError: If no result has that label.
+    """
+    labels = list(dict.fromkeys(result.label for result in results))
+    reference = labels[0] if reference is None else reference
+    if reference not in labels:
+        raise ValueError(f"reference must be one of {', '.join(labels)}, got {reference!r}")
+    runs = {label: {_point(r): r for r in results if r.label == label} for label in labels}
+    cells = [
+        _cell(label, point, runs[label], runs[reference])
+        for point in dict.fromkeys(_point(result)[:3] for result in results)
+        for label in labels
+    ]
+    first = next((result for result in results if result.error is None), results[0])
+    title = f"{first.settings['model']} on {first.settings['data']}"
+    return Summary(title, reference, first.dense_accuracy, cells, _notes(results, first))
+
+
+def _point(result: RunResult) -> _Point:
+    settings = result.settings
+    return settings["sparsity"], settings["stages"], settings["noise"], result.seed
+
+
+def _cell(
+    label: str, place: tuple[float, int, str], runs: dict[_Point, RunResult], others: dict[_Point, RunResult]
+) -> Cell:
+    sparsity, stages, noise = place
+    own = {point: run for point, run in runs.items() if point[:3] == place and run.error is None}
+    clean = {point: runs.get((sparsity, stages, "none", point[3])) for point in own}
+    names = dict.fromkeys(name for run in own.values() for name in run.layers)
+    return Cell(
+        label=label,
+        sparsity=sparsity,
+        stages=stages,
+        noise=noise,
+        accuracy=Estimate.over(run.accuracy for run in own.values()),
+        loss=Estimate.over(run.loss for run in own.values()),
+        accuracy_before=Estimate.over(run.accuracy_before for run in own.values()),
+        difference=None
+        if runs is others
+        else Estimate.over(_less(run, others.get(point)) for point, run in own.items()),
+        lost_to_noise=None
+        if noise == "none"
+        else Estimate.over(_less(clean[point], run) for point, run in own.items()),
+        seconds=_median(run.seconds for run in own.values()),
+        peak_memory=max((run.peak_memory for run in own.values() if run.peak_memory is not None), default=None),
+        layers={name: statistics.fmean(run.layers[name] for run in own.values()) for name in names},
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
+
+
+def _less(run: RunResult | None, other: RunResult | None) -> float | None:
+    if run is None or other is None or run.accuracy is None or other.accuracy is None:
+        return None
+    return run.accuracy - other.accuracy
+
+
+def _notes(results: Sequence[RunResult], first: RunResult) -> list[str]:
+    notes = [f"{len(results)} runs. Settings: " + _settings(first)]
+    failed = [result for result in results if result.error is not None]
+    if failed:
+        notes.append(f"{len(failed)} runs failed and are left out; the first: {failed[0].label}: {failed[0].error}")
+    versions = sorted({", ".join(f"{k} {v}" for k, v in result.versions.items()) for result in results})
+    notes.append(("Made with " if len(versions) == 1 else "Made with different versions: ") + "; ".join(versions))
+    return notes + sorted({f"{result.label}: {note}" for result in results for note in result.notes})
+
+
+def _settings(result: RunResult) -> str:
+    shown = {name: result.settings[name] for name in ("samples", "schedule", "recalibrate_batchnorm")}
+    shown["test images"] = result.test_samples
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def as_markdown(summary: Summary) -> str:
+    """Return the report as text: for each number of stages and each noise, a table a question."""
+    lines = [f"# {summary.title}", ""]
+    if summary.dense is not None:
+        lines += [f"Dense network: {summary.dense:.2f} %. Figures are means over seeds, ± one standard error.", ""]
+    lines += [f"- {note}" for note in summary.notes]
+    for panel in summary.panels():
+        stages, noise = panel
+        lines += ["", f"## {stages} stage{'s' * (stages > 1)}, noise: {noise}"]
+        for title, pick in _QUESTIONS.items():
+            lines += _table(summary, panel, title.format(reference=summary.reference), pick)
+        lines += _cost(summary, panel)
+    return "\n".join(lines) + "\n"
+
+
+_QUESTIONS: dict[str, Callable[[Cell], Estimate | None]] = {
+    "Accuracy, %": lambda cell: cell.accuracy,
+    "Accuracy less that of {reference}, same seeds": lambda cell: cell.difference,
+    "Accuracy with the dense network's BatchNorm statistics, %": lambda cell: cell.accuracy_before,
+    "Own accuracy without noise less that with it, same seeds": lambda cell: cell.lost_to_noise,
+}
+
+
+def _table(summary: Summary, panel: tuple[int, str], title: str, pick: Callable[[Cell], Estimate | None]) -> list[str]:
+    """Return a table of methods by sparsity; nothing, where there is nothing to show."""
+    rows = {label: {cell.sparsity: pick(cell) for cell in summary.row(label, panel)} for label in summary.labels()}
+    counts = [estimate.runs for row in rows.values() for estimate in row.values() if estimate is not None]
+    if not counts:
+        return []
+    sparsities = summary.sparsities()
+    lines = ["", f"{title}:", "", "| method | " + " | ".join(f"{s:g}" for s in sparsities) + " |"]
+    lines.append("|---|" + "---|" * len(sparsities))
+    for label, row in rows.items():
+        if not any(row.values()):
+            continue
+        shown = []
+        for estimate in map(row.get, sparsities):
+            fewer = f" ({estimate.runs} runs)" if estimate is not None and estimate.runs < max(counts) else ""
+            shown.append("-" if estimate is None else f"{estimate}{fewer}")
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _cost(summary: Summary, panel: tuple[int, str]) -> list[str]:
+    lines = ["", "| method | seconds a run | peak memory, MB |", "|---|---|---|"]
+    for label in summary.labels():
+        cells = summary.row(label, panel)
+        seconds = _median(cell.seconds for cell in cells)
+        memory = max((cell.peak_memory for cell in cells if cell.peak_memory is not None), default=None)
+        shown = ("-" if seconds is None else f"{seconds:.2f}", "-" if memory is None else f"{memory / 1e6:.0f}")
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def as_csv(summary: Summary) -> str:
+    """Return one line a cell; an estimate takes three columns: mean, error and number of runs."""
+    estimates = ("accuracy", "loss", "accuracy_before", "difference", "lost_to_noise")
+    columns = [name for field in estimates for name in (field, f"{field}_error", f"{field}_runs")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "sparsity", "stages", "noise", "reference", *columns, "seconds", "peak_memory"])
+    for cell in summary.cells:
+        row: list[object] = [cell.label, cell.sparsity, cell.stages, cell.noise, summary.reference]
+        for name in estimates:
+            estimate = getattr(cell, name)
+            row += [getattr(estimate, field.name, "") for field in fields(Estimate)]
+        writer.writerow([*row, cell.seconds, cell.peak_memory])
+    return text.getvalue()
+
+
+def write_tables(summary: Summary, directory: Path) -> list[Path]:
+    """Write ``tables.md`` and ``tables.csv``; returns their paths."""
+    written = {directory / "tables.md": as_markdown(summary), directory / "tables.csv": as_csv(summary)}
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return list(written)

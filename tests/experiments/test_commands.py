@@ -1,0 +1,129 @@
+"""The commands from outside: what is printed, exit statuses, and what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swap_prune.cli import app, run
+from swap_prune.experiments import demo
+from swap_prune.experiments import run as run_module
+from swap_prune.pipeline import prune
+
+FILE = """
+model = "tests.tiny:network"
+data = "tests.tiny:data"
+sparsities = [0.5, 0.8]
+seeds = [0, 1]
+samples = 40
+[[methods]]
+name = "magnitude"
+[[methods]]
+name = "lr"
+settings = { damping = 1.0, first_order = 0.0 }
+"""
+
+
+@pytest.fixture
+def call(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "grid.toml").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str) -> tuple[int, str, str]:
+        status = run(lambda: app(args=list(arguments), standalone_mode=False))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return invoke
+
+
+def test_experiment_and_report(call, tmp_path: Path) -> None:
+    status, out, err = call("experiment", "grid.toml", "--out", "out", "--json")
+    assert status == 0
+    assert json.loads(out) == {"total": 8, "done": 8, "failed": 0, "skipped": 0, "out": "out"}
+    assert err.count("\n") == 9 and "[8/8] lr, sparsity 0.8, stages 1, noise none, seed 1: " in err
+    status, out, _ = call("report", "out", "--json")
+    content = json.loads(out)
+    assert status == 0 and content["reference"] == "magnitude" and len(content["rows"]) == 4
+    assert {row["accuracy"]["runs"] for row in content["rows"]} == {2}
+    assert all(Path(path).is_file() for path in content["files"]) and len(content["files"]) == 5
+    status, out, _ = call("report", "out", "--reference", "lr")
+    assert status == 0 and (tmp_path / "out" / "tables.md").read_text() in out and "less that of lr" in out
+
+
+def test_resume_and_text_for_people(call) -> None:
+    for done, there in ((8, 0), (0, 8)):
+        status, out, _ = call("experiment", "grid.toml", "--out", "out", "--resume")
+        assert status == 0
+        assert out == f"8 runs: {done} done, 0 failed, {there} were there\ntables and plots: swap-prune report out\n"
+
+
+def test_interrupted(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **settings: object) -> object:
+        if settings["seed"] == 1:
+            raise KeyboardInterrupt
+        return prune(*arguments, **settings)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "prune", interrupted)
+        status, out, err = call("experiment", "grid.toml", "--out", "my out", "--data-dir", "d", "--json")
+    assert (status, out) == (130, "")
+    command = "swap-prune experiment grid.toml --out 'my out' --data-dir d --resume"
+    assert err.endswith(f"interrupted; finished runs are kept. Go on with: {command}\n")
+    assert "4 done, 0 failed, 4 were there" in call("experiment", "grid.toml", "--out", "my out", "--resume")[1]
+
+
+def test_failed_runs_end_in_status_1(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **settings: object) -> object:
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(run_module, "prune", fails)
+    status, out, err = call("experiment", "grid.toml", "--out", "out", "--json")
+    assert status == 1 and json.loads(out)["failed"] == 8
+    assert "seed 1: failed: no luck" in err and err.endswith("and --resume tries them again\n")
+    status, out, _ = call("report", "out")
+    assert status == 0 and "8 runs failed" in out
+
+
+BAD = {
+    "key": ("colour = 1\n" + FILE, (), "colour: unknown key"),
+    "method": (FILE.replace('"lr"', '"sgd"'), (), "methods.1.name"),
+    "model": (FILE.replace("tests.tiny:network", "vgg"), (), "vgg"),
+    "zoo without weights": (FILE.replace("tests.tiny:network", "mlpnet"), (), "key weights"),
+    "option of the model": (FILE.replace("data =", "model_options = { width = 2 }\ndata ="), (), "width"),
+    "weights": (FILE, ("--weights", "none.pt"), "does not exist"),
+    "weights in the file": (FILE.replace("data =", 'weights = "none.pt"\ndata ='), (), "was not found"),
+    "targets": (FILE.replace("data =", 'targets = ["fc9"]\ndata ='), (), "fc9"),
+    "data": (FILE.replace("tests.tiny:data", "letters"), (), "letters"),
+    "data that does not fit": (FILE.replace("tests.tiny:data", f"{demo.__name__}:embedded_data"), (), "shapes"),
+    "device": (FILE, ("--device", "tpu9"), "tpu9"),
+    "out": (FILE, ("--out", "."), "not empty; go on with --resume"),
+    "resume of something else": (FILE, ("--out", ".", "--resume"), "holds no experiment"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, case: str) -> None:
+    text, options, message = BAD[case]
+    (tmp_path / "grid.toml").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = call("experiment", "grid.toml", *(() if "--out" in options else ("--out", "out")), *options)
+    assert (status, out) == (2, "")
+    assert err.startswith("swap-prune: error: ") and err.count("\n") == 1 and message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("experiment", "none.toml", "--out", "out"), "none.toml cannot be read"),
+        (("experiment", "grid.toml"), "--out"),
+        (("report", "nowhere"), "holds no results"),
+        (("report", "."), "holds no results"),
+    ],
+)
+def test_missing_files_are_one_line(call, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1

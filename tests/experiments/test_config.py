@@ -1,0 +1,140 @@
+"""Experiment files: what is refused, with the key's path, and what a run's id depends on."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests import tiny
+
+from swap_prune.experiments.config import Experiment, plan_runs, read_experiment
+from swap_prune.experiments.datasets import DATASETS
+from swap_prune.experiments.zoo import build_model
+from swap_prune.selection import select_parameters
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
+GOOD = """
+model = "mlpnet"
+data = "mnist"
+sparsities = [0.5, 0.9]
+[[methods]]
+name = "lr"
+[[methods]]
+name = "ewr"
+settings = { anchor = 0.5 }
+"""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_the_project_are_valid(path: Path) -> None:
+    experiment = read_experiment(path)
+    model, entry = build_model(experiment.model, **experiment.model_options)
+    assert entry is not None and experiment.data == entry.dataset and experiment.data in DATASETS
+    assert experiment.weights is not None
+    assert select_parameters(model, experiment.targets, experiment.ignore).total > 0
+    assert len(plan_runs(experiment, "")) == len({run.id for run in plan_runs(experiment, "")})
+
+
+def test_there_are_configs() -> None:
+    assert {"mlpnet", "mlpnet_noise", "resnet20", "mobilenetv1", "resnet50"} <= {path.stem for path in CONFIGS}
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "example.toml").write_text(example)
+    assert len(plan_runs(read_experiment(tmp_path / "example.toml"), "")) == 72  # as the page says
+
+
+BAD = {
+    "unknown key": (GOOD.replace("data =", "colour = 1\ndata ="), "colour: unknown key"),
+    "unknown key of a method": (GOOD + "colour = 1", "methods.1.colour: unknown key; the keys are name, label"),
+    "unknown method": (GOOD.replace('"ewr"', '"sgd"'), "methods.1.name: must be one of ewr"),
+    "unknown setting": (GOOD.replace("anchor", "anker"), "methods.1.settings: method 'ewr' has no setting 'anker'"),
+    "bad setting": (GOOD.replace("anchor = 0.5", "anchor = 2"), "methods.1.settings: anchor must be"),
+    "setting of a wrong type": (GOOD.replace("anchor = 0.5", "iterations = [1]"), "methods.1.settings: "),
+    "missing key": (GOOD.replace('model = "mlpnet"', ""), "model: this key is missing"),
+    "no name": (GOOD.replace('name = "lr"', 'label = "x"'), "methods.0.name: this key is missing"),
+    "no methods": (GOOD[: GOOD.index("[[")] + "methods = []", "methods: "),
+    "equal labels": (GOOD.replace("ewr", "lr").replace("anchor", "ridge"), "labels must be distinct, got 'lr'"),
+    "equal settings": (GOOD + '[[methods]]\nname = "lr"\nlabel = "again"', "under two labels"),
+    "label": (GOOD + 'label = "a|b"', "methods.1.label: "),
+    "sparsity": (GOOD.replace("0.9]", "1.0]"), "sparsities.1: "),
+    "sparsity nan": (GOOD.replace("0.9]", "nan]"), "sparsities.1: "),
+    "sparsity twice": (GOOD.replace("0.9]", "0.5]"), "sparsities: must be distinct"),
+    "no sparsity": (GOOD.replace("[0.5, 0.9]", "[]"), "sparsities: "),
+    "stages": ("stages = [1, 0]\n" + GOOD, "stages.1: "),
+    "stages as text": ('stages = "2"\n' + GOOD, "stages.0: "),
+    "samples": ("samples = true\n" + GOOD, "samples: "),
+    "seed": ("seeds = [-1]\n" + GOOD, "seeds.0: "),
+    "schedule": ('schedule = "steep"\n' + GOOD, "schedule: must be one of exponential"),
+    "noise": ('noise = ["none", "thunder"]\n' + GOOD, "noise.1: noise must be one of"),
+    "noise setting": ('noise = "gradient:std=loud"\n' + GOOD, "noise.0: noise setting 'std' must be a number"),
+    "not TOML": ("model = ", "is not TOML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused_names_the_key(case: str, tmp_path: Path) -> None:
+    text, message = BAD[case]
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_experiment(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_single_values_are_lists_of_one() -> None:
+    experiment = Experiment.model_validate(
+        tomllib.loads(GOOD.replace("[0.5, 0.9]", "0.5")) | {"stages": 3, "seeds": 4, "noise": "none"}
+    )
+    assert (experiment.sparsities, experiment.stages, experiment.seeds) == ([0.5], [3], [4])
+
+
+def test_the_grid_is_the_product() -> None:
+    runs = plan_runs(tiny.experiment(stages=[1, 2], noise=["none", "gradient:std=1"]), "w")
+    points = {(r.seed, r.method.label, *(r.settings[k] for k in ("stages", "noise", "sparsity"))) for r in runs}
+    assert len(runs) == len(points) == len({run.id for run in runs}) == 2 * 2 * 2 * 2 * 2
+    assert [run.seed for run in runs] == [0] * 16 + [1] * 16  # whole comparisons first
+
+
+def test_ids_do_not_depend_on_the_rest_of_the_grid() -> None:
+    few = {run.id for run in plan_runs(tiny.experiment(), "w")}
+    methods = [{"name": "magnitude", "label": "other words"}, *tiny.experiment().model_dump()["methods"][1:]]
+    more = {run.id for run in plan_runs(tiny.experiment(sparsities=[0.8, 0.1, 0.5], seeds=9, methods=methods), "w")}
+    more |= {run.id for run in plan_runs(tiny.experiment(sparsities=[0.8, 0.1, 0.5], methods=methods), "w")}
+    assert few < more
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "tests.tiny:other"},
+        {"model_options": {"normalised": False}},
+        {"data": "tests.tiny:batches"},
+        {"samples": 41},
+        {"stages": 2},
+        {"schedule": "cubic"},
+        {"noise": "gradient:std=1"},
+        {"recalibrate_batchnorm": False},
+        {"test_images": 10},
+        {"targets": ["0"]},
+        {"ignore": ["0"]},
+        {"methods": [{"name": "lr", "settings": {"damping": 2.0}}]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_ids_depend_on_every_setting(change: dict[str, object]) -> None:
+    assert not {r.id for r in plan_runs(tiny.experiment(), "w")} & {
+        r.id for r in plan_runs(tiny.experiment(**change), "w")
+    }
+
+
+def test_ids_depend_on_the_weights_but_not_on_their_path() -> None:
+    a, b, c = (
+        plan_runs(tiny.experiment(weights=path), sha)[0].id for path, sha in (("x", "1"), ("y", "1"), ("x", "2"))
+    )
+    assert a == b != c

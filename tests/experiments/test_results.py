@@ -1,0 +1,124 @@
+"""Results on disk: torn lines, two writers, other people's directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swap_prune.experiments.results import RunResult, check_directory, open_results, read_results
+
+CONFIG = {"seeds": [0, 1], "model": "m"}
+
+
+def record(number: int, **changes: object) -> RunResult:
+    fields: dict[str, object] = {"id": f"run{number}", "label": "lr", "seed": number, "settings": {"sparsity": 0.5}}
+    return RunResult.model_validate(fields | {"accuracy": 90 + number / 3} | changes)
+
+
+def write(directory: Path, *records: RunResult) -> bytes:
+    with open_results(directory, CONFIG, resume=True) as results:
+        for line in records:
+            results.append(line)
+    return (directory / "results.jsonl").read_bytes()
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    records = [record(1, evidence=[{"loss": float("inf"), "gain": [0.1, float("nan")]}], notes=["über"]), record(2)]
+    content = write(tmp_path / "out", *records)
+    assert content.count(b"\n") == 2
+    for line in content.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    first, second = read_results(tmp_path / "out")
+    assert first.evidence == [{"loss": None, "gain": [0.1, None]}] and first.notes == ["über"]
+    assert second == records[1]
+
+
+def test_wherever_the_last_line_tears_the_others_stay(tmp_path: Path) -> None:
+    content = write(tmp_path, record(1), record(2), record(3))
+    two = content[: content.rindex(b"\n", 0, -1) + 1]
+    for length in range(len(two), len(content)):
+        (tmp_path / "results.jsonl").write_bytes(content[:length])
+        assert [r.id for r in read_results(tmp_path)] == ["run1", "run2"]
+        if length % 8 == 0:  # each is forced to the disk
+            assert write(tmp_path) == two
+            assert write(tmp_path, record(3)) == content
+
+
+def test_a_last_line_whose_beginning_was_lost_is_cut(tmp_path: Path) -> None:
+    content = write(tmp_path, record(1), record(2))
+    one = content[: content.index(b"\n") + 1]
+    (tmp_path / "results.jsonl").write_bytes(one + bytes(40) + content[len(one) + 40 :])
+    assert write(tmp_path) == one
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_and_stays(tmp_path: Path) -> None:
+    content = write(tmp_path, record(1), record(2), record(3)).replace(b'"run2"', b'"run2')
+    (tmp_path / "results.jsonl").write_bytes(content)
+    for use in (lambda: write(tmp_path), lambda: read_results(tmp_path)):
+        with pytest.raises(ValueError, match="line 2, is not a result"):
+            use()
+    assert (tmp_path / "results.jsonl").read_bytes() == content
+
+
+def test_the_last_line_of_a_run_counts(tmp_path: Path) -> None:
+    write(tmp_path, record(1, error="bad", accuracy=None), record(2), record(1))
+    assert [(r.id, r.error) for r in read_results(tmp_path)] == [("run1", None), ("run2", None)]
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    with open_results(tmp_path, CONFIG, resume=False) as results:
+        with pytest.raises(ValueError, match="another process is writing"):
+            write(tmp_path, record(1))
+        results.append(record(2))
+        assert [r.id for r in read_results(tmp_path)] == ["run2"]  # reading needs no lock
+    assert write(tmp_path, record(3)).count(b"\n") == 2
+
+
+def test_a_directory_is_not_taken_over(tmp_path: Path) -> None:
+    write(tmp_path / "mine", record(1))
+    (tmp_path / "yours").mkdir()
+    (tmp_path / "yours" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for name, resume, message in (
+        ("mine", False, "not empty; go on with --resume"),
+        ("yours", False, "not empty"),
+        ("yours", True, "holds no experiment to resume"),
+        ("file", True, "not a directory"),
+    ):
+        with pytest.raises(ValueError, match=message), open_results(tmp_path / name, CONFIG, resume=resume):
+            pass
+        with pytest.raises(ValueError, match=message):
+            check_directory(tmp_path / name, resume=resume)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_experiment_is_refused(tmp_path: Path) -> None:
+    content = write(tmp_path, record(1))
+    with (
+        pytest.raises(ValueError, match="another experiment: extra, seeds differ"),
+        open_results(tmp_path, CONFIG | {"seeds": [0], "extra": 1}, resume=True),
+    ):
+        pass
+    assert (tmp_path / "results.jsonl").read_bytes() == content
+    (tmp_path / "config.json").write_text('{"seeds"')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        write(tmp_path)
+
+
+def test_a_start_that_was_cut_off_before_the_config(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json").write_text("{")
+    with open_results(tmp_path, CONFIG, resume=False) as results:
+        assert results.records == []
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no results"):
+        read_results(tmp_path)
+    write(tmp_path)
+    with pytest.raises(ValueError, match="no finished run yet"):
+        read_results(tmp_path)
