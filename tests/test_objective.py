@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.regression.objective import WeightedRidge, diagonal_metric, solve_square
+from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.square import SquareSystem, solve_square
 from swap_prune.transport import barycentric_target, transport_plan
 from tests.cases import dense_parts, generator, normal, random_regression
 from tests.reference import dense_value, difference_gradient, normal_equation_refit, transport_value
@@ -215,3 +216,20 @@ def test_an_updated_gram_matrix_gives_the_same_refit(k: int) -> None:
     first = problem.refit(torch.arange(16))
     support = torch.arange(20)[-k:]
     torch.testing.assert_close(problem.refit(support, first).weights, problem.refit(support).weights)
+
+
+def test_each_kind_of_system_takes_its_own_factorisation():
+    columns = normal(9, 6, seed=31)
+    definite, right = columns.T @ columns, normal(6, seed=32)
+    indefinite = torch.diag(torch.tensor([1.0, -2.0, 3.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    lopsided = definite + torch.ones(6, 6, dtype=torch.float64).triu(1)
+    singular = torch.zeros(6, 6, dtype=torch.float64)
+    for matrix, symmetric, kind in (
+        (definite, True, "cholesky"),
+        (indefinite, True, "lu"),
+        (lopsided, False, "lu"),
+        (singular, True, "inverse"),
+    ):
+        system = SquareSystem.of(matrix, symmetric=symmetric)
+        assert system.kind == kind
+        torch.testing.assert_close(system.solve(right), torch.linalg.pinv(matrix) @ right)

@@ -121,9 +121,13 @@ def fit_pairing(
     best: tuple[WeightedRidge, SparseFit, float] | None = None
     least = math.inf
     tried: list[dict[str, float]] = []
+    ends: dict[float, SparseFit] = {}  # damping -> a fit in the same metric: its path need not be walked twice
     for ridge, damping in candidates:
         regression = pairing_regression(problem, ridge, damping, diagonal)
-        fit = solve_sparse(regression, problem.keep, max_iterations=settings.iterations)
+        end = ends.get(damping)
+        start, previous = (None, None) if end is None else (end.support, end.refit)
+        fit = solve_sparse(regression, problem.keep, start=start, previous=previous, max_iterations=settings.iterations)
+        ends[damping] = fit
         loss = held_out_loss(problem, fit) if len(candidates) > 1 else 0.0
         tried.append({"ridge": ridge, "damping": damping, "held_out_loss": loss})
         if best is None or loss < least:

@@ -60,7 +60,12 @@ def hard_threshold(w: Tensor, support: Tensor) -> Tensor:
 
 
 def solve_sparse(
-    problem: WeightedRidge, keep: int, *, start: Tensor | None = None, max_iterations: int = 10
+    problem: WeightedRidge,
+    keep: int,
+    *,
+    start: Tensor | None = None,
+    previous: Refit | None = None,
+    max_iterations: int = 10,
 ) -> SparseFit:
     """Minimise Q subject to at most ``keep`` non-zero weights.
 
@@ -68,17 +73,14 @@ def solve_sparse(
         problem: The regression.
         keep: k, ``1 <= k <= p``.
         start: Indices of a first support, (k,); by default the end of the path.
+        previous: A refit of the same factor and metric near that support, whose Gram matrix is used again.
         max_iterations: Gradient steps tried.
 
     Returns:
         The best weights found.
     """
     metric = problem.metric
-    path = None
-    if start is None:
-        support, path = shrink_support(problem, keep)
-    else:
-        support = start
+    support, path = (start, previous) if start is not None else shrink_support(problem, keep)
     refit = problem.refit(support, path)
     w = refit.weights
     x = problem.factor.matvec(w)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.square import SquareSystem
 
 __all__ = ["NaturalGradient"]
 
@@ -30,7 +31,7 @@ class NaturalGradient:
         columns: G on the support, (n, k).
         metric: m on the support, (k,).
         ridge: Damping, > 0.
-        factors: LU factors and pivots of the smaller system, in float64.
+        system: The smaller of the two normal systems.
         size: p.
     """
 
@@ -38,7 +39,7 @@ class NaturalGradient:
     columns: Tensor
     metric: Tensor
     ridge: float
-    factors: tuple[Tensor, Tensor]
+    system: SquareSystem
     size: int
 
     @classmethod
@@ -57,14 +58,13 @@ class NaturalGradient:
         columns = regression.factor.columns(support)
         metric = regression.metric.index_select(0, support)
         if len(support) <= n:
-            system = (columns.T @ columns).double()
-            system.diagonal().add_(n * ridge * metric.double())
+            system = columns.T @ columns
+            system.diagonal().add_(n * ridge * metric)
         else:
             known = previous.gram.matrix if previous is not None and previous.gram is not None else None
-            system = ((columns / metric) @ columns.T if known is None else known).double()
+            system = (columns / metric) @ columns.T if known is None else known.clone()
             system.diagonal().add_(n * ridge)
-        factors, pivots = torch.linalg.lu_factor(system)
-        return cls(support, columns, metric, ridge, (factors, pivots), regression.metric.numel())
+        return cls(support, columns, metric, ridge, SquareSystem.of(system), regression.metric.numel())
 
     def direction(self, slope: Tensor) -> Tensor:
         """Return the step for a slope s, (p,): d, (p,), zero outside the support.
@@ -74,13 +74,9 @@ class NaturalGradient:
         n, k = self.columns.shape
         right = slope.index_select(0, self.support)
         if k <= n:
-            step = -n * self._solve(right)
+            step = -n * self.system.solve(right)
         else:
             scaled = right / self.metric
-            dual = self._solve(self.columns @ scaled)
+            dual = self.system.solve(self.columns @ scaled)
             step = (self.columns.T @ dual / self.metric - scaled) / self.ridge
         return torch.zeros(self.size, dtype=slope.dtype, device=slope.device).index_copy(0, self.support, step)
-
-    def _solve(self, right: Tensor) -> Tensor:
-        solution: Tensor = torch.linalg.lu_solve(*self.factors, right.double().unsqueeze(1)).squeeze(1)
-        return solution.to(right.dtype)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
+from swap_prune.regression.square import solve_square
 
-__all__ = ["Refit", "ScaledGram", "WeightedRidge", "diagonal_metric", "solve_square"]
+__all__ = ["Refit", "ScaledGram", "WeightedRidge", "diagonal_metric"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class WeightedRidge:
         gram = self._gram(support, 1 / metric, previous)
         system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
         system.diagonal().add_(self.penalty)
-        dual = solve_square(system, self.smooth(residual))
+        dual = solve_square(system, self.smooth(residual), symmetric=self.smoothing is None)
         change = (gram.scale * self.factor.rmatvec(dual)).index_select(0, support)
         return Refit(result.index_copy(0, support, kept + change), gram)
 
@@ -147,16 +148,3 @@ def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
     if damping == float("inf") or float(mean) == 0:
         return torch.ones_like(fisher_diagonal)
     return fisher_diagonal + damping * mean
-
-
-def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve a square system in float64; one that is singular in the matrix's own precision by least norm."""
-    a, b = matrix.double(), right.double()
-    rounding = 8 * torch.finfo(matrix.dtype).eps
-    factors, pivots, info = torch.linalg.lu_factor_ex(a)
-    sizes = factors.diagonal().abs()
-    if int(info) == 0 and float(sizes.min()) > rounding * float(sizes.max()):
-        solution: Tensor = torch.linalg.lu_solve(factors, pivots, b.unsqueeze(1)).squeeze(1)
-    else:
-        solution = torch.linalg.pinv(a, rtol=rounding) @ b
-    return solution.to(right.dtype)

@@ -1,0 +1,63 @@
+"""Square systems in float64: Cholesky where it goes through, LU where it does not, least norm where neither does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["SquareSystem", "solve_square"]
+
+
+@dataclass(frozen=True)
+class SquareSystem:
+    """A factorised matrix, (m, m); one factorisation serves every right-hand side.
+
+    Attributes:
+        kind: What ``factors`` hold: the Cholesky factor, LU factors and pivots, or the pseudo-inverse.
+        factors: In float64.
+    """
+
+    kind: Literal["cholesky", "lu", "inverse"]
+    factors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, matrix: Tensor, *, symmetric: bool = True) -> SquareSystem:
+        """Factorise a matrix.
+
+        A pivot of rounding size, in the matrix's own precision and against the largest one, counts as zero.
+
+        Args:
+            matrix: (m, m), of any floating dtype.
+            symmetric: Whether it is symmetric; then only its lower triangle may be read.
+        """
+        a = matrix.double()
+        rounding = 8 * torch.finfo(matrix.dtype).eps
+        if symmetric:
+            factor, info = torch.linalg.cholesky_ex(a)
+            pivots = factor.diagonal().square()
+            if int(info) == 0 and float(pivots.min()) > rounding * float(pivots.max()):
+                return cls("cholesky", (factor,))
+        factors, order, info = torch.linalg.lu_factor_ex(a)
+        sizes = factors.diagonal().abs()
+        if int(info) == 0 and float(sizes.min()) > rounding * float(sizes.max()):
+            return cls("lu", (factors, order))
+        return cls("inverse", (torch.linalg.pinv(a, rtol=rounding),))
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return the solution for a right-hand side (m,), in its dtype; the one of least norm where there are many."""
+        b = right.double().unsqueeze(1)
+        if self.kind == "cholesky":
+            solution = torch.cholesky_solve(b, self.factors[0])
+        elif self.kind == "lu":
+            solution = torch.linalg.lu_solve(self.factors[0], self.factors[1], b)
+        else:
+            solution = self.factors[0] @ b
+        return solution.squeeze(1).to(right.dtype)
+
+
+def solve_square(matrix: Tensor, right: Tensor, *, symmetric: bool = True) -> Tensor:
+    """Solve one square system: a matrix (m, m), a right-hand side (m,)."""
+    return SquareSystem.of(matrix, symmetric=symmetric).solve(right)
