@@ -86,6 +86,17 @@ def test_text_for_people_and_settings_of_the_method(call) -> None:
     assert "accuracy" in text and "31880" not in text and "32160" in text
 
 
+def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
+    joined = "labels:kind=pair,fraction=0.1+gradient:std=1"
+    for name, noise in (("a", ["--noise", joined]), ("b", [v for s in joined.split("+") for v in ("--noise", s)])):
+        status, *_ = call(*PRUNE, "--method", "lr", "--samples", "60", *noise, "--out", str(tmp_path / name))
+        assert status == 0
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("a", "b"))
+    assert [noise["model"] for noise in first["settings"]["noise"]] == ["LabelNoise", "GradientNoise"]
+    assert first["settings"]["noise"] == second["settings"]["noise"]
+    assert first["weights_sha256"] == second["weights_sha256"]
+
+
 def test_eval_of_the_dense_network(call) -> None:
     status, text, _ = call("eval", "--model", "mlpnet", "--data", "mnist", "--weights", "w.safetensors", "--json")
     assert status == 0 and json.loads(text)["accuracy"] > 93
@@ -114,7 +125,10 @@ BAD = {
     "shapes": ([*PRUNE[:-1], "shapes.safetensors"], "shapes"),
     "out not empty": ([*PRUNE, "--out", "."], "not empty"),
     "out not writable": ([*PRUNE, "--out", "w.safetensors/below"], "cannot be written"),
-    "noise": ([*PRUNE, "--noise", "thunder"], "noise"),
+    "noise": ([*PRUNE, "--noise", "thunder"], "noise must be one of gradient"),
+    "second noise": ([*PRUNE, "--noise", "gradient", "--noise", "input:kind=rain"], "gaussian, impulse"),
+    "joined noise": ([*PRUNE, "--noise", "gradient+labels:part=1"], "classes, fraction, key, kind"),
+    "noise value": ([*PRUNE, "--noise", "analog:levels=few"], "whole number"),
     "setting": ([*PRUNE, "--method", "lr", "--set", "colour=1"], "colour"),
     "setting form": ([*PRUNE, "--set", "ridge"], "name=value"),
     "setting value": ([*PRUNE, "--method", "lr", "--set", "ridge=-1"], "ridge"),

@@ -174,7 +174,13 @@ def test_noise_changes_the_answer_and_is_recorded() -> None:
     clean, noisy = small_network(), small_network()
     prune(clean, small_data(), 0.7, "lr", samples=30)
     report = prune(noisy, small_data(), 0.7, "lr", samples=30, noise="gradient:std=4,fraction=0.25")
-    assert report.settings["noise"] == {"model": "GradientNoise", "std": 4.0, "fraction": 0.25}
+    assert report.settings["noise"] == {
+        "model": "GradientNoise",
+        "std": 4.0,
+        "fraction": 0.25,
+        "scope": "row",
+        "batch": 1,
+    }
     assert not torch.equal(clean[4].weight, noisy[4].weight)
 
 

@@ -35,7 +35,12 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
 def trials_on(
     model: nn.Module, selection: Selection, fitting: list, taught: list, norm: bool, **changes: object
 ) -> Trials:
-    settings = {"held_out": batches(9), "statistics": fitting if norm else [], "noisy": lambda factor: factor}
+    settings = {
+        "held_out": batches(9),
+        "statistics": fitting if norm else [],
+        "noisy": lambda factor: factor,
+        "disturb": lambda weights: weights,
+    }
     return Trials(model, selection, cross_entropy, fitting, taught=taught, **(settings | changes))
 
 
@@ -93,6 +98,17 @@ def test_noise_reaches_the_slope() -> None:
     clean = trials_on(model, selection, fitting, [], False)
     noisy = trials_on(model, selection, fitting, [], False, noisy=lambda factor: DenseFactor(factor.matrix + 1))
     torch.testing.assert_close(noisy.slope(w, kept), clean.slope(w, kept) + 1)
+
+
+def test_disturbed_weights_are_where_the_slope_is_taken() -> None:
+    model, fitting = network(False), batches(4, 12)
+    selection = select_parameters(model, ("Linear",), ())
+    w = selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    elsewhere = trials_on(model, selection, fitting, [], False).slope(w + 0.1, kept)
+    disturbed = trials_on(model, selection, fitting, [], False, disturb=lambda weights: weights + 0.1)
+    torch.testing.assert_close(disturbed.slope(w, kept), elsewhere)
+    assert torch.equal(selection.read(model), w)
 
 
 def test_held_out_losses_are_those_of_the_candidate_after_recalibration() -> None:

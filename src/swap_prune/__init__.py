@@ -4,7 +4,15 @@ One call, ``prune(model, data, sparsity)``, on any ``torch.nn.Module``; start re
 """
 
 from swap_prune.artifact import load_pruned
-from swap_prune.fisher.noise import GradientNoise
+from swap_prune.fisher.noise import (
+    AdversarialInputs,
+    AnalogMemory,
+    GradientNoise,
+    InputNoise,
+    LabelNoise,
+    NoiseModel,
+    PoisonedRows,
+)
 from swap_prune.methods import EWR, LR, METHODS, Magnitude
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
@@ -13,8 +21,14 @@ __all__ = [
     "EWR",
     "LR",
     "METHODS",
+    "AdversarialInputs",
+    "AnalogMemory",
     "GradientNoise",
+    "InputNoise",
+    "LabelNoise",
     "Magnitude",
+    "NoiseModel",
+    "PoisonedRows",
     "PruningReport",
     "__version__",
     "load_pruned",

@@ -25,14 +25,24 @@ class Bound(nn.Module):
         """Return ``function(model, batch)``."""
         return self._function(self.model, batch)
 
-    def with_leaves(self, selection: Selection, batch: Any) -> tuple[Tensor, list[Tensor]]:
+    def with_leaves(
+        self, selection: Selection, batch: Any, weights: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Call with the selected weights as leaves of their own, so that no ``.grad`` is touched.
+
+        Args:
+            selection: The p weights.
+            batch: What the function takes.
+            weights: Values (p,) to use in place of the model's.
 
         Returns:
             The value, and the selected weights in the order of the selection.
         """
         parameters = dict(self.model.named_parameters())
-        leaves = {f"model.{name}": parameters[name].detach().requires_grad_() for name in selection.names}
+        values = {name: parameters[name].detach() for name in selection.names}
+        if weights is not None:
+            values = {name: part.to(values[name]) for name, part in selection.split(weights).items()}
+        leaves = {f"model.{name}": values[name].requires_grad_() for name in selection.names}
         value: Tensor = functional_call(self, leaves, (batch,))
         return value, list(leaves.values())
 

@@ -89,7 +89,10 @@ def prune(
     out: Annotated[Path | None, typer.Option(help="new directory for the pruned model")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")] = None,
-    noise: Annotated[str | None, typer.Option(help="noise on the gradients: gradient:std=4,fraction=0.25")] = None,
+    noise: Annotated[
+        list[str] | None,
+        typer.Option(help="noise, such as gradient:std=4,fraction=0.25; may be repeated, or joined with +"),
+    ] = None,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")
     ] = True,

@@ -1,6 +1,6 @@
 """READ FIRST: the whole of pruning on one page.
 
-    select -> capture -> (noise) -> regress -> apply -> recalibrate, once a stage
+    select -> (noise) -> capture -> (noise) -> regress -> apply -> recalibrate, once a stage
 
 Each stage draws fresh calibration samples, takes their gradients at the network's current weights, states a
 :class:`PruningProblem`, lets the method solve it, and writes the answer to the network. The sparsity of the
@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.noise import NoiseModel, parse_noise
+from swap_prune.fisher.noise import NoiseChain, noise_generator, parse_noise
 from swap_prune.fisher.sketch import sketch_curvature, sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import check_memory
@@ -38,6 +38,7 @@ from swap_prune.surgery import (
     batchnorm_layers,
     repair_batchnorm,
     restored_on_error,
+    temporary_weights,
     write_weights,
 )
 from swap_prune.surgery import recalibrate_batchnorm as recalibrate_layers
@@ -62,7 +63,7 @@ def prune(
     schedule: str = "exponential",
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
-    noise: str | NoiseModel | None = None,
+    noise: Any = None,
     memory: str | int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -87,7 +88,8 @@ def prune(
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
-        noise: Noise put on the gradients, to measure how a method bears it: ``"gradient:std=4,fraction=0.25"``.
+        noise: Noise on data, weights or gradients, to measure how a method bears it: text such as
+            ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
         memory: Budget such as ``"4GB"``, or bytes; by default what the machine has free. A run that would
             need more is refused before any work.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
@@ -126,6 +128,7 @@ def prune(
         selection=selection,
         solver=solver,
         noise=noise_model,
+        noise_generator=noise_generator(seed),
         loss_fn=loss,
         curvature=curvature,
         samples=samples,
@@ -154,7 +157,7 @@ def prune(
         "stages": stages,
         "schedule": schedule,
         "recalibrate_batchnorm": recalibrate_batchnorm,
-        "noise": None if noise_model is None else {"model": type(noise_model).__name__, **vars(noise_model)},
+        "noise": noise_model.settings(),
         "device": str(place),
     }
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
@@ -167,7 +170,8 @@ class _Run:
     model: nn.Module
     selection: Selection
     solver: Method
-    noise: NoiseModel | None
+    noise: NoiseChain
+    noise_generator: torch.Generator
     loss_fn: LossFn
     curvature: GaussNewtonLoss | None  # the same loss, where G is a sketch of its Gauss-Newton matrix
     samples: int
@@ -186,7 +190,7 @@ class _Run:
         problem, losses = PruningProblem(reference, keep), None
         if self.solver.needs_gradients:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
-            fitting, spare = self.calibration.draw_apart(self.samples, held_out)
+            fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
             shown.stage(number, sparsity, sum(map(batch_size, fitting)))
             capture = self._capture(fitting, shown.advance)
             losses = capture.losses
@@ -210,29 +214,49 @@ class _Run:
             evidence=dict(solution.evidence),
         )
 
-    def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
-        """Return G: rows of the Gauss-Newton matrix where there is a loss that knows it, else of the empirical one."""
-        if self.curvature is None:
-            return capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=advance)
-        return sketch_curvature(
-            self.model,
-            self.selection,
-            batches,
-            self.curvature,
-            self.generator,
-            in_batches=self.normalised,
-            advance=advance,
-        )
+    def _corrupt(self, batches: list[Any]) -> list[Any]:
+        return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
+
+    def _disturb(self, weights: Tensor) -> Tensor:
+        return self.noise.disturb(weights, self.noise_generator, self.selection.slices())
 
     def _noisy(self, factor: DenseFactor) -> DenseFactor:
-        return factor if self.noise is None else self.noise.apply(factor, self.generator)
+        return self.noise.apply_(factor, self.noise_generator, self.selection.slices())
+
+    def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return G at the weights that noise makes of the network's.
+
+        Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
+        """
+        disturbed = self._disturb(self.selection.read(self.model))
+        with temporary_weights(self.model, self.selection, disturbed):
+            if self.curvature is None:
+                return capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=advance)
+            return sketch_curvature(
+                self.model,
+                self.selection,
+                batches,
+                self.curvature,
+                self.generator,
+                in_batches=self.normalised,
+                advance=advance,
+            )
 
     def _trials(self, fitting: list[Any], spare: list[Any], teacher: Teacher | None) -> Trials:
         """Let a method ask what a candidate would cost, recalibration included."""
         recalibrated = self.normalised and bool(spare)
         statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if recalibrated else []
-        taught = [] if teacher is None else teacher.outputs(fitting)
-        return Trials(self.model, self.selection, self.loss_fn, fitting, spare, statistics, taught, self._noisy)
+        return Trials(
+            model=self.model,
+            selection=self.selection,
+            loss_fn=self.loss_fn,
+            fitting=fitting,
+            held_out=spare,
+            statistics=statistics,
+            taught=[] if teacher is None else teacher.outputs(fitting),
+            disturb=self._disturb,
+            noisy=self._noisy,
+        )
 
 
 def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:

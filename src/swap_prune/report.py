@@ -41,7 +41,8 @@ class StageReport(_Record):
         sparsity: Sparsity asked for at this stage.
         kept: Number of weights kept.
         samples: Rows of G; 0 for methods without gradients.
-        loss: Mean calibration loss before the stage's weights changed; None without gradients.
+        loss: Mean calibration loss before the stage's weights changed, under noise that of what gradients were taken
+            of; None without gradients.
         seconds: Wall-clock seconds.
         converged: Whether the method's stopping test was met.
         iterations: The method's iterations.

@@ -25,6 +25,7 @@ __all__ = [
     "recalibrate_batchnorm",
     "repair_batchnorm",
     "restored_on_error",
+    "temporary_weights",
     "write_weights",
 ]
 
@@ -73,6 +74,28 @@ def restored_on_error(model: nn.Module, selection: Selection) -> Iterator[None]:
             for buffer, values in buffers:
                 buffer.copy_(values)
         raise
+
+
+@contextmanager
+def temporary_weights(model: nn.Module, selection: Selection, weights: Tensor) -> Iterator[None]:
+    """Run a block with other selected weights, then give the model its own back, bit by bit, whatever happened.
+
+    Args:
+        model: The network.
+        selection: Where the p weights lie.
+        weights: The weights meanwhile, (p,).
+    """
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in selection.names}
+    try:
+        with torch.no_grad():
+            for name, values in selection.split(weights).items():
+                parameters[name].copy_(values)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                parameters[name].copy_(values)
 
 
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:

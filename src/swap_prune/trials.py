@@ -66,7 +66,8 @@ class Trials:
         held_out: Batches that were not.
         statistics: Batches for BatchNorm's statistics; empty where it is not recalibrated.
         taught: Outputs of the dense network on ``fitting``; empty without a teacher.
-        noisy: What noise does to rows of gradients.
+        disturb: What noise does to the weights (p,) that gradients are taken at.
+        noisy: What it does to gradients, the rows of a factor.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class Trials:
     held_out: Sequence[Any]
     statistics: Sequence[Any]
     taught: Sequence[Tensor]
+    disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class Trials:
         BatchNorm works on the statistics of each batch where it will be recalibrated. Noise acts on the gradient of
         each batch.
         """
-        write_weights(self.model, self.selection, weights, kept)
+        weights = self.disturb(weights.masked_fill(~kept, 0))
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
         rows = weights.new_empty(len(self.fitting), len(weights))
         teachers: Sequence[Tensor | None] = self.taught or [None] * len(self.fitting)
@@ -100,7 +102,7 @@ class Trials:
         mode = batch_statistics if self.statistics and not alone else eval_mode
         with mode(self.model), torch.enable_grad():
             for row, batch, teacher in zip(rows, self.fitting, teachers, strict=True):
-                value, leaves = bound.with_leaves(self.selection, (batch, teacher))
+                value, leaves = bound.with_leaves(self.selection, (batch, teacher), weights)
                 flat_gradient(row, torch.autograd.grad(value, leaves, allow_unused=True), self.selection)
         return self.noisy(DenseFactor(rows)).rmatvec(sizes / sizes.sum())
 

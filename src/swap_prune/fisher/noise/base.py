@@ -1,0 +1,169 @@
+"""What a noise model is: three hooks along the way from calibration samples to the Fisher factor.
+
+    samples --corrupt--> samples;  weights --disturb--> weights;  both --capture--> G --apply--> G
+
+A model overrides the hooks that its physics needs; the others change nothing. Models compose in a
+:class:`NoiseChain`: each hook passes from model to model, in the order given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.losses import LossFn
+
+__all__ = ["Layers", "NoiseChain", "NoiseModel", "RowsOnly", "check_choice", "check_number", "noise_generator"]
+
+Layers = Mapping[str, slice]  # parameter name to its columns of G
+
+
+class NoiseModel:
+    """Base class; a noise model is a frozen dataclass whose fields are its settings.
+
+    All random numbers come from ``generator`` (CPU), which is the noise's own: see :func:`noise_generator`.
+    """
+
+    def corrupt(self, batches: list[Any], generator: torch.Generator, model: nn.Module, loss_fn: LossFn) -> list[Any]:
+        """Return the samples that the program gets to see; those given are left as they are.
+
+        Args:
+            batches: Calibration or held-out batches on the model's device, at least one.
+            generator: Random state.
+            model: The network at the stage's weights, for attacks; it must not be changed.
+            loss_fn: Per-sample loss, ``(model, batch) -> (n,)``.
+        """
+        return batches
+
+    def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
+        """Return the weights (p,) that gradients are taken at; those given are left as they are."""
+        return weights
+
+    def apply(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
+        """Return the factor of the noisy rows; the one given is left as it is."""
+        return factor
+
+    def apply_(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
+        """Do the same with a factor that the caller gives up: its memory may be used again.
+
+        The pipeline calls this one. Override it where ``apply`` can do without a second copy of G.
+        """
+        return self.apply(factor, generator, layers)
+
+    def settings(self) -> Any:
+        """Return what the report records: the class and its fields, as plain types."""
+        return {"model": type(self).__name__, **{name: _plain(value) for name, value in vars(self).items()}}
+
+
+class _RowModel(Protocol):
+    def apply(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor: ...
+
+
+@dataclass(frozen=True)
+class RowsOnly(NoiseModel):
+    """A user's object that has ``apply(factor, generator)`` and need not know this module.
+
+    Attributes:
+        wrapped: The object.
+    """
+
+    wrapped: _RowModel
+
+    def apply(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
+        """Return what the object makes of the factor."""
+        return self.wrapped.apply(factor, generator)
+
+    def settings(self) -> Any:
+        """Return the object's class and fields."""
+        return {"model": type(self.wrapped).__name__} | {k: _plain(v) for k, v in vars(self.wrapped).items()}
+
+
+@dataclass(frozen=True)
+class NoiseChain(NoiseModel):
+    """Noise models one after the other; without any, no noise.
+
+    Attributes:
+        models: The models in order.
+    """
+
+    models: tuple[NoiseModel, ...] = ()
+
+    def corrupt(self, batches: list[Any], generator: torch.Generator, model: nn.Module, loss_fn: LossFn) -> list[Any]:
+        """Pass the samples from model to model; no samples stay no samples."""
+        for noise in self.models if batches else ():
+            batches = noise.corrupt(batches, generator, model, loss_fn)
+        return batches
+
+    def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
+        """Pass the weights from model to model."""
+        for noise in self.models:
+            weights = noise.disturb(weights, generator, layers)
+        return weights
+
+    def apply(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
+        """Pass the factor from model to model."""
+        for noise in self.models:
+            factor = noise.apply(factor, generator, layers)
+        return factor
+
+    def apply_(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
+        """Pass the factor from model to model, in its own memory where they can."""
+        for noise in self.models:
+            factor = noise.apply_(factor, generator, layers)
+        return factor
+
+    def settings(self) -> Any:
+        """Return None, the one model's settings, or a list of the models'."""
+        recorded = [noise.settings() for noise in self.models]
+        return recorded if len(recorded) > 1 else next(iter(recorded), None)
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """Fork the noise's random state from the run's seed.
+
+    Noise must not draw from the run's own generator: a noisy and a clean run of one seed have to see the same
+    calibration samples in every stage, or their difference would not be the noise's.
+    """
+    digest = hashlib.sha256(f"noise {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def check_number(setting: str, value: object, least: float, most: float = math.inf, *, whole: bool = False) -> None:
+    """Check one setting of a noise model.
+
+    Raises:
+        ValueError: If it is not a finite number (a whole one, where asked for) of at least ``least`` and at
+            most ``most``.
+    """
+    kind = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not (math.isfinite(value) and least <= value <= most):
+        what = "a whole number" if whole else "a finite number"
+        bounds = f"of at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"noise setting {setting} must be {what} {bounds}, got {value!r}")
+
+
+def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
+    """Check one setting of a noise model that is a word.
+
+    Raises:
+        ValueError: If it is none of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"noise setting {setting} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(part) for part in value]
+    return repr(value)
