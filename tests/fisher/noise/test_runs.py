@@ -84,14 +84,15 @@ def test_every_noise_changes_the_answer_repeatably_at_the_same_sparsity(spec, tm
 
 
 def test_held_out_samples_are_noisy_and_recalibration_is_not():
-    """The loss tells the phases apart: in recalibration BatchNorm is in training mode."""
+    """The loss tells the phases apart: in recalibration BatchNorm is in training mode and tracks its statistics."""
     original = {image.numpy().tobytes() for image, _ in data()}
     seen = {"recalibration": set(), "elsewhere": set()}
     model = network()
 
     def loss_fn(net, batch):
         if not torch._C._functorch.is_batchedtensor(batch[0]):
-            phase = "recalibration" if batchnorm_layers(net)[0].training else "elsewhere"
+            layer = batchnorm_layers(net)[0]
+            phase = "recalibration" if layer.training and layer.track_running_stats else "elsewhere"
             seen[phase] |= {image.detach().numpy().tobytes() for image in batch[0]}
         return cross_entropy(net, batch)
 
