@@ -1,10 +1,13 @@
 """Problems with known answers, and makers of random ones."""
 
+from dataclasses import dataclass
+
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.objective import WeightedRidge
+from swap_prune.selection import Selection
 
 
 def generator(seed=0):
@@ -70,8 +73,24 @@ def dense_parts(problem):
     }
 
 
+@dataclass(frozen=True)
+class KnownInputs:
+    """Statistics of inputs that are at hand: parameter name to x, (groups, m, d)."""
+
+    rows: dict[str, torch.Tensor]
+
+    def mean_squares(self):
+        return {name: x.square().mean(1) for name, x in self.rows.items()}
+
+    def moments(self):
+        return {name: x.mT @ x / x.shape[1] for name, x in self.rows.items()}
+
+
 def pruning_problem(n, p, keep, seed=0, kind="plain", dtype=torch.float32):
-    """A pruning problem; ``kind`` names what is awkward about G."""
+    """A pruning problem of two layers, (2, p // 4) and (1, rest); ``kind`` names what is awkward about G.
+
+    The inputs of a layer are as awkward: they are columns of G.
+    """
     state = generator(seed)
     G = torch.randn(n, p, generator=state, dtype=torch.float64)
     if kind == "zero columns":
@@ -89,7 +108,10 @@ def pruning_problem(n, p, keep, seed=0, kind="plain", dtype=torch.float32):
     elif kind != "plain":
         raise AssertionError(kind)
     reference = torch.randn(p, generator=state, dtype=torch.float64)
-    return PruningProblem(reference.to(dtype), keep, DenseFactor(G.to(dtype)))
+    width = p // 4
+    selection = Selection({"first": torch.Size([2, width]), "second": torch.Size([1, p - 2 * width])})
+    inputs = KnownInputs({"first": G[None, :, :width].to(dtype), "second": G[None, :, 2 * width :].to(dtype)})
+    return PruningProblem(reference.to(dtype), keep, DenseFactor(G.to(dtype)), selection=selection, inputs=inputs)
 
 
 AWKWARD = (

@@ -90,3 +90,16 @@ def transport_value(x, y, epsilon, anchor=1.0):
     measure = reference_measure(len(x), anchor)
     plan = sinkhorn(cost, measure, epsilon)
     return float((plan * cost).sum() + epsilon * (plan * (plan / measure).log()).sum())
+
+
+def damped_fisher(G, damping):
+    """F = G^T G/n + c I, written out."""
+    return G.T @ G / len(G) + damping * torch.eye(G.shape[1], dtype=G.dtype)
+
+
+def brain_surgeon(F, w, removed):
+    """Minimise 1/2 d^T F d subject to w + d = 0 on the removed weights, by its Lagrange conditions: w + d."""
+    p, q = len(w), len(removed)
+    E = torch.eye(p, dtype=w.dtype)[:, removed]
+    system = torch.cat([torch.cat([F, E], 1), torch.cat([E.T, torch.zeros(q, q, dtype=w.dtype)], 1)])
+    return w + torch.linalg.solve(system, torch.cat([torch.zeros(p, dtype=w.dtype), -w[removed]]))[:p]

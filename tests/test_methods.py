@@ -2,15 +2,16 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import swap_prune
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods import EWR, LR, Magnitude, resolve_method
+from swap_prune.methods import CBS, CHITA, EWR, LR, OBD, Magnitude, SparseGPT, Wanda, WoodFisher, resolve_method
 from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.selection import Selection
 from tests.cases import AWKWARD, generator, normal, pruning_problem
 
 VARIANTS = {
@@ -25,6 +26,17 @@ VARIANTS = {
     "ewr small epsilon": EWR(epsilon=1e-8, anchor=1.0, gradient="paper", metric="identity"),
     "algorithm 1": EWR(solver="algorithm1", gradient="paper", epsilon=1.0, couplings=3),
     "algorithm 1 exact": EWR(solver="algorithm1", epsilon=1.0, metric="identity", ridge=1e-3),
+    "magnitude by layer": Magnitude(scope="layer"),
+    "obd undamped": OBD(damping=0.0),
+    "woodfisher joint": WoodFisher(update="joint"),
+    "woodfisher in blocks": WoodFisher(block=4),
+    "woodfisher joint in blocks": WoodFisher(update="joint", block=3),
+    "cbs few candidates": CBS(damping=1e-5, candidates=2, rounds=3),
+    "chita one iteration": CHITA(iterations=1),
+    "wanda by layer": Wanda(scope="layer"),
+    "wanda global": Wanda(scope="global"),
+    "sparsegpt in blocks": SparseGPT(block=2),
+    "sparsegpt global": SparseGPT(scope="global"),
 }
 METHOD = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -64,11 +76,11 @@ def test_awkward_gradients(method, kind):
 def test_weights_of_any_size(method):
     plain = pruning_problem(12, 20, 8, seed=4)
     for scale in (1e-6, 1e6):
-        problem = PruningProblem(plain.reference * scale, 8, plain.factor)
+        problem = replace(plain, reference=plain.reference * scale)
         assert_contract(solve(method, problem), problem)
     reference = plain.reference.clone()
     reference[3:] = 0  # fewer weights than are to be kept
-    problem = PruningProblem(reference, 8, plain.factor)
+    problem = replace(plain, reference=reference)
     assert_contract(solve(method, problem), problem)
 
 
@@ -108,6 +120,12 @@ def test_inputs_are_left_alone(method):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].needs_gradients])
 def test_a_method_that_needs_gradients_says_so(name):
     with pytest.raises(ValueError, match="gradients"):
+        solve(VARIANTS[name], PruningProblem(torch.ones(4), 2))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if VARIANTS[name].needs_inputs])
+def test_a_method_that_needs_inputs_says_so(name):
+    with pytest.raises(ValueError, match="inputs of the layers"):
         solve(VARIANTS[name], PruningProblem(torch.ones(4), 2))
 
 
@@ -192,10 +210,27 @@ OWN = [
     ("couplings", 0),
     ("couplings", 2.0),
 ]
+BASELINES = [
+    (Magnitude, "scope", "row"),
+    *(
+        (config, "damping", bad)
+        for config in (OBD, WoodFisher, CBS, SparseGPT)
+        for bad in (-1.0, NAN, INF, "auto", True)
+    ),
+    *((config, "damping", 0.0) for config in (WoodFisher, CBS, SparseGPT)),
+    (WoodFisher, "update", "both"),
+    *((WoodFisher, "block", bad) for bad in (0, 1.5, True, "whole")),
+    *((CBS, name, bad) for name in ("candidates", "rounds") for bad in (0, 2.5, True)),
+    *((CHITA, "ridge", bad) for bad in (0.0, NAN, "auto")),
+    *((CHITA, "iterations", bad) for bad in (0, 2.5, True)),
+    (Wanda, "scope", "column"),
+    *((SparseGPT, "block", bad) for bad in (0, 1.5, True)),
+    (SparseGPT, "scope", "row"),
+]
 
 
 @pytest.mark.parametrize(
-    ("config", "setting", "value"), [(LR, *bad) for bad in SHARED] + [(EWR, *bad) for bad in SHARED + OWN]
+    ("config", "setting", "value"), [(LR, *bad) for bad in SHARED] + [(EWR, *bad) for bad in SHARED + OWN] + BASELINES
 )
 def test_bad_settings_are_refused_by_name(config, setting, value):
     with pytest.raises(ValueError, match=setting):
@@ -227,15 +262,27 @@ def test_methods_that_are_none(method, settings, message):
         resolve_method(method, settings)
 
 
+def test_a_method_without_a_member_is_refused():
+    class Incomplete:
+        name = "incomplete"
+        needs_gradients = needs_held_out = False
+
+        def solve(self, problem, generator): ...
+
+    with pytest.raises(ValueError, match="Incomplete has no needs_inputs"):
+        resolve_method(Incomplete())
+
+
 @pytest.mark.parametrize(
-    ("reference", "keep", "factor", "message"),
+    ("reference", "keep", "others", "message"),
     [
-        (torch.ones(2, 2), 1, None, "reference"),
-        (torch.ones(4), -1, None, "keep"),
-        (torch.ones(4), 5, None, "keep"),
-        (torch.ones(4), 2, DenseFactor(torch.ones(3, 5)), "5 columns for 4 weights"),
+        (torch.ones(2, 2), 1, {}, "reference"),
+        (torch.ones(4), -1, {}, "keep"),
+        (torch.ones(4), 5, {}, "keep"),
+        (torch.ones(4), 2, {"factor": DenseFactor(torch.ones(3, 5))}, "5 columns for 4 weights"),
+        (torch.ones(4), 2, {"selection": Selection({"a": torch.Size([5])})}, "selection has 5 .* 4 weights"),
     ],
 )
-def test_problems_that_are_none(reference, keep, factor, message):
+def test_problems_that_are_none(reference, keep, others, message):
     with pytest.raises(ValueError, match=message):
-        PruningProblem(reference, keep, factor)
+        PruningProblem(reference, keep, **others)

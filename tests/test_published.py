@@ -38,6 +38,22 @@ def test_magnitude_pruning_gives_the_published_figures(
     assert mlpnet(capsys, "--method", "magnitude", "--sparsity", sparsity)["accuracy"] == pytest.approx(published)
 
 
+@pytest.mark.parametrize(("sparsity", "published", "spread"), [("0.90", 91.97, 0.5), ("0.95", 87.17, 0.8)])
+def test_chita_is_where_its_own_code_is(
+    capsys: pytest.CaptureFixture[str], sparsity: str, published: float, spread: float
+) -> None:
+    result = mlpnet(capsys, "--method", "chita", "--sparsity", sparsity, "--samples", "1000")
+    assert result["accuracy"] == pytest.approx(published, abs=spread)
+
+
+@pytest.mark.parametrize(("method", "published"), [("woodfisher", 91.7), ("cbs", 93.1), ("obd", 88.6)])
+def test_baselines_are_near_the_published_figures_at_90_percent(
+    capsys: pytest.CaptureFixture[str], method: str, published: float
+) -> None:
+    result = mlpnet(capsys, "--method", method, "--sparsity", "0.9", "--samples", "500")
+    assert result["accuracy"] == pytest.approx(published, abs=1.5)
+
+
 def test_one_stage_of_lr_is_far_above_magnitude(capsys: pytest.CaptureFixture[str]) -> None:
     result = mlpnet(capsys, "--method", "lr", "--sparsity", "0.95", "--samples", "500")
     assert result["accuracy"] > 83.64 + 2

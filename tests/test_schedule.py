@@ -1,5 +1,6 @@
 """Sparsity over the stages, and the number of weights kept."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swap_prune.schedule import SCHEDULES, keep_count, sparsity_schedule
+from swap_prune.schedule import SCHEDULES, keep_count, share_out, sparsity_schedule
 
 ALL = pytest.mark.parametrize("schedule", SCHEDULES)
 
@@ -80,3 +81,43 @@ def test_zeros_are_those_of_the_public_formula(total, sparsity):
 def test_keep_count_of_an_impossible_sparsity(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
         keep_count(10, sparsity)
+
+
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(sizes=SIZES, share=st.floats(0, 1))
+def test_shares_add_up_fit_and_never_grow_as_less_is_kept(sizes, share):
+    total = sum(sizes)
+    keep = round(share * total)
+    shares = share_out(keep, sizes)
+    assert sum(shares) == keep and all(0 <= got <= size for got, size in zip(shares, sizes, strict=True))
+    for got, size in zip(shares, sizes, strict=True):
+        assert abs(got - keep * size / total) < len(sizes)
+    if keep > 0:
+        assert all(less <= got for less, got in zip(share_out(keep - 1, sizes), shares, strict=True))
+    assert share_out(total, sizes) == sizes and not any(share_out(0, sizes))
+
+
+@pytest.mark.parametrize("sizes", [(10, 20, 30), (7, 5, 1), (4, 4, 4), (1, 9, 3)])
+def test_shares_change_the_proportions_least(sizes):
+    """Webster's rule minimises ``sum (share - quota)^2 / size`` (Sainte-Lague, 1910)."""
+    for keep in range(sum(sizes) + 1):
+
+        def unfairness(shares, keep=keep):
+            return sum((got - keep * size / sum(sizes)) ** 2 / size for got, size in zip(shares, sizes, strict=True))
+
+        every = [s for s in itertools.product(*(range(size + 1) for size in sizes)) if sum(s) == keep]
+        assert unfairness(share_out(keep, sizes)) == pytest.approx(min(map(unfairness, every)))
+
+
+def test_equal_parts_differ_by_one_the_first_ones_ahead():
+    assert share_out(11, [4, 4, 4, 4]) == [3, 3, 3, 2]
+    assert share_out(0, []) == []
+
+
+@pytest.mark.parametrize("keep", [-1, 8])
+def test_more_than_there_is_cannot_be_shared_out(keep):
+    with pytest.raises(ValueError, match="keep"):
+        share_out(keep, [3, 4])

@@ -13,14 +13,17 @@ from swap_prune.fisher.noise import (
     NoiseModel,
     PoisonedRows,
 )
-from swap_prune.methods import EWR, LR, METHODS, Magnitude
+from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
 
 __all__ = [
+    "CBS",
+    "CHITA",
     "EWR",
     "LR",
     "METHODS",
+    "OBD",
     "AdversarialInputs",
     "AnalogMemory",
     "GradientNoise",
@@ -30,6 +33,9 @@ __all__ = [
     "NoiseModel",
     "PoisonedRows",
     "PruningReport",
+    "SparseGPT",
+    "Wanda",
+    "WoodFisher",
     "__version__",
     "load_pruned",
     "prune",

@@ -26,7 +26,7 @@ from swap_prune.experiments.datasets import ImageData, load_dataset, recalibrati
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.losses import cross_entropy
-from swap_prune.methods import resolve_method
+from swap_prune.methods import METHODS, resolve_method
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.surgery import repair_batchnorm
@@ -81,7 +81,7 @@ def prune(
     data: Data,
     weights: Weights = None,
     sparsity: Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = 0.9,
-    method: Annotated[str, typer.Option(help="ewr, lr or magnitude")] = "ewr",
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "ewr",
     samples: Annotated[int, typer.Option(help="calibration samples a stage")] = 1024,
     stages: Annotated[int, typer.Option(help="prune-and-recapture stages")] = 1,
     schedule: Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")] = "exponential",

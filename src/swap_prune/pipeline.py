@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.inputs import LayerInputs
 from swap_prune.fisher.noise import NoiseChain, noise_generator, parse_noise
 from swap_prune.fisher.sketch import sketch_curvature, sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
@@ -185,19 +186,25 @@ class _Run:
     ) -> StageReport:
         """Capture, solve, apply, recalibrate."""
         started = time.perf_counter()
-        keep = keep_count(self.selection.total, sparsity)
-        reference = self.selection.read(self.model)
-        problem, losses = PruningProblem(reference, keep), None
-        if self.solver.needs_gradients:
+        problem = PruningProblem(
+            self.selection.read(self.model), keep_count(self.selection.total, sparsity), selection=self.selection
+        )
+        fitting: list[Any] = []
+        samples, loss = 0, None
+        if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
-            shown.stage(number, sparsity, sum(map(batch_size, fitting)))
+            samples = sum(map(batch_size, fitting))
+            shown.stage(number, sparsity, samples)
+        if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
-            losses = capture.losses
+            samples, loss = len(capture.losses), float(capture.losses.mean())
             trials = self._trials(fitting, spare, teacher)
-            problem = PruningProblem(
-                reference, keep, self._noisy(capture.factor), trials.losses if spare else None, trials.slope
-            )
+            held_out_losses = trials.losses if spare else None
+            problem = replace(problem, factor=self._noisy(capture.factor), held_out=held_out_losses, slope=trials.slope)
+        if self.solver.needs_inputs:
+            inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
+            problem = replace(problem, inputs=inputs)
         solution = self.solver.solve(problem, self.generator)
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.normalised:
@@ -205,9 +212,9 @@ class _Run:
             recalibrate_layers(self.model, drawn, self.loss_fn)
         return StageReport(
             sparsity=sparsity,
-            kept=keep,
-            samples=0 if losses is None else len(losses),
-            loss=None if losses is None else float(losses.mean()),
+            kept=problem.keep,
+            samples=samples,
+            loss=loss,
             seconds=time.perf_counter() - started,
             converged=solution.converged,
             iterations=solution.iterations,
@@ -290,9 +297,7 @@ def _report(
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
     if 0 < stages[-1].samples < settings["samples"]:
-        notes.append(
-            f"gradients of {stages[-1].samples} samples were used, fewer than the {settings['samples']} asked for"
-        )
+        notes.append(f"{stages[-1].samples} samples a stage were used, fewer than the {settings['samples']} asked for")
     emptied = [name for name, layer in layers.items() if layer.kept == 0]
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")

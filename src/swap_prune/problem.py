@@ -28,18 +28,40 @@ plan, P  (n, n)       coupling between x and y, rows and columns sum to 1/n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from swap_prune.fisher.factor import FisherFactor
+    from swap_prune.fisher.inputs import LayerInputs
+    from swap_prune.selection import Selection
 
-__all__ = ["FisherKind", "PruningProblem", "PruningSolution"]
+__all__ = ["FisherKind", "Layer", "PruningProblem", "PruningSolution"]
 
 FisherKind = Literal["auto", "gauss-newton", "empirical"]  # what the rows of G stand for
+
+
+class Layer(NamedTuple):
+    """Where one parameter lies in ``w``.
+
+    Attributes:
+        name: Name of the parameter.
+        place: Its slice of the flat vector.
+        shape: Its shape.
+    """
+
+    name: str
+    place: slice
+    shape: torch.Size
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs: rows of the parameter as a matrix (outputs, inputs of each)."""
+        return self.shape[0] if len(self.shape) > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,8 @@ class PruningProblem:
             are not in G; None where there are none. It is what candidates are chosen by.
         slope: Maps w and a kept set to s (p,), the mean gradient of the network's loss on the samples of G; None
             where there are no gradients.
+        selection: The parameters that w is made of; None for a problem without layers.
+        inputs: Statistics of what goes into each layer; None for methods that do not need them.
     """
 
     reference: Tensor
@@ -61,6 +85,8 @@ class PruningProblem:
     factor: FisherFactor | None = None
     held_out: Callable[[Tensor, Tensor], Tensor] | None = None
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    selection: Selection | None = None
+    inputs: LayerInputs | None = None
 
     def __post_init__(self) -> None:
         if self.reference.ndim != 1:
@@ -71,6 +97,8 @@ class PruningProblem:
             raise ValueError(
                 f"the Fisher factor has {self.factor.shape[1]} columns for {self.reference.numel()} weights"
             )
+        if self.selection is not None and self.selection.total != self.reference.numel():
+            raise ValueError(f"the selection has {self.selection.total} of {self.reference.numel()} weights")
 
     def fisher(self) -> FisherFactor:
         """Return the Fisher factor of a problem whose method needs one.
@@ -81,6 +109,25 @@ class PruningProblem:
         if self.factor is None:
             raise ValueError("this method needs per-sample gradients, but the problem was stated without")
         return self.factor
+
+    def layers(self) -> Iterator[Layer]:
+        """Yield the layers in flat order; a problem without layers counts as one."""
+        if self.selection is None:
+            yield Layer("weights", slice(0, self.reference.numel()), self.reference.shape)
+            return
+        places = self.selection.slices()
+        for name, shape in self.selection.shapes.items():
+            yield Layer(name, places[name], shape)
+
+    def layer_inputs(self) -> LayerInputs:
+        """Return the input statistics of a problem whose method needs them.
+
+        Raises:
+            ValueError: If the problem was stated without them.
+        """
+        if self.inputs is None:
+            raise ValueError("this method needs the inputs of the layers, but the problem was stated without")
+        return self.inputs
 
 
 @dataclass(frozen=True)

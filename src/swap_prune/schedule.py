@@ -1,4 +1,4 @@
-"""Sparsity over the stages of one pruning run.
+"""Sparsity over the stages of one pruning run, and over layers that each keep the same share.
 
 Every schedule ends exactly at the target. Stage t of T is counted from 1, so that no stage is spent at
 sparsity zero.
@@ -7,9 +7,10 @@ sparsity zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
-__all__ = ["SCHEDULES", "keep_count", "sparsity_schedule"]
+__all__ = ["SCHEDULES", "keep_count", "share_out", "sparsity_schedule"]
 
 
 def _exponential(t: int, stages: int, target: float) -> float:
@@ -76,3 +77,32 @@ def keep_count(total: int, sparsity: float) -> int:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity!r}")
     return math.floor(total * (1 - sparsity))
+
+
+def share_out(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Split ``keep`` over parts in proportion to their sizes, in whole numbers that add up exactly.
+
+    Webster's rule: every share is ``size * keep / total``, rounded; what rounding gives too much or too little
+    goes where it changes the proportions least. Unlike the rule of largest remainders it is monotone: keeping less
+    never gives a part more, so that a later stage asks no layer for weights that an earlier one removed.
+
+    Args:
+        keep: Number to split, ``0 <= keep <= sum(sizes)``.
+        sizes: Sizes of the parts, >= 0.
+
+    Returns:
+        The shares, each at most its part's size.
+
+    Raises:
+        ValueError: If there is not enough to keep.
+    """
+    total = sum(sizes)
+    if not 0 <= keep <= total:
+        raise ValueError(f"keep must lie in [0, {total}], the sum of the sizes, got {keep}")
+    shares = [(2 * keep * size + total) // (2 * total) if total else 0 for size in sizes]
+    parts = range(len(sizes))
+    while sum(shares) < keep:
+        shares[max(parts, key=lambda i: (Fraction(sizes[i], 2 * shares[i] + 1), -i))] += 1
+    while sum(shares) > keep:
+        shares[min((i for i in parts if shares[i]), key=lambda i: (Fraction(sizes[i], 2 * shares[i] - 1), -i))] -= 1
+    return shares

@@ -7,12 +7,31 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from swap_prune.methods.cbs import CBS
+from swap_prune.methods.chita import CHITA
 from swap_prune.methods.ewr import EWR
 from swap_prune.methods.lr import LR
 from swap_prune.methods.magnitude import Magnitude
+from swap_prune.methods.obd import OBD
+from swap_prune.methods.sparsegpt import SparseGPT
+from swap_prune.methods.wanda import Wanda
+from swap_prune.methods.woodfisher import WoodFisher
 from swap_prune.problem import PruningProblem, PruningSolution
 
-__all__ = ["EWR", "LR", "METHODS", "Magnitude", "Method", "resolve_method"]
+__all__ = [
+    "CBS",
+    "CHITA",
+    "EWR",
+    "LR",
+    "METHODS",
+    "OBD",
+    "Magnitude",
+    "Method",
+    "SparseGPT",
+    "Wanda",
+    "WoodFisher",
+    "resolve_method",
+]
 
 
 class Method(Protocol):
@@ -20,6 +39,7 @@ class Method(Protocol):
 
     name: ClassVar[str]
     needs_gradients: ClassVar[bool]
+    needs_inputs: ClassVar[bool]
 
     @property
     def needs_held_out(self) -> bool:
@@ -31,7 +51,11 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, type[Method]] = {"ewr": EWR, "lr": LR, "magnitude": Magnitude}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (EWR, LR, Magnitude, OBD, WoodFisher, CBS, CHITA, Wanda, SparseGPT)
+}
+
+_MEMBERS = ("name", "needs_gradients", "needs_inputs", "needs_held_out")
 
 
 def resolve_method(method: str | Method, settings: dict[str, Any] | None = None) -> Method:
@@ -59,4 +83,7 @@ def resolve_method(method: str | Method, settings: dict[str, Any] | None = None)
         raise ValueError(
             f"method must be one of {', '.join(METHODS)} or a config object such as swap_prune.EWR(), got {method!r}"
         )
+    missing = [member for member in _MEMBERS if not hasattr(method, member)]
+    if missing:
+        raise ValueError(f"method {type(method).__name__} has no {', '.join(missing)}; see swap_prune.methods.Method")
     return method

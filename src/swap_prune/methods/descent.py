@@ -15,7 +15,7 @@ from swap_prune.regression.objective import WeightedRidge
 
 __all__ = ["held_out_loss", "held_out_losses", "step_down"]
 
-_STEPS = 3  # natural-gradient steps a stage, at the most
+_STEPS = 6  # natural-gradient steps a stage, at the most
 _STEP_RIDGE = 0.1  # their damping
 _FIRST_LENGTH = 0.3  # of a step; the next ones start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial

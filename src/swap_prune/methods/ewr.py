@@ -72,6 +72,7 @@ class EWR:
 
     name: ClassVar[str] = "ewr"
     needs_gradients: ClassVar[bool] = True
+    needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_regression_settings(self)
@@ -140,8 +141,9 @@ class EWR:
         starts at the hard-thresholded ``w_bar``. The objective that the step size looks at is that of the
         fixed plan, whichever gradient gives the direction.
         """
-        ridge, _ = ridge_candidates(self)[0]
-        pairing = pairing_regression(problem, ridge, math.inf)
+        diagonal = problem.fisher().diagonal()
+        ridge, _ = ridge_candidates(replace(self, metric="identity"), diagonal)[0]
+        pairing = pairing_regression(problem, ridge, math.inf, diagonal)
         support = top_k(problem.reference.abs(), problem.keep)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)

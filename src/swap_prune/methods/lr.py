@@ -31,14 +31,14 @@ class LR:
     Attributes:
         fisher: Which matrix the rows of G stand for: ``"gauss-newton"``, which needs a loss that knows its curvature;
             ``"empirical"``, the paper's; or ``"auto"``: Gauss-Newton where the loss allows it.
-        ridge: lam, without a unit in the diagonal metric, in units of the mean Fisher diagonal in the identity
-            metric; or ``"auto"``: chosen by the loss on held-out samples, where there are any.
+        ridge: lam, which has no unit in the diagonal metric and that of the Fisher diagonal in the identity metric;
+            or ``"auto"``: chosen by the loss on held-out samples, where there are any.
         metric: ``"diagonal"``, ``m = f + damping mean(f)``, which does not care how layers are scaled, or
             ``"identity"``, the paper's.
         damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``, chosen together with the ridge.
         iterations: Hard-thresholding iterations a stage at the most.
         first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
-            mean gradient out (0, the paper); or ``"auto"``: up to three, as far as held-out samples gain.
+            mean gradient out (0, the paper); or ``"auto"``: up to six, as far as held-out samples gain.
     """
 
     fisher: FisherKind = "auto"
@@ -50,6 +50,7 @@ class LR:
 
     name: ClassVar[str] = "lr"
     needs_gradients: ClassVar[bool] = True
+    needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_regression_settings(self)
@@ -90,19 +91,20 @@ def chooses(settings: RegressionSettings) -> bool:
     return len(ridge_candidates(settings)) > 1 or settings.first_order == "auto"
 
 
-def ridge_candidates(settings: RegressionSettings) -> list[tuple[float, float]]:
-    """Return the pairs (ridge, damping) to choose from; damping is infinite in the identity metric."""
-    pairs = [
-        (
-            ridge if settings.ridge == "auto" else float(settings.ridge),
-            math.inf
-            if settings.metric == "identity"
-            else damping
-            if settings.damping == "auto"
-            else float(settings.damping),
-        )
-        for ridge, damping in _CANDIDATES
-    ]
+def ridge_candidates(settings: RegressionSettings, diagonal: Tensor | None = None) -> list[tuple[float, float]]:
+    """Return the pairs (ridge, damping) to choose from.
+
+    Args:
+        settings: What is fixed is the same in all of them. In the identity metric the damping is infinite.
+        diagonal: f, (p,): its mean is the unit of an automatic ridge in the identity metric; 1 if it is not given.
+    """
+    identity = settings.metric == "identity"
+    unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
+    pairs = []
+    for automatic_ridge, automatic_damping in _CANDIDATES:
+        ridge = unit * automatic_ridge if settings.ridge == "auto" else float(settings.ridge)
+        damping = automatic_damping if settings.damping == "auto" else float(settings.damping)
+        pairs.append((ridge, math.inf if identity else damping))
     return list(dict.fromkeys(pairs))
 
 
@@ -114,10 +116,10 @@ def fit_pairing(
     Returns:
         The regression, its sparse fit, and the evidence for the report.
     """
-    candidates = ridge_candidates(settings)
+    diagonal = problem.fisher().diagonal()
+    candidates = ridge_candidates(settings, diagonal)
     if problem.held_out is None:
         candidates = candidates[:1]
-    diagonal = problem.fisher().diagonal()
     best: tuple[WeightedRidge, SparseFit, float] | None = None
     least = math.inf
     tried: list[dict[str, float]] = []
@@ -175,15 +177,14 @@ def pairing_regression(
 
     Args:
         problem: The pruning problem.
-        ridge: lam; with the identity metric in units of the mean of f.
+        ridge: lam.
         damping: Of the diagonal metric; infinite for the identity.
         diagonal: f, (p,), where it is known already.
     """
     factor = problem.fisher()
     f = factor.diagonal() if diagonal is None else diagonal
-    unit = 1.0 if math.isfinite(damping) else float(f.mean())
     target = factor.matvec(problem.reference)
-    return WeightedRidge(factor, target, problem.reference, ridge * unit, diagonal_metric(f, damping))
+    return WeightedRidge(factor, target, problem.reference, ridge, diagonal_metric(f, damping))
 
 
 def trivial_solution(problem: PruningProblem) -> PruningSolution:

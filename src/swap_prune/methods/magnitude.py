@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from swap_prune.methods.scoring import check_scope, keep_unchanged, select_best
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.regression.iht import hard_threshold, top_k
 
 __all__ = ["Magnitude"]
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Global magnitude pruning (Han et al., 2015). It needs no gradients and has no settings."""
+    """Magnitude pruning (Han et al., 2015). It needs no data.
+
+    Attributes:
+        scope: ``"global"`` compares all weights, ``"layer"`` keeps the same share of every layer.
+    """
+
+    scope: Literal["global", "layer"] = "global"
 
     name: ClassVar[str] = "magnitude"
     needs_gradients: ClassVar[bool] = False
     needs_held_out: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope, ("global", "layer"))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Keep the largest weights."""
-        support = top_k(problem.reference.abs(), problem.keep)
-        kept = torch.zeros_like(problem.reference, dtype=torch.bool).index_fill(0, support, True)
-        return PruningSolution(hard_threshold(problem.reference, support), kept)
+        return keep_unchanged(problem, select_best(problem, problem.reference.abs(), self.scope))

@@ -1,0 +1,142 @@
+"""What goes into each layer on the calibration samples: the statistics of layer-wise methods.
+
+A Linear layer, or a convolution read as a matrix, maps inputs x (d,) to ``W x``. Removing weights changes its output
+by ``(W - W') x``, whose mean square over the calibration inputs depends on them through ``mean(x x^T)`` alone. Forward
+hooks gather it batch by batch; no input is stored. A convolution has one x for each output position, cut out as the
+kernel sees it (``unfold``), padding included.
+
+Place in the pipeline: beside capture, for methods with ``needs_inputs``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from swap_prune.losses import LossFn, check_calibration
+from swap_prune.modes import eval_mode
+from swap_prune.selection import Selection
+
+__all__ = ["LayerInputs"]
+
+_CHUNK_BYTES = 128 * 2**20  # unfolded inputs held at once
+
+_Reduce = Callable[[Tensor], Tensor]  # inputs (groups, m, d) -> sum over m of a statistic
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Statistics of the inputs of the selected layers.
+
+    Each method runs the network once over the batches, as it is then: ask before trying candidates. Groups are those
+    of a grouped convolution, 1 otherwise; d is the number of weights of one output, so that the weight of a layer is
+    ``(groups, outputs / groups, d)``.
+
+    Attributes:
+        model: The network; nothing of it changes.
+        selection: The parameters that statistics are wanted for.
+        batches: Calibration batches on the model's device.
+        loss_fn: Used to run the network on a batch.
+    """
+
+    model: nn.Module
+    selection: Selection
+    batches: Sequence[Any]
+    loss_fn: LossFn
+
+    def mean_squares(self) -> dict[str, Tensor]:
+        """Return ``mean(x_j^2)`` over samples and positions, (groups, d), by parameter name.
+
+        Raises:
+            ValueError: If a parameter is not the weight of Linear or Conv layers, or its layers did not run.
+        """
+        return self._gather(lambda x: x.square().sum(1))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return ``mean(x x^T)`` over samples and positions, (groups, d, d), by parameter name.
+
+        Raises:
+            ValueError: As for :meth:`mean_squares`.
+        """
+        return self._gather(lambda x: x.mT @ x)
+
+    def _gather(self, reduce: _Reduce) -> dict[str, Tensor]:
+        sums = {name: _Sum(reduce) for name in self.selection.names}
+        with eval_mode(self.model), torch.no_grad(), ExitStack() as hooks:
+            check_calibration(self.model, self.loss_fn, self.batches)
+            for name, layer in self._layers():
+                hooks.callback(layer.register_forward_hook(sums[name].add).remove)
+            for batch in self.batches:
+                self.loss_fn(self.model, batch)
+        for name, total in sums.items():
+            if total.count == 0:
+                raise ValueError(
+                    f"no inputs of {name!r} were seen: its layer does not run as a module of its own; "
+                    "leave it out with ignore=, or use a method that works on gradients"
+                )
+        return {name: total.value / total.count for name, total in sums.items()}
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield each layer with its parameter's name; a shared parameter has several."""
+        names = {id(p): name for name, p in self.model.named_parameters() if name in self.selection.shapes}
+        for module in self.model.modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                name = names.get(id(parameter))
+                if name is None:
+                    continue
+                plain = isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+                if own != "weight" or not plain:
+                    raise ValueError(
+                        f"layer-wise methods prune the weights of Linear and Conv layers; {name!r} is {own!r} of a "
+                        f"{type(module).__name__}: leave it out with ignore=, or use a method that works on gradients"
+                    )
+                yield name, module
+
+
+@dataclass
+class _Sum:
+    """A statistic of one parameter's inputs, added up over batches by a forward hook."""
+
+    reduce: _Reduce
+    value: Tensor = field(default_factory=lambda: torch.zeros(()))
+    count: int = 0
+
+    def add(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        """Add the inputs of one call."""
+        for x in _as_rows(layer, arguments[0].detach()):
+            self.value = self.value.to(x.device) + self.reduce(x)
+            self.count += x.shape[1]
+
+
+def _as_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Yield the inputs of a layer as (groups, m, d), in pieces and in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not isinstance(layer, _ConvNd):
+        yield x.reshape(1, -1, x.shape[-1])
+        return
+    dimensions = len(layer.kernel_size)
+    x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a convolution takes unbatched inputs as well
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    bytes_each = math.prod(x.shape[1:]) * math.prod(layer.kernel_size) * x.element_size()
+    for part in torch.split(x, max(1, _CHUNK_BYTES // bytes_each)):
+        padded = functional.pad(part, layer._reversed_padding_repeated_twice, mode=mode)
+        yield _unfold(layer, padded)
+
+
+def _unfold(layer: _ConvNd, x: Tensor) -> Tensor:
+    """Cut padded inputs (m, channels, ...) into what the kernel sees at each position, (groups, positions, d)."""
+    dimensions = len(layer.kernel_size)
+    for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
+        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    x = torch.unflatten(x, 1, (layer.groups, -1))  # (m, groups, channels, positions ..., kernel ...)
+    positions = range(3, 3 + dimensions)
+    x = x.permute(1, 0, *positions, 2, *range(3 + dimensions, 3 + 2 * dimensions))
+    return x.reshape(layer.groups, -1, math.prod(x.shape[2 + dimensions :]))

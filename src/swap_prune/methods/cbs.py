@@ -1,0 +1,139 @@
+r"""The Combinatorial Brain Surgeon: choose the removed weights together, by swaps, then update the others jointly.
+
+Yu, Serra, Ramalingam and Zhe, "The Combinatorial Brain Surgeon: Pruning Weights That Cancel One Another in Neural
+Networks", ICML 2022. With ``F = G^T G/n + c I``, the selection problem (CBS-S) is to find the removed set R of least ::
+
+    S(R) = 1/2 sum_{i, j in R} w_i F_ij w_j = 1/2n ||r||^2 + c/2 sum_{j in R} w_j^2,     r = sum_{j in R} w_j g_j
+
+and the update problem (CBS-U) is the joint optimal-brain-surgeon update. S knows of pairs that cancel each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import FisherFactor
+from swap_prune.methods.lr import is_number, trivial_solution
+from swap_prune.methods.scoring import select_best
+from swap_prune.methods.woodfisher import joint_update
+from swap_prune.problem import PruningProblem, PruningSolution
+
+__all__ = ["CBS", "improve_by_swaps"]
+
+_LEAST_GAIN = 1e-7  # of what the candidates weigh; less is rounding
+
+
+@dataclass(frozen=True)
+class CBS:
+    """The Combinatorial Brain Surgeon (Yu et al., 2022), without its randomised restarts (RMP).
+
+    Attributes:
+        damping: c > 0; how the default was chosen: docs/method.md.
+        candidates: Weights on each side, those that promise most, among which a round looks for swaps.
+        rounds: Rounds at the most.
+    """
+
+    damping: float = 0.01
+    candidates: int = 256
+    rounds: int = 50
+
+    name: ClassVar[str] = "cbs"
+    needs_gradients: ClassVar[bool] = True
+    needs_held_out: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.damping) and 0 < self.damping < float("inf")):
+            raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
+        for name in ("candidates", "rounds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        """Swap from magnitude pruning on, then update."""
+        if problem.keep in (0, problem.reference.numel()):
+            return trivial_solution(problem)
+        start = select_best(problem, problem.reference.abs())
+        kept, swaps, rounds = improve_by_swaps(
+            problem.fisher(), problem.reference, start, self.damping, self.candidates, self.rounds
+        )
+        weights = joint_update(problem, kept, self.damping)
+        return PruningSolution(weights, kept, rounds < self.rounds, rounds, {"swaps": swaps})
+
+
+def improve_by_swaps(
+    factor: FisherFactor, w: Tensor, kept: Tensor, damping: float, candidates: int, rounds: int
+) -> tuple[Tensor, int, int]:
+    """Lower S by exchanging a kept and a removed weight at a time.
+
+    A round takes the candidates that promise most when looked at alone, on each side, and makes the best swap among
+    them until none lowers S. With at least p candidates every swap is the best one there is.
+
+    Args:
+        factor: G, (n, p).
+        w: Weights, (p,).
+        kept: First kept set, (p,), boolean.
+        damping: c.
+        candidates: Number of candidates on each side.
+        rounds: Rounds at the most.
+
+    Returns:
+        The kept set, the number of swaps, and the rounds that made any.
+    """
+    kept, swaps, n = kept.clone(), 0, factor.shape[0]
+    own = (w.square() * (factor.diagonal() + damping) / 2).double()  # S of one weight alone
+    unit = damping * w.double().square()
+    for done in range(rounds):
+        residual = factor.matvec(w.masked_fill(kept, 0))
+        pull = (w * factor.rmatvec(residual)).double() / n  # w_j g_j . r / n
+        enter, leave = own + pull, own - pull - unit  # change of S when j is removed; when it comes back
+        inside = _least(enter, kept, candidates)
+        outside = _least(leave, ~kept, candidates)
+        index = torch.cat([inside, outside])
+        scaled = (factor.columns(index) * w[index]).double()
+        chosen, made = _swap_among(scaled.T @ scaled / n, own[index], unit[index], pull[index], len(inside))
+        if made == 0:
+            return kept, swaps, done
+        kept[index] = chosen
+        swaps += made
+    return kept, swaps, rounds
+
+
+def _least(values: Tensor, among: Tensor, count: int) -> Tensor:
+    """Return the indices of the ``count`` least values of a set, fewer if it is smaller."""
+    count = min(count, int(among.sum()))
+    return torch.topk(values.masked_fill(~among, torch.inf), count, largest=False).indices
+
+
+def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: int) -> tuple[Tensor, int]:
+    """Make the best swap among m candidates until none lowers S.
+
+    Args:
+        cross: ``w_i w_j g_i . g_j / n``, (m, m).
+        own: S of each alone, (m,).
+        unit: ``c w_j^2``, (m,).
+        pull: ``w_j g_j . r / n``, (m,).
+        inside: Number of candidates that are kept; they come first.
+
+    Returns:
+        Which are kept now, (m,), boolean, and the number of swaps.
+    """
+    removed, kept = torch.arange(inside, len(own)), torch.arange(inside)
+    least = -_LEAST_GAIN * float(own.sum())
+    swaps = 0
+    while len(removed) and len(kept):
+        change = (own + pull)[kept, None] + (own - pull - unit)[removed] - cross[kept][:, removed]
+        best = int(change.argmin())
+        a, b = divmod(best, len(removed))
+        if not float(change[a, b]) < least:
+            break
+        i, j = int(kept[a]), int(removed[b])
+        pull = pull + cross[:, i] - cross[:, j]
+        kept[a], removed[b] = j, i
+        swaps += 1
+    return torch.zeros_like(own, dtype=torch.bool).index_fill(0, kept.to(own.device), True), swaps

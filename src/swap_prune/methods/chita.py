@@ -1,0 +1,57 @@
+"""CHITA: sparse ridge regression on the empirical Fisher by iterative hard thresholding on an active set.
+
+Benbaki, Chen, Meng, Hazimeh, Ponomareva, Zhao and Mazumder, "Fast as CHITA: Neural Network Pruning with Combinatorial
+Optimization", ICML 2023; its regression without the first-order term::
+
+    minimise  1/2 ||G w - G w_bar||^2 + n lam/2 ||w - w_bar||^2   subject to  ||w||_0 <= k
+
+LR in this package states the same problem in another metric, solves it by exact refits, and chooses its settings. This
+is the published method, with its own solver.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from swap_prune.methods.lr import is_number, pairing_regression, solution_of, trivial_solution
+from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.regression.active_set import solve_active_set
+
+__all__ = ["CHITA"]
+
+
+@dataclass(frozen=True)
+class CHITA:
+    """CHITA (Benbaki et al., 2023), the network-wide one-shot version.
+
+    Attributes:
+        ridge: lam > 0, in the unit of the Fisher diagonal.
+        iterations: Iterations on one active set, and active sets, at the most.
+    """
+
+    ridge: float = 0.01
+    iterations: int = 50
+
+    name: ClassVar[str] = "chita"
+    needs_gradients: ClassVar[bool] = True
+    needs_held_out: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.ridge) and 0 < self.ridge < float("inf")):
+            raise ValueError(f"ridge must be a number above 0, got {self.ridge!r}")
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"iterations must be a whole number of at least 1, got {self.iterations!r}")
+
+    def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        """Solve the regression on its active set."""
+        if problem.keep in (0, problem.reference.numel()):
+            return trivial_solution(problem)
+        fit = solve_active_set(
+            pairing_regression(problem, self.ridge, math.inf), problem.keep, generator, max_iterations=self.iterations
+        )
+        return solution_of(fit, {"ridge": self.ridge, "objective": fit.value})

@@ -1,0 +1,107 @@
+r"""WoodFisher: optimal brain surgeon with the inverse of the empirical Fisher.
+
+Singh and Alistarh, "WoodFisher: Efficient Second-Order Approximation for Neural Network Compression", NeurIPS 2020.
+With ``F = G^T G/n + c I``, removing weight q alone costs, and is best compensated by::
+
+    rho_q = w_q^2 / (2 [F^-1]_qq),     dw = -w_q F^-1 e_q / [F^-1]_qq
+
+The weights of least rho go at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.inverse import BlockFisher
+from swap_prune.methods.lr import is_number, trivial_solution
+from swap_prune.methods.scoring import select_best
+from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.regression.objective import WeightedRidge
+
+__all__ = ["WoodFisher", "joint_update"]
+
+_WHOLE = 50_000  # with up to so many weights nothing of the Fisher is left out
+_BLOCK = 2_000  # the paper's block size for ResNet50
+
+
+@dataclass(frozen=True)
+class WoodFisher:
+    """One-shot WoodFisher (Singh and Alistarh, 2020).
+
+    Attributes:
+        damping: c > 0.
+        update: ``"independent"`` adds up the updates of the single weights (the paper), ``"joint"`` takes the update
+            that is best for all of them together.
+        block: Side of the Fisher's diagonal blocks, which never reach over two layers; or ``"auto"``: the whole Fisher
+            for 50,000 weights or fewer, blocks of 2,000 for more.
+    """
+
+    damping: float = 1e-5
+    update: Literal["independent", "joint"] = "independent"
+    block: int | Literal["auto"] = "auto"
+
+    name: ClassVar[str] = "woodfisher"
+    needs_gradients: ClassVar[bool] = True
+    needs_held_out: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.damping) and 0 < self.damping < float("inf")):
+            raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
+        if self.update not in ("independent", "joint"):
+            raise ValueError(f"update must be 'independent' or 'joint', got {self.update!r}")
+        whole = isinstance(self.block, int) and not isinstance(self.block, bool) and self.block > 0
+        if self.block != "auto" and not whole:
+            raise ValueError(f"block must be 'auto' or a whole number of at least 1, got {self.block!r}")
+
+    def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        """Remove the weights of least cost and compensate for them."""
+        if problem.keep in (0, problem.reference.numel()):
+            return trivial_solution(problem)
+        w = problem.reference
+        fisher = BlockFisher(problem.fisher(), self.damping, tuple(self._blocks(problem)))
+        inverse = fisher.diagonal()
+        kept = select_best(problem, w.double().square() / inverse)
+        if self.update == "joint":
+            weights = torch.cat([joint_update(problem, kept, self.damping, index) for index in fisher.members])
+        else:
+            weights = w - fisher.solve((w / inverse).masked_fill(kept, 0)).to(w.dtype)
+        return PruningSolution(weights.masked_fill(~kept, 0), kept)
+
+    def _blocks(self, problem: PruningProblem) -> Iterator[Tensor]:
+        every = torch.arange(problem.reference.numel(), device=problem.reference.device)
+        if self.block == "auto" and len(every) <= _WHOLE:
+            yield every
+            return
+        for layer in problem.layers():
+            yield from torch.split(every[layer.place], _BLOCK if self.block == "auto" else self.block)
+
+
+def joint_update(problem: PruningProblem, kept: Tensor, damping: float, index: Tensor | None = None) -> Tensor:
+    """Minimise ``1/2 d^T F d`` subject to ``w_bar + d = 0`` on the removed weights, F damped.
+
+    Substituting the condition leaves a ridge regression on the kept weights, which is never larger than n x n.
+
+    Args:
+        problem: The pruning problem.
+        kept: Kept set, (p,), boolean.
+        damping: c > 0.
+        index: The weights of one diagonal block; by default all.
+
+    Returns:
+        The weights of the block, (len(index),), zero where removed.
+    """
+    factor, w_bar = problem.fisher(), problem.reference
+    if index is not None and len(index) < len(w_bar):
+        factor, w_bar, kept = DenseFactor(factor.columns(index)), w_bar[index], kept[index]
+    support = kept.nonzero().squeeze(1)
+    if len(support) == 0:
+        return torch.zeros_like(w_bar)
+    regression = WeightedRidge(factor, factor.matvec(w_bar), w_bar, damping, torch.ones_like(w_bar))
+    return regression.refit(support).weights

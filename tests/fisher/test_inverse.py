@@ -1,0 +1,38 @@
+"""The inverse of the damped Fisher against the dense inverse."""
+
+import pytest
+import torch
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.inverse import BlockFisher, DampedFisher
+from tests.cases import AWKWARD, normal, pruning_problem
+from tests.reference import damped_fisher
+
+
+@pytest.mark.parametrize(("n", "p"), [(5, 20), (20, 5), (12, 12), (1, 6)])
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_is_the_dense_inverse(n, p, damping):
+    G, v = normal(n, p), normal(p, seed=1)
+    inverse = torch.linalg.inv(damped_fisher(G, damping))
+    fisher = DampedFisher.of(G, damping)
+    torch.testing.assert_close(fisher.diagonal(), inverse.diagonal(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(fisher.solve(v), inverse @ v, rtol=1e-8, atol=1e-10)
+
+
+def test_blocks_are_inverted_one_by_one():
+    G, v = normal(6, 11), normal(11, seed=1)
+    members = torch.arange(11).split(4)
+    F = damped_fisher(G, 0.1)
+    masked = torch.block_diag(*(F[part][:, part] for part in members))
+    fisher = BlockFisher(DenseFactor(G), 0.1, members)
+    torch.testing.assert_close(fisher.diagonal(), torch.linalg.inv(masked).diagonal())
+    torch.testing.assert_close(fisher.solve(v), torch.linalg.solve(masked, v))
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+@pytest.mark.parametrize(("n", "p"), [(30, 12), (9, 30)])
+def test_cancellation_stays_within_what_an_inverse_can_be(kind, n, p):
+    factor, damping = pruning_problem(n, p, 1, kind=kind).factor, 1e-9
+    diagonal = DampedFisher.of(factor.matrix, damping).diagonal()
+    assert bool((diagonal >= 0.999 / (factor.diagonal().double() + damping)).all())
+    assert bool((diagonal <= 1.001 / damping).all())

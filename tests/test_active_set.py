@@ -1,0 +1,69 @@
+"""CHITA's solver: closed forms, brute force, and the estimate of its step length."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.regression.active_set import largest_curvature, solve_active_set
+from swap_prune.regression.iht import hard_threshold, top_k
+from tests.cases import dense_parts, generator, orthogonal_regression, random_regression
+from tests.reference import best_subset, dense_value
+
+
+def identity(problem):
+    return replace(problem, metric=torch.ones_like(problem.metric))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_new_members_join_where_they_lower_the_objective(seed):
+    """With orthonormal columns Q is separable: the best weights on any set are the k largest of the free minimiser."""
+    problem, free = orthogonal_regression(40, 24, generator(seed), spread=0.0)
+
+    def best_value(among):
+        return problem.value(hard_threshold(free, top_k(free.abs().masked_fill(~among, -1), 6)))
+
+    everything = torch.ones(24, dtype=torch.bool)
+    first = torch.zeros_like(everything).index_fill(0, top_k(problem.reference.abs(), 9), True)
+    fit = solve_active_set(problem, 6, generator())
+    assert fit.converged and not bool(first[fit.support].all())
+    assert best_value(everything) - 1e-9 <= fit.value < best_value(first)
+    torch.testing.assert_close(fit.weights, hard_threshold(free, fit.support), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lies_between_magnitude_and_the_optimum(seed):
+    problem = identity(random_regression(12, 9, generator(seed), ridge=0.1))
+    fit = solve_active_set(problem, 4, generator())
+    parts = dense_parts(problem)
+    optimum, _ = best_subset(**parts, keep=4)
+    start = hard_threshold(problem.reference, top_k(problem.reference.abs(), 4))
+    assert optimum - 1e-9 <= fit.value < dense_value(w=start, **parts)
+    assert fit.value == pytest.approx(dense_value(w=fit.weights, **parts))
+    assert fit.value < 1.6 * optimum
+
+
+def test_weights_without_gradients_go_first_however_large():
+    problem = identity(random_regression(10, 8, generator(3)))
+    G = problem.factor.matrix.clone()
+    G[:, 5:] = 0
+    problem = replace(problem, factor=DenseFactor(G), reference=problem.reference + 10)
+    assert set(solve_active_set(problem, 4, generator()).support.tolist()) < set(range(5))
+    assert len(solve_active_set(problem, 7, generator()).support) == 7, "but not if the others are too few"
+
+
+def test_a_bound_on_the_iterations_is_kept_and_reported():
+    problem = identity(random_regression(30, 40, generator(5), ridge=1e-4))
+    fit = solve_active_set(problem, 10, generator(), max_iterations=1)
+    assert fit.iterations == 1
+    longer = solve_active_set(problem, 10, generator(), max_iterations=200)
+    assert longer.converged and longer.value < fit.value
+
+
+@pytest.mark.parametrize(("n", "p"), [(8, 20), (20, 8)])
+def test_curvature_is_the_largest_eigenvalue(n, p):
+    problem = identity(random_regression(n, p, generator(1)))
+    G = problem.factor.matrix
+    exact = float(torch.linalg.eigvalsh(G @ G.T)[-1]) + problem.penalty
+    assert 0.95 * exact <= largest_curvature(problem, generator()) <= exact * (1 + 1e-9)
