@@ -101,21 +101,37 @@ class EWR:
             return self._algorithm_1(problem)
         pairing, paired, evidence = fit_pairing(self, problem)
         coupling, reason = self._coupling(pairing, paired, generator)
-        fit = paired
-        for _ in range(self.couplings if coupling.anchor > 0 else 0):
-            regression = couple(pairing, pairing.factor.matvec(fit.weights), coupling)
-            fit = solve_sparse(regression, problem.keep, start=fit.support, max_iterations=self.iterations)
         evidence |= reason
-        if "auto" in (self.anchor, self.epsilon) and coupling.anchor > 0 and problem.held_out is not None:
-            gain = held_out_losses(problem, paired) - held_out_losses(problem, fit)
-            evidence["held_out_gain"] = float(gain.mean())
-            evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
-            if not evidence["held_out_gain"] > evidence["held_out_gain_error"]:
-                fit, coupling = paired, replace(coupling, anchor=0.0)
+        fit, steps = step_down(problem, pairing, paired, self.first_order)
+        if coupling.anchor > 0:
+            coupled = self._coupled(pairing, paired, coupling)
+            moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order)
+            if self._earns_its_place(problem, fit, moved, evidence):
+                fit, steps = moved, coupled_steps
+                evidence["objective"] = pairing.value(coupled.weights)
+            else:
+                coupling = replace(coupling, anchor=0.0)
                 evidence["coupling"] = "held-out samples favour the pairing"
-        evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "objective": pairing.value(fit.weights)}
-        fit, evidence["first_order"] = step_down(problem, pairing, fit, self.first_order)
+        evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "first_order": steps}
         return solution_of(fit, evidence)
+
+    def _coupled(self, pairing: WeightedRidge, fit: SparseFit, coupling: Coupling) -> SparseFit:
+        """Alternate between the plan and the regression, from the fit of LR."""
+        for _ in range(self.couplings):
+            regression = couple(pairing, pairing.factor.matvec(fit.weights), coupling)
+            fit = solve_sparse(regression, len(fit.support), start=fit.support, max_iterations=self.iterations)
+        return fit
+
+    def _earns_its_place(
+        self, problem: PruningProblem, paired: SparseFit, coupled: SparseFit, evidence: dict[str, Any]
+    ) -> bool:
+        """Whether held-out samples confirm a coupling; one that was asked for, or cannot be tested, needs no test."""
+        if "auto" not in (self.anchor, self.epsilon) or problem.held_out is None:
+            return True
+        gain = held_out_losses(problem, paired) - held_out_losses(problem, coupled)
+        evidence["held_out_gain"] = float(gain.mean())
+        evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
+        return bool(evidence["held_out_gain"] > evidence["held_out_gain_error"])
 
     def _coupling(
         self, pairing: WeightedRidge, fit: SparseFit, generator: torch.Generator
