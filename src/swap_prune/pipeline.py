@@ -24,13 +24,14 @@ from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inputs import LayerInputs
-from swap_prune.fisher.noise import NoiseChain, noise_generator, parse_noise
+from swap_prune.fisher.noise import NoiseChain, parse_noise
 from swap_prune.fisher.sketch import sketch_curvature, sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import check_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.schedule import keep_count, sparsity_schedule
 from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
@@ -129,7 +130,8 @@ def prune(
         selection=selection,
         solver=solver,
         noise=noise_model,
-        noise_generator=noise_generator(seed),
+        noise_generator=forked_generator(seed, "noise"),
+        seed=seed,
         loss_fn=loss,
         curvature=curvature,
         samples=samples,
@@ -173,6 +175,7 @@ class _Run:
     solver: Method
     noise: NoiseChain
     noise_generator: torch.Generator
+    seed: int
     loss_fn: LossFn
     curvature: GaussNewtonLoss | None  # the same loss, where G is a sketch of its Gauss-Newton matrix
     samples: int
@@ -199,13 +202,18 @@ class _Run:
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
-            trials = self._trials(fitting, spare, teacher)
+            trials = self._trials(fitting, spare, teacher, forked_generator(self.seed, f"slopes {number}"))
             held_out_losses = trials.losses if spare else None
-            problem = replace(problem, factor=self._noisy(capture.factor), held_out=held_out_losses, slope=trials.slope)
+            problem = replace(
+                problem,
+                factor=self._noisy(capture.factor, self.noise_generator),
+                held_out=held_out_losses,
+                slope=trials.slope,
+            )
         if self.solver.needs_inputs:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
             problem = replace(problem, inputs=inputs)
-        solution = self.solver.solve(problem, self.generator)
+        solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.normalised:
             drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
@@ -224,18 +232,18 @@ class _Run:
     def _corrupt(self, batches: list[Any]) -> list[Any]:
         return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
 
-    def _disturb(self, weights: Tensor) -> Tensor:
-        return self.noise.disturb(weights, self.noise_generator, self.selection.slices())
+    def _disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        return self.noise.disturb(weights, generator, self.selection.slices())
 
-    def _noisy(self, factor: DenseFactor) -> DenseFactor:
-        return self.noise.apply_(factor, self.noise_generator, self.selection.slices())
+    def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
+        return self.noise.apply_(factor, generator, self.selection.slices())
 
     def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
         """Return G at the weights that noise makes of the network's.
 
         Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
         """
-        disturbed = self._disturb(self.selection.read(self.model))
+        disturbed = self._disturb(self.selection.read(self.model), self.noise_generator)
         with temporary_weights(self.model, self.selection, disturbed):
             if self.curvature is None:
                 return capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=advance)
@@ -249,8 +257,10 @@ class _Run:
                 advance=advance,
             )
 
-    def _trials(self, fitting: list[Any], spare: list[Any], teacher: Teacher | None) -> Trials:
-        """Let a method ask what a candidate would cost, recalibration included."""
+    def _trials(
+        self, fitting: list[Any], spare: list[Any], teacher: Teacher | None, generator: torch.Generator
+    ) -> Trials:
+        """Let a method ask what a candidate would cost, recalibration included, and where it slopes (with noise)."""
         recalibrated = self.normalised and bool(spare)
         statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if recalibrated else []
         return Trials(
@@ -261,8 +271,8 @@ class _Run:
             held_out=spare,
             statistics=statistics,
             taught=[] if teacher is None else teacher.outputs(fitting),
-            disturb=self._disturb,
-            noisy=self._noisy,
+            disturb=partial(self._disturb, generator=generator),
+            noisy=partial(self._noisy, generator=generator),
         )
 
 

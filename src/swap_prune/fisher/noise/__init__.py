@@ -14,7 +14,7 @@ from typing import Any
 
 from swap_prune.fisher.noise.adversarial import AdversarialInputs, PoisonedRows
 from swap_prune.fisher.noise.analog import AnalogMemory
-from swap_prune.fisher.noise.base import NoiseChain, NoiseModel, RowsOnly, noise_generator
+from swap_prune.fisher.noise.base import NoiseChain, NoiseModel, RowsOnly
 from swap_prune.fisher.noise.data import InputNoise, LabelNoise
 from swap_prune.fisher.noise.rows import GradientNoise
 
@@ -28,7 +28,6 @@ __all__ = [
     "NoiseChain",
     "NoiseModel",
     "PoisonedRows",
-    "noise_generator",
     "parse_noise",
 ]
 

@@ -8,7 +8,6 @@ A model overrides the hooks that its physics needs; the others change nothing. M
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import LossFn
 
-__all__ = ["Layers", "NoiseChain", "NoiseModel", "RowsOnly", "check_choice", "check_number", "noise_generator"]
+__all__ = ["Layers", "NoiseChain", "NoiseModel", "RowsOnly", "check_choice", "check_number"]
 
 Layers = Mapping[str, slice]  # parameter name to its columns of G
 
@@ -28,7 +27,7 @@ Layers = Mapping[str, slice]  # parameter name to its columns of G
 class NoiseModel:
     """Base class; a noise model is a frozen dataclass whose fields are its settings.
 
-    All random numbers come from ``generator`` (CPU), which is the noise's own: see :func:`noise_generator`.
+    All random numbers come from ``generator`` (CPU), which is the noise's own: see ``randomness.py``.
     """
 
     def corrupt(self, batches: list[Any], generator: torch.Generator, model: nn.Module, loss_fn: LossFn) -> list[Any]:
@@ -123,16 +122,6 @@ class NoiseChain(NoiseModel):
         """Return None, the one model's settings, or a list of the models'."""
         recorded = [noise.settings() for noise in self.models]
         return recorded if len(recorded) > 1 else next(iter(recorded), None)
-
-
-def noise_generator(seed: int) -> torch.Generator:
-    """Fork the noise's random state from the run's seed.
-
-    Noise must not draw from the run's own generator: a noisy and a clean run of one seed have to see the same
-    calibration samples in every stage, or their difference would not be the noise's.
-    """
-    digest = hashlib.sha256(f"noise {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def check_number(setting: str, value: object, least: float, most: float = math.inf, *, whole: bool = False) -> None:
