@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from swap_prune.calibration import CalibrationStream, batch_size, is_sliceable, map_tensors, slice_batch
+from swap_prune.calibration import CalibrationStream, batch_size, is_sliceable, map_tensors, slice_batch, split_batches
 from tests.cases import generator
 
 
@@ -245,3 +245,12 @@ def test_slicing_and_sizes():
     assert batch_size(batch) == 3 and batch_size(part) == 2 and batch_size([1, 2, 3, 4]) == 4
     assert batch_size(object()) == 1
     assert is_sliceable(batch) and not is_sliceable(object())
+
+
+def test_split_batches_keeps_every_sample_in_order():
+    batches = [(torch.arange(7), torch.arange(7)), (torch.arange(7, 10), torch.arange(7, 10))]
+    parts = split_batches(batches, 3)
+    assert [batch_size(part) for part in parts] == [3, 3, 1, 3]
+    assert torch.cat([part[1] for part in parts]).tolist() == list(range(10))
+    whole = [object()]
+    assert split_batches(whole, 1)[0] is whole[0]

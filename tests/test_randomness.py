@@ -19,8 +19,10 @@ def test_forks_are_repeatable_and_apart() -> None:
     cases = [(seed, purpose) for seed in (0, 1, 2**62) for purpose in ("noise", "solver 1", "solver 2")]
     draws = {case: draw(*case) for case in cases}
     assert all(draw(*case) == numbers for case, numbers in draws.items())
-    own = [torch.randn(4, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1, 2**62)]
-    assert len({tuple(numbers) for numbers in [*draws.values(), *own]}) == len(cases) + 3
+    own = [
+        torch.randn(4, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)
+    ]  # torch looks at 32 bits
+    assert len({tuple(numbers) for numbers in [*draws.values(), *own]}) == len(cases) + 2
 
 
 def test_what_a_method_draws_does_not_change_the_samples_of_later_stages() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-__all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "slice_batch"]
+__all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "slice_batch", "split_batches"]
 
 _COLLATE = 128  # samples a batch, where the stream makes the batches itself
 
@@ -155,6 +155,15 @@ def slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples ``start`` to ``stop`` of a batch."""
     size = batch_size(batch)
     return map_tensors(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, batch)
+
+
+def split_batches(batches: Iterable[Any], size: int) -> list[Any]:
+    """Return batches of ``size`` samples at the most; a batch that cannot be sliced stays whole."""
+    return [
+        slice_batch(batch, start, min(start + size, batch_size(batch))) if is_sliceable(batch) else batch
+        for batch in batches
+        for start in (range(0, batch_size(batch), size) if is_sliceable(batch) else (0,))
+    ]
 
 
 def batch_size(batch: Any) -> int:

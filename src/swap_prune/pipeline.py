@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
-from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.calibration import CalibrationStream, batch_size, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inputs import LayerInputs
@@ -44,7 +44,7 @@ from swap_prune.surgery import (
     write_weights,
 )
 from swap_prune.surgery import recalibrate_batchnorm as recalibrate_layers
-from swap_prune.trials import Teacher, Trials
+from swap_prune.trials import SLOPE_BATCH, Teacher, Trials
 
 __all__ = ["prune"]
 
@@ -261,6 +261,7 @@ class _Run:
         self, fitting: list[Any], spare: list[Any], teacher: Teacher | None, generator: torch.Generator
     ) -> Trials:
         """Let a method ask what a candidate would cost, recalibration included, and where it slopes (with noise)."""
+        fitting = split_batches(fitting, SLOPE_BATCH)
         recalibrated = self.normalised and bool(spare)
         statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if recalibrated else []
         return Trials(

@@ -27,8 +27,9 @@ from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 from swap_prune.surgery import batchnorm_layers, recalibrate_batchnorm, write_weights
 
-__all__ = ["Teacher", "Trials"]
+__all__ = ["SLOPE_BATCH", "Teacher", "Trials"]
 
+SLOPE_BATCH = 64  # samples in one backward pass: it bounds the memory
 _TEACHER_SHARE = 0.5  # of the divergence from the dense network in the slope
 
 
@@ -62,7 +63,7 @@ class Trials:
         model: The network; a candidate's weights and statistics stay in it.
         selection: Where the p weights lie.
         loss_fn: Per-sample loss.
-        fitting: The batches that G was captured on.
+        fitting: The samples that G was captured on, in batches of ``SLOPE_BATCH`` at the most.
         held_out: Batches that were not.
         statistics: Batches for BatchNorm's statistics; empty where it is not recalibrated.
         taught: Outputs of the dense network on ``fitting``; empty without a teacher.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.bound import Bound, flat_gradient
-from swap_prune.calibration import batch_size, slice_batch
+from swap_prune.calibration import batch_size, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients, check_rows
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses
@@ -118,11 +118,7 @@ def _mini_batch_rows(
     advance: Callable[[int], None],
 ) -> Tensor:
     """Return rows ``sum_i J_i^T L_i xi_i / sqrt(size)`` over mini-batches, (n, p)."""
-    parts = [
-        slice_batch(batch, start, min(start + MINI_BATCH, batch_size(batch)))
-        for batch in batches
-        for start in range(0, batch_size(batch), MINI_BATCH)
-    ]
+    parts = split_batches(batches, MINI_BATCH)
     usable = [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
     weights = selection.read(model)
     rows = torch.empty(len(usable) * _DRAWS, selection.total, dtype=weights.dtype, device=weights.device)
