@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--noise")
+    parser.add_argument("--defence", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     images = load_dataset("mnist", options.data_dir)
@@ -52,13 +53,19 @@ def main() -> None:
                     samples=options.samples,
                     stages=options.stages,
                     noise=options.noise,
+                    defence=options.defence,
                     seed=seed,
                     progress=False,
                 )
                 accuracies.append(evaluate(model, images.test).accuracy)
                 seconds.append(report.seconds)
                 run = {"method": method, "sparsity": sparsity, "seed": seed, "accuracy": accuracies[-1]}
-                run |= {"stages": options.stages, "samples": options.samples, "noise": options.noise}
+                run |= {
+                    "stages": options.stages,
+                    "samples": options.samples,
+                    "noise": options.noise,
+                    "defence": options.defence,
+                }
                 line = json.dumps(run | {"seconds": report.seconds})
                 print(line, file=sys.stderr, flush=True)
                 if options.out:

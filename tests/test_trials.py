@@ -100,6 +100,24 @@ def test_noise_reaches_the_slope() -> None:
     torch.testing.assert_close(noisy.slope(w, kept), clean.slope(w, kept) + 1)
 
 
+def test_with_a_defence_slopes_are_averaged_over_cleaned_rows_of_single_samples() -> None:
+    model, fitting = network(False), batches(5, 8)
+    selection = select_parameters(model, ("Linear",), ())
+    taught = Teacher(model, selection, cross_entropy).outputs(fitting)
+    w = 0.7 * selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    seen: list[tuple[int, int]] = []
+
+    def clean(factor: DenseFactor) -> DenseFactor:
+        seen.append(factor.shape)
+        return DenseFactor(2 * factor.matrix)
+
+    plain = trials_on(model, selection, fitting, taught, False).slope(w, kept)
+    cleaned = trials_on(model, selection, fitting, taught, False, clean=clean).slope(w, kept)
+    torch.testing.assert_close(cleaned, 2 * plain)
+    assert seen == [(13, len(w))]
+
+
 def test_disturbed_weights_are_where_the_slope_is_taken() -> None:
     model, fitting = network(False), batches(4, 12)
     selection = select_parameters(model, ("Linear",), ())

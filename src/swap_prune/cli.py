@@ -93,6 +93,9 @@ def prune(
         list[str] | None,
         typer.Option(help="noise, such as gradient:std=4,fraction=0.25; may be repeated, or joined with +"),
     ] = None,
+    defence: Annotated[
+        str, typer.Option(help="auto: where gradients are noisy, keep their low-rank part; or none")
+    ] = "auto",
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")
     ] = True,
@@ -122,6 +125,7 @@ def prune(
         recalibrate_batchnorm=recalibrate,
         recalibration_data=recalibration_data(images, seed),
         noise=noise,
+        defence=defence,
         memory=memory,
         seed=seed,
         device=_device(device),

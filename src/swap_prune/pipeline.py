@@ -1,6 +1,6 @@
 """READ FIRST: the whole of pruning on one page.
 
-    select -> (noise) -> capture -> (noise) -> regress -> apply -> recalibrate, once a stage
+    select -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> recalibrate, once a stage
 
 Each stage draws fresh calibration samples, takes their gradients at the network's current weights, states a
 :class:`PruningProblem`, lets the method solve it, and writes the answer to the network. The sparsity of the
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, batch_size, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.defence import LowRank
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inputs import LayerInputs
 from swap_prune.fisher.noise import NoiseChain, parse_noise
@@ -66,6 +67,7 @@ def prune(
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
     noise: Any = None,
+    defence: str | None = "auto",
     memory: str | int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -92,6 +94,8 @@ def prune(
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
         noise: Noise on data, weights or gradients, to measure how a method bears it: text such as
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
+        defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true
+            gradients have; clean gradients are left alone. None or ``"none"`` does not look.
         memory: Budget such as ``"4GB"``, or bytes; by default what the machine has free. A run that would
             need more is refused before any work.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
@@ -108,6 +112,8 @@ def prune(
     started = time.perf_counter()
     solver, noise_model = resolve_method(method), parse_noise(noise)
     sparsities = sparsity_schedule(sparsity, stages, schedule)
+    if defence not in ("auto", "none", None):
+        raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
     _check_whole("samples", samples, 1)
     _check_whole("seed", seed, 0)
     if seed >= 2**63:
@@ -141,6 +147,7 @@ def prune(
         if recalibration_data is None
         else CalibrationStream(recalibration_data, generator, place),
         normalised=normalised,
+        defended=defence == "auto",
     )
     with restored_on_error(model, selection), StageProgress(progress, stages) as shown:
         notes = repair_batchnorm(model, run.recalibration, run.loss_fn) if run.normalised else []
@@ -161,6 +168,7 @@ def prune(
         "schedule": schedule,
         "recalibrate_batchnorm": recalibrate_batchnorm,
         "noise": noise_model.settings(),
+        "defence": defence if defence is not None else "none",
         "device": str(place),
     }
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
@@ -183,6 +191,7 @@ class _Run:
     calibration: CalibrationStream
     recalibration: CalibrationStream
     normalised: bool  # whether BatchNorm is recalibrated
+    defended: bool
 
     def stage(
         self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
@@ -194,6 +203,7 @@ class _Run:
         )
         fitting: list[Any] = []
         samples, loss = 0, None
+        evidence: dict[str, Any] = {}
         if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
@@ -202,14 +212,13 @@ class _Run:
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
-            trials = self._trials(fitting, spare, teacher, forked_generator(self.seed, f"slopes {number}"))
-            held_out_losses = trials.losses if spare else None
-            problem = replace(
-                problem,
-                factor=self._noisy(capture.factor, self.noise_generator),
-                held_out=held_out_losses,
-                slope=trials.slope,
-            )
+            factor = self._noisy(capture.factor, self.noise_generator)
+            defence = self._defence(fitting[0], factor)
+            if defence is not None:
+                evidence["noise_seen"] = defence.noise_seen(factor)
+                factor = defence.clean_rows_(factor)
+            trials = self._trials(fitting, spare, teacher, defence, forked_generator(self.seed, f"slopes {number}"))
+            problem = replace(problem, factor=factor, held_out=trials.losses if spare else None, slope=trials.slope)
         if self.solver.needs_inputs:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
             problem = replace(problem, inputs=inputs)
@@ -226,7 +235,7 @@ class _Run:
             seconds=time.perf_counter() - started,
             converged=solution.converged,
             iterations=solution.iterations,
-            evidence=dict(solution.evidence),
+            evidence=evidence | dict(solution.evidence),
         )
 
     def _corrupt(self, batches: list[Any]) -> list[Any]:
@@ -257,8 +266,21 @@ class _Run:
                 advance=advance,
             )
 
+    def _defence(self, batch: Any, factor: DenseFactor) -> LowRank | None:
+        """Return the defence where there is noise to be seen."""
+        if not self.defended:
+            return None
+        per_sample = self.curvature is None or not self.normalised
+        defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)
+        return defence if defence.noise_seen(factor) > 0 else None
+
     def _trials(
-        self, fitting: list[Any], spare: list[Any], teacher: Teacher | None, generator: torch.Generator
+        self,
+        fitting: list[Any],
+        spare: list[Any],
+        teacher: Teacher | None,
+        defence: LowRank | None,
+        generator: torch.Generator,
     ) -> Trials:
         """Let a method ask what a candidate would cost, recalibration included, and where it slopes (with noise)."""
         fitting = split_batches(fitting, SLOPE_BATCH)
@@ -274,6 +296,7 @@ class _Run:
             taught=[] if teacher is None else teacher.outputs(fitting),
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
+            clean=None if defence is None else defence.clean_rows_,
         )
 
 

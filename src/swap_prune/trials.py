@@ -21,11 +21,12 @@ from torch.func import functional_call
 
 from swap_prune.bound import Bound, flat_gradient
 from swap_prune.calibration import batch_size
+from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
-from swap_prune.surgery import batchnorm_layers, recalibrate_batchnorm, write_weights
+from swap_prune.surgery import batchnorm_layers, recalibrate_batchnorm, temporary_weights, write_weights
 
 __all__ = ["SLOPE_BATCH", "Teacher", "Trials"]
 
@@ -69,6 +70,7 @@ class Trials:
         taught: Outputs of the dense network on ``fitting``; empty without a teacher.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
+        clean: What a defence makes of noisy gradients of single samples; None where there is none.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class Trials:
     taught: Sequence[Tensor]
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
+    clean: Callable[[DenseFactor], DenseFactor] | None = None
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,), after recalibration."""
@@ -92,25 +95,35 @@ class Trials:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
 
         BatchNorm works on the statistics of each batch where it will be recalibrated. Noise acts on the gradient of
-        each batch.
+        each batch; with a defence, on that of each sample.
         """
         weights = self.disturb(weights.masked_fill(~kept, 0))
-        sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
-        rows = weights.new_empty(len(self.fitting), len(weights))
         teachers: Sequence[Tensor | None] = self.taught or [None] * len(self.fitting)
+        pairs = list(zip(self.fitting, teachers, strict=True))
+        if self.clean is None:
+            return self._mean_of_batches(pairs, weights)
+        with temporary_weights(self.model, self.selection, weights):
+            rows = capture_gradients(self.model, self.selection, pairs, self._objective).factor
+        return self.clean(self.noisy(rows)).matrix.mean(0)
+
+    def _mean_of_batches(self, pairs: Sequence[tuple[Any, Tensor | None]], weights: Tensor) -> Tensor:
+        """Average over one backward pass a batch, (p,)."""
+        sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
+        rows = weights.new_empty(len(pairs), len(weights))
         bound = Bound(self.model, self._objective)
-        alone = min(map(batch_size, self.fitting)) < 2  # one sample has no variance
+        alone = int(sizes.min()) < 2  # one sample has no variance
         mode = batch_statistics if self.statistics and not alone else eval_mode
         with mode(self.model), torch.enable_grad():
-            for row, batch, teacher in zip(rows, self.fitting, teachers, strict=True):
-                value, leaves = bound.with_leaves(self.selection, (batch, teacher), weights)
-                flat_gradient(row, torch.autograd.grad(value, leaves, allow_unused=True), self.selection)
+            for row, pair in zip(rows, pairs, strict=True):
+                losses, leaves = bound.with_leaves(self.selection, pair, weights)
+                flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
         return self.noisy(DenseFactor(rows)).rmatvec(sizes / sizes.sum())
 
-    def _objective(self, model: nn.Module, taught: tuple[Any, Tensor | None]) -> Tensor:
-        batch, teacher = taught
+    def _objective(self, model: nn.Module, pair: tuple[Any, Tensor | None]) -> Tensor:
+        """Return the loss of each sample, (n,), or its mean with the divergence from the teacher."""
+        batch, teacher = pair
         if teacher is None or not isinstance(self.loss_fn, GaussNewtonLoss):
-            return self.loss_fn(model, batch).mean()
+            return self.loss_fn(model, batch)
         outputs = self.loss_fn.outputs(model, batch)
-        own = self.loss_fn.losses(outputs, batch).mean()
-        return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher).mean(), _TEACHER_SHARE)
+        own = self.loss_fn.losses(outputs, batch)
+        return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher), _TEACHER_SHARE)

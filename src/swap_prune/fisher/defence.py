@@ -1,0 +1,143 @@
+"""Defences: what true gradients look like, and noise does not.
+
+The gradient of one sample's loss with respect to the weight of a Linear layer that sees one vector a sample is an outer
+product, ``delta a^T``: a matrix of rank 1. Noise on its entries has full rank. So
+
+- the share of such a row's energy that lies outside its best matrix of rank 1 says whether there is noise at all: on
+  clean gradients it is of rounding size, and nothing is changed;
+- where there is noise, the row is replaced by that best matrix, which keeps the signal and about
+  ``(a + b) / (a b)`` of the noise's energy for an (a, b) matrix. A convolution's gradient is a sum over positions with
+  fast-falling singular values; there ``_CONV_RANK`` are kept.
+
+Mean gradients of whole batches have no low rank. Where there is noise, slopes are therefore averaged over the rows of
+single samples, each cleaned before.
+
+Place in the pipeline: between capture and regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.losses import LossFn
+from swap_prune.modes import eval_mode
+from swap_prune.selection import Selection
+
+__all__ = ["LowRank", "low_rank_rows", "outer_product_layers"]
+
+_CLEAN = 1e-4  # share of energy outside rank 1 that rounding may leave
+_PROBE = 32  # rows that are looked at to see whether there is noise
+_CONV_RANK = 3  # docs/method.md
+_ITERATIONS = 3  # of the subspace iteration
+_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The defence of one run.
+
+    Attributes:
+        shapes: Parameter name to the shape of its gradient as a matrix; one entry for each that has such a shape.
+        places: Parameter name to its columns of G.
+        exact: Names of the layers whose per-sample gradients have rank 1.
+        per_sample: Whether the rows of G belong to single samples.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    places: Mapping[str, slice]
+    exact: tuple[str, ...]
+    per_sample: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any, *, per_sample: bool) -> LowRank:
+        """Look at a network once; see :func:`outer_product_layers` for the arguments."""
+        shapes = {
+            name: (shape[0], shape.numel() // shape[0])
+            for name, shape in selection.shapes.items()
+            if len(shape) >= 2 and shape.numel() > 0
+        }
+        exact = outer_product_layers(model, selection, loss_fn, batch) if per_sample else ()
+        return cls(shapes, selection.slices(), exact, per_sample)
+
+    def noise_seen(self, factor: DenseFactor) -> float:
+        """Return the largest share of energy outside rank 1 over the layers where there should be none; 0 for clean."""
+        probe = factor.matrix[: min(_PROBE, factor.shape[0])]
+        shares = [0.0]
+        for name in self.exact:
+            rows = probe[:, self.places[name]].reshape(len(probe), *self.shapes[name])
+            energy = rows.double().square().sum()
+            if float(energy) > 0:
+                rest = (rows - low_rank_rows(rows, 1)).double().square().sum()
+                shares.append(float(rest / energy))
+        share = max(shares)
+        return share if share > _CLEAN else 0.0
+
+    def clean_rows_(self, factor: DenseFactor) -> DenseFactor:
+        """Overwrite per-sample rows of G by their leading outer products, layer by layer, in chunks of rows."""
+        n = factor.shape[0]
+        for name, (a, b) in self.shapes.items():
+            rank = 1 if name in self.exact else _CONV_RANK
+            if not self.per_sample or min(a, b) <= rank:
+                continue
+            size = max(1, _CHUNK_BYTES // (4 * a * b * factor.matrix.element_size()))
+            for start in range(0, n, size):
+                rows = factor.matrix[start : start + size, self.places[name]]
+                rows.copy_(low_rank_rows(rows.reshape(-1, a, b), rank).reshape(len(rows), -1))
+        return factor
+
+
+def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any) -> tuple[str, ...]:
+    """Return the selected weights of Linear layers that see one vector a sample, once.
+
+    Args:
+        model: The network.
+        selection: The selected weights.
+        loss_fn: Used to run the network.
+        batch: A batch to run it on.
+    """
+    weights = dict(model.named_parameters())
+    names = {id(weights[name]): name for name in selection.names}
+    users: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in names:
+                users.setdefault(names[id(parameter)], []).append(module)
+    single = {name: used[0] for name, used in users.items() if len(used) == 1 and type(used[0]) is nn.Linear}
+    calls: dict[str, list[bool]] = {name: [] for name in single}
+
+    def watch(name: str) -> Any:
+        return lambda _module, inputs: calls[name].append(inputs[0].ndim == 2)
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in single.items()]
+    try:
+        with eval_mode(model), torch.no_grad():
+            loss_fn(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(name for name, seen in calls.items() if seen == [True])
+
+
+def low_rank_rows(rows: Tensor, rank: int) -> Tensor:
+    """Return the best approximations of a rank, (n, a, b), by batched subspace iteration (Halko et al., 2011).
+
+    Args:
+        rows: Matrices, (n, a, b).
+        rank: At least 1, below a and b.
+    """
+    n, a, b = rows.shape
+    if a > b:
+        return low_rank_rows(rows.transpose(1, 2), rank).transpose(1, 2)
+    gram = rows @ rows.transpose(1, 2)  # (n, a, a): the smaller side
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    largest = diagonal.topk(rank, dim=1).indices
+    basis = gram.gather(2, largest.unsqueeze(1).expand(n, a, rank))  # a first guess: where the energy is
+    for _ in range(_ITERATIONS):
+        basis, _ = torch.linalg.qr(gram @ basis)
+    return basis @ (basis.transpose(1, 2) @ rows)

@@ -1,0 +1,134 @@
+"""Low-rank rows: against the singular value decomposition, harmless on clean gradients, and against noise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from swap_prune import prune
+from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.defence import LowRank, low_rank_rows, outer_product_layers
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.noise import GradientNoise
+from swap_prune.losses import cross_entropy
+from swap_prune.selection import Selection, select_parameters
+from tests.cases import generator, normal
+
+
+class Mixed(nn.Module):
+    """One Linear of each kind: plain, over tokens, shared, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(6, 6)
+        self.twice = nn.Linear(6, 6)
+        self.shared = nn.Linear(6, 6, bias=False)
+        self.tied = nn.Linear(6, 6, bias=False)
+        self.tied.weight = self.shared.weight
+        self.plain = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x).tanh().mean(1)
+        return self.plain(self.tied(self.shared(self.twice(self.twice(x).tanh()).tanh())))
+
+
+def perceptron() -> tuple[nn.Module, Selection, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
+    batch = torch.randn(40, 30, generator=generator(1)), torch.randint(4, (40,), generator=generator(2))
+    return model, select_parameters(model, ("Linear",), ()), batch
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (3, 7)])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_best_matrix_of_a_rank(shape: tuple[int, int], rank: int) -> None:
+    u, _, v = torch.linalg.svd(normal(8, *shape, seed=3), full_matrices=False)
+    values = torch.tensor([3.0, 2.0, *[0.5] * 4], dtype=torch.float64)[: min(shape)]
+    values = values if rank == 2 else values.index_fill(0, torch.tensor(1), 0.5)
+    rows = (u * values) @ v
+    expected = (u[..., :rank] * values[:rank]) @ v[:, :rank]
+    torch.testing.assert_close(low_rank_rows(rows, rank), expected, atol=2e-3, rtol=0)
+
+
+def test_outer_products_and_zeros_stay_as_they_are() -> None:
+    rows = normal(7, 5, 1, seed=4) * normal(7, 1, 8, seed=5)
+    rows[3] = 0
+    torch.testing.assert_close(low_rank_rows(rows, 1), rows)
+
+
+def test_which_layers_have_gradients_of_rank_one() -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    selection = select_parameters(model, ("Linear",), ())
+    batch = torch.randn(4, 5, 6), torch.randint(3, (4,))
+    assert outer_product_layers(model, selection, cross_entropy, batch) == ("plain.weight",)
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    selection = select_parameters(conv, ("Conv2d", "Linear"), ())
+    batch = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
+    assert outer_product_layers(conv, selection, cross_entropy, batch) == ("2.weight",)
+
+
+def test_no_noise_is_seen_on_clean_gradients_and_some_on_noisy_ones() -> None:
+    model, selection, batch = perceptron()
+    defence = LowRank.of(model, selection, cross_entropy, batch, per_sample=True)
+    factor = capture_gradients(model, selection, [batch], cross_entropy).factor
+    assert len(defence.exact) == 3 and defence.noise_seen(factor) == 0
+    assert defence.noise_seen(GradientNoise(std=0.5, fraction=0.1).apply(factor, generator(3))) > 0
+    batches = LowRank.of(model, selection, cross_entropy, batch, per_sample=False)
+    assert batches.exact == () and batches.noise_seen(factor) == 0
+
+
+def test_most_of_the_noise_goes_and_the_signal_stays() -> None:
+    model, selection, batch = perceptron()
+    defence = LowRank.of(model, selection, cross_entropy, batch, per_sample=True)
+    clean = capture_gradients(model, selection, [batch], cross_entropy).factor.matrix
+    torch.testing.assert_close(defence.clean_rows_(DenseFactor(clean.clone())).matrix, clean, atol=1e-6, rtol=1e-4)
+    noisy = GradientNoise(std=2, fraction=0.25).apply(DenseFactor(clean), generator(3)).matrix
+    before = (noisy - clean).norm()
+    after = (defence.clean_rows_(DenseFactor(noisy.clone())).matrix - clean).norm()
+    assert after < 0.6 * before
+
+
+def test_convolutions_keep_a_few_outer_products_where_rows_are_of_single_samples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(6 * 16, 3))
+    selection = select_parameters(model, ("Conv2d", "Linear"), ())
+    batch = torch.randn(9, 2, 6, 6), torch.randint(3, (9,))
+    rows = normal(9, selection.total, seed=6, dtype=torch.float32)
+    defence = LowRank.of(model, selection, cross_entropy, batch, per_sample=True)
+    cleaned = defence.clean_rows_(DenseFactor(rows.clone())).matrix
+    ranks = torch.linalg.matrix_rank(cleaned[:, :108].reshape(9, 6, 18), rtol=1e-4)
+    assert ranks.tolist() == [3] * 9
+    mini_batches = LowRank.of(model, selection, cross_entropy, batch, per_sample=False)
+    assert torch.equal(mini_batches.clean_rows_(DenseFactor(rows.clone())).matrix, rows)
+
+
+@pytest.mark.parametrize("method", ["lr", "obd"])
+def test_clean_runs_are_the_same_with_and_without_a_defence(method: str) -> None:
+    model, _, batch = perceptron()
+    other = copy.deepcopy(model)
+    report = prune(model, TensorDataset(*batch), 0.7, method, samples=25, stages=2, progress=False)
+    prune(other, TensorDataset(*batch), 0.7, method, samples=25, stages=2, defence=None, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert "noise_seen" not in report.stages[0].evidence and report.settings["defence"] == "auto"
+
+
+@pytest.mark.parametrize("method", ["lr", "obd"])
+def test_noisy_runs_say_what_was_seen_and_come_out_otherwise(method: str) -> None:
+    model, _, batch = perceptron()
+    other = copy.deepcopy(model)
+    spec = "gradient:std=2,fraction=0.25"
+    report = prune(model, TensorDataset(*batch), 0.7, method, samples=25, noise=spec, progress=False)
+    prune(other, TensorDataset(*batch), 0.7, method, samples=25, noise=spec, defence="none", progress=False)
+    assert report.stages[0].evidence["noise_seen"] > 0.05
+    assert not torch.equal(model[1].weight, other[1].weight)
+
+
+def test_a_defence_that_is_not_known() -> None:
+    model, _, batch = perceptron()
+    with pytest.raises(ValueError, match="defence must be 'auto', 'none' or None, got 'shield'"):
+        prune(model, TensorDataset(*batch), 0.5, defence="shield")
