@@ -213,9 +213,9 @@ class _Run:
             capture = self._capture(fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
             factor = self._noisy(capture.factor, self.noise_generator)
-            defence = self._defence(fitting[0], factor)
+            defence, share = self._defence(fitting[0], factor)
             if defence is not None:
-                evidence["noise_seen"] = defence.noise_seen(factor)
+                evidence["noise_seen"] = share
                 factor = defence.clean_rows_(factor)
             trials = self._trials(fitting, spare, teacher, defence, forked_generator(self.seed, f"slopes {number}"))
             problem = replace(problem, factor=factor, held_out=trials.losses if spare else None, slope=trials.slope)
@@ -266,13 +266,14 @@ class _Run:
                 advance=advance,
             )
 
-    def _defence(self, batch: Any, factor: DenseFactor) -> LowRank | None:
-        """Return the defence where there is noise to be seen."""
+    def _defence(self, batch: Any, factor: DenseFactor) -> tuple[LowRank | None, float]:
+        """Return the defence where there is noise to be seen, and how much was seen."""
         if not self.defended:
-            return None
+            return None, 0.0
         per_sample = self.curvature is None or not self.normalised
         defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)
-        return defence if defence.noise_seen(factor) > 0 else None
+        share = defence.noise_seen(factor)
+        return (defence if share > 0 else None), share
 
     def _trials(
         self,
