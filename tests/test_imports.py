@@ -1,4 +1,4 @@
-"""Imports go one way: numerics <- methods <- pipeline <- experiments <- cli."""
+"""Imports go one way: numerics <- methods <- stage <- pipeline <- experiments <- cli."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "swap_prune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = {"fisher": 0, "transport": 0, "regression": 1, "methods": 2, "pipeline": 3, "experiments": 4, "cli": 5}
+LAYERS = {
+    "fisher": 0,
+    "transport": 0,
+    "regression": 1,
+    "methods": 2,
+    "stage": 3,
+    "pipeline": 4,
+    "experiments": 5,
+    "cli": 6,
+}
 
 
 def layer(module: str) -> int | None:

@@ -1,0 +1,183 @@
+"""One stage of pruning: fresh samples, their gradients, the regression, and the answer written to the network.
+
+    draw -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> recalibrate
+
+What all stages of a run share is a :class:`StageRunner`; the pipeline makes one and runs it stage by stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.calibration import CalibrationStream, batch_size, split_batches
+from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.defence import LowRank
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.inputs import LayerInputs
+from swap_prune.fisher.noise import NoiseChain
+from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.methods import Method
+from swap_prune.problem import PruningProblem
+from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator
+from swap_prune.report import StageReport
+from swap_prune.schedule import keep_count
+from swap_prune.selection import Selection
+from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
+from swap_prune.trials import SLOPE_BATCH, Teacher, Trials
+
+__all__ = ["StageRunner"]
+
+_HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """What every stage of a run shares.
+
+    Attributes:
+        model: The network.
+        selection: Where the p weights lie.
+        solver: The method.
+        noise: What disturbs samples, weights and gradients.
+        noise_generator: Its random state.
+        seed: Of the run.
+        loss_fn: Per-sample loss.
+        curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
+        samples: Calibration samples a stage.
+        generator: Random state of what is drawn for G.
+        calibration: Where samples come from.
+        recalibration: Where those for BatchNorm's statistics come from.
+        normalised: Whether BatchNorm is recalibrated.
+        defended: Whether noise is looked for.
+    """
+
+    model: nn.Module
+    selection: Selection
+    solver: Method
+    noise: NoiseChain
+    noise_generator: torch.Generator
+    seed: int
+    loss_fn: LossFn
+    curvature: GaussNewtonLoss | None
+    samples: int
+    generator: torch.Generator
+    calibration: CalibrationStream
+    recalibration: CalibrationStream
+    normalised: bool
+    defended: bool
+
+    def run(
+        self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
+    ) -> StageReport:
+        """Capture, solve, apply, recalibrate."""
+        started = time.perf_counter()
+        problem = PruningProblem(
+            self.selection.read(self.model), keep_count(self.selection.total, sparsity), selection=self.selection
+        )
+        fitting: list[Any] = []
+        samples, loss = 0, None
+        evidence: dict[str, Any] = {}
+        if self.solver.needs_gradients or self.solver.needs_inputs:
+            held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
+            fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
+            samples = sum(map(batch_size, fitting))
+            shown.stage(number, sparsity, samples)
+        if self.solver.needs_gradients:
+            capture = self._capture(fitting, shown.advance)
+            samples, loss = len(capture.losses), float(capture.losses.mean())
+            factor = self._noisy(capture.factor, self.noise_generator)
+            defence, share = self._defence(fitting[0], factor)
+            if defence is not None:
+                evidence["noise_seen"] = share
+                factor = defence.clean_rows_(factor)
+            trials = self._trials(fitting, spare, teacher, defence, forked_generator(self.seed, f"slopes {number}"))
+            problem = replace(problem, factor=factor, held_out=trials.losses if spare else None, slope=trials.slope)
+        if self.solver.needs_inputs:
+            inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
+            problem = replace(problem, inputs=inputs)
+        solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
+        write_weights(self.model, self.selection, solution.weights, solution.kept)
+        if self.normalised:
+            drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
+            recalibrate_batchnorm(self.model, drawn, self.loss_fn)
+        return StageReport(
+            sparsity=sparsity,
+            kept=problem.keep,
+            samples=samples,
+            loss=loss,
+            seconds=time.perf_counter() - started,
+            converged=solution.converged,
+            iterations=solution.iterations,
+            evidence=evidence | dict(solution.evidence),
+        )
+
+    def _corrupt(self, batches: list[Any]) -> list[Any]:
+        return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
+
+    def _disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        return self.noise.disturb(weights, generator, self.selection.slices())
+
+    def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
+        return self.noise.apply_(factor, generator, self.selection.slices())
+
+    def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return G at the weights that noise makes of the network's.
+
+        Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
+        """
+        disturbed = self._disturb(self.selection.read(self.model), self.noise_generator)
+        with temporary_weights(self.model, self.selection, disturbed):
+            if self.curvature is None:
+                return capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=advance)
+            return sketch_curvature(
+                self.model,
+                self.selection,
+                batches,
+                self.curvature,
+                self.generator,
+                in_batches=self.normalised,
+                advance=advance,
+            )
+
+    def _defence(self, batch: Any, factor: DenseFactor) -> tuple[LowRank | None, float]:
+        """Return the defence where there is noise to be seen, and how much was seen."""
+        if not self.defended:
+            return None, 0.0
+        per_sample = self.curvature is None or not self.normalised
+        defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)
+        share = defence.noise_seen(factor)
+        return (defence if share > 0 else None), share
+
+    def _trials(
+        self,
+        fitting: list[Any],
+        spare: list[Any],
+        teacher: Teacher | None,
+        defence: LowRank | None,
+        generator: torch.Generator,
+    ) -> Trials:
+        """Let a method ask what a candidate would cost, recalibration included, and where it slopes (with noise)."""
+        fitting = split_batches(fitting, SLOPE_BATCH)
+        recalibrated = self.normalised and bool(spare)
+        statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if recalibrated else []
+        return Trials(
+            model=self.model,
+            selection=self.selection,
+            loss_fn=self.loss_fn,
+            fitting=fitting,
+            held_out=spare,
+            statistics=statistics,
+            taught=[] if teacher is None else teacher.outputs(fitting),
+            disturb=partial(self._disturb, generator=generator),
+            noisy=partial(self._noisy, generator=generator),
+            clean=None if defence is None else defence.clean_rows_,
+        )
