@@ -37,7 +37,7 @@ def trials_on(
 ) -> Trials:
     settings = {
         "held_out": batches(9),
-        "statistics": fitting if norm else [],
+        "normalised": norm,
         "noisy": lambda factor: factor,
         "disturb": lambda weights: weights,
     }
@@ -129,21 +129,29 @@ def test_disturbed_weights_are_where_the_slope_is_taken() -> None:
     assert torch.equal(selection.read(model), w)
 
 
-def test_held_out_losses_are_those_of_the_candidate_after_recalibration() -> None:
+def test_held_out_losses_are_those_of_the_candidate_on_its_own_statistics() -> None:
+    """As after a recalibration on the held-out batch; the model's own statistics stay."""
     model, fitting = network(True), batches(40)
     selection = select_parameters(model, ("Linear",), ())
     w = 0.5 * selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
+    statistics = model[1].running_mean.clone()
     losses = trials_on(model, selection, fitting, [], True).losses(w, kept)
-    other = network(True)
+    assert torch.equal(model[1].running_mean, statistics)
+    other = network(True).train()
     write_weights(other, selection, w, kept)
-    other.train()
-    other[1].momentum = None
-    other[1].reset_running_stats()
-    other(fitting[0][0])
-    other.eval()
     x, y = batches(9)[0]
     torch.testing.assert_close(losses, functional.cross_entropy(other(x), y, reduction="none").detach())
+
+
+def test_a_held_out_sample_alone_is_judged_on_the_running_statistics() -> None:
+    model, held_out = network(True), batches(4, 1)
+    selection = select_parameters(model, ("Linear",), ())
+    w = selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    losses = trials_on(model, selection, batches(9), [], True, held_out=held_out).losses(w, kept)
+    expected = torch.cat([cross_entropy(model, batch).detach() for batch in held_out])
+    torch.testing.assert_close(losses, expected)
 
 
 def test_batch_statistics_leave_the_running_ones() -> None:

@@ -165,17 +165,15 @@ class StageRunner:
         defence: LowRank | None,
         generator: torch.Generator,
     ) -> Trials:
-        """Let a method ask what a candidate would cost, recalibration included, and where it slopes (with noise)."""
+        """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
         fitting = split_batches(fitting, SLOPE_BATCH)
-        recalibrated = self.normalised and bool(spare)
-        statistics = self.recalibration.draw(min(self.samples, _HELD_OUT)) if recalibrated else []
         return Trials(
             model=self.model,
             selection=self.selection,
             loss_fn=self.loss_fn,
             fitting=fitting,
             held_out=spare,
-            statistics=statistics,
+            normalised=self.normalised,
             taught=[] if teacher is None else teacher.outputs(fitting),
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),

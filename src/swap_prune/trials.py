@@ -1,8 +1,9 @@
 """What the network itself says of a candidate: its losses on held-out samples, and its slope.
 
 The regression sees the network through G alone. Settings are chosen, and first-order steps taken, by asking the
-network. A candidate's weights are written to the model and BatchNorm's statistics estimated anew, as they will be in
-the end. That is safe between the reading of the reference weights and the writing of the solution.
+network. A candidate's weights are written to the model. That is safe between the reading of the reference weights and
+the writing of the solution. Where BatchNorm will be recalibrated, it works on the statistics of each batch: that is
+what recalibration will make of the candidate, without a pass through the network to estimate it.
 
 Where the loss can compare outputs (:class:`GaussNewtonLoss`), the slope is that of the mean of the loss and of the
 divergence from the network before pruning (self-distillation; Hinton et al., 2015). The labels say where to go, the
@@ -12,6 +13,7 @@ dense network says it with less noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,7 @@ from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
-from swap_prune.surgery import batchnorm_layers, recalibrate_batchnorm, temporary_weights, write_weights
+from swap_prune.surgery import batchnorm_layers, temporary_weights, write_weights
 
 __all__ = ["SLOPE_BATCH", "Teacher", "Trials"]
 
@@ -61,12 +63,12 @@ class Trials:
     """Candidates tried on the model.
 
     Attributes:
-        model: The network; a candidate's weights and statistics stay in it.
+        model: The network; a candidate's weights stay in it.
         selection: Where the p weights lie.
         loss_fn: Per-sample loss.
         fitting: The samples that G was captured on, in batches of ``SLOPE_BATCH`` at the most.
         held_out: Batches that were not.
-        statistics: Batches for BatchNorm's statistics; empty where it is not recalibrated.
+        normalised: Whether BatchNorm will be recalibrated.
         taught: Outputs of the dense network on ``fitting``; empty without a teacher.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
@@ -78,24 +80,22 @@ class Trials:
     loss_fn: LossFn
     fitting: Sequence[Any]
     held_out: Sequence[Any]
-    statistics: Sequence[Any]
+    normalised: bool
     taught: Sequence[Tensor]
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     clean: Callable[[DenseFactor], DenseFactor] | None = None
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
-        """Return the losses of a candidate w (p,) on the held-out samples, (n_v,), after recalibration."""
+        """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
         write_weights(self.model, self.selection, weights, kept)
-        recalibrate_batchnorm(self.model, self.statistics, self.loss_fn)
-        with eval_mode(self.model), torch.no_grad():
+        with self._mode(self.held_out), torch.no_grad():
             return torch.cat([self.loss_fn(self.model, batch) for batch in self.held_out])
 
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
 
-        BatchNorm works on the statistics of each batch where it will be recalibrated. Noise acts on the gradient of
-        each batch; with a defence, on that of each sample.
+        Noise acts on the gradient of each batch; with a defence, on that of each sample.
         """
         weights = self.disturb(weights.masked_fill(~kept, 0))
         teachers: Sequence[Tensor | None] = self.taught or [None] * len(self.fitting)
@@ -111,13 +111,16 @@ class Trials:
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
         rows = weights.new_empty(len(pairs), len(weights))
         bound = Bound(self.model, self._objective)
-        alone = int(sizes.min()) < 2  # one sample has no variance
-        mode = batch_statistics if self.statistics and not alone else eval_mode
-        with mode(self.model), torch.enable_grad():
+        with self._mode(self.fitting), torch.enable_grad():
             for row, pair in zip(rows, pairs, strict=True):
                 losses, leaves = bound.with_leaves(self.selection, pair, weights)
                 flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
         return self.noisy(DenseFactor(rows)).rmatvec(sizes / sizes.sum())
+
+    def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
+        """Return the mode in which the network is asked: one sample alone has no variance."""
+        alone = min(map(batch_size, batches)) < 2
+        return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
 
     def _objective(self, model: nn.Module, pair: tuple[Any, Tensor | None]) -> Tensor:
         """Return the loss of each sample, (n,), or its mean with the divergence from the teacher."""

@@ -10,7 +10,7 @@ taken as constant, and xi random signs::
 so that ``G^T G / n`` is an unbiased estimate of it (Rademacher sketch; docs/method.md).
 
 When BatchNorm will be recalibrated after pruning, what matters is the network on the statistics of its own batches.
-Rows then are gradients through whole mini-batches, several draws of signs for each, over the root of their size.
+Rows then are gradients through whole mini-batches, over the root of their size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from swap_prune.selection import Selection
 __all__ = ["MINI_BATCH", "CurvatureSketch", "draw_signs", "sketch_curvature", "sketch_rows"]
 
 MINI_BATCH = 16  # samples that share their statistics
-_DRAWS = 4  # of signs for one mini-batch: the forward pass is done once
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class CurvatureSketch:
 
 def sketch_rows(samples: int, *, in_batches: bool) -> int:
     """Return how many rows a number of samples gives at the most."""
-    return math.ceil(samples / MINI_BATCH) * _DRAWS if in_batches else samples
+    return math.ceil(samples / MINI_BATCH) if in_batches else samples
 
 
 def sketch_curvature(
@@ -85,21 +84,22 @@ def sketch_curvature(
         advance: Called with the number of samples that were done, for progress.
 
     Returns:
-        G, and the loss of each sample in eval mode.
+        G, and the loss of each sample, with BatchNorm as for the rows.
 
     Raises:
         ValueError: As for ``capture_gradients``.
     """
     with eval_mode(model), torch.no_grad():
         check_calibration(model, loss, batches)
-        losses = torch.cat([check_losses(loss(model, batch), None) for batch in batches])
     sketch = CurvatureSketch(loss)
     if in_batches:
-        rows = _mini_batch_rows(model, selection, batches, sketch, generator, advance)
+        rows, losses = _mini_batch_rows(model, selection, batches, sketch, generator, advance)
         check_rows(rows, selection)
         return Capture(DenseFactor(rows), losses, "mini-batch", MINI_BATCH)
     with eval_mode(model), torch.no_grad():
-        drawn = [(batch, draw_signs(loss.outputs(model, batch), generator)) for batch in batches]
+        outputs = [loss.outputs(model, batch) for batch in batches]
+        losses = check_losses(torch.cat(list(map(loss.losses, outputs, batches))), None)
+        drawn = [(batch, draw_signs(z, generator)) for z, batch in zip(outputs, batches, strict=True)]
     capture = capture_gradients(model, selection, drawn, sketch, advance=advance)
     return Capture(capture.factor, losses, capture.backend, capture.chunk)
 
@@ -116,21 +116,20 @@ def _mini_batch_rows(
     sketch: CurvatureSketch,
     generator: torch.Generator,
     advance: Callable[[int], None],
-) -> Tensor:
-    """Return rows ``sum_i J_i^T L_i xi_i / sqrt(size)`` over mini-batches, (n, p)."""
+) -> tuple[Tensor, Tensor]:
+    """Return rows ``sum_i J_i^T L_i xi_i / sqrt(size)`` over mini-batches, (n, p), and the losses of their samples."""
     parts = split_batches(batches, MINI_BATCH)
     usable = [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
     weights = selection.read(model)
-    rows = torch.empty(len(usable) * _DRAWS, selection.total, dtype=weights.dtype, device=weights.device)
+    rows = torch.empty(len(usable), selection.total, dtype=weights.dtype, device=weights.device)
+    losses = []
     bound = Bound(model, sketch.loss.outputs)
     with batch_statistics(model), torch.enable_grad():
-        for number, part in enumerate(usable):
+        for row, part in zip(rows, usable, strict=True):
             outputs, leaves = bound.with_leaves(selection, part)
-            for draw in range(_DRAWS):
-                product = sketch.product(outputs, part, draw_signs(outputs, generator)).sum()
-                gradients = torch.autograd.grad(
-                    product / batch_size(part) ** 0.5, leaves, retain_graph=draw + 1 < _DRAWS, allow_unused=True
-                )
-                flat_gradient(rows[number * _DRAWS + draw], gradients, selection)
+            losses.append(check_losses(sketch.loss.losses(outputs.detach(), part), None))
+            product = sketch.product(outputs, part, draw_signs(outputs, generator)).sum()
+            gradients = torch.autograd.grad(product / batch_size(part) ** 0.5, leaves, allow_unused=True)
+            flat_gradient(row, gradients, selection)
             advance(batch_size(part))
-    return rows
+    return rows, torch.cat(losses)

@@ -16,6 +16,7 @@ from swap_prune.regression.objective import WeightedRidge
 __all__ = ["held_out_loss", "held_out_losses", "step_down"]
 
 _STEPS = 6  # natural-gradient steps a stage, at the most
+_LEAST_GAIN = 0.01  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _FIRST_LENGTH = 0.3  # of a step; the next ones start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
@@ -48,11 +49,14 @@ def step_down(
     for _ in range(_STEPS):
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         start = taken[-1] if taken else _FIRST_LENGTH
-        step, least = line_search(problem, fit, direction, start, least)
+        step, reached = line_search(problem, fit, direction, start, least)
         if step == 0:
             break
         fit = replace(fit, weights=fit.weights + step * direction)
         taken.append(step)
+        if reached > (1 - _LEAST_GAIN) * least:
+            break
+        least = reached
     return fit, taken
 
 
