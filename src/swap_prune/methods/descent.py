@@ -11,13 +11,14 @@ from torch import Tensor
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.natural_gradient import NaturalGradient
-from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 
 __all__ = ["held_out_loss", "held_out_losses", "step_down"]
 
 _STEPS = 6  # natural-gradient steps a stage, at the most
 _LEAST_GAIN = 0.01  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
+_STEP_METRIC = 30.0  # damping of the metric where that of the fit leads nowhere
 _FIRST_LENGTH = 0.3  # of a step; the next ones start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
@@ -40,10 +41,21 @@ def step_down(
     """
     if length == 0 or problem.slope is None or (length == "auto" and problem.held_out is None):
         return fit, []
-    descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
     if length != "auto":
+        descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
+    moved, taken = _descend(problem, NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit), fit)
+    if not taken:  # where few rows tell little of the curvature, that metric may lead nowhere
+        damped = diagonal_metric(regression.factor.diagonal(), _STEP_METRIC)
+        descent = NaturalGradient.on(replace(regression, metric=damped), fit.support, _STEP_RIDGE)
+        moved, taken = _descend(problem, descent, fit)
+    return moved, taken
+
+
+def _descend(problem: PruningProblem, descent: NaturalGradient, fit: SparseFit) -> tuple[SparseFit, list[float]]:
+    """Take steps as long as held-out samples gain; return the fit and the lengths."""
+    assert problem.slope is not None, "the caller checks"
     least = held_out_loss(problem, fit)
     taken: list[float] = []
     for _ in range(_STEPS):

@@ -17,6 +17,7 @@ from swap_prune.methods.descent import held_out_loss, kept_set, step_down
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.swap import swap_weights
 
 __all__ = ["LR"]
 
@@ -111,7 +112,7 @@ def ridge_candidates(settings: RegressionSettings, diagonal: Tensor | None = Non
 def fit_pairing(
     settings: RegressionSettings, problem: PruningProblem
 ) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
-    """Fit with each candidate for ridge and damping, and keep what held-out samples favour.
+    """Fit with each candidate for ridge and damping, swap weights, and keep what held-out samples favour.
 
     Returns:
         The regression, its sparse fit, and the evidence for the report.
@@ -136,7 +137,14 @@ def fit_pairing(
             best, least = (regression, fit, damping), loss
     assert best is not None, "there is at least one candidate"
     regression, fit, damping = best
-    evidence: dict[str, Any] = {"ridge": regression.ridge, "objective": fit.value}
+    swapped = swap_weights(regression, fit)
+    if swapped.swaps and problem.held_out is not None:
+        loss = held_out_loss(problem, swapped)
+        tried.append({"ridge": regression.ridge, "damping": damping, "swaps": swapped.swaps, "held_out_loss": loss})
+        least = least if len(candidates) > 1 else held_out_loss(problem, fit)
+        swapped = swapped if loss < least else fit
+    fit = swapped
+    evidence: dict[str, Any] = {"ridge": regression.ridge, "objective": fit.value, "swaps": fit.swaps}
     if settings.metric == "diagonal":
         evidence["damping"] = damping
     if len(candidates) > 1:

@@ -25,6 +25,7 @@ from swap_prune.regression.objective import Refit, WeightedRidge
 __all__ = ["SparseFit", "hard_threshold", "solve_sparse", "top_k"]
 
 _RELATIVE_GAIN = 1e-4  # an iteration that gains less ends the search
+_PATH_START = 0.2  # of the weights: above it the metric chooses as well as the path
 _PATH_SHARE = 0.75  # of the weights, kept by one step of the path
 
 
@@ -39,6 +40,7 @@ class SparseFit:
         iterations: Accepted iterations.
         converged: Whether the search ended because nothing more was to be gained.
         refit: The refit behind the weights, for those who go on from there.
+        swaps: Pairs of weights that changed places since (:mod:`swap_prune.regression.swap`).
     """
 
     weights: Tensor
@@ -47,6 +49,7 @@ class SparseFit:
     iterations: int
     converged: bool
     refit: Refit | None = None
+    swaps: int = 0
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
@@ -79,27 +82,29 @@ def solve_sparse(
     Returns:
         The best weights found.
     """
-    metric = problem.metric
     support, path = (start, previous) if start is not None else shrink_support(problem, keep)
     refit = problem.refit(support, path)
     w = refit.weights
     x = problem.factor.matvec(w)
     value = problem.value(w, x)
-    for iteration in range(max_iterations):
-        direction = problem.gradient(w, x) / metric
+    iteration, converged = 0, False
+    while iteration < max_iterations and not converged:
+        direction = problem.gradient(w, x) / problem.metric
         candidate = _next_support(problem, w, direction, keep)
         tried_refit = problem.refit(candidate, refit)
         tried = tried_refit.weights
         tried_x = problem.factor.matvec(tried)
         tried_value = problem.value(tried, tried_x)
-        if not tried_value < value - _RELATIVE_GAIN * abs(value):
-            return SparseFit(w, support, value, iteration, True, refit)
-        support, refit, w, x, value = candidate, tried_refit, tried, tried_x, tried_value
-    return SparseFit(w, support, value, max_iterations, False, refit)
+        if tried_value < value - _RELATIVE_GAIN * abs(value):
+            support, refit, w, x, value = candidate, tried_refit, tried, tried_x, tried_value
+            iteration += 1
+        else:
+            converged = True
+    return SparseFit(w, support, value, iteration, converged, refit)
 
 
 def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, Refit | None]:
-    """Follow the path from the support of ``w_bar`` down to ``keep`` weights.
+    """Follow the path from at most ``_PATH_START`` of the weights down to ``keep`` of them.
 
     Args:
         problem: The regression.
@@ -110,7 +115,7 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
         Indices of the support, (k,), in increasing order, and the last refit of the path, if it had any.
     """
     w, refit = problem.reference, None
-    first = int(w.count_nonzero())
+    first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / share)))
     steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
     for step in range(1, steps + 1):
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))

@@ -47,15 +47,16 @@ class SquareSystem:
         return cls("inverse", (torch.linalg.pinv(a, rtol=rounding),))
 
     def solve(self, right: Tensor) -> Tensor:
-        """Return the solution for a right-hand side (m,), in its dtype; the one of least norm where there are many."""
-        b = right.double().unsqueeze(1)
+        """Return the solution for right-hand sides (m,) or (m, r); that of least norm where there are many."""
+        b = right.double()
+        b = b if b.ndim == 2 else b.unsqueeze(1)
         if self.kind == "cholesky":
             solution = torch.cholesky_solve(b, self.factors[0])
         elif self.kind == "lu":
             solution = torch.linalg.lu_solve(self.factors[0], self.factors[1], b)
         else:
             solution = self.factors[0] @ b
-        return solution.squeeze(1).to(right.dtype)
+        return solution.reshape(right.shape).to(right.dtype)
 
 
 def solve_square(matrix: Tensor, right: Tensor, *, symmetric: bool = True) -> Tensor:

@@ -1,0 +1,177 @@
+r"""Local search on the support: kept and dropped weights change places, many pairs at a time.
+
+Let w minimise Q on its support s, with ``A = G_s^T S G_s + n lam M_s`` and ``q = grad Q(w)``. Without weight j, the
+others refitted, Q is higher, and with weight i as well it is lower, by exactly (Hassibi and Stork, 1993)::
+
+    leave_j = w_j^2 / (2 [A^-1]_jj),
+    enter_i = q_i^2 / (2 c_i),     c_i = n lam m_i + g_i^T S g_i - g_i^T S G_s A^-1 G_s^T S g_i.
+
+Gains of several pairs do not add up, so a batch counts only if its refit lowers Q, and is halved where it does not.
+For k > n both come from the n x n system of the refit, ``K = S G_s M_s^-1 G_s^T + n lam I``::
+
+    [A^-1]_jj = (1 - h_j / m_j) / (n lam m_j),     c_i = n lam (m_i + h_i),     h = g^T K^-1 S g.
+
+Place in the pipeline: after hard thresholding has come to rest, on the same Gram matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swap_prune.regression.iht import SparseFit
+from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.square import SquareSystem
+
+__all__ = ["Exchange", "exchange_of", "propose_swaps", "swap_weights"]
+
+_SHARE = 0.02  # of the kept weights, exchanged at once
+_HALVINGS = 4  # of a batch that does not lower Q
+_SHORTLIST = 4  # weights looked at exactly, in units of the batch
+_RELATIVE_GAIN = 1e-4  # a batch that gains less ends the search
+_TINY = 1e-12
+
+
+def swap_weights(problem: WeightedRidge, fit: SparseFit, max_batches: int = 10) -> SparseFit:
+    """Exchange kept and dropped weights in batches as long as Q falls by more than a little.
+
+    Args:
+        problem: The regression; without a ridge the fit is returned as it is.
+        fit: A refitted support.
+        max_batches: Batches accepted at the most.
+    """
+    keep, total = len(fit.support), problem.metric.numel()
+    if keep == total or problem.penalty == 0 or fit.refit is None:
+        return fit
+    scale = problem.factor.shape[0] * (problem.factor.diagonal() + problem.ridge * problem.metric)
+    batch = max(1, round(_SHARE * keep))
+    for _ in range(max_batches):
+        exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient(fit.weights))
+        leaving, entering = propose_swaps(exchange, scale, batch)
+        better = _first_gain(problem, fit, leaving, entering)
+        if better is None:
+            break
+        batch = max(1, min(batch, 2 * (better.swaps - fit.swaps)))
+        fit = better
+    return fit
+
+
+def _first_gain(problem: WeightedRidge, fit: SparseFit, leaving: Tensor, entering: Tensor) -> SparseFit | None:
+    """Return the refit of the longest batch, of those halved and halved again, that lowers Q; None if none does."""
+    count = len(leaving)
+    for _ in range(_HALVINGS + 1):
+        if count == 0:
+            return None
+        support = fit.support.index_copy(0, leaving[:count], entering[:count]).sort().values
+        refit = problem.refit(support, fit.refit)
+        value = problem.value(refit.weights)
+        if value < fit.value - _RELATIVE_GAIN * abs(fit.value):
+            return replace(
+                fit, weights=refit.weights, support=support, value=value, refit=refit, swaps=fit.swaps + count
+            )
+        count //= 2
+    return None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What single weights cost that leave a support, and gain that enter it, the others refitted.
+
+    Attributes:
+        problem: The regression.
+        support: Indices of the kept weights, (k,).
+        weights: Their refit, (p,).
+        gradient: ``grad Q`` there, (p,).
+        quadratic: Maps columns of G, (n, r), to ``g^T (S - S G_s A^-1 G_s^T S) g``, (r,).
+        inverse: Maps positions in the support, (r,), to ``[A^-1]_jj``, (r,).
+    """
+
+    problem: WeightedRidge
+    support: Tensor
+    weights: Tensor
+    gradient: Tensor
+    quadratic: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+    def leave(self, position: Tensor) -> Tensor:
+        """Return how much Q rises when a kept weight leaves, (r,), for positions in the support."""
+        return self.weights[self.support[position]].double().square() / (2 * self.inverse(position))
+
+    def enter(self, index: Tensor) -> Tensor:
+        """Return how much Q falls when a dropped weight enters, (r,), for indices of weights."""
+        own = self.problem.penalty * self.problem.metric[index].double()
+        curvature = own + self.quadratic(self.problem.factor.columns(index))
+        return self.gradient[index].double().square() / (2 * curvature.clamp_min(_TINY))
+
+
+def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient: Tensor) -> Exchange:
+    """Factorise what single exchanges need.
+
+    Args:
+        problem: The regression, with a ridge above 0.
+        support: Indices of the kept weights, (k,).
+        refit: The refit on this support.
+        gradient: ``grad Q`` at its weights, (p,).
+    """
+    penalty = problem.penalty
+    metric = problem.metric[support].double()
+
+    def smooth(columns: Tensor) -> Tensor:
+        return columns if problem.smoothing is None else problem.smoothing.double() @ columns
+
+    if refit.gram is not None:
+        kernel = refit.gram.matrix if problem.smoothing is None else problem.smoothing @ refit.gram.matrix
+        kernel = kernel.double()
+        kernel.diagonal().add_(penalty)
+        system = SquareSystem.of(kernel, symmetric=problem.smoothing is None)
+
+        def explained(columns: Tensor) -> Tensor:
+            g = columns.double()
+            return (g * system.solve(smooth(g))).sum(0)
+
+        def inverse(position: Tensor) -> Tensor:
+            own = metric[position]
+            h = explained(problem.factor.columns(support[position]))
+            return (1 - h / own).clamp_min(_TINY) / (penalty * own)
+
+        return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse)
+    kept = problem.factor.columns(support).double()
+    matrix = kept.T @ smooth(kept)
+    matrix.diagonal().add_(penalty * metric)
+    solved = SquareSystem.of(matrix).solve(torch.eye(len(support), dtype=matrix.dtype, device=matrix.device))
+
+    def residual(columns: Tensor) -> Tensor:
+        g = smooth(columns.double())
+        shared = kept.T @ g
+        return (columns.double() * g).sum(0) - (shared * (solved @ shared)).sum(0)
+
+    return Exchange(problem, support, refit.weights, gradient, residual, lambda at: solved.diagonal()[at])
+
+
+def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Pair the weights that cost least with those that gain most, as long as a pair gains.
+
+    Only a shortlist is looked at exactly: those that look best by ``w^2 a/2`` and ``q^2 / 2a``, a being the curvature
+    of the weight alone.
+
+    Args:
+        exchange: The exchanges.
+        scale: a, (p,): the diagonal of ``G^T G + n lam M``.
+        batch: Pairs at the most.
+
+    Returns:
+        Positions in the support of those that leave, and indices of those that enter, (t,) each, best pair first.
+    """
+    support = exchange.support
+    wanted = _SHORTLIST * batch
+    cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
+    promise = (exchange.gradient.square() / scale.clamp_min(_TINY)).index_fill(0, support, -1)
+    eager = promise.topk(min(wanted, len(promise) - len(support))).indices
+    cost, order = exchange.leave(cheap).sort()
+    gain, rank = exchange.enter(eager).sort(descending=True)
+    pairs = min(batch, len(cost), len(gain))
+    count = int((gain[:pairs] > cost[:pairs]).sum())  # gains fall and costs rise: those that gain come first
+    return cheap[order[:count]], eager[rank[:count]]
