@@ -34,18 +34,19 @@ def test_the_ridge_and_damping_that_held_out_samples_favour_are_taken(
     solution = LR(first_order=0).solve(problem_with(held_out), torch.Generator())
     assert solution.evidence["ridge"] == ridge and solution.evidence["damping"] == damping
     assert [one["held_out_loss"] for one in solution.evidence["candidates"]].index(0) == favoured
-    assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 3
+    assert torch.equal(solution.weights, seen[favoured]) and len(seen) <= 4  # the swaps are tried after the three
 
 
 @pytest.mark.parametrize(("settings", "candidates"), [({"ridge": 0.1}, 2), ({"damping": 3.0}, 3), ({}, 3)])
 def test_what_is_fixed_is_not_chosen(settings: dict, candidates: int) -> None:
     problem = problem_with(lambda w, kept: w.square())
     evidence = LR(first_order=0, **settings).solve(problem, torch.Generator()).evidence
-    assert len(evidence["candidates"]) == candidates
+    assert sum("swaps" not in one for one in evidence["candidates"]) == candidates
     assert all(evidence[name] == value for name, value in settings.items())
 
 
-def test_steps_are_as_long_and_as_many_as_held_out_samples_gain() -> None:
+def test_steps_are_as_long_and_as_many_as_held_out_samples_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.methods.lr.swap_weights", lambda problem, fit: fit)  # one support in all runs
     generator = torch.Generator()
     still = LR(ridge=0.1, damping=1.0, first_order=0).solve(problem_with(None), generator)
     moved = LR(ridge=0.1, damping=1.0, first_order=0.3).solve(problem_with(None), generator)

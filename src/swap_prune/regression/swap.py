@@ -124,7 +124,7 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
 
     if refit.gram is not None:
         kernel = refit.gram.matrix if problem.smoothing is None else problem.smoothing @ refit.gram.matrix
-        kernel = kernel.double()
+        kernel = kernel.to(torch.float64, copy=True)  # the Gram matrix itself is used again
         kernel.diagonal().add_(penalty)
         system = SquareSystem.of(kernel, symmetric=problem.smoothing is None)
 

@@ -1,0 +1,92 @@
+"""Swaps on the support: what single exchanges are said to cost, against refits; the search, against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swap_prune.regression.iht import SparseFit, solve_sparse
+from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.swap import exchange_of, propose_swaps, swap_weights
+from tests.cases import dense_parts, generator, random_regression
+from tests.reference import best_subset
+
+
+def fit_on(problem: WeightedRidge, support: torch.Tensor) -> SparseFit:
+    refit = problem.refit(support)
+    return SparseFit(refit.weights, support, problem.value(refit.weights), 0, True, refit)
+
+
+def scale_of(problem: WeightedRidge) -> torch.Tensor:
+    return problem.factor.shape[0] * (problem.factor.diagonal() + problem.ridge * problem.metric)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize(("n", "p", "keep"), [(6, 20, 9), (30, 12, 5)])  # k > n and k <= n
+def test_exchanges_cost_what_refits_say(n: int, p: int, keep: int, smoothed: bool) -> None:
+    problem = random_regression(n, p, generator(1), smoothed=smoothed)
+    support = torch.randperm(p, generator=generator(2))[:keep].sort().values
+    fit = fit_on(problem, support)
+    exchange = exchange_of(problem, support, fit.refit, problem.gradient(fit.weights))
+    leave = exchange.leave(torch.arange(keep))
+    for position in range(keep):
+        rest = torch.cat([support[:position], support[position + 1 :]])
+        assert float(leave[position]) == pytest.approx(fit_on(problem, rest).value - fit.value, rel=1e-6)
+    outside = torch.tensor([j for j in range(p) if j not in support.tolist()])
+    for index, gain in zip(outside, exchange.enter(outside), strict=True):
+        more = torch.cat([support, index[None]]).sort().values
+        assert float(gain) == pytest.approx(fit.value - fit_on(problem, more).value, rel=1e-6, abs=1e-12)
+
+
+def test_proposals_pair_the_cheapest_with_the_best_as_long_as_they_gain() -> None:
+    problem = random_regression(8, 30, generator(3))
+    fit = fit_on(problem, torch.arange(12))
+    exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient(fit.weights))
+    leaving, entering = propose_swaps(exchange, scale_of(problem), 10)
+    cost, gain = exchange.leave(leaving), exchange.enter(entering)
+    assert 0 < len(leaving) == len(entering) <= 10
+    assert bool((gain > cost).all()) and bool((cost.diff() >= 0).all()) and bool((gain.diff() <= 0).all())
+    assert not set(entering.tolist()) & set(fit.support.tolist())
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_swaps_lower_the_value_and_keep_k_weights(dtype: torch.dtype, smoothed: bool) -> None:
+    gains = 0
+    for seed in range(8):
+        problem = random_regression(10, 40, generator(seed), smoothed=smoothed, dtype=dtype)
+        before = fit_on(problem, torch.arange(15))
+        after = swap_weights(problem, before)
+        assert len(set(after.support.tolist())) == 15 and after.value <= before.value
+        assert after.value == pytest.approx(problem.value(problem.refit(after.support).weights), rel=1e-4)
+        assert int(after.weights.count_nonzero()) <= 15
+        assert bool((after.support.diff() > 0).all())
+        gains += after.swaps > 0
+    assert gains == 8, "an arbitrary support can be improved"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_single_swaps_reach_the_best_subset_of_a_well_conditioned_design(seed: int) -> None:
+    problem = random_regression(60, 9, generator(seed), ridge=0.1)
+    best, _ = best_subset(keep=4, **dense_parts(problem))
+    fit = swap_weights(problem, fit_on(problem, torch.arange(4)), max_batches=50)
+    assert best * (1 - 1e-9) <= fit.value <= best * 1.02
+
+
+def test_they_go_on_where_hard_thresholding_has_come_to_rest() -> None:
+    better = 0
+    for seed in range(10):
+        problem = random_regression(15, 60, generator(seed), ridge=0.01)
+        fit = solve_sparse(problem, 12)
+        assert fit.converged
+        better += swap_weights(problem, fit).value < fit.value * (1 - 1e-4)
+    assert better >= 5
+
+
+def test_nothing_to_swap() -> None:
+    problem = random_regression(10, 6, generator(0))
+    everything = fit_on(problem, torch.arange(6))
+    assert swap_weights(problem, everything) is everything
+    without_ridge = random_regression(10, 6, generator(0), ridge=0.0)
+    fit = fit_on(without_ridge, torch.arange(3))
+    assert swap_weights(without_ridge, fit) is fit
