@@ -254,3 +254,41 @@ def test_split_batches_keeps_every_sample_in_order():
     assert torch.cat([part[1] for part in parts]).tolist() == list(range(10))
     whole = [object()]
     assert split_batches(whole, 1)[0] is whole[0]
+
+
+def passed(source, size, seed=0):
+    """Shares, sizes and numbers of one pass."""
+    shares, sizes, numbers = [], [], []
+    for share, (inputs, targets) in source.read_pass(size, generator(seed)):
+        assert torch.equal(inputs[:, 0], targets.float() * 10)
+        shares.append(share)
+        sizes.append(len(targets))
+        numbers += targets.tolist()
+    return shares, sizes, numbers
+
+
+def test_a_pass_over_a_dataset_is_whole_in_a_new_order_and_changes_no_draw():
+    source, other = stream(datasets()["tensors"]), stream(datasets()["tensors"])
+    first, second = passed(source, 4, seed=1), passed(source, 4, seed=2)
+    assert first[:2] == ([0.0, 0.4, 0.8], [4, 4, 2])
+    assert sorted(first[2]) == sorted(second[2]) == list(range(10)) and first[2] != second[2]
+    assert passed(source, 4, seed=1) == first
+    assert [drawn(source, 4) for _ in range(3)] == [drawn(other, 4) for _ in range(3)]
+
+
+def test_a_pass_over_batches_splits_them_and_goes_on_where_it_was():
+    source = stream(batches_of(4, 6))
+    assert passed(source, 3) == ([0.0, 0.25, 0.5, 0.75], [3, 1, 3, 3], list(range(10)))
+    assert drawn(source, 5) == [0, 1, 2, 3, 4]
+    assert sorted(passed(source, 100)[2]) == list(range(10))
+
+
+def test_passes_over_a_generator_repeat_it_without_knowing_its_length():
+    source = stream(batch for batch in batches_of(4, 6))
+    assert passed(source, 6) == passed(source, 6) == ([0.0, 0.0], [4, 6], list(range(10)))
+
+
+def test_a_pass_over_nothing():
+    for data in (TensorDataset(torch.zeros(0, 2)), [], iter([])):
+        with pytest.raises(ValueError, match="empty"):
+            list(stream(data).read_pass(2, generator()))

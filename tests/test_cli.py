@@ -97,6 +97,19 @@ def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
     assert first["weights_sha256"] == second["weights_sha256"]
 
 
+def test_fine_tuning_after_each_stage(call, tmp_path: Path) -> None:
+    gradual = (*PRUNE, "--method", "lr", "--sparsity", "0.97", "--samples", "60", "--stages", "2", "--json")
+    _, text, _ = call(*gradual)
+    out = str(tmp_path / "out")
+    status, tuned, _ = call(*gradual, "--finetune", "epochs=3,lr=0.05,batch_size=30", "--out", out)
+    assert status == 0
+    plain, result = json.loads(text), json.loads(tuned)
+    assert result["kept"] == plain["kept"] and result["loss"] < plain["loss"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["finetune"]["epochs"] == 3
+    assert [len(stage["evidence"]["finetune_loss"]) for stage in report["stages"]] == [3, 3]
+
+
 def test_eval_of_the_dense_network(call) -> None:
     status, text, _ = call("eval", "--model", "mlpnet", "--data", "mnist", "--weights", "w.safetensors", "--json")
     assert status == 0 and json.loads(text)["accuracy"] > 93
@@ -129,6 +142,8 @@ BAD = {
     "second noise": ([*PRUNE, "--noise", "gradient", "--noise", "input:kind=rain"], "gaussian, impulse"),
     "joined noise": ([*PRUNE, "--noise", "gradient+labels:part=1"], "classes, fraction, key, kind"),
     "noise value": ([*PRUNE, "--noise", "analog:levels=few"], "whole number"),
+    "finetune": ([*PRUNE, "--finetune", "eras=2"], "no setting 'eras'"),
+    "finetune value": ([*PRUNE, "--finetune", "epochs=2,lr=fast"], "lr of fine-tuning must be a number"),
     "setting": ([*PRUNE, "--method", "lr", "--set", "colour=1"], "colour"),
     "setting form": ([*PRUNE, "--set", "ridge"], "name=value"),
     "setting value": ([*PRUNE, "--method", "lr", "--set", "ridge=-1"], "ridge"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
-from swap_prune import METHODS, prune
+from swap_prune import METHODS, FineTune, prune
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -201,6 +201,8 @@ BAD = {
     "regex": ({"targets": ("re:(",)}, "regular expression"),
     "nothing left": ({"ignore": ("re:.*",)}, "nothing to prune"),
     "noise": ({"noise": "gradient:std=x"}, "std"),
+    "finetune": ({"finetune": {"epochs": 1}}, "finetune must be a swap_prune.FineTune"),
+    "finetune diverges": ({"finetune": FineTune(lr=1e30, batch_size=8), "stages": 2}, "lower lr"),
     "memory": ({"memory": "lots"}, "memory"),
     "memory too small": ({"memory": "1KB"}, "memory"),
     "empty loader": ({"data": []}, "empty"),
@@ -240,3 +242,66 @@ def test_an_exhausted_generator_is_refused_and_a_fresh_one_is_remembered() -> No
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to prune"):
         prune(nn.ReLU(), small_data(), 0.5)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "lr", "ewr"])
+def test_gradual_pruning_trains_under_each_stages_mask(method: str) -> None:
+    settings = FineTune(epochs=3, lr=0.05, batch_size=10)
+    models, reports = [small_network() for _ in range(3)], []
+    for model, training in zip(models, (settings, settings, None), strict=True):
+        arguments = {"samples": 40, "stages": 3, "schedule": "cubic", "finetune": training, "seed": 2}
+        reports.append(prune(model, small_data(), 0.8, method, **arguments))
+    trained, _, plain = reports
+    expected = trained.total - math.floor(trained.total * (1 - 0.8))
+    assert [zeros(model) for model in models] == [expected] * 3
+    assert trained.kept == trained.total - expected
+    for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert trained.settings["finetune"]["lr"] == 0.05 and "finetune" not in plain.settings
+    losses = [stage.evidence["finetune_loss"] for stage in trained.stages]
+    assert [len(stage) for stage in losses] == [3, 3, 3] and losses[2][2] < losses[0][0]
+    assert all("finetune_loss" not in stage.evidence for stage in plain.stages)
+    assert not torch.equal(models[0][6].bias, models[2][6].bias)
+    inputs, labels = small_data().tensors
+    fit = [nn.functional.cross_entropy(model.eval()(inputs), labels).item() for model in models]
+    assert fit[0] < 0.9 * fit[2]
+    if method != "magnitude":  # gradients are taken at the fine-tuned weights
+        assert trained.stages[0].loss == plain.stages[0].loss
+        assert trained.stages[1].loss < plain.stages[1].loss
+
+
+def test_fine_tuning_reads_the_recalibration_data_and_batchnorm_is_recalibrated_after_it() -> None:
+    model, other = small_network(), small_data(30, seed=9)
+    seen: list[int] = []
+
+    def loss_fn(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if net.training:
+            seen.extend(batch[0][:, 0, 0, 0].tolist())
+        return nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+    arguments = {"loss_fn": loss_fn, "recalibration_data": other, "finetune": FineTune(epochs=1, batch_size=10)}
+    prune(model, small_data(), 0.5, "magnitude", **arguments)
+    assert sorted(seen) == sorted(other.tensors[0][:, 0, 0, 0].tolist())
+    with torch.no_grad():
+        assert torch.allclose(model[1].running_mean, model[0](other.tensors[0]).mean((0, 2, 3)), atol=1e-5)
+
+
+def test_a_failure_after_a_fine_tuned_stage_gives_every_parameter_back() -> None:
+    model = small_network()
+    before = copy.deepcopy(model.state_dict())
+    trained = 0
+
+    def loss_fn(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        nonlocal trained
+        trained += net.training
+        if trained > 9:
+            assert not torch.equal(net[6].bias, before["6.bias"]), "a stage was fine-tuned"
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(
+            model, small_data(), 0.5, "magnitude", loss_fn=loss_fn, stages=3, finetune=FineTune(epochs=1, batch_size=10)
+        )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -171,3 +171,16 @@ def test_batch_statistics_leave_the_running_ones() -> None:
         raise RuntimeError("stop")
     assert not model[1].training and model[1].track_running_stats
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_teacher_of_everything_does_not_learn_with_the_network() -> None:
+    model, fitting = network(norm=True), batches(5, 8)
+    selection = select_parameters(model, ("Linear",), ())
+    with torch.no_grad():
+        before = [model(inputs) for inputs, _ in fitting]
+    whole, part = Teacher(model, None, cross_entropy), Teacher(model, selection, cross_entropy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5
+    assert all(torch.equal(a, b) for a, b in zip(whole.outputs(fitting), before, strict=True))
+    assert not torch.allclose(part.outputs(fitting)[0], before[0]), "biases are the network's own"

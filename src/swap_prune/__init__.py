@@ -4,6 +4,7 @@ One call, ``prune(model, data, sparsity)``, on any ``torch.nn.Module``; start re
 """
 
 from swap_prune.artifact import load_pruned
+from swap_prune.finetune import FineTune, FineTuneReport, finetune
 from swap_prune.fisher.noise import (
     AdversarialInputs,
     AnalogMemory,
@@ -13,6 +14,7 @@ from swap_prune.fisher.noise import (
     NoiseModel,
     PoisonedRows,
 )
+from swap_prune.masks import MaskKeeper, keep_masks, masks_of
 from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
@@ -26,10 +28,13 @@ __all__ = [
     "OBD",
     "AdversarialInputs",
     "AnalogMemory",
+    "FineTune",
+    "FineTuneReport",
     "GradientNoise",
     "InputNoise",
     "LabelNoise",
     "Magnitude",
+    "MaskKeeper",
     "NoiseModel",
     "PoisonedRows",
     "PruningReport",
@@ -37,7 +42,10 @@ __all__ = [
     "Wanda",
     "WoodFisher",
     "__version__",
+    "finetune",
+    "keep_masks",
     "load_pruned",
+    "masks_of",
     "prune",
 ]
 

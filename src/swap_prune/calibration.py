@@ -9,6 +9,8 @@ each stage going on where the last one stopped, from the start again at the end)
 from __future__ import annotations
 
 import itertools
+import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -59,7 +61,34 @@ class CalibrationStream:
             ValueError: If the data is empty or exhausted.
         """
         batches = self._draw_indexed(samples) if self._indexed else self._draw_iterated(samples)
-        return [map_tensors(lambda t: t.to(self._device), batch) for batch in batches]
+        return [self._placed(batch) for batch in batches]
+
+    def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
+        """Yield as many samples as the data holds, batch by batch, to train on.
+
+        A Dataset is read in a new order. Other data goes on where it was, in batches as they come, split where they
+        hold more than ``size`` samples.
+
+        Args:
+            size: Samples a batch.
+            generator: Random state for the order of a Dataset (CPU). What ``draw`` draws does not depend on it.
+
+        Yields:
+            How much of the pass came before a batch, in [0, 1], and the batch. For data of unknown length it is 0.
+
+        Raises:
+            ValueError: If the data is empty or exhausted.
+        """
+        if self._indexed:
+            order = torch.randperm(self._count(), generator=generator).tolist()
+            for start in range(0, len(order), size):
+                yield start / len(order), self._placed(self._collate(order[start : start + size]))
+            return
+        length = operator.length_hint(self._data, 0) or float("inf")
+        for number, batch in enumerate(self._draw_iterated(sys.maxsize)):
+            parts = split_batches([batch], size)
+            for place, part in enumerate(parts):
+                yield min((number + place / len(parts)) / length, 1.0), self._placed(part)
 
     def draw_apart(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
         """Draw ``samples`` samples, and ``held_out`` more that are not among them.
@@ -85,21 +114,30 @@ class CalibrationStream:
             missing -= size
         return fitting, apart
 
-    def _draw_indexed(self, samples: int) -> list[Any]:
+    def _placed(self, batch: Any) -> Any:
+        return map_tensors(lambda t: t.to(self._device), batch)
+
+    def _count(self) -> int:
         size = len(self._data)
         if size == 0:
             raise ValueError("the calibration data set is empty: at least one sample is needed")
+        return size
+
+    def _collate(self, indices: list[int]) -> Any:
+        fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
+        return default_collate(fetch(indices))
+
+    def _draw_indexed(self, samples: int) -> list[Any]:
+        size = self._count()
         take = min(samples, size)
         if len(self._order) < take:  # a new permutation; nothing is drawn twice within one draw
             held = set(self._order)
             fresh = torch.randperm(size, generator=self._generator).tolist()
             self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
         indices, self._order = self._order[:take], self._order[take:]
-        fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
-        return [default_collate(fetch(indices[i : i + _COLLATE])) for i in range(0, take, _COLLATE)]
+        return [self._collate(indices[i : i + _COLLATE]) for i in range(0, take, _COLLATE)]
 
-    def _draw_iterated(self, samples: int) -> list[Any]:
-        batches: list[Any] = []
+    def _draw_iterated(self, samples: int) -> Iterator[Any]:
         got = 0
         while got < min(samples, self._pass_size or samples):
             batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
@@ -116,9 +154,8 @@ class CalibrationStream:
             if surplus > 0 and is_sliceable(batch):
                 self._rest = slice_batch(batch, size - surplus, size)
                 batch = slice_batch(batch, 0, size - surplus)
-            batches.append(batch)
+            yield batch
             got += size
-        return batches
 
     def _read_passes(self) -> Iterator[Any]:
         """Yield batch after batch for ever, None at the end of each pass."""

@@ -25,6 +25,7 @@ from swap_prune.experiments.bench import usable_device
 from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.finetune import parse_finetune
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import METHODS, resolve_method
 from swap_prune.pipeline import prune as prune_model
@@ -99,6 +100,9 @@ def prune(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")
     ] = True,
+    finetune: Annotated[
+        str | None, typer.Option(help="train under the mask after each stage: epochs=2,lr=0.01; also optimizer, ...")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="memory budget, such as 4GB")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="a setting of the method: name=value; may be repeated")
@@ -110,6 +114,7 @@ def prune(
 ) -> None:
     """Prune a trained network, measure it on the test images, and save it."""
     solver = resolve_method(method, dict(map(_parse_setting, settings or [])))
+    training = None if finetune is None else parse_finetune(finetune)
     target = check_output_directory(out) if out is not None else None
     network, images = _load(model, weights, data, data_dir, width)
     report = prune_model(
@@ -124,6 +129,7 @@ def prune(
         schedule=schedule,
         recalibrate_batchnorm=recalibrate,
         recalibration_data=recalibration_data(images, seed),
+        finetune=training,
         noise=noise,
         defence=defence,
         memory=memory,

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "eval_mode"]
+__all__ = ["batch_statistics", "eval_mode", "training_mode"]
+
+
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Run a block with the whole model in eval mode, then give each module its own mode back."""
+    return _mode(model, training=False)
+
+
+def training_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Run a block with the whole model in training mode, then give each module its own mode back."""
+    return _mode(model, training=True)
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block with the whole model in eval mode, then give each module its own mode back."""
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """READ FIRST: the whole of pruning on one page.
 
-    select -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> recalibrate, once a stage
+    select -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> (fine-tune) -> recalibrate, once a stage
 
 Each stage draws fresh calibration samples, takes their gradients at the network's current weights, states a
 :class:`PruningProblem`, lets the method solve it, and writes the answer to the network. The sparsity of the
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream
+from swap_prune.finetune import FineTune
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
@@ -52,6 +53,7 @@ def prune(
     schedule: str = "exponential",
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
+    finetune: FineTune | None = None,
     noise: Any = None,
     defence: str | None = "auto",
     memory: str | int | None = None,
@@ -78,6 +80,9 @@ def prune(
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
+        finetune: Train the network under its mask after each stage, as these settings say, on ``recalibration_data`` or
+            ``data``, which must come to an end; all parameters change, pruned weights stay zero. The next stage takes
+            fresh gradients.
         noise: Noise on data, weights or gradients, to measure how a method bears it: text such as
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true
@@ -100,6 +105,8 @@ def prune(
     sparsities = sparsity_schedule(sparsity, stages, schedule)
     if defence not in ("auto", "none", None):
         raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
+    if finetune is not None and not isinstance(finetune, FineTune):
+        raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
     _check_whole("samples", samples, 1)
     _check_whole("seed", seed, 0)
     if seed >= 2**63:
@@ -134,11 +141,13 @@ def prune(
         else CalibrationStream(recalibration_data, generator, place),
         normalised=normalised,
         defended=defence == "auto",
+        finetune=finetune,
     )
-    with restored_on_error(model, selection), StageProgress(progress, stages) as shown:
+    changing = selection if finetune is None else None  # fine-tuning changes every parameter
+    with restored_on_error(model, changing), StageProgress(progress, stages) as shown:
         notes = repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
         teacher = (
-            Teacher(model, selection, loss) if solver.needs_held_out and isinstance(loss, GaussNewtonLoss) else None
+            Teacher(model, changing, loss) if solver.needs_held_out and isinstance(loss, GaussNewtonLoss) else None
         )
         records = [
             runner.run(target, shown, number, teacher, final=number == stages)
@@ -156,7 +165,7 @@ def prune(
         "noise": noise_model.settings(),
         "defence": defence if defence is not None else "none",
         "device": str(place),
-    }
+    } | ({} if finetune is None else {"finetune": asdict(finetune)})
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
 
 

@@ -11,7 +11,7 @@ __all__ = ["StageProgress"]
 
 
 class StageProgress:
-    """A bar over the calibration rows of the running stage.
+    """A bar over the calibration rows of the running stage, or the epochs of its fine-tuning.
 
     Args:
         shown: Whether to show anything.
@@ -24,13 +24,13 @@ class StageProgress:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} gradients"),
+            TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not (shown and console.is_terminal),
         )
-        self._task = self._bar.add_task("pruning", total=None)
+        self._task = self._bar.add_task("pruning", total=None, unit="gradients")
 
     def __enter__(self) -> StageProgress:
         """Start the bar."""
@@ -46,8 +46,17 @@ class StageProgress:
     def stage(self, number: int, sparsity: float, rows: int) -> None:
         """Begin a stage that will capture some rows."""
         label = f"stage {number}/{self._stages}: sparsity {sparsity:.4f}"
-        self._bar.reset(self._task, total=rows, description=label)
+        self._bar.reset(self._task, total=rows, description=label, unit="gradients")
 
     def advance(self, rows: int) -> None:
         """Count rows that were captured."""
         self._bar.advance(self._task, rows)
+
+    def train(self, epochs: int, number: int | None = None) -> None:
+        """Begin the fine-tuning of a stage, or one by itself."""
+        label = "fine-tuning" if number is None else f"stage {number}/{self._stages}: fine-tuning"
+        self._bar.reset(self._task, total=epochs, description=label, unit="epochs")
+
+    def reach(self, epochs: float) -> None:
+        """Say how many epochs are done, in fractions."""
+        self._bar.update(self._task, completed=round(epochs, 1))

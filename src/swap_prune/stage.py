@@ -1,6 +1,6 @@
 """One stage of pruning: fresh samples, their gradients, the regression, and the answer written to the network.
 
-    draw -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> recalibrate
+    draw -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> (fine-tune) -> recalibrate
 
 What all stages of a run share is a :class:`StageRunner`; the pipeline makes one and runs it stage by stage.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.calibration import CalibrationStream, batch_size, split_batches
+from swap_prune.finetune import FineTune, train
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.defence import LowRank
 from swap_prune.fisher.factor import DenseFactor
@@ -58,6 +59,7 @@ class StageRunner:
         recalibration: Where those for BatchNorm's statistics come from.
         normalised: Whether BatchNorm is recalibrated.
         defended: Whether noise is looked for.
+        finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
     """
 
     model: nn.Module
@@ -74,11 +76,12 @@ class StageRunner:
     recalibration: CalibrationStream
     normalised: bool
     defended: bool
+    finetune: FineTune | None = None
 
     def run(
         self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
     ) -> StageReport:
-        """Capture, solve, apply, recalibrate."""
+        """Capture, solve, apply, fine-tune, recalibrate."""
         started = time.perf_counter()
         problem = PruningProblem(
             self.selection.read(self.model), keep_count(self.selection.total, sparsity), selection=self.selection
@@ -106,6 +109,8 @@ class StageRunner:
             problem = replace(problem, inputs=inputs)
         solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
         write_weights(self.model, self.selection, solution.weights, solution.kept)
+        if self.finetune is not None:
+            evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
         if self.normalised:
             drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
             recalibrate_batchnorm(self.model, drawn, self.loss_fn)
@@ -119,6 +124,13 @@ class StageRunner:
             iterations=solution.iterations,
             evidence=evidence | dict(solution.evidence),
         )
+
+    def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
+        """Train under the mask of a stage; returns the mean loss of each epoch."""
+        shown.train(settings.epochs, number)
+        masks, generator = self.selection.split(kept), forked_generator(self.seed, f"fine-tuning {number}")
+        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, shown.reach)
+        return list(report.losses)
 
     def _corrupt(self, batches: list[Any]) -> list[Any]:
         return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)

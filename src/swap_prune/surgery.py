@@ -1,4 +1,4 @@
-"""The only module that changes a model: selected weights and BatchNorm statistics.
+"""The only module that changes a model, fine-tuning apart: selected weights and BatchNorm statistics.
 
 Sixth and seventh step of the pipeline: the solution is written to the parameters in place, then the running
 statistics of BatchNorm are estimated anew, since pruning moves the activations that they describe.
@@ -22,6 +22,7 @@ from swap_prune.selection import Selection
 __all__ = [
     "batchnorm_layers",
     "batchnorm_misfit",
+    "fill_lost",
     "recalibrate_batchnorm",
     "repair_batchnorm",
     "restored_on_error",
@@ -59,20 +60,38 @@ def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept:
             parameter.copy_(stored.masked_fill(~masks[name].to(parameter.device), 0))
 
 
+def fill_lost(parameter: nn.Parameter, kept: Tensor) -> None:
+    """Give kept weights that became exactly zero, as training in half precision may have it, the smallest number.
+
+    Args:
+        parameter: Changed in place.
+        kept: Mask of its shape, boolean.
+    """
+    with torch.no_grad():
+        parameter.masked_fill_((parameter == 0) & kept, torch.finfo(parameter.dtype).smallest_normal)
+
+
 @contextmanager
-def restored_on_error(model: nn.Module, selection: Selection) -> Iterator[None]:
-    """Give the selected weights and the BatchNorm statistics back if the block does not end well."""
-    parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in selection.names}
-    buffers = [(b, b.detach().clone()) for layer in batchnorm_layers(model) for b in layer.buffers()]
+def restored_on_error(model: nn.Module, selection: Selection | None = None) -> Iterator[None]:
+    """Give the model back what it had if the block does not end well.
+
+    Args:
+        model: The network.
+        selection: Only its weights and the BatchNorm statistics will change; by default all parameters and buffers may.
+    """
+    if selection is None:
+        tensors = [*model.parameters(), *model.buffers()]
+    else:
+        parameters = dict(model.named_parameters())
+        tensors = [parameters[name] for name in selection.names]
+        tensors += [buffer for layer in batchnorm_layers(model) for buffer in layer.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for name, values in before.items():
-                parameters[name].copy_(values)
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
         raise
 
 

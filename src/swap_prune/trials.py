@@ -37,17 +37,18 @@ _TEACHER_SHARE = 0.5  # of the divergence from the dense network in the slope
 
 
 class Teacher:
-    """The network as it was before pruning: its selected weights and BatchNorm statistics.
+    """The network as it was before pruning: what of it will change.
 
     Args:
         model: The network, not pruned yet.
-        selection: The weights that pruning will change.
+        selection: The weights that will change, beside BatchNorm's statistics; None where all parameters will.
         loss: What reads the outputs.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection, loss: GaussNewtonLoss) -> None:
+    def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
         statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
-        weights = {name: p.detach() for name, p in model.named_parameters() if name in selection.names}
+        names = None if selection is None else selection.names
+        weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
         weights |= {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
         self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)

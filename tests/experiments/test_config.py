@@ -38,7 +38,9 @@ def test_configs_of_the_project_are_valid(path: Path) -> None:
 
 
 def test_there_are_configs() -> None:
-    assert {"mlpnet", "mlpnet_noise", "resnet20", "mobilenetv1", "resnet50"} <= {path.stem for path in CONFIGS}
+    assert {"mlpnet", "mlpnet_noise", "resnet20", "resnet20_gradual", "mobilenetv1", "resnet50"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
@@ -72,6 +74,9 @@ BAD = {
     "schedule": ('schedule = "steep"\n' + GOOD, "schedule: must be one of exponential"),
     "noise": ('noise = ["none", "thunder"]\n' + GOOD, "noise.1: noise must be one of"),
     "noise setting": ('noise = "gradient:std=loud"\n' + GOOD, "noise.0: noise setting 'std' must be a number"),
+    "finetune": ("finetune = 2\n" + GOOD, "finetune: must be a table"),
+    "unknown key of finetune": (GOOD + "[finetune]\neras = 2", "finetune: fine-tuning has no setting 'eras'; it has"),
+    "value of finetune": (GOOD + "[finetune]\nlr = -1", "finetune: lr of fine-tuning must be a finite number above 0"),
     "not TOML": ("model = ", "is not TOML"),
 }
 
@@ -121,6 +126,7 @@ def test_ids_do_not_depend_on_the_rest_of_the_grid() -> None:
         {"noise": "gradient:std=1"},
         {"recalibrate_batchnorm": False},
         {"test_images": 10},
+        {"finetune": {"epochs": 1}},
         {"targets": ["0"]},
         {"ignore": ["0"]},
         {"methods": [{"name": "lr", "settings": {"damping": 2.0}}]},
@@ -131,6 +137,18 @@ def test_ids_depend_on_every_setting(change: dict[str, object]) -> None:
     assert not {r.id for r in plan_runs(tiny.experiment(), "w")} & {
         r.id for r in plan_runs(tiny.experiment(**change), "w")
     }
+
+
+def test_ids_depend_on_what_fine_tuning_does_and_not_on_how_it_is_written() -> None:
+    tables = ({"lr": 1}, {"lr": 1.0, "epochs": 2}, {"lr": 1.0, "epochs": 3})
+    ids = [plan_runs(tiny.experiment(finetune=table), "w")[0].id for table in tables]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_without_fine_tuning_ids_are_those_of_before_it_was_there() -> None:
+    (run, *_) = plan_runs(tiny.experiment(), "w")
+    assert run.id == "2cf09fdaeb6aed77"
+    assert "finetune" not in run.settings and "finetune" not in tiny.experiment().model_dump(mode="json")
 
 
 def test_ids_depend_on_the_weights_but_not_on_their_path() -> None:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from tests import tiny
 
-from swap_prune import LR, prune
+from swap_prune import LR, FineTune, prune
 from swap_prune.experiments import run as run_module
 from swap_prune.experiments.bench import Bench, prepare, seeded
 from swap_prune.experiments.config import Experiment
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.results import RunResult, read_results
 from swap_prune.experiments.run import Outcome, run_experiment
+from swap_prune.experiments.tables import as_markdown, summarise
 
 TIMINGS = {"seconds", "peak_memory"}
 
@@ -55,6 +56,21 @@ def test_results_are_those_of_the_users_own_calls(tmp_path: Path) -> None:
         assert result.layers == {name: layer.sparsity for name, layer in report.layers.items()}
         assert result.evidence == [stage.evidence for stage in report.stages]
         assert result.seconds is not None and result.peak_memory is not None and result.peak_memory > 10**7
+
+
+def test_fine_tuning_is_that_of_the_users_own_calls(tmp_path: Path) -> None:
+    experiment = tiny.experiment(finetune={"epochs": 2, "batch_size": 20}, sparsities=0.8, seeds=1, stages=2)
+    start(tmp_path, experiment)
+    for result in read_results(tmp_path):
+        with seeded(0):
+            network = tiny.network()
+        settings = FineTune(epochs=2, batch_size=20)
+        method = LR(damping=1.0, first_order=0.0) if result.label == "lr" else "magnitude"
+        report = prune(network, tiny.data()[0], 0.8, method, samples=40, stages=2, seed=1, finetune=settings)
+        assert result.settings["finetune"] == report.settings["finetune"]
+        assert result.evidence == [stage.evidence for stage in report.stages]
+        assert result.accuracy == evaluate(network, tiny.data()[1]).accuracy
+    assert "fine-tuning epochs 2" in as_markdown(summarise(read_results(tmp_path)))
 
 
 def test_a_finished_experiment_has_nothing_to_do(tmp_path: Path) -> None:

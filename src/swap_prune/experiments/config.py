@@ -21,11 +21,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from swap_prune.finetune import FineTune, parse_finetune
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.schedule import SCHEDULES
@@ -54,10 +57,19 @@ def _check_schedule(name: str) -> str:
     return name
 
 
+def _read_finetune(table: Any) -> FineTune:
+    if isinstance(table, FineTune):
+        return table
+    if not isinstance(table, Mapping):
+        raise ValueError(f"must be a table of settings such as epochs = 2, got {table!r}")
+    return parse_finetune(table)
+
+
 _Whole = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Sparsity = Annotated[float, Field(ge=0, lt=1)]
 _Noise = Annotated[str, AfterValidator(_check_noise)]
+_FineTune = Annotated[FineTune, BeforeValidator(_read_finetune)]
 
 
 class _Table(BaseModel):
@@ -124,6 +136,7 @@ class Experiment(_Table):
         schedule: Sparsity over the stages.
         recalibrate_batchnorm: As for ``prune``.
         evaluate_before_recalibration: Also measure the pruned weights with the dense network's BatchNorm statistics.
+        finetune: Train under the mask after each stage, as these settings say; None: not at all.
     """
 
     model: str
@@ -142,6 +155,13 @@ class Experiment(_Table):
     schedule: Annotated[str, AfterValidator(_check_schedule)] = "exponential"
     recalibrate_batchnorm: bool = True
     evaluate_before_recalibration: bool = False
+    finetune: _FineTune | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave fine-tuning out where there is none, so that ids and files are those of before it was there."""
+        table: dict[str, Any] = handler(self)
+        return {name: value for name, value in table.items() if name != "finetune" or value is not None}
 
     @field_validator("methods")
     @classmethod

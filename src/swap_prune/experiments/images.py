@@ -130,6 +130,10 @@ class AugmentedBatches:
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
 
+    def __len__(self) -> int:
+        """Return the number of batches of a pass."""
+        return -(-len(self._images) // self._batch_size)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one pass of (images, classes) batches."""
         order = torch.randperm(len(self._images), generator=self._generator)

@@ -135,6 +135,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         schedule=experiment.schedule,
         recalibrate_batchnorm=experiment.recalibrate_batchnorm,
         recalibration_data=recalibration_data(images, run.seed),
+        finetune=experiment.finetune,
         noise=None if noise == "none" else noise,
         seed=run.seed,
     )

@@ -196,6 +196,8 @@ def _notes(results: Sequence[RunResult], first: RunResult) -> list[str]:
 
 def _settings(result: RunResult) -> str:
     shown = {name: result.settings[name] for name in ("samples", "schedule", "recalibrate_batchnorm")}
+    if "finetune" in result.settings:
+        shown |= {f"fine-tuning {name}": value for name, value in result.settings["finetune"].items()}
     shown["test images"] = result.test_samples
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 

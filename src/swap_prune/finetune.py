@@ -1,0 +1,309 @@
+"""Fine-tuning of a pruned network: ordinary training, with what is pruned kept at exactly zero.
+
+    repeat for every epoch and batch:  w <- optimiser(w, m * grad mean loss),  w <- m * w
+
+The masks m are kept by :mod:`swap_prune.masks`. Place in the pipeline: after a stage's weights are written and before
+BatchNorm is recalibrated, where gradual pruning trains between stages (the paper, section 5); or after pruning, by
+itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.losses import LossFn, check_calibration, cross_entropy
+from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
+from swap_prune.modes import eval_mode, training_mode
+from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator
+from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.surgery import batchnorm_layers, fill_lost, restored_on_error
+
+__all__ = ["FineTune", "FineTuneReport", "finetune", "parse_finetune", "train"]
+
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], FineTune], Optimizer]] = {
+    "sgd": lambda p, s: torch.optim.SGD(p, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+    "adam": lambda p, s: torch.optim.Adam(p, lr=s.lr, betas=(s.momentum, 0.999), weight_decay=s.weight_decay),
+    "adamw": lambda p, s: torch.optim.AdamW(p, lr=s.lr, betas=(s.momentum, 0.999), weight_decay=s.weight_decay),
+}
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the training that is done -> factor of lr
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("above 0", lambda value: value > 0),
+    "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "weight_decay": ("of at least 0", lambda value: value >= 0),
+}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Settings of a fine-tuning; in gradual pruning, of the one after each stage.
+
+    Attributes:
+        epochs: Passes over the data, >= 1.
+        optimizer: ``sgd``, ``adam`` or ``adamw``. Each stage begins with a fresh one.
+        lr: Learning rate at the beginning, > 0.
+        momentum: Of SGD; for Adam its first beta. In [0, 1).
+        weight_decay: As torch's optimiser of that name has it, >= 0, on all parameters.
+        schedule: How the learning rate falls to zero over the epochs, step by step: ``cosine``, ``linear``; or
+            ``constant``. Over data of unknown length it falls from epoch to epoch.
+        batch_size: Samples a step, >= 1. Batches that the data brings are split where they hold more.
+    """
+
+    epochs: int = 2
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of fine-tuning must be a whole number of at least 1, got {value!r}")
+        for name, (words, holds) in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not (holds(value) and value < math.inf):
+                raise ValueError(f"{name} of fine-tuning must be a finite number {words}, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} of fine-tuning must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True)
+class FineTuneReport:
+    """What a fine-tuning did.
+
+    Attributes:
+        epochs: Passes over the data.
+        steps: Steps of the optimiser.
+        losses: Mean training loss of each epoch, while its weights were changing.
+        seconds: Wall-clock seconds.
+    """
+
+    epochs: int
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+
+
+def finetune(
+    model: nn.Module,
+    data: Any,
+    settings: FineTune | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> FineTuneReport:
+    """Train a pruned network in place; what is pruned stays exactly zero.
+
+    All parameters that require a gradient are trained, in training mode: BatchNorm's running statistics move, dropout
+    is active. Modes and gradients are given back afterwards.
+
+    Args:
+        model: The network. If anything goes wrong it is left as it was.
+        data: Training data: a Dataset, or an iterable of batches that ``loss_fn`` takes and that comes to an end. What
+            it draws from PyTorch's own random state, such as an augmentation or the order of a DataLoader, is
+            reproducible from ``seed``.
+        settings: Optimiser, epochs and so on.
+        loss_fn: ``(model, batch) -> (n,)`` per-sample losses, of which the mean is taken; by default the
+            cross-entropy of batches ``(inputs, targets)``.
+        masks: Parameter name to boolean mask of its shape, true where a weight is kept. By default what is zero now
+            is pruned.
+        targets: Without ``masks``: where zeros are looked for, as for ``prune``.
+        ignore: The same, where they are not.
+        seed: Seed of the order and of dropout; PyTorch's own random state is the same afterwards.
+        device: Where to compute; the model is moved there. By default where it is.
+        progress: Show progress on standard error.
+
+    Returns:
+        Epochs, steps, losses, seconds.
+
+    Raises:
+        ValueError: If an argument, the data, the model or the loss cannot be used, or the training diverges. The
+            message says what was received and what to do.
+    """
+    settings = FineTune() if settings is None else settings
+    if not isinstance(settings, FineTune):
+        raise ValueError(f"settings must be a swap_prune.FineTune, got {settings!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number in [0, 2**63), got {seed!r}")
+    kept = resolve_masks(model, masks, targets, ignore)
+    if device is not None:
+        model.to(device)
+    generator = forked_generator(seed, "fine-tuning")
+    stream = CalibrationStream(data, generator, next(model.parameters()).device)
+    with restored_on_error(model), StageProgress(progress, 1) as shown:
+        shown.train(settings.epochs)
+        loss = cross_entropy if loss_fn is None else loss_fn
+        return train(model, stream, settings, loss, kept, generator, shown.reach)
+
+
+def train(
+    model: nn.Module,
+    stream: CalibrationStream,
+    settings: FineTune,
+    loss_fn: LossFn,
+    masks: Mapping[str, Tensor],
+    generator: torch.Generator,
+    reach: Callable[[float], None],
+) -> FineTuneReport:
+    """Train under masks; see :func:`finetune`. Nothing is given back on an error.
+
+    Args:
+        model: The network, changed in place.
+        stream: The data.
+        settings: Optimiser, epochs and so on.
+        loss_fn: Per-sample loss.
+        masks: Parameter name to mask.
+        generator: Random state of the order, and of what PyTorch's own is seeded with meanwhile (CPU).
+        reach: Called with the number of epochs done, in fractions.
+
+    Raises:
+        ValueError: If there is nothing to train, or the loss is not finite.
+    """
+    started = time.perf_counter()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: unfreeze what is to be trained")
+    pairs = pair_masks(model, masks)
+    were_zero = [parameter.detach() == 0 for parameter, _ in pairs]
+    losses: list[float] = []
+    steps = 0
+    with _training(model, trained, generator):
+        optimizer = _OPTIMIZERS[settings.optimizer](trained, settings)
+        with MaskKeeper(pairs, [optimizer]):
+            course = _Course(model, optimizer, settings, loss_fn, stream, generator, reach)
+            for epoch in range(settings.epochs):
+                loss, taken = course.run_epoch(epoch)
+                losses.append(loss)
+                steps += taken
+    for (parameter, mask), zero in zip(pairs, were_zero, strict=True):
+        fill_lost(parameter, mask.to(zero.device) & ~zero)
+    if not all(bool(parameter.isfinite().all()) for parameter in trained):
+        raise ValueError(_diverged("the weights are not finite after the last step", settings))
+    return FineTuneReport(settings.epochs, steps, tuple(losses), time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What all epochs of a training share."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    settings: FineTune
+    loss_fn: LossFn
+    stream: CalibrationStream
+    generator: torch.Generator
+    reach: Callable[[float], None]
+
+    def run_epoch(self, epoch: int) -> tuple[float, int]:
+        """Train on every sample once; returns the mean loss and the number of steps."""
+        total, samples, steps = 0.0, 0, 0
+        alone = bool(batchnorm_layers(self.model))  # one sample has no variance
+        for share, batch in self.stream.read_pass(self.settings.batch_size, self.generator):
+            if alone and batch_size(batch) == 1:
+                continue
+            if epoch == steps == 0:
+                with eval_mode(self.model):
+                    check_calibration(self.model, self.loss_fn, [batch])
+            loss = self._step((epoch + share) / self.settings.epochs, batch)
+            if not math.isfinite(loss):
+                where = f"the loss is {loss} in step {steps + 1} of epoch {epoch + 1}"
+                raise ValueError(_diverged(where, self.settings))
+            size = batch_size(batch)
+            total, samples, steps = total + loss * size, samples + size, steps + 1
+            self.reach(epoch + share)
+        if steps == 0:
+            raise ValueError(
+                "fine-tuning needs batches of at least 2 samples for a network with BatchNorm, got none: raise "
+                f"batch_size (now {self.settings.batch_size}), or give larger batches"
+            )
+        return total / samples, steps
+
+    def _step(self, done: float, batch: Any) -> float:
+        """Take one step of the optimiser; returns the mean loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * _SCHEDULES[self.settings.schedule](done)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_fn(self.model, batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.item()
+
+
+@contextmanager
+def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
+    """Run a block in training mode, with PyTorch's random state seeded; give modes, gradients and states back."""
+    place = trained[0].device
+    gradients = [parameter.grad for parameter in trained]
+    with torch.random.fork_rng([place] if place.type == "cuda" else []), training_mode(model), torch.enable_grad():
+        seed = int(torch.randint(2**62, (), generator=generator))
+        torch.default_generator.manual_seed(seed)
+        if place.type == "cuda":
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+
+
+def _diverged(what: str, settings: FineTune) -> str:
+    return f"fine-tuning diverged: {what}; lower lr (now {settings.lr:g}), or check the data and the weights"
+
+
+def parse_finetune(spec: str | Mapping[str, Any]) -> FineTune:
+    """Make settings from text such as ``"epochs=2,lr=0.01"``, or from a table of them.
+
+    Raises:
+        ValueError: If a setting is not known or its value is refused.
+    """
+    known = {field.name: field.default for field in fields(FineTune)}
+    table: dict[str, Any] = {}
+    for name, value in spec.items() if isinstance(spec, Mapping) else map(_parse_item, spec.split(",")):
+        if name not in known:
+            raise ValueError(f"fine-tuning has no setting {name!r}; it has {', '.join(known)}")
+        number = isinstance(spec, str) and not isinstance(known[name], str)
+        table[name] = _parse_number(name, value, whole=isinstance(known[name], int)) if number else value
+    return FineTune(**table)
+
+
+def _parse_item(item: str) -> tuple[str, str]:
+    name, separator, value = (part.strip() for part in item.partition("="))
+    if not (separator and name and value):
+        raise ValueError(f"fine-tuning needs name=value, joined with commas, got {item!r}")
+    return name, value
+
+
+def _parse_number(name: str, text: str, *, whole: bool) -> int | float:
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        raise ValueError(f"{name} of fine-tuning must be a {'whole ' * whole}number, got {text!r}") from None

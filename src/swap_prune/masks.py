@@ -1,0 +1,198 @@
+"""Masks that hold while someone trains: pruned weights stay exactly zero through any optimiser.
+
+With a mask m of zeros and ones, the optimiser is made to see ``f(m * w)``: the gradient is ``m * grad f``, and so is
+whatever it remembers (momentum, second moments). After every step w becomes ``m * w``, since an optimiser may also move
+weights whose gradient and memory are zero. Nothing builds up behind a mask.
+
+Place in the pipeline: used by fine-tuning, and by anybody's own training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from swap_prune.selection import DEFAULT_TARGETS, select_parameters
+
+__all__ = ["MaskKeeper", "keep_masks", "masks_of", "pair_masks", "resolve_masks"]
+
+
+def masks_of(
+    model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS, ignore: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Read the masks off a pruned network: what is zero counts as pruned.
+
+    Args:
+        model: The network.
+        targets: What is looked at, as for ``prune``.
+        ignore: What is not.
+
+    Returns:
+        Parameter name to its mask, boolean, of the parameter's shape: true where a weight is kept.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing is left.
+    """
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach() != 0 for name in select_parameters(model, targets, ignore).names}
+
+
+def keep_masks(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    ignore: Sequence[str] = (),
+) -> MaskKeeper:
+    """Keep pruned weights exactly zero in a training loop, until the keeper is removed.
+
+    Args:
+        model: The pruned network.
+        optimizer: Any optimiser of ``torch.optim`` or of its kind, or several of them. A wrapper that holds one as
+            ``.optimizer`` counts as that one.
+        masks: Parameter name to boolean mask of its shape, true where a weight is kept. By default what is zero now
+            is pruned.
+        targets: Without ``masks``: where zeros are looked for, as for ``prune``.
+        ignore: The same, where they are not.
+
+    Returns:
+        The keeper: a context manager, and a handle with ``remove()``.
+
+    Raises:
+        ValueError: If a mask does not fit the network, there is no zero to keep, or no optimiser holds a weight that
+            has a mask.
+    """
+    optimizers = [_unwrap(part) for part in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
+    pairs = pair_masks(model, resolve_masks(model, masks, targets, ignore))
+    held = {id(parameter) for part in optimizers for group in part.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter, _ in pairs):
+        raise ValueError(
+            f"the optimizer holds none of the {len(pairs)} masked parameters of {type(model).__name__}: make it from "
+            "model.parameters() of this model, or pass the model that it was made for"
+        )
+    return MaskKeeper(pairs, optimizers)
+
+
+def resolve_masks(
+    model: nn.Module, masks: Mapping[str, Tensor] | None, targets: Sequence[str], ignore: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """Return the masks given, or those of the network's zeros, of which there must be one.
+
+    Raises:
+        ValueError: If there is no zero.
+    """
+    if masks is not None:
+        return masks
+    found = masks_of(model, targets, ignore)
+    if all(bool(mask.all()) for mask in found.values()):
+        raise ValueError(
+            f"no selected weight of {type(model).__name__} is zero, so there is no mask to keep: prune it first, or "
+            "pass masks="
+        )
+    return found
+
+
+def pair_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return each masked parameter with its mask.
+
+    Raises:
+        ValueError: If a mask has no parameter, or is not boolean and of its shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"masks names {name!r}, which is no parameter of {type(model).__name__}")
+        shape = tuple(parameters[name].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise ValueError(f"the mask of {name!r} must be boolean of shape {shape}, got {got}")
+    return [(parameters[name], mask) for name, mask in masks.items()]
+
+
+def _unwrap(optimizer: Any) -> Optimizer:
+    """Return the optimiser inside a wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got a {type(optimizer).__name__}")
+    return optimizer
+
+
+class MaskKeeper:
+    """Hooks on optimisers that keep masks; :func:`keep_masks` makes it.
+
+    Args:
+        pairs: Parameters and their masks, true where a weight is kept.
+        optimizers: The optimisers. What they remember of pruned weights is cleared.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[nn.Parameter, Tensor]], optimizers: Sequence[Optimizer]) -> None:
+        self._pruned = [(parameter, ~mask.to(parameter.device)) for parameter, mask in pairs]
+        self._hooks: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+            self._clear_gradients()
+            self._after_step(optimizer)
+
+    def remove(self) -> None:
+        """Take the hooks off; the weights stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> MaskKeeper:
+        """Return itself: the masks are kept already."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the hooks off."""
+        self.remove()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Clear the gradients of pruned weights, also those that a closure is going to make."""
+        self._clear_gradients()
+        args = tuple(self._masked(part) if callable(part) and part is not optimizer else part for part in args)
+        return args, {name: self._masked(part) if callable(part) else part for name, part in kwargs.items()}
+
+    def _masked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            self._clear_weights()
+            value = closure()
+            self._clear_gradients()
+            return value
+
+        return evaluate
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Clear pruned weights, and what the optimiser remembers of them."""
+        self._clear_weights()
+        for parameter, pruned in self._on_device():
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.ndim and value.shape == pruned.shape:
+                    value.masked_fill_(pruned.to(value.device), 0)
+
+    def _clear_weights(self) -> None:
+        with torch.no_grad():
+            for parameter, pruned in self._on_device():
+                parameter.masked_fill_(pruned, 0)
+
+    def _clear_gradients(self) -> None:
+        for parameter, pruned in self._on_device():
+            if parameter.grad is not None and parameter.grad.layout == torch.strided:
+                parameter.grad.detach().masked_fill_(pruned, 0)
+
+    def _on_device(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters with what is pruned of them, wherever the network was moved."""
+        self._pruned = [(parameter, pruned.to(parameter.device)) for parameter, pruned in self._pruned]
+        return self._pruned

@@ -1,0 +1,207 @@
+"""Masks kept through every optimiser: exact zeros, nothing builds up behind them, as if the weights were not there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from swap_prune import keep_masks, masks_of
+
+Maker = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+OPTIMIZERS: dict[str, Maker] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4),
+    "lbfgs searching": lambda p: torch.optim.LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+}
+GENERATOR = torch.Generator().manual_seed(0)
+INPUTS = torch.randn(40, 6, generator=GENERATOR)
+GOALS = torch.randn(40, 5, generator=GENERATOR)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+def pruned_network() -> nn.Sequential:
+    model = network()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[layer.weight.abs() < layer.weight.abs().median()] = 0
+    return model
+
+
+def step(model: nn.Module, optimizer: Optimizer, inputs: torch.Tensor = INPUTS, goals: torch.Tensor = GOALS) -> float:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (model(inputs) - goals).square().mean()
+        loss.backward()
+        return loss
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return optimizer.step(closure).item()
+    loss = closure()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zeros_stay_after_every_step_and_the_others_learn(name: str) -> None:
+    model = pruned_network()
+    masks = masks_of(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    keep_masks(model, optimizer)
+    losses = []
+    for _ in range(12):
+        losses.append(step(model, optimizer))
+        for parameter, mask in zip((model[0].weight, model[2].weight), masks.values(), strict=True):
+            assert int((parameter == 0).sum()) == int((~mask).sum())
+            assert not parameter[~mask].any()
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor) and value.shape == mask.shape:
+                    assert not value[~mask].any()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_a_keeper_they_come_back(name: str) -> None:
+    """So the tests around this one can fail."""
+    model = pruned_network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    keeper = keep_masks(model, optimizer)
+    keeper.remove()
+    for _ in range(3):
+        step(model, optimizer)
+    assert int((model[0].weight == 0).sum()) < 5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_as_if_the_pruned_weights_were_not_there(name: str) -> None:
+    """A linear map without some of its inputs, and one that never had them, take the same path."""
+    full, part = nn.Linear(6, 1).double(), nn.Linear(3, 1).double()
+    kept = torch.tensor([True, False, True, False, False, True])
+    with torch.no_grad():
+        full.weight[:, ~kept] = 0
+        part.weight.copy_(full.weight[:, kept])
+        part.bias.copy_(full.bias)
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in (full, part)]
+    keep_masks(full, optimizers[0], {"weight": kept.view(1, 6)})
+    for _ in range(8):
+        step(full, optimizers[0], INPUTS.double(), GOALS[:, :1].double())
+        step(part, optimizers[1], INPUTS[:, kept].double(), GOALS[:, :1].double())
+        assert torch.allclose(full.weight[:, kept], part.weight, rtol=1e-6)
+        assert not full.weight[:, ~kept].any()
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "lbfgs"])
+def test_an_optimiser_that_trained_the_dense_network_forgets_what_is_pruned(name: str) -> None:
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    for _ in range(3):
+        step(model, optimizer)
+    masks = {"0.weight": model[0].weight.detach().abs() > 0.2}
+    keep_masks(model, optimizer, masks)
+    assert not model[0].weight[~masks["0.weight"]].any(), "pruned at once"
+    for _ in range(3):
+        step(model, optimizer)
+        assert not model[0].weight[~masks["0.weight"]].any()
+
+
+def test_a_memory_loaded_later_is_cleared_as_well() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    step(model, optimizer)
+    memory = copy.deepcopy(optimizer.state_dict())
+    masks = {"0.weight": model[0].weight.detach() > 0}
+    keep_masks(model, optimizer, masks)
+    optimizer.load_state_dict(memory)
+    assert optimizer.state[model[0].weight]["momentum_buffer"][~masks["0.weight"]].any()
+    step(model, optimizer)
+    assert not model[0].weight[~masks["0.weight"]].any()
+    assert not optimizer.state[model[0].weight]["momentum_buffer"][~masks["0.weight"]].any()
+
+
+def test_half_precision_with_weight_decay() -> None:
+    model = pruned_network().to(torch.bfloat16)
+    masks = masks_of(model)
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    keep_masks(model, optimizer)
+    for _ in range(20):
+        step(model, optimizer, INPUTS.bfloat16(), GOALS.bfloat16())
+        assert not any(dict(model.named_parameters())[name][~mask].any() for name, mask in masks.items())
+
+
+def test_a_gradient_that_is_not_finite_behind_the_mask_does_no_harm() -> None:
+    model = pruned_network()
+    mask = masks_of(model)["0.weight"]
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    keep_masks(model, optimizer)
+    model(INPUTS).sum().backward()
+    model[0].weight.grad[~mask] = float("nan")
+    optimizer.step()
+    assert model[0].weight.isfinite().all() and not model[0].weight[~mask].any()
+
+
+def test_several_optimisers_and_wrappers_of_them() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = pruned_network()
+    masks = masks_of(model)
+    parts = [OPTIMIZERS["adamw"](model[0].parameters()), OPTIMIZERS["momentum"](model[2].parameters())]
+    with keep_masks(model, [Wrapper(Wrapper(parts[0])), parts[1]]):  # type: ignore[list-item]
+        for _ in range(3):
+            for part in parts:
+                step(model, part)
+    assert {name: int((~mask).sum()) for name, mask in masks_of(model).items()} == {
+        name: int((~mask).sum()) for name, mask in masks.items()
+    }
+    step(model, parts[0])
+    assert model[0].weight[~masks["0.weight"]].any(), "the context is over"
+
+
+def test_masks_are_the_zeros_of_what_is_selected() -> None:
+    model = pruned_network()
+    assert list(masks_of(model)) == ["0.weight", "2.weight"]
+    assert torch.equal(masks_of(model, ignore="0")["2.weight"], model[2].weight != 0)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "dense": (lambda: keep_masks(m := network(), sgd(m)), "no mask to keep: prune it first"),
+    "other model": (lambda: keep_masks(pruned_network(), sgd(network())), "holds none of the 2 masked parameters"),
+    "no optimiser": (lambda: keep_masks(network(), 0.1), "must be a torch.optim.Optimizer, got a float"),  # type: ignore[arg-type]
+    "unknown": (lambda: keep_masks(m := network(), sgd(m), {"9.weight": torch.ones(1).bool()}), "'9.weight'"),
+    "shape": (
+        lambda: keep_masks(m := network(), sgd(m), {"0.weight": torch.ones(6, 8).bool()}),
+        r"shape \(8, 6\), got torch.bool \(6, 8\)",
+    ),
+    "numbers": (lambda: keep_masks(m := network(), sgd(m), {"0.weight": torch.ones(8, 6)}), "got torch.float32"),
+    "target": (lambda: masks_of(network(), ["Conv9d"]), "Conv9d"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_refused(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
