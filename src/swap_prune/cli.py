@@ -22,7 +22,7 @@ from swap_prune.artifact import check_output_directory, load_pruned, load_report
 from swap_prune.calibration import CalibrationStream
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import usable_device
-from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
+from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.finetune import parse_finetune
@@ -119,7 +119,7 @@ def prune(
     network, images = _load(model, weights, data, data_dir, width)
     report = prune_model(
         network,
-        images.train,
+        calibration_data(images, seed),
         sparsity,
         solver,
         targets=targets or DEFAULT_TARGETS,

@@ -46,6 +46,7 @@ __all__ = [
     "ImageTensors",
     "Images",
     "Source",
+    "calibration_data",
     "iterate",
     "load_dataset",
     "recalibration_data",
@@ -77,6 +78,7 @@ class Source:
     downloads: tuple[tuple[str, str], ...] = ()  # address and MD5 of a gzipped file, or of a tar of the folder
 
 
+_OTHER_STREAM = 0x5EED  # calibration and recalibration draw augmentations of their own
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 DATASETS: dict[str, Source] = {
     "mnist": Source(
@@ -139,6 +141,16 @@ def load_dataset(
     read = _read_mnist if name == "mnist" else _read_cifar10
     tensors = [ImageTensors(*read(folder, files), mean, std) for files in (source.train, source.test)]
     return ImageData(name, 10, *tensors)
+
+
+def calibration_data(images: ImageData, seed: int) -> Any:
+    """Return what gradients are taken on: the training split, augmented where BatchNorm's statistics belong to that.
+
+    Statistics of images as they are and of augmented ones make two different networks of the same weights; gradients
+    should be those of the network that recalibration will leave.
+    """
+    augmented = recalibration_data(images, seed ^ _OTHER_STREAM)
+    return images.train if augmented is None else augmented
 
 
 def recalibration_data(images: ImageData, seed: int) -> AugmentedBatches | None:

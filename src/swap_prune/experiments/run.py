@@ -22,7 +22,7 @@ from torch import nn
 
 from swap_prune.experiments.bench import Bench, seeded
 from swap_prune.experiments.config import Experiment, Run, plan_runs
-from swap_prune.experiments.datasets import ImageData, recalibration_data
+from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import RunResult, open_results
 from swap_prune.pipeline import prune
@@ -125,7 +125,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
     noise = run.settings["noise"]
     return prune(
         network,
-        images.train,
+        calibration_data(images, run.seed),
         run.settings["sparsity"],
         run.method.resolve(),
         targets=experiment.targets,
