@@ -1,0 +1,79 @@
+"""What does capturing G cost, against a plain backward pass through the same samples?
+
+    python benchmarks/capture.py [--samples 256]
+
+Random weights and random images: the time does not depend on them. The plain pass works on batches of 64. Per-sample
+rows are those of the empirical Fisher; mini-batch rows those that the default takes where BatchNorm is recalibrated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from swap_prune.calibration import split_batches
+from swap_prune.experiments.zoo import build_model
+from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.losses import cross_entropy
+from swap_prune.modes import eval_mode
+from swap_prune.selection import select_parameters
+
+_NETWORKS = {"mlpnet": (1, 28, 10), "resnet20": (3, 32, 10), "mobilenetv1": (3, 224, 1000)}
+
+
+def best_time(function: Callable[[], object], repeats: int = 3) -> float:
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(name: str, samples: int) -> tuple[float, float, float]:
+    """Return the seconds of a plain backward pass, of per-sample rows and of mini-batch rows."""
+    channels, side, classes = _NETWORKS[name]
+    state = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, _ = build_model(name)
+    batch = (
+        torch.randn(samples, channels, side, side, generator=state),
+        torch.randint(classes, (samples,), generator=state),
+    )
+    selection = select_parameters(model)
+
+    def plain() -> None:
+        with eval_mode(model):
+            for part in split_batches([batch], 64):
+                cross_entropy(model, part).mean().backward()
+
+    def mini_batches() -> None:
+        sketch_curvature(model, selection, [batch], cross_entropy, torch.Generator(), in_batches=True)
+
+    return (
+        best_time(plain),
+        best_time(lambda: capture_gradients(model, selection, [batch], cross_entropy)),
+        best_time(mini_batches),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--networks", nargs="+", default=["mlpnet", "resnet20"], choices=list(_NETWORKS))
+    options = parser.parse_args()
+    print("| network | plain backward, s | per-sample rows | mini-batch rows |")
+    print("|---|---|---|---|")
+    for name in options.networks:
+        plain, rows, mixed = measure(name, options.samples)
+        print(f"| {name} | {plain:.3f} | {rows / plain:.2f} x | {mixed / plain:.2f} x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
