@@ -45,16 +45,27 @@ def test_what_is_fixed_is_not_chosen(settings: dict, candidates: int) -> None:
     assert all(evidence[name] == value for name, value in settings.items())
 
 
-def test_steps_are_as_long_and_as_many_as_held_out_samples_gain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.methods.lr.swap_weights", lambda problem, fit: fit)  # one support in all runs
+def test_swaps_stay_where_held_out_samples_gain_by_them() -> None:
     generator = torch.Generator()
-    still = LR(ridge=0.1, damping=1.0, first_order=0).solve(problem_with(None), generator)
-    moved = LR(ridge=0.1, damping=1.0, first_order=0.3).solve(problem_with(None), generator)
+    fixed = {"ridge": 0.1, "damping": 1.0, "first_order": 0}
+    still = LR(swaps=0, **fixed).solve(problem_with(None), generator)
+    swapped = LR(**fixed).solve(problem_with(None), generator)
+    assert still.evidence["swaps"] == 0 < swapped.evidence["swaps"]
+    assert swapped.evidence["objective"] < still.evidence["objective"]
+    for target in (still, swapped):
+        problem = problem_with(lambda w, kept, goal=target.weights: (w - goal).square())
+        assert torch.equal(LR(**fixed).solve(problem, generator).weights, target.weights)
+
+
+def test_steps_are_as_long_and_as_many_as_held_out_samples_gain() -> None:
+    generator = torch.Generator()
+    still = LR(ridge=0.1, damping=1.0, swaps=0, first_order=0).solve(problem_with(None), generator)
+    moved = LR(ridge=0.1, damping=1.0, swaps=0, first_order=0.3).solve(problem_with(None), generator)
     assert not torch.equal(still.weights, moved.weights)
     away = still.weights + 100 * (moved.weights - still.weights)  # 30 steps of length 1 away
     for target, steps in ((still.weights, []), (moved.weights, [0.3]), (away, [8.1, 24.3])):
         problem = problem_with(lambda w, kept, goal=target: (w - goal).square())
-        solution = LR(ridge=0.1, damping=1.0).solve(problem, generator)
+        solution = LR(ridge=0.1, damping=1.0, swaps=0).solve(problem, generator)
         assert solution.evidence["first_order"] == pytest.approx(steps)
         if target is not away:
             assert torch.equal(solution.weights, target)
@@ -90,7 +101,7 @@ def test_held_out_samples_are_not_among_the_others(size: int, fitting: int, apar
     assert len(set(values)) == len(values)
 
 
-@pytest.mark.parametrize("name", ["damping", "first_order", "ridge", "fisher", "metric", "iterations"])
+@pytest.mark.parametrize("name", ["damping", "first_order", "ridge", "fisher", "metric", "iterations", "swaps"])
 def test_settings_out_of_range(name: str) -> None:
     for config in (LR, EWR):
         for value in (-1, float("nan"), "much", None, True):

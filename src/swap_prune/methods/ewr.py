@@ -53,6 +53,7 @@ class EWR:
         metric: As for LR. ``algorithm1`` steps in the identity metric, as the paper does.
         damping: As for LR.
         iterations: As for LR; not used by ``algorithm1``.
+        swaps: As for LR; not used by ``algorithm1``.
         first_order: As for LR; not used by ``algorithm1``.
     """
 
@@ -68,6 +69,7 @@ class EWR:
     metric: Literal["diagonal", "identity"] = "diagonal"
     damping: float | Literal["auto"] = "auto"
     iterations: int = 10
+    swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "ewr"

@@ -38,6 +38,7 @@ class LR:
             ``"identity"``, the paper's.
         damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``, chosen together with the ridge.
         iterations: Hard-thresholding iterations a stage at the most.
+        swaps: Batches of kept and dropped weights that change places after them, at the most; 0 for none.
         first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
             mean gradient out (0, the paper); or ``"auto"``: up to six, as far as held-out samples gain.
     """
@@ -47,6 +48,7 @@ class LR:
     metric: Literal["diagonal", "identity"] = "diagonal"
     damping: float | Literal["auto"] = "auto"
     iterations: int = 10
+    swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "lr"
@@ -83,6 +85,8 @@ class RegressionSettings(Protocol):
     def damping(self) -> float | str: ...
     @property
     def iterations(self) -> int: ...
+    @property
+    def swaps(self) -> int: ...
     @property
     def first_order(self) -> float | str: ...
 
@@ -137,7 +141,7 @@ def fit_pairing(
             best, least = (regression, fit, damping), loss
     assert best is not None, "there is at least one candidate"
     regression, fit, damping = best
-    swapped = swap_weights(regression, fit)
+    swapped = swap_weights(regression, fit, settings.swaps)
     if swapped.swaps and problem.held_out is not None:
         loss = held_out_loss(problem, swapped)
         tried.append({"ridge": regression.ridge, "damping": damping, "swaps": swapped.swaps, "held_out_loss": loss})
@@ -168,9 +172,10 @@ def check_regression_settings(settings: RegressionSettings) -> None:
             continue
         if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
             raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
-    count = settings.iterations
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"iterations must be a whole number of at least 1, got {count!r}")
+    for name, lowest in (("iterations", 1), ("swaps", 0)):
+        count = getattr(settings, name)
+        if isinstance(count, bool) or not isinstance(count, int) or count < lowest:
+            raise ValueError(f"{name} must be a whole number of at least {lowest}, got {count!r}")
 
 
 def is_number(value: object) -> bool:
