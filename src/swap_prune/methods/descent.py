@@ -13,7 +13,7 @@ from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.natural_gradient import NaturalGradient
 from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 
-__all__ = ["held_out_loss", "held_out_losses", "step_down"]
+__all__ = ["held_out_loss", "held_out_losses", "is_significant", "mean_loss", "step_down"]
 
 _STEPS = 6  # natural-gradient steps a stage, at the most
 _LEAST_GAIN = 0.01  # of the held-out loss; a step that gains less is the last one
@@ -121,7 +121,17 @@ def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
     return problem.held_out(fit.weights, kept_set(fit))
 
 
+def is_significant(gain: Tensor) -> bool:
+    """Whether the mean of paired gains on held-out samples, (n_v,), is above its standard error."""
+    return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
+
+
 def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:
     """Return their mean, infinite when it is not a number."""
-    mean = float(held_out_losses(problem, fit).mean())
+    return mean_loss(held_out_losses(problem, fit))
+
+
+def mean_loss(losses: Tensor) -> float:
+    """Return the mean of losses, (n_v,), infinite when it is not a number."""
+    mean = float(losses.mean())
     return mean if math.isfinite(mean) else math.inf

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.methods.descent import held_out_losses, step_down
+from swap_prune.methods.descent import held_out_losses, is_significant, step_down
 from swap_prune.methods.lr import (
     check_regression_settings,
     chooses,
@@ -133,7 +133,7 @@ class EWR:
         gain = held_out_losses(problem, paired) - held_out_losses(problem, coupled)
         evidence["held_out_gain"] = float(gain.mean())
         evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
-        return bool(evidence["held_out_gain"] > evidence["held_out_gain_error"])
+        return is_significant(gain)
 
     def _coupling(
         self, pairing: WeightedRidge, fit: SparseFit, generator: torch.Generator

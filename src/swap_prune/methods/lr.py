@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from swap_prune.methods.descent import held_out_loss, kept_set, step_down
+from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, mean_loss, step_down
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.objective import WeightedRidge, diagonal_metric
@@ -126,7 +126,7 @@ def fit_pairing(
     if problem.held_out is None:
         candidates = candidates[:1]
     best: tuple[WeightedRidge, SparseFit, float] | None = None
-    least = math.inf
+    least, losses = math.inf, None  # of the best: their mean, and each
     tried: list[dict[str, float]] = []
     ends: dict[float, SparseFit] = {}  # damping -> a fit in the same metric: its path need not be walked twice
     for ridge, damping in candidates:
@@ -135,23 +135,24 @@ def fit_pairing(
         start, previous = (None, None) if end is None else (end.support, end.refit)
         fit = solve_sparse(regression, problem.keep, start=start, previous=previous, max_iterations=settings.iterations)
         ends[damping] = fit
-        loss = held_out_loss(problem, fit) if len(candidates) > 1 else 0.0
+        own = None if problem.held_out is None else held_out_losses(problem, fit)
+        loss = mean_loss(own) if own is not None else 0.0
         tried.append({"ridge": ridge, "damping": damping, "held_out_loss": loss})
         if best is None or loss < least:
-            best, least = (regression, fit, damping), loss
+            best, least, losses = (regression, fit, damping), loss, own
     assert best is not None, "there is at least one candidate"
     regression, fit, damping = best
     swapped = swap_weights(regression, fit, settings.swaps)
-    if swapped.swaps and problem.held_out is not None:
-        loss = held_out_loss(problem, swapped)
-        tried.append({"ridge": regression.ridge, "damping": damping, "swaps": swapped.swaps, "held_out_loss": loss})
-        least = least if len(candidates) > 1 else held_out_loss(problem, fit)
-        swapped = swapped if loss < least else fit
+    if swapped.swaps and losses is not None:
+        after = held_out_losses(problem, swapped)
+        entry = {"ridge": regression.ridge, "damping": damping, "swaps": swapped.swaps}
+        tried.append(entry | {"held_out_loss": mean_loss(after)})
+        swapped = swapped if is_significant(losses - after) else fit
     fit = swapped
     evidence: dict[str, Any] = {"ridge": regression.ridge, "objective": fit.value, "swaps": fit.swaps}
     if settings.metric == "diagonal":
         evidence["damping"] = damping
-    if len(candidates) > 1:
+    if len(tried) > 1:
         evidence["candidates"] = [{key: value for key, value in one.items() if math.isfinite(value)} for one in tried]
     return regression, fit, evidence
 
