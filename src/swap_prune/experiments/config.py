@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -83,11 +83,13 @@ class MethodEntry(_Table):
         name: A name in ``METHODS``.
         label: Its name in the tables, to tell two settings of one method apart; by default the name.
         settings: Fields of the method's config.
+        defence: As for ``prune``.
     """
 
     name: str
     label: Annotated[str, Field(pattern=r"^[^|\n]+$")]
     settings: dict[str, Any] = {}
+    defence: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -170,10 +172,10 @@ class Experiment(_Table):
         for number, label in enumerate(labels):
             if label in labels[:number]:
                 raise ValueError(f"labels must be distinct, got {label!r} twice: give one of them another label")
-        solvers = [method.resolve() for method in methods]
-        for number, solver in enumerate(solvers):
-            if solver in solvers[:number]:
-                raise ValueError(f"must differ in name or settings, got {labels[number]!r} under two labels")
+        entries = [(method.resolve(), method.defence) for method in methods]
+        for number, entry in enumerate(entries):
+            if entry in entries[:number]:
+                raise ValueError(f"must differ in name, settings or defence, got {labels[number]!r} under two labels")
         return methods
 
 
@@ -236,6 +238,7 @@ _SHARED = set(Experiment.model_fields) - {"methods", "sparsities", "stages", "no
 def _run(method: MethodEntry, seed: int, settings: dict[str, Any]) -> Run:
     solver = method.resolve()
     settings = settings | {"method": {"name": method.name, **asdict(solver)}}  # type: ignore[call-overload]
+    settings |= {"defence": method.defence}
     text = json.dumps([settings, seed], sort_keys=True, default=str)  # TOML has dates
     return Run(hashlib.sha256(text.encode()).hexdigest()[:16], method, seed, settings)
 

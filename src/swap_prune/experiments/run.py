@@ -137,6 +137,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         recalibration_data=recalibration_data(images, run.seed),
         finetune=experiment.finetune,
         noise=None if noise == "none" else noise,
+        defence=run.method.defence,
         seed=run.seed,
     )
 
