@@ -23,7 +23,9 @@ from swap_prune.fisher.defence import LowRank
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inputs import LayerInputs
 from swap_prune.fisher.noise import NoiseChain
+from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.labels import LabelDoubt, doubt_labels
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.methods import Method
 from swap_prune.problem import PruningProblem
@@ -99,10 +101,16 @@ class StageRunner:
             samples, loss = len(capture.losses), float(capture.losses.mean())
             factor = self._noisy(capture.factor, self.noise_generator)
             defence, share = self._defence(fitting[0], factor)
+            clipped = clip_rows_(factor, capture.sizes) if self.defended else 0.0
+            if clipped > 0:
+                evidence["rows_clipped"] = clipped
             if defence is not None:
                 evidence["noise_seen"] = share
                 factor = defence.clean_rows_(factor)
             trials = self._trials(fitting, spare, teacher, defence, forked_generator(self.seed, f"slopes {number}"))
+            trials, doubt = self._doubt(trials, teacher)
+            if doubt is not None:
+                evidence["label_noise"] = doubt.rate
             problem = replace(problem, factor=factor, held_out=trials.losses if spare else None, slope=trials.slope)
         if self.solver.needs_inputs:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
@@ -190,4 +198,17 @@ class StageRunner:
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.clean_rows_,
+            **({"clip": clip_rows_} if self.defended else {}),
         )
+
+    def _doubt(self, trials: Trials, teacher: Teacher | None) -> tuple[Trials, LabelDoubt | None]:
+        """Return trials that believe labels as far as the dense network bears them out, and the doubt if there is any."""
+        doubt = doubt_labels(self.loss_fn, trials.taught, trials.fitting) if self.defended else None
+        if doubt is None or teacher is None:
+            return trials, None
+        second = teacher.outputs(trials.held_out)
+        trusted, spare = (
+            [doubt.trust(outputs, batch[1]) for outputs, batch in zip(seen, batches, strict=True)]
+            for seen, batches in ((trials.taught, trials.fitting), (second, trials.held_out))
+        )
+        return replace(trials, trusted=trusted, second=list(zip(second, spare, strict=True))), doubt

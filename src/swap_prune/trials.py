@@ -35,6 +35,8 @@ __all__ = ["SLOPE_BATCH", "Teacher", "Trials"]
 SLOPE_BATCH = 64  # samples in one backward pass: it bounds the memory
 _TEACHER_SHARE = 0.5  # of the divergence from the dense network in the slope
 
+_Taught = tuple[Any, Tensor | None, Tensor | None]  # a batch, the teacher's outputs, the trust in its labels
+
 
 class Teacher:
     """The network as it was before pruning: what of it will change.
@@ -71,9 +73,13 @@ class Trials:
         held_out: Batches that were not.
         normalised: Whether BatchNorm will be recalibrated.
         taught: Outputs of the dense network on ``fitting``; empty without a teacher.
+        trusted: How far each label of ``fitting`` is to be believed, in [0, 1]; empty: wholly.
+        second: Outputs of the dense network on ``held_out``, and how far each label of that is to be believed; empty:
+            wholly.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
         clean: What a defence makes of noisy gradients of single samples; None where there is none.
+        clip: What it does to gradients, in place, that are too large for their expected sizes.
     """
 
     model: nn.Module
@@ -86,12 +92,18 @@ class Trials:
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     clean: Callable[[DenseFactor], DenseFactor] | None = None
+    clip: Callable[[DenseFactor, Tensor | None], object] = lambda _factor, _sizes: None
+    trusted: Sequence[Tensor] = ()
+    second: Sequence[tuple[Tensor, Tensor]] = ()
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
         write_weights(self.model, self.selection, weights, kept)
         with self._mode(self.held_out), torch.no_grad():
-            return torch.cat([self.loss_fn(self.model, batch) for batch in self.held_out])
+            if not self.second:
+                return torch.cat([self.loss_fn(self.model, batch) for batch in self.held_out])
+            doubted = ((batch, *second) for batch, second in zip(self.held_out, self.second, strict=True))
+            return torch.cat([self._blend(self.model, batch, teacher, 1 - trust) for batch, teacher, trust in doubted])
 
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
@@ -99,35 +111,47 @@ class Trials:
         Noise acts on the gradient of each batch; with a defence, on that of each sample.
         """
         weights = self.disturb(weights.masked_fill(~kept, 0))
-        teachers: Sequence[Tensor | None] = self.taught or [None] * len(self.fitting)
-        pairs = list(zip(self.fitting, teachers, strict=True))
+        nothing: Sequence[Tensor | None] = [None] * len(self.fitting)
+        taught = list(zip(self.fitting, self.taught or nothing, self.trusted or nothing, strict=True))
         if self.clean is None:
-            return self._mean_of_batches(pairs, weights)
+            return self._mean_of_batches(taught, weights)
         with temporary_weights(self.model, self.selection, weights):
-            rows = capture_gradients(self.model, self.selection, pairs, self._objective).factor
-        return self.clean(self.noisy(rows)).matrix.mean(0)
+            rows = capture_gradients(self.model, self.selection, taught, self._objective).factor
+        rows = self.noisy(rows)
+        self.clip(rows, None)
+        return self.clean(rows).matrix.mean(0)
 
-    def _mean_of_batches(self, pairs: Sequence[tuple[Any, Tensor | None]], weights: Tensor) -> Tensor:
+    def _mean_of_batches(self, taught: Sequence[_Taught], weights: Tensor) -> Tensor:
         """Average over one backward pass a batch, (p,)."""
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
-        rows = weights.new_empty(len(pairs), len(weights))
+        rows = weights.new_empty(len(taught), len(weights))
         bound = Bound(self.model, self._objective)
         with self._mode(self.fitting), torch.enable_grad():
-            for row, pair in zip(rows, pairs, strict=True):
-                losses, leaves = bound.with_leaves(self.selection, pair, weights)
+            for row, one in zip(rows, taught, strict=True):
+                losses, leaves = bound.with_leaves(self.selection, one, weights)
                 flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
-        return self.noisy(DenseFactor(rows)).rmatvec(sizes / sizes.sum())
+        factor = self.noisy(DenseFactor(rows))
+        self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
+        return factor.rmatvec(sizes / sizes.sum())
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked: one sample alone has no variance."""
         alone = min(map(batch_size, batches)) < 2
         return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
 
-    def _objective(self, model: nn.Module, pair: tuple[Any, Tensor | None]) -> Tensor:
-        """Return the loss of each sample, (n,), or its mean with the divergence from the teacher."""
-        batch, teacher = pair
-        if teacher is None or not isinstance(self.loss_fn, GaussNewtonLoss):
+    def _objective(self, model: nn.Module, taught: _Taught) -> Tensor:
+        """Return the loss of each sample, (n,), or its mean with the divergence from the teacher.
+
+        The divergence has the share of what is not trusted too.
+        """
+        batch, teacher, trust = taught
+        if teacher is None:
             return self.loss_fn(model, batch)
+        return self._blend(model, batch, teacher, _TEACHER_SHARE if trust is None else 1 - _TEACHER_SHARE * trust)
+
+    def _blend(self, model: nn.Module, batch: Any, teacher: Tensor, share: Tensor | float) -> Tensor:
+        """Return the loss of each sample, (n,), with a share of the divergence from the teacher in its place."""
+        assert isinstance(self.loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
         outputs = self.loss_fn.outputs(model, batch)
         own = self.loss_fn.losses(outputs, batch)
-        return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher), _TEACHER_SHARE)
+        return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher), share)

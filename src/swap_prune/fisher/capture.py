@@ -43,12 +43,14 @@ class Capture:
         losses: Loss of each sample; as many as there were samples.
         backend: How the rows were made: ``vmap``, ``loop`` or ``mini-batch``.
         chunk: Samples a chunk.
+        sizes: What the norms of the rows should be proportional to, (n,), where that is known.
     """
 
     factor: DenseFactor
     losses: Tensor
     backend: str
     chunk: int
+    sizes: Tensor | None = None
 
 
 def capture_gradients(

@@ -100,8 +100,11 @@ def sketch_curvature(
         outputs = [loss.outputs(model, batch) for batch in batches]
         losses = check_losses(torch.cat(list(map(loss.losses, outputs, batches))), None)
         drawn = [(batch, draw_signs(z, generator)) for z, batch in zip(outputs, batches, strict=True)]
+        roots = [loss.curvature_root(z, *one).flatten(1) for z, one in zip(outputs, drawn, strict=True)]
+        sizes = torch.cat([torch.linalg.vector_norm(root, dim=1) for root in roots])
     capture = capture_gradients(model, selection, drawn, sketch, advance=advance)
-    return Capture(capture.factor, losses, capture.backend, capture.chunk)
+    tiny = torch.finfo(sizes.dtype).tiny
+    return Capture(capture.factor, losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
 
 
 def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:

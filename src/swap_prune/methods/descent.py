@@ -15,11 +15,11 @@ from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 
 __all__ = ["held_out_loss", "held_out_losses", "is_significant", "mean_loss", "step_down"]
 
-_STEPS = 6  # natural-gradient steps a stage, at the most
+_STEPS = 12  # natural-gradient steps a stage, at the most
 _LEAST_GAIN = 0.01  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the metric where that of the fit leads nowhere
-_FIRST_LENGTH = 0.3  # of a step; the next ones start from the length that was taken last
+_FIRST_LENGTH = 0.3  # of a step, at the most; the next ones start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
 
@@ -59,8 +59,9 @@ def _descend(problem: PruningProblem, descent: NaturalGradient, fit: SparseFit) 
     least = held_out_loss(problem, fit)
     taken: list[float] = []
     for _ in range(_STEPS):
-        direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
-        start = taken[-1] if taken else _FIRST_LENGTH
+        slope = problem.slope(fit.weights, kept_set(fit))
+        direction = descent.direction(slope)
+        start = min(taken[-1] if taken else _FIRST_LENGTH, polyak_length(slope, direction, least))
         step, reached = line_search(problem, fit, direction, start, least)
         if step == 0:
             break
@@ -70,6 +71,20 @@ def _descend(problem: PruningProblem, descent: NaturalGradient, fit: SparseFit) 
             break
         least = reached
     return fit, taken
+
+
+def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:
+    """Return the length at which a linear model says that the whole loss is gone (Polyak, 1969).
+
+    No step need start with a longer one. It is far below 1 where pruning has left the region that the Fisher describes.
+
+    Args:
+        slope: s, (p,).
+        direction: d, (p,).
+        loss: Mean loss at length 0, at least 0.
+    """
+    fall = -float(slope @ direction)
+    return loss / fall if fall > 0 else math.inf
 
 
 def line_search(

@@ -1,0 +1,45 @@
+"""A defence against rows that someone else wrote: no row of G may be far larger than its like.
+
+Rows of one capture have alike norms, once each is divided by the size that is expected of it. A row that was scaled by an
+attacker, or replaced by loud noise, stands out. It is scaled down to the median; norm clipping (Sun et al., 2019, arXiv
+1911.07963, section 4), with a limit so far above what honest rows reach that these are not touched.
+
+Place in the pipeline: between capture and regression, and on the gradients of batches that slopes are averaged over.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import DenseFactor
+
+__all__ = ["clip_rows_"]
+
+_LEAST_FACTOR = 5.0  # above the median; honest rows stay below 2.1 (docs/method.md)
+_SPREADS = 8.0  # distances from the median to the upper quartile, in logarithms: 5.4 standard deviations
+
+
+def clip_rows_(factor: DenseFactor, sizes: Tensor | None = None) -> float:
+    """Scale rows of G that stand out down to the median, in place.
+
+    Args:
+        factor: G, (n, p).
+        sizes: What the norms should be proportional to, (n,), positive; None: alike.
+
+    Returns:
+        The share of rows that stood out; where it is 0, nothing has changed.
+    """
+    norms = torch.linalg.vector_norm(factor.matrix, dim=1)
+    relative = norms if sizes is None else norms / sizes
+    there = relative[relative > 0]
+    if len(there) < 4:
+        return 0.0
+    median, quartile = torch.quantile(there.double().log(), there.new_tensor([0.5, 0.75], dtype=torch.float64))
+    limit = median + max(math.log(_LEAST_FACTOR), _SPREADS * float(quartile - median))
+    loud = (relative.double().log() > limit).nonzero().squeeze(1)
+    for i in loud.tolist():
+        factor.matrix[i] *= float(median.exp()) / float(relative[i])
+    return len(loud) / len(norms)

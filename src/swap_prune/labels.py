@@ -1,0 +1,85 @@
+"""Can the calibration labels be believed? The dense network's own predictions tell.
+
+Let q be the dense network's prediction for a sample. If it is calibrated, labels are drawn from q. Where a share rho of
+them was replaced by a class at random, or where the inputs were altered so that the prediction fits no longer, they
+follow
+
+    P(label) = (1 - rho) q(label) + rho / classes.
+
+rho is fitted by maximum likelihood (a class-independent case of Sukhbaatar et al., ICLR 2015 workshop, arXiv 1406.2080).
+Where it is not significant the labels are taken as they are. Otherwise each label gets its trust, the posterior
+probability that it was not replaced, and the dense network's prediction takes the place of what is not trusted.
+
+Place in the pipeline: a defence, for the first-order steps and for the choices by held-out loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from swap_prune.losses import CrossEntropy, LossFn
+
+__all__ = ["LabelDoubt", "doubt_labels"]
+
+_LEAST_RATE = 0.02  # of rho: less is left alone
+_LEAST_EVIDENCE = 10.0  # log-likelihood ratio against rho = 0; chance exceeds it once in 10^5 times
+_RATES = 100  # the grid of rho
+
+
+@dataclass(frozen=True)
+class LabelDoubt:
+    """Labels that the dense network contradicts more often than it expects to be wrong.
+
+    Attributes:
+        rate: rho, the share of labels that say nothing, in (0, 1).
+    """
+
+    rate: float
+
+    def trust(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the posterior probability that each label was not replaced, (n,).
+
+        Args:
+            outputs: Logits of the dense network, (n, classes).
+            targets: Class indices, (n,).
+        """
+        believed = (1 - self.rate) * _likelihood(outputs, targets)
+        return (believed / (believed + self.rate / outputs.shape[1])).to(outputs.dtype)
+
+
+def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> LabelDoubt | None:
+    """Compare labels with what the dense network predicts.
+
+    Args:
+        loss_fn: Only for the cross-entropy of one label a sample is there an answer.
+        outputs: Logits of the dense network on the batches, (n, classes) each.
+        batches: Pairs of inputs and targets.
+
+    Returns:
+        The doubt; None where there is no reason for any.
+    """
+    if not isinstance(loss_fn, CrossEntropy) or not outputs:
+        return None
+    targets = torch.cat([batch[1] for batch in batches])
+    logits = torch.cat(list(outputs))
+    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    likelihood = _likelihood(logits, targets)
+    rates = torch.arange(_RATES, dtype=likelihood.dtype, device=likelihood.device).unsqueeze(1) / _RATES
+    evidence = ((1 - rates) * likelihood + rates / logits.shape[1]).log().sum(1)
+    best = int(evidence.argmax())
+    rate = best / _RATES
+    if rate < _LEAST_RATE or not float(evidence[best] - evidence[0]) > _LEAST_EVIDENCE:
+        return None
+    return LabelDoubt(rate)
+
+
+def _likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the softmax at the labels, (n,), in float64."""
+    return (-functional.cross_entropy(outputs.double(), targets, reduction="none")).exp()
