@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from swap_prune import EWR, LR
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.methods.descent import polyak_length
 from swap_prune.problem import PruningProblem
 
 
@@ -70,6 +73,21 @@ def test_steps_are_as_long_and_as_many_as_held_out_samples_gain() -> None:
         if target is not away:
             assert torch.equal(solution.weights, target)
         assert torch.equal(solution.kept, still.kept)
+
+
+def test_the_first_step_is_no_longer_than_the_loss_can_fall() -> None:
+    slope, direction = torch.tensor([3.0, -4.0]), torch.tensor([-6.0, 2.0])
+    assert polyak_length(slope, direction, 13.0) == pytest.approx(0.5)  # 13 / 26
+    assert polyak_length(slope, -direction, 13.0) == math.inf
+    assert polyak_length(slope, 0 * direction, 13.0) == math.inf
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return (w - goal).square() / 1e6  # so low a loss that a step of 0.3 would promise far more than all of it
+
+    settings = {"ridge": 0.1, "damping": 1.0, "swaps": 0}
+    goal = LR(first_order=0.3, **settings).solve(problem_with(None), torch.Generator()).weights
+    lengths = LR(**settings).solve(problem_with(held_out), torch.Generator()).evidence["first_order"]
+    assert lengths and lengths[0] < 0.3
 
 
 def test_losses_that_are_not_numbers_are_never_favoured() -> None:

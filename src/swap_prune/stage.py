@@ -198,17 +198,25 @@ class StageRunner:
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.clean_rows_,
-            **({"clip": clip_rows_} if self.defended else {}),
+            clip=clip_rows_ if self.defended else None,
         )
 
     def _doubt(self, trials: Trials, teacher: Teacher | None) -> tuple[Trials, LabelDoubt | None]:
-        """Return trials that believe labels as far as the dense network bears them out, and the doubt if there is any."""
-        doubt = doubt_labels(self.loss_fn, trials.taught, trials.fitting) if self.defended else None
-        if doubt is None or teacher is None:
+        """Return trials that believe labels as far as the dense network bears them out, and the doubt if there is any.
+
+        Doubt stays for the rest of the run: an attacker who reads the network's weights fits its inputs to them, and
+        soon no longer fools the dense network.
+        """
+        if not self.defended or teacher is None:
+            return trials, None
+        seen = doubt_labels(self.loss_fn, trials.taught, trials.fitting)
+        doubt = max(filter(None, (seen, teacher.doubt)), key=lambda one: one.rate, default=None)
+        teacher.doubt = doubt
+        if doubt is None:
             return trials, None
         second = teacher.outputs(trials.held_out)
         trusted, spare = (
-            [doubt.trust(outputs, batch[1]) for outputs, batch in zip(seen, batches, strict=True)]
-            for seen, batches in ((trials.taught, trials.fitting), (second, trials.held_out))
+            [doubt.trust(outputs, batch[1]) for outputs, batch in zip(seen_by, batches, strict=True)]
+            for seen_by, batches in ((trials.taught, trials.fitting), (second, trials.held_out))
         )
         return replace(trials, trusted=trusted, second=list(zip(second, spare, strict=True))), doubt

@@ -25,6 +25,7 @@ from swap_prune.bound import Bound, flat_gradient
 from swap_prune.calibration import batch_size
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.labels import LabelDoubt
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
@@ -45,6 +46,9 @@ class Teacher:
         model: The network, not pruned yet.
         selection: The weights that will change, beside BatchNorm's statistics; None where all parameters will.
         loss: What reads the outputs.
+
+    Attributes:
+        doubt: How far the network has contradicted the labels that it has seen so far; None: not beyond its own errors.
     """
 
     def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
@@ -54,6 +58,7 @@ class Teacher:
         weights |= {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
         self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
+        self.doubt: LabelDoubt | None = None
 
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
         """Return the dense network's outputs on batches, in eval mode."""
@@ -79,7 +84,7 @@ class Trials:
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
         clean: What a defence makes of noisy gradients of single samples; None where there is none.
-        clip: What it does to gradients, in place, that are too large for their expected sizes.
+        clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
     """
 
     model: nn.Module
@@ -92,7 +97,7 @@ class Trials:
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     clean: Callable[[DenseFactor], DenseFactor] | None = None
-    clip: Callable[[DenseFactor, Tensor | None], object] = lambda _factor, _sizes: None
+    clip: Callable[[DenseFactor, Tensor | None], object] | None = None
     trusted: Sequence[Tensor] = ()
     second: Sequence[tuple[Tensor, Tensor]] = ()
 
@@ -118,7 +123,8 @@ class Trials:
         with temporary_weights(self.model, self.selection, weights):
             rows = capture_gradients(self.model, self.selection, taught, self._objective).factor
         rows = self.noisy(rows)
-        self.clip(rows, None)
+        if self.clip is not None:
+            self.clip(rows, None)
         return self.clean(rows).matrix.mean(0)
 
     def _mean_of_batches(self, taught: Sequence[_Taught], weights: Tensor) -> Tensor:
@@ -131,7 +137,8 @@ class Trials:
                 losses, leaves = bound.with_leaves(self.selection, one, weights)
                 flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
         factor = self.noisy(DenseFactor(rows))
-        self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
+        if self.clip is not None:
+            self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
         return factor.rmatvec(sizes / sizes.sum())
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:

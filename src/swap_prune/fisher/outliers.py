@@ -1,8 +1,8 @@
 """A defence against rows that someone else wrote: no row of G may be far larger than its like.
 
-Rows of one capture have alike norms, once each is divided by the size that is expected of it. A row that was scaled by an
-attacker, or replaced by loud noise, stands out. It is scaled down to the median; norm clipping (Sun et al., 2019, arXiv
-1911.07963, section 4), with a limit so far above what honest rows reach that these are not touched.
+Rows of one capture have alike norms, once each is divided by the size that is expected of it. A row that was scaled by
+an attacker, or replaced by loud noise, stands out. It is scaled down to the median; norm clipping (Sun et al., 2019,
+arXiv 1911.07963, section 4), with a limit so far above what honest rows reach that these are not touched.
 
 Place in the pipeline: between capture and regression, and on the gradients of batches that slopes are averaged over.
 """

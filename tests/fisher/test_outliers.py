@@ -1,0 +1,53 @@
+"""Rows that stand out are scaled down to the others, and only these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.outliers import clip_rows_
+
+
+def rows(n: int = 40, p: int = 200) -> Tensor:
+    return torch.randn(n, p, generator=torch.Generator().manual_seed(0))
+
+
+def test_rows_that_were_scaled_get_the_median_norm_and_their_own_direction() -> None:
+    honest = rows()
+    poisoned = honest.clone()
+    poisoned[[3, 17, 25, 39]] *= 100
+    factor = DenseFactor(poisoned.clone())
+    assert clip_rows_(factor) == pytest.approx(0.1)
+    median = poisoned.norm(dim=1).quantile(0.5)
+    for i in range(40):
+        if i in (3, 17, 25, 39):
+            assert torch.allclose(factor.matrix[i], honest[i] * median / honest[i].norm(), rtol=1e-4)
+        else:
+            assert torch.equal(factor.matrix[i], honest[i])
+
+
+def test_rows_of_the_sizes_that_are_expected_do_not_stand_out() -> None:
+    sizes = torch.ones(40)
+    sizes[:3] = 50
+    factor = DenseFactor(rows() * sizes.unsqueeze(1))
+    before = factor.matrix.clone()
+    assert clip_rows_(factor, sizes) == 0
+    assert torch.equal(factor.matrix, before)
+    assert clip_rows_(factor) == pytest.approx(3 / 40)
+
+
+def test_a_wide_spread_sets_a_wide_limit() -> None:
+    factor = DenseFactor(rows() * torch.logspace(-3, 3, 40).unsqueeze(1))
+    assert clip_rows_(factor) == 0
+
+
+@pytest.mark.parametrize("scale", [4.0, 0.001, 0.0])
+def test_a_little_larger_or_smaller_is_not_touched(scale: float) -> None:
+    matrix = rows()
+    matrix[5] *= scale
+    before = matrix.clone()
+    assert clip_rows_(DenseFactor(matrix)) == 0 and torch.equal(matrix, before)
+    few = DenseFactor(torch.tensor([[1.0], [1.0], [900.0]]))
+    assert clip_rows_(few) == 0  # too few to tell
