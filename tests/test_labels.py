@@ -49,7 +49,7 @@ def test_trust_is_the_posterior_of_bayes() -> None:
     q = logits.double().softmax(1)[torch.arange(2000), mixed]
     expected = (1 - found.rate) * q / ((1 - found.rate) * q + found.rate / CLASSES)
     assert torch.allclose(trust.double(), expected, atol=1e-6)
-    assert trust[:1000].mean() > 0.8 > 0.3 > trust[1000:].mean()
+    assert trust[:1000].mean() > 0.7 > 0.3 > trust[1000:].mean()
 
 
 def test_where_labels_are_no_single_classes_there_is_no_doubt() -> None:

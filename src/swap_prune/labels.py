@@ -7,8 +7,9 @@ follow
     P(label) = (1 - rho) q(label) + rho / classes.
 
 rho is fitted by maximum likelihood (a class-independent case of Sukhbaatar et al., ICLR 2015 workshop, arXiv
-1406.2080). Where it is not significant the labels are taken as they are. Otherwise each label gets its trust, the posterior
-probability that it was not replaced, and the dense network's prediction takes the place of what is not trusted.
+1406.2080). Where it is not significant the labels are taken as they are. Otherwise each label gets its trust, the
+posterior probability that it was not replaced, and the dense network's prediction takes the place of what is not
+trusted.
 
 Place in the pipeline: a defence, for the first-order steps and for the choices by held-out loss.
 """
