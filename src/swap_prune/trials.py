@@ -74,6 +74,8 @@ class Trials:
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
         clean: What a defence makes of noisy gradients of single samples; None where there is none.
+        lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
+            together; then no noise acts on them.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class Trials:
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     clean: Callable[[DenseFactor], DenseFactor] | None = None
+    lean: bool = False
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
@@ -105,18 +108,34 @@ class Trials:
             return self._mean_of_batches(pairs, weights)
         with temporary_weights(self.model, self.selection, weights):
             rows = capture_gradients(self.model, self.selection, pairs, self._objective).factor
+        assert isinstance(rows, DenseFactor), "capture's default"
         return self.clean(self.noisy(rows)).matrix.mean(0)
 
     def _mean_of_batches(self, pairs: Sequence[tuple[Any, Tensor | None]], weights: Tensor) -> Tensor:
         """Average over one backward pass a batch, (p,)."""
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
-        rows = weights.new_empty(len(pairs), len(weights))
+        shares = sizes / sizes.sum()
         bound = Bound(self.model, self._objective)
+        if self.lean:
+            return self._added_up(bound, pairs, weights, shares)
+        rows = weights.new_empty(len(pairs), len(weights))
         with self._mode(self.fitting), torch.enable_grad():
             for row, pair in zip(rows, pairs, strict=True):
                 losses, leaves = bound.with_leaves(self.selection, pair, weights)
                 flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
-        return self.noisy(DenseFactor(rows)).rmatvec(sizes / sizes.sum())
+        return self.noisy(DenseFactor(rows)).rmatvec(shares)
+
+    def _added_up(
+        self, bound: Bound, pairs: Sequence[tuple[Any, Tensor | None]], weights: Tensor, shares: Tensor
+    ) -> Tensor:
+        """Do the same with one row, (p,)."""
+        total, row = torch.zeros_like(weights), torch.empty_like(weights)
+        with self._mode(self.fitting), torch.enable_grad():
+            for pair, share in zip(pairs, shares, strict=True):
+                losses, leaves = bound.with_leaves(self.selection, pair, weights)
+                flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+                total.add_(row.mul_(share))
+        return total
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked: one sample alone has no variance."""

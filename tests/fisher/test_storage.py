@@ -157,6 +157,7 @@ def test_a_full_disk_is_one_value_error_and_leaves_nothing(tmp_path, monkeypatch
     def full(_data):
         raise OSError(28, os.strerror(28))
 
+    writer._file.close()
     monkeypatch.setattr(writer, "_file", type("Full", (), {"write": staticmethod(full), "close": lambda self: None})())
     with pytest.raises(ValueError, match="No space left"):
         writer.append(torch.ones(2, 3))
