@@ -11,16 +11,32 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor, nn
+
 from swap_prune.fisher.blocked import BLOCK_BYTES
 from swap_prune.fisher.storage import Storage, StorageKind
+from swap_prune.losses import LossFn
+from swap_prune.modes import eval_mode
 
-__all__ = ["Forecast", "MemoryPlan", "StorageName", "Workload", "check_storage", "plan_memory"]
+__all__ = [
+    "Forecast",
+    "MemoryPlan",
+    "StorageName",
+    "Workload",
+    "check_storage",
+    "plan_memory",
+    "sample_bytes",
+    "scratch_directory",
+]
 
-StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped", "matrix-free"]
+StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
 _CHUNK = 512 * 2**20  # of samples at capture; a quarter of a GiB of columns is copied beside it by a Gram matrix
@@ -139,6 +155,46 @@ def check_storage(storage: str) -> None:
         raise ValueError(f"storage must be one of {', '.join(get_args(StorageName))}, got {storage!r}")
 
 
+def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> int:
+    """Return the bytes that a batch of one sample keeps for its backward pass, parameters apart.
+
+    What cannot be run counts as nothing: the run itself will say what is wrong.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    try:
+        with eval_mode(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss_fn(model, sample)
+    except Exception:  # whatever the caller's model or loss raises
+        return 0
+    return sum(kept.values())
+
+
+@contextmanager
+def scratch_directory(storage: Storage) -> Iterator[Storage]:
+    """Give a storage that needs it a directory of its own, deleted at the end.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    if storage.kind != "mapped":
+        yield storage
+        return
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="swap-prune-", dir=storage.scratch)
+    except OSError as error:
+        raise ValueError(f"scratch must be a directory to write to, got {str(storage.scratch)!r}: {error}") from error
+    with directory as path:
+        yield replace(storage, scratch=Path(path))
+
+
 def plan_memory(
     load: Workload, limit: int | None, storage: str = "auto", scratch: str | Path | None = None
 ) -> MemoryPlan:
@@ -199,7 +255,7 @@ def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, 
 def _phases(load: Workload, kind: StorageKind, lean: bool) -> dict[str, int]:
     """Return the bytes that the process holds in each phase."""
     vector, n = load.itemsize * load.weights, load.rows
-    factor = {"float32": n * vector, "mapped": 0, "matrix-free": vector}.get(kind, 2 * n * load.weights)
+    factor = {"float32": n * vector, "mapped": 0}.get(kind, 2 * n * load.weights)
     common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
     probe = min(_PROBE, n) * vector
     blocks = 4 * BLOCK_BYTES if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)

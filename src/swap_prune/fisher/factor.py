@@ -2,8 +2,8 @@
 
 ``G^T G / n`` is the empirical Fisher information at the reference weights (paper, equation 3). A solver sees
 G through :class:`FisherFactor` alone, so that other representations can take the place of the dense one: half
-precision (:mod:`~swap_prune.fisher.half`), a file (:mod:`~swap_prune.fisher.mapped`), or nothing at all but the network
-(:mod:`~swap_prune.fisher.matrix_free`). docs/size.md says when which is used.
+precision (:mod:`~swap_prune.fisher.half`) or a file (:mod:`~swap_prune.fisher.mapped`). docs/size.md says when which is
+used.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from swap_prune.selection import Selection
 
 __all__ = ["RowStore", "Storage", "StorageKind", "check_rows"]
 
-StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "matrix-free"]
+StorageKind = Literal["float32", "bfloat16", "float16", "mapped"]
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
@@ -63,10 +63,8 @@ class Storage:
             return DenseStore(n, selection, dtype, device, column_limit(n, dtype.itemsize) if self.lean else None)
         if self.kind in _HALVES:
             return HalfStore(n, selection, dtype, device, _HALVES[self.kind])
-        if self.kind == "mapped":
-            assert self.scratch is not None, "checked when it was made"
-            return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
-        raise ValueError(f"storage {self.kind!r} holds no rows")
+        assert self.scratch is not None, "checked when it was made"
+        return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
 
 
 class RowStore(Protocol):
