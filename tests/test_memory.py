@@ -48,7 +48,7 @@ def test_the_number_of_samples_that_is_offered_fits_and_one_more_does_not(p: int
         refused.require()
     fits = int(re.search(r"samples=(\d+)", str(caught.value))[1])
     plan_memory(load(fits, p), budget, storage).require()
-    with pytest.raises(ValueError, match="memory allows|GB free"):
+    with pytest.raises(ValueError, match=r"memory allows|GB free"):
         plan_memory(load(fits + 1, p), budget, storage).require()
 
 

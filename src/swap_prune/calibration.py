@@ -176,7 +176,7 @@ class CalibrationStream:
 
 
 def peek(data: Any) -> Any:
-    """Return one sample as a batch, without reading on in the data or moving torch's random state; None if not to be had.
+    """Return one sample as a batch, or None; reads nothing away, and leaves torch's random state.
 
     A Dataset and a sequence of batches can be looked at, a DataLoader through its Dataset. Iterators are left alone.
     """

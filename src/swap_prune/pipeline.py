@@ -25,8 +25,8 @@ from swap_prune.calibration import CalibrationStream, map_tensors, peek
 from swap_prune.finetune import FineTune
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
-from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.fisher.storage import Storage
+from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import memory_limit, resident_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.planning import MemoryPlan, Workload, check_storage, plan_memory, sample_bytes, scratch_directory

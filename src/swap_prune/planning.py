@@ -38,6 +38,13 @@ __all__ = [
 
 StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped"]
 
+_ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
+    ("float32", False),
+    ("float32", True),
+    ("float16", True),
+    ("bfloat16", True),
+    ("mapped", True),
+)
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
 _CHUNK = 512 * 2**20  # of samples at capture; a quarter of a GiB of columns is copied beside it by a Gram matrix
 _GRAM = 512 * 2**20  # two copies of a block of columns
@@ -209,15 +216,7 @@ def plan_memory(
     check_storage(storage)
     directory = Path(tempfile.gettempdir() if scratch is None else scratch)
     forecasts = tuple(
-        _forecast(load, kind, lean, limit, directory)
-        for kind, lean in (
-            ("float32", False),
-            ("float32", True),
-            ("float16", True),
-            ("bfloat16", True),
-            ("mapped", True),
-        )
-        if storage in ("auto", kind)
+        _forecast(load, kind, lean, limit, directory) for kind, lean in _ORDER if storage in ("auto", kind)
     )
     chosen = next((f for f in forecasts if not f.obstacle), None)
     if chosen is None:

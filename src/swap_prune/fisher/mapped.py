@@ -209,6 +209,10 @@ class MappedWriter:
         with suppress(OSError):  # a full disk refuses once more
             self._file.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file") and not self._file.closed:  # whoever wrote to it gave up
+            self.discard()
+
     def _refusal(self, error: OSError) -> ValueError:
         try:
             free = f"which has {shutil.disk_usage(self._directory).free / 1e9:.1f} GB free"
