@@ -86,6 +86,21 @@ def test_text_for_people_and_settings_of_the_method(call) -> None:
     assert "accuracy" in text and "31880" not in text and "32160" in text
 
 
+def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> None:
+    arguments = ("--model", "mlpnet", "--data", "mnist", "--samples", "60", "--memory", "20GB")
+    status, text, _ = call("plan", *arguments, "--json")
+    planned = json.loads(text)
+    assert status == 0 and planned["storage"] == "float32" and planned["limit"] == 20 * 10**9
+    assert [one["storage"] for one in planned["forecasts"]][-1] == "mapped"
+    assert all(set(one["phases"]) == {"capture", "defend", "solve", "trials"} for one in planned["forecasts"])
+    status, text, _ = call("plan", *arguments, "--storage", "mapped")
+    assert status == 0 and "taken" in text and "float16" not in text
+    status, _, error = call("plan", *arguments, "--storage", "paper")
+    assert status == 2 and "storage must be one of" in error
+    status, text, _ = call(*PRUNE, "--method", "lr", "--samples", "60", "--storage", "float16", "--json")
+    assert status == 0 and json.loads(text)["kept"] == math.floor(32360 * (1 - 0.9))
+
+
 def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
     joined = "labels:kind=pair,fraction=0.1+gradient:std=1"
     for name, noise in (("a", ["--noise", joined]), ("b", [v for s in joined.split("+") for v in ("--noise", s)])):

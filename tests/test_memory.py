@@ -1,12 +1,17 @@
-"""The memory budget: what is read, what is refused, and whether the remedy fits."""
+"""The memory budget: what is read, what is forecast, what is taken, and whether the remedy fits."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
-from swap_prune.memory import check_memory, parse_memory
+from swap_prune.memory import memory_limit, parse_memory, resident_memory
+from swap_prune.planning import Workload, plan_memory
+
+GB = 10**9
 
 
 @pytest.mark.parametrize(
@@ -23,17 +28,63 @@ def test_amounts_that_are_none(text: str) -> None:
         parse_memory(text)
 
 
-@pytest.mark.parametrize(("p", "budget"), [(32_360, "2GB"), (2_600_000, "4GB"), (100, "1GB")])
-def test_the_number_of_samples_that_is_offered_fits_and_one_more_does_not(p: int, budget: str) -> None:
+def test_what_is_held_counts_and_the_default_lies_above_it() -> None:
+    before = resident_memory()
+    ballast = torch.ones(2**25)
+    assert resident_memory() - before > 0.9 * 4 * len(ballast)
+    limit = memory_limit(None)
+    assert limit is not None and limit > resident_memory() > 50 * 2**20, "torch alone is more"
+
+
+def load(n: int, p: int, method: str = "lr", keep: float = 0.1) -> Workload:
+    return Workload(rows=n, samples=n, weights=p, kept=int(keep * p), method=method, held=300 * 2**20)
+
+
+@pytest.mark.parametrize("storage", ["auto", "float32", "float16", "mapped"])
+@pytest.mark.parametrize(("p", "budget"), [(32_360, 2 * GB), (2_600_000, 4 * GB), (100, 2 * GB)])
+def test_the_number_of_samples_that_is_offered_fits_and_one_more_does_not(p: int, budget: int, storage: str) -> None:
+    refused = plan_memory(load(10**6, p), budget, storage)
     with pytest.raises(ValueError, match="use samples=") as caught:
-        check_memory(budget, 10**7, p)
+        refused.require()
     fits = int(re.search(r"samples=(\d+)", str(caught.value))[1])
-    check_memory(budget, fits, p)
-    with pytest.raises(ValueError, match="memory allows"):
-        check_memory(budget, fits + 1, p)
+    plan_memory(load(fits, p), budget, storage).require()
+    with pytest.raises(ValueError, match=r"memory allows|GB free"):
+        plan_memory(load(fits + 1, p), budget, storage).require()
 
 
 def test_double_precision_needs_twice_as_much() -> None:
-    check_memory("3GB", 200, 2_600_000)
-    with pytest.raises(ValueError, match="need about"):
-        check_memory("3GB", 200, 2_600_000, itemsize=8)
+    single = load(300, 2_600_000)
+    assert plan_memory(single, 6 * GB, "float32").require().storage.kind == "float32"
+    with pytest.raises(ValueError, match="needs about"):
+        plan_memory(replace(single, itemsize=8), 6 * GB, "float32").require()
+
+
+def test_less_memory_takes_the_next_storage_in_order() -> None:
+    work = load(2000, 4_000_000, keep=0.5)
+    names = [plan_memory(work, budget * GB).require().name for budget in (100, 40, 20, 10)]
+    assert names == ["float32", "float32 (no copies)", "float16", "mapped"]
+    with pytest.raises(ValueError, match=r"do not fit: float32: .* mapped: "):
+        plan_memory(work, 1 * GB).require()
+
+
+def test_no_known_limit_takes_the_fastest() -> None:
+    assert plan_memory(load(10**5, 10**7), None).require().name == "float32"
+
+
+def test_noise_on_gradients_is_not_to_be_had_in_another_storage() -> None:
+    noisy = replace(load(2000, 4_000_000), row_noise=True)
+    with pytest.raises(ValueError, match="noise on gradients needs them in float32"):
+        plan_memory(noisy, 100 * GB, "float16").require()
+    assert plan_memory(noisy, 100 * GB).require().storage.kind == "float32"
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_planned(tmp_path) -> None:
+    plan = plan_memory(load(10**5, 10**8), 10**13, "mapped", tmp_path)
+    assert plan.chosen is None and "GB free" in plan.why
+    assert "cannot be used" in plan_memory(load(10, 100), 10 * GB, "mapped", tmp_path / "nowhere").why
+
+
+@pytest.mark.parametrize("storage", ["float64", "", "FLOAT32"])
+def test_a_storage_that_does_not_exist_is_refused(storage: str) -> None:
+    with pytest.raises(ValueError, match="storage must be one of"):
+        plan_memory(load(10, 100), None, storage)

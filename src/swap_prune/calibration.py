@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-__all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "slice_batch", "split_batches"]
+__all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "peek", "slice_batch", "split_batches"]
 
 _COLLATE = 128  # samples a batch, where the stream makes the batches itself
 
@@ -173,6 +173,24 @@ class CalibrationStream:
             if one_shot:
                 source = remembered
             yield None
+
+
+def peek(data: Any) -> Any:
+    """Return one sample as a batch, or None; reads nothing away, and leaves torch's random state.
+
+    A Dataset and a sequence of batches can be looked at, a DataLoader through its Dataset. Iterators are left alone.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(data, DataLoader) and data.collate_fn is not None:
+                return data.collate_fn([data.dataset[0]])
+            if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+                return default_collate([data[0]])
+        if isinstance(data, list | tuple) and data and is_sliceable(data[0]):
+            return slice_batch(data[0], 0, 1)
+    except Exception:  # what is wrong with the data is said where it is drawn
+        return None
+    return None
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``swap-prune demo | prune | eval | experiment | report``.
+"""The command line: ``swap-prune demo | prune | plan | eval | experiment | report``.
 
 Results for people go to standard output as text, for programs (``--json``) as one JSON object and nothing else;
 progress and messages go to standard error. Whatever a user can mend ends in one line and exit status 2.
@@ -28,6 +28,7 @@ from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.finetune import parse_finetune
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import METHODS, resolve_method
+from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.surgery import repair_batchnorm
@@ -49,6 +50,9 @@ Data = Annotated[str, typer.Option(help="mnist, cifar10, imagenet, or package.mo
 DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or a cache")]
 Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Memory = Annotated[str | None, typer.Option(help="memory budget of the process, such as 4GB")]
+StorageOption = Annotated[str, typer.Option("--storage", help="auto, float32, float16, bfloat16 or mapped")]
+Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -103,7 +107,9 @@ def prune(
     finetune: Annotated[
         str | None, typer.Option(help="train under the mask after each stage: epochs=2,lr=0.01; also optimizer, ...")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="memory budget, such as 4GB")] = None,
+    memory: Memory = None,
+    storage: StorageOption = "auto",
+    scratch: Scratch = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="a setting of the method: name=value; may be repeated")
     ] = None,
@@ -133,6 +139,8 @@ def prune(
         noise=noise,
         defence=defence,
         memory=memory,
+        storage=storage,
+        scratch=scratch,
         seed=seed,
         device=_device(device),
     )
@@ -159,6 +167,61 @@ def prune(
         report.save(target)
         result["out"] = str(target)
     _print_result(result, as_json)
+
+
+@app.command()
+def plan(
+    model: Model,
+    data: Data,
+    sparsity: Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = 0.9,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "ewr",
+    samples: Annotated[int, typer.Option(help="calibration samples a stage")] = 1024,
+    stages: Annotated[int, typer.Option(help="prune-and-recapture stages")] = 1,
+    schedule: Annotated[str, typer.Option(help="as for prune")] = "exponential",
+    targets: Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")] = None,
+    noise: Annotated[list[str] | None, typer.Option(help="as for prune")] = None,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate/--no-recalibrate", help="as for prune")] = True,
+    memory: Memory = None,
+    storage: StorageOption = "auto",
+    scratch: Scratch = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method: name=value")] = None,
+    data_dir: DataDir = None,
+    width: Width = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how much memory prune would need with the same arguments, without running it. No weights are read."""
+    network, _ = build_model(model, **({} if width is None else {"width": width}))
+    images = load_dataset(data, data_dir)
+    forecast = plan_run(
+        network,
+        images.train,
+        sparsity,
+        resolve_method(method, dict(map(_parse_setting, settings or []))),
+        targets=targets or DEFAULT_TARGETS,
+        ignore=ignore or (),
+        samples=samples,
+        stages=stages,
+        schedule=schedule,
+        recalibrate_batchnorm=recalibrate,
+        noise=noise,
+        memory=memory,
+        storage=storage,
+        scratch=scratch,
+    )
+    if as_json:
+        _print_json(forecast.to_dict())
+        return
+    allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
+    table = Table(title=f"GB held by the process in each phase; memory allows {allowed}")
+    for column in ("storage", "capture", "defend", "solve", "trials", "file", ""):
+        table.add_column(column, justify="left" if column in ("storage", "") else "right")
+    for one in forecast.forecasts:
+        cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]
+        table.add_row(one.name, *cells, one.obstacle or ("taken" if one is forecast.chosen else ""))
+    if forecast.forecasts:
+        Console().print(table)
+    print(forecast.why)
 
 
 @app.command("eval")

@@ -1,18 +1,17 @@
-"""The memory budget: how much a run will need, known before any work is done."""
+"""The memory of the process: what a budget says, what is free, what is held already."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import resource
+import sys
 
-__all__ = ["check_memory", "parse_memory"]
+__all__ = ["memory_limit", "parse_memory", "resident_memory"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_OVERHEAD = 2**29  # interpreter, network, activations of a chunk and the solver's blocks of columns
-_VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
-_SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
+_SHARE = 0.9  # of what is free, taken by default
 
 
 def parse_memory(budget: str | int) -> int:
@@ -27,40 +26,38 @@ def parse_memory(budget: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def check_memory(budget: str | int | None, n: int, p: int, itemsize: int = 4) -> None:
-    """Refuse a run whose Fisher factor would not fit.
+def memory_limit(budget: str | int | None) -> int | None:
+    """Return how many bytes the process may hold, what it holds already included.
 
     Args:
-        budget: As for :func:`parse_memory`; None takes nine tenths of what the machine has free.
-        n: Calibration samples a stage.
-        p: Selected weights.
-        itemsize: Bytes a weight.
+        budget: As for :func:`parse_memory`; None takes what is held and nine tenths of what the machine has free.
 
-    Raises:
-        ValueError: If the predicted need exceeds the budget.
+    Returns:
+        The limit; None where no budget was given and the system does not say what is free.
     """
-    limit = parse_memory(budget) if budget is not None else _free_memory()
-    if limit is None:
-        return
-    column, square = itemsize * p, _SQUARES * 8
-    need = column * (n + _VECTORS) + square * n * n + _OVERHEAD
-    if need > limit:
-        spare = limit - _OVERHEAD - column * _VECTORS
-        fits = int((math.sqrt(column**2 + 4 * square * spare) - column) / (2 * square)) if spare > 0 else 0
-        raise ValueError(
-            f"{n} samples of {p} weights need about {need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB; "
-            + (f"use samples={fits} or fewer" if fits else "give more memory or select fewer weights")
-        )
+    if budget is not None:
+        return parse_memory(budget)
+    free = _free_memory()
+    return None if free is None else resident_memory() + int(_SHARE * free)
+
+
+def resident_memory() -> int:
+    """Return the bytes that the process holds: interpreter, libraries, the model and whatever else was loaded."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as line:
+            return int(line.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):  # no Linux: the largest so far is a bound
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free_memory() -> int | None:
-    """Return nine tenths of the memory that is free, where the system says."""
+    """Return the memory that is free, where the system says."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024 * 9 // 10
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (AttributeError, OSError, ValueError):
             return None

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,23 +21,25 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
-from swap_prune.calibration import CalibrationStream
+from swap_prune.calibration import CalibrationStream, map_tensors, peek
 from swap_prune.finetune import FineTune
-from swap_prune.fisher.noise import parse_noise
+from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
+from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory import check_memory
+from swap_prune.memory import memory_limit, resident_memory
 from swap_prune.methods import Method, resolve_method
+from swap_prune.planning import MemoryPlan, Workload, check_storage, plan_memory, sample_bytes, scratch_directory
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.schedule import sparsity_schedule
+from swap_prune.schedule import keep_count, sparsity_schedule
 from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
 from swap_prune.stage import StageRunner
 from swap_prune.surgery import batchnorm_layers, repair_batchnorm, restored_on_error
 from swap_prune.trials import Teacher
 
-__all__ = ["prune"]
+__all__ = ["plan", "prune"]
 
 
 def prune(
@@ -57,6 +60,8 @@ def prune(
     noise: Any = None,
     defence: str | None = "auto",
     memory: str | int | None = None,
+    storage: str = "auto",
+    scratch: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -87,8 +92,11 @@ def prune(
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true
             gradients have; clean gradients are left alone. None or ``"none"`` does not look.
-        memory: Budget such as ``"4GB"``, or bytes; by default what the machine has free. A run that would
-            need more is refused before any work.
+        memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what the machine has
+            free. A run that would need more is refused before any work; see :func:`plan`.
+        storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), or ``"auto"``, the
+            fastest that fits the memory.
+        scratch: Directory of that file, which is deleted at the end; by default the system's for temporary files.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
         device: Where to compute; the model is moved there. By default where it is.
         progress: Show progress on standard error.
@@ -111,14 +119,18 @@ def prune(
     _check_whole("seed", seed, 0)
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
+    check_storage(storage)
     selection = select_parameters(model, targets, ignore)
     loss = cross_entropy if loss_fn is None else loss_fn
     curvature = _curvature(solver, loss)
     normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
+    held, notes = Storage(), []
     if solver.needs_gradients:
-        drawn = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
-        rows = sketch_rows(drawn, in_batches=normalised) if isinstance(curvature, GaussNewtonLoss) else drawn
-        check_memory(memory, rows, selection.total, selection.read(model).element_size())
+        load = _workload(model, data, selection, solver, loss, normalised, sparsities, samples, noise_model)
+        memory_plan = plan_memory(load, memory_limit(memory), storage, scratch)
+        held = memory_plan.require().storage
+        if held != memory_plan.forecasts[0].storage:
+            notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
@@ -142,10 +154,16 @@ def prune(
         normalised=normalised,
         defended=defence == "auto",
         finetune=finetune,
+        storage=held,
     )
     changing = selection if finetune is None else None  # fine-tuning changes every parameter
-    with restored_on_error(model, changing), StageProgress(progress, stages) as shown:
-        notes = repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
+    with (
+        scratch_directory(held) as placed,
+        restored_on_error(model, changing),
+        StageProgress(progress, stages) as shown,
+    ):
+        runner = replace(runner, storage=placed)
+        notes += repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
         teacher = (
             Teacher(model, changing, loss) if solver.needs_held_out and isinstance(loss, GaussNewtonLoss) else None
         )
@@ -165,8 +183,79 @@ def prune(
         "noise": noise_model.settings(),
         "defence": defence if defence is not None else "none",
         "device": str(place),
+        "memory": memory,
+        "storage": {"asked": storage, "used": held.kind, "lean": held.lean} if solver.needs_gradients else None,
     } | ({} if finetune is None else {"finetune": asdict(finetune)})
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
+
+
+def plan(
+    model: nn.Module,
+    data: Any,
+    sparsity: float = 0.9,
+    method: str | Method = "ewr",
+    *,
+    loss_fn: LossFn | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    ignore: Sequence[str] = (),
+    samples: int = 1024,
+    stages: int = 1,
+    schedule: str = "exponential",
+    recalibrate_batchnorm: bool = True,
+    noise: Any = None,
+    memory: str | int | None = None,
+    storage: str = "auto",
+    scratch: str | Path | None = None,
+) -> MemoryPlan:
+    """Say how much memory :func:`prune` with the same arguments would need, and how it would hold G.
+
+    Nothing is pruned; one sample is run through the network, where the data let it be looked at.
+
+    Raises:
+        ValueError: If an argument cannot be used. That nothing fits is an answer here, not an error.
+    """
+    solver, noise_model = resolve_method(method), parse_noise(noise)
+    sparsities = sparsity_schedule(sparsity, stages, schedule)
+    _check_whole("samples", samples, 1)
+    selection = select_parameters(model, targets, ignore)
+    loss, limit = cross_entropy if loss_fn is None else loss_fn, memory_limit(memory)
+    check_storage(storage)
+    if not solver.needs_gradients:
+        return MemoryPlan(limit, (), None, f"{solver.name} takes no gradients: there is no G to hold")
+    normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
+    load = _workload(model, data, selection, solver, loss, normalised, sparsities, samples, noise_model)
+    return plan_memory(load, limit, storage, scratch)
+
+
+def _workload(
+    model: nn.Module,
+    data: Any,
+    selection: Selection,
+    solver: Method,
+    loss: LossFn,
+    normalised: bool,
+    sparsities: Sequence[float],
+    samples: int,
+    noise: NoiseChain,
+) -> Workload:
+    """Count what the need of a run depends on."""
+    drawn = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
+    in_batches = normalised and _curvature(solver, loss) is not None
+    device = next(model.parameters()).device
+    sample = map_tensors(lambda t: t.to(device), peek(data))
+    hooks = [(type(one).apply, type(one).apply_) for one in noise.models]
+    return Workload(
+        rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
+        samples=max(1, drawn),
+        weights=selection.total,
+        kept=keep_count(selection.total, sparsities[0]),
+        method=solver.name,
+        itemsize=selection.read(model).element_size(),
+        kept_bytes=0 if sample is None else sample_bytes(model, loss, sample),
+        mini_batches=in_batches,
+        row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
+        held=resident_memory(),
+    )
 
 
 def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:

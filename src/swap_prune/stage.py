@@ -20,11 +20,13 @@ from swap_prune.calibration import CalibrationStream, batch_size, split_batches
 from swap_prune.finetune import FineTune, train
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.defence import LowRank
-from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.inputs import LayerInputs
+from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.noise import NoiseChain
 from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.fisher.storage import Storage
 from swap_prune.labels import LabelDoubt, doubt_labels
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.methods import Method
@@ -62,6 +64,7 @@ class StageRunner:
         normalised: Whether BatchNorm is recalibrated.
         defended: Whether noise is looked for.
         finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
+        storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense.
     """
 
     model: nn.Module
@@ -79,6 +82,7 @@ class StageRunner:
     normalised: bool
     defended: bool
     finetune: FineTune | None = None
+    storage: Storage = Storage()  # noqa: RUF009 (immutable)
 
     def run(
         self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
@@ -99,14 +103,7 @@ class StageRunner:
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
-            factor = self._noisy(capture.factor, self.noise_generator)
-            defence, share = self._defence(fitting[0], factor)
-            clipped = clip_rows_(factor, capture.sizes) if self.defended else 0.0
-            if clipped > 0:
-                evidence["rows_clipped"] = clipped
-            if defence is not None:
-                evidence["noise_seen"] = share
-                factor = defence.clean_rows_(factor)
+            factor, defence = self._defended(capture, fitting[0], evidence)
             trials = self._trials(fitting, spare, teacher, defence, forked_generator(self.seed, f"slopes {number}"))
             trials, doubt = self._doubt(trials, teacher)
             if doubt is not None:
@@ -116,6 +113,8 @@ class StageRunner:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
             problem = replace(problem, inputs=inputs)
         solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
+        if isinstance(problem.factor, MappedFactor):
+            problem.factor.delete()
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.finetune is not None:
             evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
@@ -157,7 +156,9 @@ class StageRunner:
         disturbed = self._disturb(self.selection.read(self.model), self.noise_generator)
         with temporary_weights(self.model, self.selection, disturbed):
             if self.curvature is None:
-                return capture_gradients(self.model, self.selection, batches, self.loss_fn, advance=advance)
+                return capture_gradients(
+                    self.model, self.selection, batches, self.loss_fn, storage=self.storage, advance=advance
+                )
             return sketch_curvature(
                 self.model,
                 self.selection,
@@ -165,17 +166,32 @@ class StageRunner:
                 self.curvature,
                 self.generator,
                 in_batches=self.normalised,
+                storage=self.storage,
                 advance=advance,
             )
 
-    def _defence(self, batch: Any, factor: DenseFactor) -> tuple[LowRank | None, float]:
-        """Return the defence where there is noise to be seen, and how much was seen."""
+    def _defended(self, capture: Capture, batch: Any, evidence: dict[str, Any]) -> tuple[FisherFactor, LowRank | None]:
+        """Return G with the noise of the run, cleaned where noise is seen, and the defence if it was needed."""
+        factor = capture.factor
+        if isinstance(factor, DenseFactor):
+            factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
         if not self.defended:
-            return None, 0.0
+            return factor, None
         per_sample = self.curvature is None or not self.normalised
         defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)
         share = defence.noise_seen(factor)
-        return (defence if share > 0 else None), share
+        if share > 0:
+            evidence["noise_seen"] = share
+        if not isinstance(factor, DenseFactor):
+            if share > 0:
+                evidence["noise_left"] = f"rows in {self.storage.kind} are not cleaned"
+            return factor, None
+        clipped = clip_rows_(factor, capture.sizes)
+        if clipped > 0:
+            evidence["rows_clipped"] = clipped
+        if share == 0:
+            return factor, None
+        return replace(defence.clean_rows_(factor), limit=factor.limit), defence
 
     def _trials(
         self,
@@ -199,6 +215,7 @@ class StageRunner:
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.clean_rows_,
             clip=clip_rows_ if self.defended else None,
+            lean=self.storage.kind != "float32",
         )
 
     def _doubt(self, trials: Trials, teacher: Teacher | None) -> tuple[Trials, LabelDoubt | None]:

@@ -85,6 +85,8 @@ class Trials:
         noisy: What it does to gradients, the rows of a factor.
         clean: What a defence makes of noisy gradients of single samples; None where there is none.
         clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
+        lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
+            together; then no noise acts on them.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Trials:
     clip: Callable[[DenseFactor, Tensor | None], object] | None = None
     trusted: Sequence[Tensor] = ()
     second: Sequence[tuple[Tensor, Tensor]] = ()
+    lean: bool = False
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
@@ -122,6 +125,7 @@ class Trials:
             return self._mean_of_batches(taught, weights)
         with temporary_weights(self.model, self.selection, weights):
             rows = capture_gradients(self.model, self.selection, taught, self._objective).factor
+        assert isinstance(rows, DenseFactor), "capture's default"
         rows = self.noisy(rows)
         if self.clip is not None:
             self.clip(rows, None)
@@ -130,8 +134,11 @@ class Trials:
     def _mean_of_batches(self, taught: Sequence[_Taught], weights: Tensor) -> Tensor:
         """Average over one backward pass a batch, (p,)."""
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
-        rows = weights.new_empty(len(taught), len(weights))
+        shares = sizes / sizes.sum()
         bound = Bound(self.model, self._objective)
+        if self.lean:
+            return self._added_up(bound, taught, weights, shares)
+        rows = weights.new_empty(len(taught), len(weights))
         with self._mode(self.fitting), torch.enable_grad():
             for row, one in zip(rows, taught, strict=True):
                 losses, leaves = bound.with_leaves(self.selection, one, weights)
@@ -139,7 +146,17 @@ class Trials:
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
             self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
-        return factor.rmatvec(sizes / sizes.sum())
+        return factor.rmatvec(shares)
+
+    def _added_up(self, bound: Bound, taught: Sequence[_Taught], weights: Tensor, shares: Tensor) -> Tensor:
+        """Do the same with one row, (p,)."""
+        total, row = torch.zeros_like(weights), torch.empty_like(weights)
+        with self._mode(self.fitting), torch.enable_grad():
+            for one, share in zip(taught, shares, strict=True):
+                losses, leaves = bound.with_leaves(self.selection, one, weights)
+                flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+                total.add_(row.mul_(share))
+        return total
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked: one sample alone has no variance."""

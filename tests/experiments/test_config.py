@@ -61,6 +61,7 @@ BAD = {
     "no name": (GOOD.replace('name = "lr"', 'label = "x"'), "methods.0.name: this key is missing"),
     "no methods": (GOOD[: GOOD.index("[[")] + "methods = []", "methods: "),
     "equal labels": (GOOD.replace("ewr", "lr").replace("anchor", "ridge"), "labels must be distinct, got 'lr'"),
+    "unknown defence": (GOOD.replace('name = "lr"', 'name = "lr"\ndefence = "wall"'), "methods.0.defence: "),
     "equal settings": (GOOD + '[[methods]]\nname = "lr"\nlabel = "again"', "under two labels"),
     "label": (GOOD + 'label = "a|b"', "methods.1.label: "),
     "sparsity": (GOOD.replace("0.9]", "1.0]"), "sparsities.1: "),
@@ -156,3 +157,13 @@ def test_ids_depend_on_the_weights_but_not_on_their_path() -> None:
         plan_runs(tiny.experiment(weights=path), sha)[0].id for path, sha in (("x", "1"), ("y", "1"), ("x", "2"))
     )
     assert a == b != c
+
+
+def test_a_method_with_and_without_defence_are_two(tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(
+        GOOD[: GOOD.index("[[")]
+        + '[[methods]]\nname = "lr"\n[[methods]]\nname = "lr"\nlabel = "bare"\ndefence = "none"\n'
+    )
+    runs = plan_runs(read_experiment(tmp_path / "two.toml"), "")
+    assert len({run.id for run in runs}) == len(runs)
+    assert {run.method.label: run.settings.get("defence") for run in runs} == {"lr": None, "bare": "none"}

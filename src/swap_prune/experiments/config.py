@@ -91,6 +91,12 @@ class MethodEntry(_Table):
     settings: dict[str, Any] = {}
     defence: Literal["auto", "none"] = "auto"
 
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the default defence out, so that files are those of before there was a choice."""
+        table: dict[str, Any] = handler(self)
+        return {name: value for name, value in table.items() if (name, value) != ("defence", "auto")}
+
     @model_validator(mode="before")
     @classmethod
     def _label_by_name(cls, table: Any) -> Any:
@@ -238,7 +244,8 @@ _SHARED = set(Experiment.model_fields) - {"methods", "sparsities", "stages", "no
 def _run(method: MethodEntry, seed: int, settings: dict[str, Any]) -> Run:
     solver = method.resolve()
     settings = settings | {"method": {"name": method.name, **asdict(solver)}}  # type: ignore[call-overload]
-    settings |= {"defence": method.defence}
+    if method.defence != "auto":  # runs with the default keep the ids of before there was a choice
+        settings |= {"defence": method.defence}
     text = json.dumps([settings, seed], sort_keys=True, default=str)  # TOML has dates
     return Run(hashlib.sha256(text.encode()).hexdigest()[:16], method, seed, settings)
 

@@ -21,7 +21,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from swap_prune.bound import Bound
 from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
-from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.factor import FisherFactor
+from swap_prune.fisher.storage import RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
@@ -39,14 +40,14 @@ class Capture:
     """Gradients of one set of calibration samples.
 
     Attributes:
-        factor: G, (n, p), dense.
+        factor: G, (n, p); dense, unless another storage was asked for.
         losses: Loss of each sample; as many as there were samples.
         backend: How the rows were made: ``vmap``, ``loop`` or ``mini-batch``.
         chunk: Samples a chunk.
         sizes: What the norms of the rows should be proportional to, (n,), where that is known.
     """
 
-    factor: DenseFactor
+    factor: FisherFactor
     losses: Tensor
     backend: str
     chunk: int
@@ -60,6 +61,7 @@ def capture_gradients(
     loss_fn: LossFn,
     *,
     backend: Backend = "auto",
+    storage: Storage | RowStore | None = None,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Capture:
     """Compute G, (n, p), at the model's current weights.
@@ -70,6 +72,7 @@ def capture_gradients(
         batches: Calibration batches on the model's device.
         loss_fn: ``(model, batch) -> (n,)`` losses.
         backend: ``vmap``, ``loop``, or ``auto``: vmap where the network allows it.
+        storage: How G is held, or what takes its rows; by default dense.
         advance: Called with the number of rows that were added, for progress.
 
     Returns:
@@ -80,27 +83,32 @@ def capture_gradients(
             finite.
     """
     with eval_mode(model):
-        n = sum(check_calibration(model, loss_fn, batches))
+        sizes = check_calibration(model, loss_fn, batches)
+        n = sum(sizes)
         device = next(model.parameters()).device
         dtype = selection.read(model).dtype
-        rows, losses = _allocate(n, selection, dtype, device), torch.empty(n, dtype=dtype, device=device)
-        capturer = _Capturer(Bound(model, loss_fn), selection, backend)
+        plan = Storage() if storage is None else storage
+        store = plan.open(n, selection, dtype, device) if isinstance(plan, Storage) else plan
+        chunk_bytes = plan.chunk_bytes if isinstance(plan, Storage) else None
+        losses = torch.empty(n, dtype=dtype, device=device)
+        capturer = _Capturer(Bound(model, loss_fn), selection, backend, chunk_bytes)
         start = 0
-        for batch in batches:
+        for batch, size in zip(batches, sizes, strict=True):
             for part in capturer.chunks(batch):
-                count = capturer.fill(part, rows[start:], losses[start:])
+                room = store.room(batch_size(part) if is_sliceable(part) else size)
+                count = capturer.fill(part, room, losses[start:])
+                store.keep(count)
                 start += count
                 advance(count)
-    rows, losses = rows[:start], losses[:start]
+    losses = losses[:start]
     check_losses(losses, None)
-    check_rows(rows, selection)
-    return Capture(DenseFactor(rows), losses, capturer.backend, capturer.chunk)
+    return Capture(store.finish(), losses, capturer.backend, capturer.chunk)
 
 
 class _Capturer:
     """One back end, chosen on the first chunk, with the functional state that its calls share."""
 
-    def __init__(self, module: Bound, selection: Selection, backend: Backend) -> None:
+    def __init__(self, module: Bound, selection: Selection, backend: Backend, chunk_bytes: int | None = None) -> None:
         self._module = module
         self._selection = selection
         parameters = {name: p.detach() for name, p in module.named_parameters()}
@@ -111,6 +119,7 @@ class _Capturer:
         self._fallback = backend == "auto"
         self.backend: str = "loop" if backend == "loop" else "vmap"
         self.chunk = 0
+        self._chunk_bytes = _CHUNK_BYTES if chunk_bytes is None else chunk_bytes
 
     def chunks(self, batch: Any) -> Iterator[Any]:
         """Split a batch in chunks of the size found by measurement."""
@@ -197,33 +206,4 @@ class _Capturer:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             functional_call(self._module, {**self._rest, **weights}, (sample,))
         gradient = 4 * self._selection.total
-        return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (sum(kept.values()) + gradient)))
-
-
-def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:
-    try:
-        return torch.empty(n, selection.total, dtype=dtype, device=device)
-    except RuntimeError as error:
-        need = 4 * n * selection.total / 2**30
-        raise ValueError(
-            f"G with {n} rows of {selection.total} weights needs {need:.1f} GiB, which could not be had; "
-            "use fewer samples"
-        ) from error
-
-
-def check_rows(rows: Tensor, selection: Selection) -> None:
-    """Check that gradients (n, p) are finite.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    sums = torch.linalg.vector_norm(rows, ord=1, dim=1)  # an overflow of the sum is as bad as an infinite entry
-    if bool(torch.isfinite(sums).all()):
-        return
-    bad = int((~torch.isfinite(sums)).sum())
-    layers = [name for name, s in selection.slices().items() if not bool(torch.isfinite(rows[:, s]).all())]
-    raise ValueError(
-        f"the gradient is not finite on {bad} of {len(rows)} samples"
-        + (f" (first in {layers[0]!r})" if layers else "")
-        + "; check the loss and the data"
-    )
+        return max(1, min(_MAX_CHUNK, self._chunk_bytes // (sum(kept.values()) + gradient)))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.losses import LossFn
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
@@ -65,9 +65,9 @@ class LowRank:
         exact = outer_product_layers(model, selection, loss_fn, batch) if per_sample else ()
         return cls(shapes, selection.slices(), exact, per_sample)
 
-    def noise_seen(self, factor: DenseFactor) -> float:
+    def noise_seen(self, factor: FisherFactor) -> float:
         """Return the largest share of energy outside rank 1 over the layers where there should be none; 0 for clean."""
-        probe = factor.matrix[: min(_PROBE, factor.shape[0])]
+        probe = factor.leading(_PROBE)
         shares = [0.0]
         for name in self.exact:
             rows = probe[:, self.places[name]].reshape(len(probe), *self.shapes[name])

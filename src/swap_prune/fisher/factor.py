@@ -1,7 +1,9 @@
 """The Fisher factor G (n, p), and the only products with it that the solvers use.
 
 ``G^T G / n`` is the empirical Fisher information at the reference weights (paper, equation 3). A solver sees
-G through :class:`FisherFactor` alone, so that other representations can take the place of the dense one.
+G through :class:`FisherFactor` alone, so that other representations can take the place of the dense one: half
+precision (:mod:`~swap_prune.fisher.half`) or a file (:mod:`~swap_prune.fisher.mapped`). docs/size.md says when which is
+used.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DenseFactor", "FisherFactor"]
+__all__ = ["DenseFactor", "FisherFactor", "gram_of_columns"]
 
 _BLOCK_BYTES = 256 * 2**20  # size of the temporary copies in `gram`
 
@@ -23,6 +25,16 @@ class FisherFactor(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """(n, p)."""
+        ...
+
+    @property
+    def column_limit(self) -> int:
+        """Columns that may be copied at once; a solver that wants more does with products."""
+        ...
+
+    @property
+    def iterative(self) -> bool:
+        """Whether a Gram matrix costs more than the products of an iterative solver."""
         ...
 
     def matvec(self, w: Tensor) -> Tensor:
@@ -49,6 +61,10 @@ class FisherFactor(Protocol):
         """Return the factor of some rows."""
         ...
 
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseFactor:
@@ -56,9 +72,11 @@ class DenseFactor:
 
     Attributes:
         matrix: G, (n, p).
+        limit: Columns that may be copied at once; None for any number.
     """
 
     matrix: Tensor
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or 0 in self.matrix.shape:
@@ -69,6 +87,16 @@ class DenseFactor:
         """(n, p)."""
         n, p = self.matrix.shape
         return n, p
+
+    @property
+    def column_limit(self) -> int:
+        """Columns that may be copied at once."""
+        return self.matrix.shape[1] if self.limit is None else self.limit
+
+    @property
+    def iterative(self) -> bool:
+        """Never: a Gram matrix is one product."""
+        return False
 
     def matvec(self, w: Tensor) -> Tensor:
         """Return ``G w``, (n,)."""
@@ -89,6 +117,8 @@ class DenseFactor:
 
     def gram(self, scale: Tensor) -> Tensor:
         """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
+        if self.limit is not None:
+            return gram_of_columns(self, scale)
         n, p = self.shape
         support = scale.nonzero().squeeze(1)
         dense = len(support) > p // 2
@@ -101,6 +131,29 @@ class DenseFactor:
             result.addmm_(part * scale[index], part.T)
         return result
 
-    def rows(self, index: Tensor) -> DenseFactor:
-        """Return the factor of some rows."""
+    def rows(self, index: Tensor) -> FisherFactor:
+        """Return the factor of some rows: a copy of them, or products with all where copies are limited."""
+        if self.limit is not None:
+            from swap_prune.fisher.blocked import SubFactor  # it is made of factors
+
+            return SubFactor(self, rows=index)
         return DenseFactor(self.matrix.index_select(0, index))
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, a view."""
+        return self.matrix[:count]
+
+
+def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:
+    """Return ``G diag(scale) G^T``, (n, n), from ``column_limit`` columns at a time.
+
+    Args:
+        factor: G, (n, p).
+        scale: (p,); columns of scale zero are not read.
+    """
+    n = factor.shape[0]
+    result = torch.zeros(n, n, dtype=scale.dtype, device=scale.device)
+    for index in torch.split(scale.nonzero().squeeze(1), factor.column_limit):
+        part = factor.columns(index)
+        result.addmm_(part * scale[index], part.T)
+    return result

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from swap_prune.bound import Bound, flat_gradient
 from swap_prune.calibration import batch_size, split_batches
-from swap_prune.fisher.capture import Capture, capture_gradients, check_rows
-from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.storage import RowStore, Storage
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 
-__all__ = ["MINI_BATCH", "CurvatureSketch", "draw_signs", "sketch_curvature", "sketch_rows"]
+__all__ = ["MINI_BATCH", "CurvatureSketch", "draw_signs", "mini_batches", "sketch_curvature", "sketch_rows"]
 
 MINI_BATCH = 16  # samples that share their statistics
 
@@ -70,6 +70,7 @@ def sketch_curvature(
     generator: torch.Generator,
     *,
     in_batches: bool,
+    storage: Storage | None = None,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Capture:
     """Sketch the generalised Gauss-Newton matrix at the model's current weights.
@@ -81,6 +82,7 @@ def sketch_curvature(
         loss: A loss that knows its curvature.
         generator: Draws the signs.
         in_batches: Whether BatchNorm sees mini-batches, as after recalibration, rather than single samples.
+        storage: How G is held; by default dense.
         advance: Called with the number of samples that were done, for progress.
 
     Returns:
@@ -93,16 +95,18 @@ def sketch_curvature(
         check_calibration(model, loss, batches)
     sketch = CurvatureSketch(loss)
     if in_batches:
-        rows, losses = _mini_batch_rows(model, selection, batches, sketch, generator, advance)
-        check_rows(rows, selection)
-        return Capture(DenseFactor(rows), losses, "mini-batch", MINI_BATCH)
+        parts = mini_batches(batches)
+        weights = selection.read(model)
+        store = (storage or Storage()).open(len(parts), selection, weights.dtype, weights.device)
+        losses = _mini_batch_rows(model, selection, parts, sketch, generator, store, advance)
+        return Capture(store.finish(), losses, "mini-batch", MINI_BATCH)
     with eval_mode(model), torch.no_grad():
         outputs = [loss.outputs(model, batch) for batch in batches]
         losses = check_losses(torch.cat(list(map(loss.losses, outputs, batches))), None)
         drawn = [(batch, draw_signs(z, generator)) for z, batch in zip(outputs, batches, strict=True)]
         roots = [loss.curvature_root(z, *one).flatten(1) for z, one in zip(outputs, drawn, strict=True)]
         sizes = torch.cat([torch.linalg.vector_norm(root, dim=1) for root in roots])
-    capture = capture_gradients(model, selection, drawn, sketch, advance=advance)
+    capture = capture_gradients(model, selection, drawn, sketch, storage=storage, advance=advance)
     tiny = torch.finfo(sizes.dtype).tiny
     return Capture(capture.factor, losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
 
@@ -112,27 +116,31 @@ def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1).to(outputs)
 
 
+def mini_batches(batches: Sequence[Any]) -> list[Any]:
+    """Return batches of at most ``MINI_BATCH`` samples, without those of one sample where there are others."""
+    parts = split_batches(batches, MINI_BATCH)
+    return [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
+
+
 def _mini_batch_rows(
     model: nn.Module,
     selection: Selection,
-    batches: Sequence[Any],
+    parts: Sequence[Any],
     sketch: CurvatureSketch,
     generator: torch.Generator,
+    store: RowStore,
     advance: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """Return rows ``sum_i J_i^T L_i xi_i / sqrt(size)`` over mini-batches, (n, p), and the losses of their samples."""
-    parts = split_batches(batches, MINI_BATCH)
-    usable = [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
-    weights = selection.read(model)
-    rows = torch.empty(len(usable), selection.total, dtype=weights.dtype, device=weights.device)
+) -> Tensor:
+    """Store a row ``sum_i J_i^T L_i xi_i / sqrt(size)`` for each mini-batch; return the losses of all samples."""
     losses = []
     bound = Bound(model, sketch.loss.outputs)
     with batch_statistics(model), torch.enable_grad():
-        for row, part in zip(rows, usable, strict=True):
+        for part in parts:
             outputs, leaves = bound.with_leaves(selection, part)
             losses.append(check_losses(sketch.loss.losses(outputs.detach(), part), None))
             product = sketch.product(outputs, part, draw_signs(outputs, generator)).sum()
             gradients = torch.autograd.grad(product / batch_size(part) ** 0.5, leaves, allow_unused=True)
-            flat_gradient(row, gradients, selection)
+            flat_gradient(store.room(1)[0], gradients, selection)
+            store.keep(1)
             advance(batch_size(part))
-    return rows, torch.cat(losses)
+    return torch.cat(losses)

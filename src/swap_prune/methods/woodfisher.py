@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from swap_prune.fisher.blocked import SubFactor
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inverse import BlockFisher
 from swap_prune.methods.lr import is_number, trivial_solution
@@ -99,7 +100,9 @@ def joint_update(problem: PruningProblem, kept: Tensor, damping: float, index: T
     """
     factor, w_bar = problem.fisher(), problem.reference
     if index is not None and len(index) < len(w_bar):
-        factor, w_bar, kept = DenseFactor(factor.columns(index)), w_bar[index], kept[index]
+        narrow = len(index) <= factor.column_limit
+        factor = DenseFactor(factor.columns(index)) if narrow else SubFactor(factor, columns=index)
+        w_bar, kept = w_bar[index], kept[index]
     support = kept.nonzero().squeeze(1)
     if len(support) == 0:
         return torch.zeros_like(w_bar)

@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.blocked import SubFactor
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.regression.iht import SparseFit, hard_threshold, top_k
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.two_regime import two_regime_step
@@ -85,7 +86,10 @@ def _largest(w: Tensor, among: Tensor, count: int) -> Tensor:
 def _restrict(problem: WeightedRidge, active: Tensor) -> tuple[WeightedRidge, Tensor]:
     """Return the regression on some columns, and their indices."""
     index = active.nonzero().squeeze(1)
-    factor = DenseFactor(problem.factor.columns(index))
+    narrow = len(index) <= problem.factor.column_limit
+    factor: FisherFactor = (
+        DenseFactor(problem.factor.columns(index)) if narrow else SubFactor(problem.factor, columns=index)
+    )
     return replace(problem, factor=factor, reference=problem.reference[index], metric=problem.metric[index]), index
 
 

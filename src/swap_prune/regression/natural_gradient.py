@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swap_prune.fisher.factor import FisherFactor
+from swap_prune.regression.conjugate import DualSystem
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.square import SquareSystem
 
@@ -28,19 +30,20 @@ class NaturalGradient:
 
     Attributes:
         support: Indices of the kept weights, (k,).
-        columns: G on the support, (n, k).
+        factor: G, (n, p).
+        columns: G on the support, (n, k), or None where so many columns are not copied: then products with all of G
+            do, of weights that are zero outside the support.
         metric: m on the support, (k,).
         ridge: Damping, > 0.
         system: The smaller of the two normal systems.
-        size: p.
     """
 
     support: Tensor
-    columns: Tensor
+    factor: FisherFactor
+    columns: Tensor | None
     metric: Tensor
     ridge: float
-    system: SquareSystem
-    size: int
+    system: SquareSystem | DualSystem
 
     @classmethod
     def on(
@@ -54,29 +57,48 @@ class NaturalGradient:
             ridge: Damping, > 0.
             previous: A refit on this very support, whose Gram matrix is used again.
         """
-        n = regression.factor.shape[0]
-        columns = regression.factor.columns(support)
+        factor, n = regression.factor, regression.factor.shape[0]
         metric = regression.metric.index_select(0, support)
         if len(support) <= n:
+            columns = factor.columns(support)
             system = columns.T @ columns
             system.diagonal().add_(n * ridge * metric)
+            return cls(support, factor, columns, metric, ridge, SquareSystem.of(system))
+        copied = factor.columns(support) if len(support) <= factor.column_limit else None
+        known = previous.gram.matrix if previous is not None and previous.gram is not None else None
+        if known is not None:
+            system = known.clone()
+        elif copied is not None:
+            system = (copied / metric) @ copied.T
         else:
-            known = previous.gram.matrix if previous is not None and previous.gram is not None else None
-            system = (columns / metric) @ columns.T if known is None else known.clone()
-            system.diagonal().add_(n * ridge)
-        return cls(support, columns, metric, ridge, SquareSystem.of(system), regression.metric.numel())
+            scale = torch.zeros_like(regression.metric).index_copy(0, support, 1 / metric)
+            if factor.iterative:
+                return cls(support, factor, None, metric, ridge, DualSystem(factor, scale, n * ridge))
+            system = factor.gram(scale)
+        system.diagonal().add_(n * ridge)
+        return cls(support, factor, copied, metric, ridge, SquareSystem.of(system))
 
     def direction(self, slope: Tensor) -> Tensor:
         """Return the step for a slope s, (p,): d, (p,), zero outside the support.
 
         ``(G_s^T G_s / n + ridge M) d = -s``, through Woodbury's identity for k > n.
         """
-        n, k = self.columns.shape
+        n, k = self.factor.shape[0], len(self.support)
         right = slope.index_select(0, self.support)
         if k <= n:
             step = -n * self.system.solve(right)
         else:
             scaled = right / self.metric
-            dual = self.system.solve(self.columns @ scaled)
-            step = (self.columns.T @ dual / self.metric - scaled) / self.ridge
-        return torch.zeros(self.size, dtype=slope.dtype, device=slope.device).index_copy(0, self.support, step)
+            dual = self.system.solve(self._times(scaled))
+            step = (self._transposed(dual) / self.metric - scaled) / self.ridge
+        return torch.zeros_like(slope).index_copy(0, self.support, step)
+
+    def _times(self, v: Tensor) -> Tensor:
+        """Return ``G_s v``, (n,), for v (k,)."""
+        if self.columns is not None:
+            return self.columns @ v
+        return self.factor.matvec(v.new_zeros(self.factor.shape[1]).index_copy_(0, self.support, v))
+
+    def _transposed(self, u: Tensor) -> Tensor:
+        """Return ``G_s^T u``, (k,), for u (n,)."""
+        return self.columns.T @ u if self.columns is not None else self.factor.rmatvec(u).index_select(0, self.support)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
+from swap_prune.regression.conjugate import DualSystem
 from swap_prune.regression.square import solve_square
 
 __all__ = ["Refit", "ScaledGram", "WeightedRidge", "diagonal_metric"]
@@ -40,7 +41,7 @@ class Refit:
 
     Attributes:
         weights: w, (p,), zero outside the support.
-        gram: The Gram matrix behind it, or None where the k x k system was solved.
+        gram: The Gram matrix behind it, or None where the k x k system was solved, or none was formed.
     """
 
     weights: Tensor
@@ -94,7 +95,8 @@ class WeightedRidge:
         The stationarity condition for the change ``d`` on the support is
         ``(G_s^T S G_s + n lam M) d = G_s^T S r`` with ``r = t - G_s w_bar_s``. For k > n it is solved through
         Woodbury's identity, ``d = M^-1 G_s^T v`` with ``(S G_s M^-1 G_s^T + n lam I) v = S r``: the larger
-        of the two systems is never formed.
+        of the two systems is never formed. A factor that knows products only gets the latter solved by
+        conjugate gradients.
 
         Args:
             support: Indices of the kept weights, (k,).
@@ -117,19 +119,27 @@ class WeightedRidge:
             matrix.diagonal().add_(self.penalty * metric)
             change = solve_square(matrix, columns.T @ self.smooth(residual))
             return Refit(result.index_copy(0, support, kept + change), None)
-        gram = self._gram(support, 1 / metric, previous)
-        system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
-        system.diagonal().add_(self.penalty)
-        dual = solve_square(system, self.smooth(residual), symmetric=self.smoothing is None)
-        change = (gram.scale * self.factor.rmatvec(dual)).index_select(0, support)
+        scale = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
+        gram, dual = self._dual(scale, len(support), residual, previous)
+        change = (scale * self.factor.rmatvec(dual)).index_select(0, support)
         return Refit(result.index_copy(0, support, kept + change), gram)
 
-    def _gram(self, support: Tensor, inverse: Tensor, previous: Refit | None) -> ScaledGram:
+    def _dual(
+        self, scale: Tensor, keep: int, residual: Tensor, previous: Refit | None
+    ) -> tuple[ScaledGram | None, Tensor]:
+        """Return v with ``(S G diag(scale) G^T + n lam I) v = S r``, and the Gram matrix if there is one."""
+        if self.factor.iterative:
+            return None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
+        gram = self._gram(scale, keep, previous)
+        system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
+        system.diagonal().add_(self.penalty)
+        return gram, solve_square(system, self.smooth(residual), symmetric=self.smoothing is None)
+
+    def _gram(self, scale: Tensor, keep: int, previous: Refit | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""
-        scale = torch.zeros_like(self.metric).index_copy(0, support, inverse)
         if previous is not None and previous.gram is not None:
             difference = scale - previous.gram.scale
-            if int(difference.count_nonzero()) < len(support):
+            if int(difference.count_nonzero()) < keep:
                 return ScaledGram(scale, previous.gram.matrix + self.factor.gram(difference))
         return ScaledGram(scale, self.factor.gram(scale))
 

@@ -39,12 +39,14 @@ def swap_weights(problem: WeightedRidge, fit: SparseFit, max_batches: int = 10) 
     """Exchange kept and dropped weights in batches as long as Q falls by more than a little.
 
     Args:
-        problem: The regression; without a ridge the fit is returned as it is.
+        problem: The regression; without a ridge, or without a Gram matrix for k > n, the fit is returned as it is.
         fit: A refitted support.
         max_batches: Batches accepted at the most.
     """
     keep, total = len(fit.support), problem.metric.numel()
     if keep == total or problem.penalty == 0 or fit.refit is None:
+        return fit
+    if fit.refit.gram is None and keep > problem.factor.shape[0]:
         return fit
     scale = problem.factor.shape[0] * (problem.factor.diagonal() + problem.ridge * problem.metric)
     batch = max(1, round(_SHARE * keep))
@@ -85,7 +87,7 @@ class Exchange:
         support: Indices of the kept weights, (k,).
         weights: Their refit, (p,).
         gradient: ``grad Q`` there, (p,).
-        quadratic: Maps columns of G, (n, r), to ``g^T (S - S G_s A^-1 G_s^T S) g``, (r,).
+        quadratic: Maps columns g of G, (n, r), to ``g^T (S - S G_s A^-1 G_s^T S) g``, (r,).
         inverse: Maps positions in the support, (r,), to ``[A^-1]_jj``, (r,).
     """
 
@@ -103,8 +105,14 @@ class Exchange:
     def enter(self, index: Tensor) -> Tensor:
         """Return how much Q falls when a dropped weight enters, (r,), for indices of weights."""
         own = self.problem.penalty * self.problem.metric[index].double()
-        curvature = own + self.quadratic(self.problem.factor.columns(index))
+        curvature = own + in_parts(self.problem, index, self.quadratic)
         return self.gradient[index].double().square() / (2 * curvature.clamp_min(_TINY))
+
+
+def in_parts(problem: WeightedRidge, index: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Map columns of G by a function (n, r) -> (r,), as many at once as the factor allows."""
+    parts = torch.split(index, problem.factor.column_limit)
+    return torch.cat([function(problem.factor.columns(part)) for part in parts])
 
 
 def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient: Tensor) -> Exchange:
@@ -134,7 +142,7 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
 
         def inverse(position: Tensor) -> Tensor:
             own = metric[position]
-            h = explained(problem.factor.columns(support[position]))
+            h = in_parts(problem, support[position], explained)
             return (1 - h / own).clamp_min(_TINY) / (penalty * own)
 
         return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse)

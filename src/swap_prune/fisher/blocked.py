@@ -1,0 +1,185 @@
+"""Products with a G that is only ever seen in blocks, and with a part of any G.
+
+What half precision and a file have in common: neither can be handed to a product as it is. A block of rows and columns
+is brought to the working precision, used, and dropped, so that what is held beside the storage is one block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import FisherFactor, gram_of_columns
+
+__all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "column_limit"]
+
+BLOCK_BYTES = 32 * 2**20  # of one block in working precision
+
+
+def column_limit(n: int, itemsize: int) -> int:
+    """Return how many columns of n rows make a block."""
+    return max(1, BLOCK_BYTES // (n * itemsize))
+
+
+class BlockedFactor(ABC):
+    """A Fisher factor (n, p) that yields its blocks."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(n, p)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Of the products."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield rows, columns and ``G[rows, columns]`` in working precision, until all of G was seen once."""
+
+    @abstractmethod
+    def columns(self, index: Tensor) -> Tensor:
+        """Return ``G[:, index]``, (n, len(index)), dense."""
+
+    @property
+    def column_limit(self) -> int:
+        """Columns that make one block."""
+        return column_limit(self.shape[0], self.dtype.itemsize)
+
+    @property
+    def iterative(self) -> bool:
+        """Never: a Gram matrix reads G once."""
+        return False
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return ``G w``, (n,)."""
+        result = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for rows, columns, part in self.blocks():
+            result[rows].addmv_(part, w[columns])
+        return result
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Return ``G^T v``, (p,)."""
+        result = torch.zeros(self.shape[1], dtype=self.dtype, device=self.device)
+        for rows, columns, part in self.blocks():
+            result[columns].addmv_(part.T, v[rows])
+        return result
+
+    def diagonal(self) -> Tensor:
+        """Return f, (p,): the mean over rows of the squared entries."""
+        sums = torch.zeros(self.shape[1], dtype=self.dtype, device=self.device)
+        for _, columns, part in self.blocks():
+            sums[columns] += torch.linalg.vector_norm(part, dim=0).square_()
+        return sums.div_(self.shape[0])
+
+    def gram(self, scale: Tensor) -> Tensor:
+        """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
+        return gram_of_columns(self, scale)
+
+    def rows(self, index: Tensor) -> FisherFactor:
+        """Return the factor of some rows, without a copy."""
+        return SubFactor(self, rows=index)
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        n, p = self.shape
+        result = torch.empty(min(count, n), p, dtype=self.dtype, device=self.device)
+        for rows, columns, part in self.blocks():
+            if rows.start >= count:
+                break
+            stop = min(rows.stop, count)
+            result[rows.start : stop, columns] = part[: stop - rows.start]
+        return result
+
+
+@dataclass(frozen=True)
+class SubFactor:
+    """Some rows, or some columns, of a factor: products with all of it, and no copy.
+
+    Attributes:
+        whole: G, (n, p).
+        rows_of: Indices of the rows, or None for all.
+        columns_of: Indices of the columns, or None for all.
+    """
+
+    whole: FisherFactor
+    rows_of: Tensor | None = None
+    columns_of: Tensor | None = None
+
+    def __init__(self, whole: FisherFactor, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "rows_of", rows)
+        object.__setattr__(self, "columns_of", columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, p) of the part."""
+        n, p = self.whole.shape
+        return (
+            n if self.rows_of is None else len(self.rows_of),
+            p if self.columns_of is None else len(self.columns_of),
+        )
+
+    @property
+    def column_limit(self) -> int:
+        """That of the whole."""
+        return self.whole.column_limit
+
+    @property
+    def iterative(self) -> bool:
+        """As for the whole."""
+        return self.whole.iterative
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return ``G w``, (n,)."""
+        if self.columns_of is not None:
+            w = w.new_zeros(self.whole.shape[1]).index_copy_(0, self.columns_of, w)
+        result = self.whole.matvec(w)
+        return result if self.rows_of is None else result.index_select(0, self.rows_of)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Return ``G^T v``, (p,); a row that was taken twice counts twice."""
+        if self.rows_of is not None:
+            v = v.new_zeros(self.whole.shape[0]).index_add_(0, self.rows_of, v)
+        result = self.whole.rmatvec(v)
+        return result if self.columns_of is None else result.index_select(0, self.columns_of)
+
+    def diagonal(self) -> Tensor:
+        """Return f, (p,)."""
+        if self.rows_of is None and self.columns_of is not None:
+            return self.whole.diagonal().index_select(0, self.columns_of)
+        count = self.shape[1]
+        every = torch.arange(count, device=None if self.rows_of is None else self.rows_of.device)
+        parts = [
+            torch.linalg.vector_norm(self.columns(i), dim=0).square() for i in torch.split(every, self.column_limit)
+        ]
+        return torch.cat(parts) / self.shape[0]
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Return ``G[:, index]``, (n, len(index)), dense."""
+        columns = self.whole.columns(index if self.columns_of is None else self.columns_of.index_select(0, index))
+        return columns if self.rows_of is None else columns.index_select(0, self.rows_of)
+
+    def gram(self, scale: Tensor) -> Tensor:
+        """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
+        return gram_of_columns(self, scale)
+
+    def rows(self, index: Tensor) -> FisherFactor:
+        """Return the factor of some of these rows."""
+        chosen = index if self.rows_of is None else self.rows_of.index_select(0, index)
+        return SubFactor(self.whole, rows=chosen, columns=self.columns_of)
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        every = torch.arange(self.shape[1], device=None if self.columns_of is None else self.columns_of.device)
+        return self.columns(every)[:count]

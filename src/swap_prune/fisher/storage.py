@@ -1,0 +1,207 @@
+"""Where the rows of G go as they are captured: the choice of a run, and the stores that take them.
+
+Capture asks a store for room, writes gradients to it, and hands them over. The dense store gives room in G itself;
+the others lend a buffer of a few rows and round it, or write it to a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.blocked import column_limit
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.half import HalfFactor, row_scales
+from swap_prune.fisher.mapped import MappedWriter
+from swap_prune.selection import Selection
+
+__all__ = ["RowStore", "Storage", "StorageKind", "check_rows"]
+
+StorageKind = Literal["float32", "bfloat16", "float16", "mapped"]
+
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How G is held.
+
+    Attributes:
+        kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
+        lean: Whether the solver does without copies of many columns. All but float32 are lean.
+        scratch: Directory of the file, for ``mapped``.
+    """
+
+    kind: StorageKind = "float32"
+    lean: bool = False
+    scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StorageKind):
+            raise ValueError(f"storage must be one of {', '.join(get_args(StorageKind))}, got {self.kind!r}")
+        if self.kind == "mapped" and self.scratch is None:
+            raise ValueError("storage 'mapped' needs a directory, got none; give scratch=")
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """Bytes of one chunk of samples at capture; None for capture's own default."""
+        return None if self.kind == "float32" and not self.lean else _LEAN_CHUNK_BYTES
+
+    def open(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> RowStore:
+        """Make a store for at most n rows.
+
+        Raises:
+            ValueError: If there is no room for them.
+        """
+        p = selection.total
+        if self.kind == "float32":
+            return DenseStore(n, selection, dtype, device, column_limit(n, dtype.itemsize) if self.lean else None)
+        if self.kind in _HALVES:
+            return HalfStore(n, selection, dtype, device, _HALVES[self.kind])
+        assert self.scratch is not None, "checked when it was made"
+        return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
+
+
+class RowStore(Protocol):
+    """What capture asks of a store."""
+
+    def room(self, count: int) -> Tensor:
+        """Return at least ``count`` rows (m, p) to write to."""
+        ...
+
+    def keep(self, count: int) -> None:
+        """Take the first ``count`` of them over."""
+        ...
+
+    def finish(self) -> FisherFactor:
+        """Return the factor of all rows that were kept.
+
+        Raises:
+            ValueError: If an entry is not finite.
+        """
+        ...
+
+
+class DenseStore:
+    """Rows written to G itself, in the memory where it stays."""
+
+    def __init__(
+        self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, limit: int | None = None
+    ) -> None:
+        self._rows = _allocate(n, selection, dtype, device)
+        self._selection, self._limit, self._filled = selection, limit, 0
+
+    def room(self, count: int) -> Tensor:
+        """Return all rows that are still free."""
+        return self._rows[self._filled :]
+
+    def keep(self, count: int) -> None:
+        """Count them."""
+        self._filled += count
+
+    def finish(self) -> FisherFactor:
+        """Return the factor."""
+        rows = self._rows[: self._filled]
+        check_rows(rows, self._selection)
+        return DenseFactor(rows, self._limit)
+
+
+class BufferedStore:
+    """Base class of stores that take rows over from a buffer."""
+
+    def __init__(self, selection: Selection, dtype: torch.dtype, device: torch.device) -> None:
+        self._selection = selection
+        self._buffer = torch.empty(0, selection.total, dtype=dtype, device=device)
+
+    def room(self, count: int) -> Tensor:
+        """Return the buffer."""
+        if len(self._buffer) < count:
+            size, kind = (count, self._buffer.shape[1]), self._buffer
+            self._buffer = torch.empty(0)
+            self._buffer = torch.empty(size, dtype=kind.dtype, device=kind.device)
+        return self._buffer
+
+    def keep(self, count: int) -> None:
+        """Check the rows, and take them over."""
+        rows = self._buffer[:count]
+        check_rows(rows, self._selection)
+        self.take(rows)
+
+    def take(self, rows: Tensor) -> None:
+        """Take rows (m, p) over; they may be overwritten."""
+        raise NotImplementedError
+
+
+class HalfStore(BufferedStore):
+    """Rows rounded to 16 bits."""
+
+    def __init__(
+        self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, half: torch.dtype
+    ) -> None:
+        super().__init__(selection, dtype, device)
+        self._stored = _allocate(n, selection, half, device)
+        self._scale = torch.ones(n, dtype=dtype, device=device)
+        self._filled = 0
+
+    def take(self, rows: Tensor) -> None:
+        """Round them."""
+        place = slice(self._filled, self._filled + len(rows))
+        if self._stored.dtype == torch.float16:
+            self._scale[place] = row_scales(rows)
+            rows.div_(self._scale[place].unsqueeze(1))
+        self._stored[place] = rows
+        self._filled += len(rows)
+
+    def finish(self) -> FisherFactor:
+        """Return the factor."""
+        return HalfFactor(self._stored[: self._filled], self._scale[: self._filled])
+
+
+class MappedStore(BufferedStore):
+    """Rows written to a file."""
+
+    def __init__(self, selection: Selection, dtype: torch.dtype, device: torch.device, writer: MappedWriter) -> None:
+        super().__init__(selection, dtype, device)
+        self._device, self._writer = device, writer
+
+    def take(self, rows: Tensor) -> None:
+        """Write them."""
+        self._writer.append(rows)
+
+    def finish(self) -> FisherFactor:
+        """Return the factor."""
+        return self._writer.finish(self._device)
+
+
+def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(n, selection.total, dtype=dtype, device=device)
+    except RuntimeError as error:
+        need = dtype.itemsize * n * selection.total / 2**30
+        raise ValueError(
+            f"G with {n} rows of {selection.total} weights needs {need:.1f} GiB, which could not be had; "
+            "use fewer samples, or another storage"
+        ) from error
+
+
+def check_rows(rows: Tensor, selection: Selection) -> None:
+    """Check that gradients (n, p) are finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    sums = torch.linalg.vector_norm(rows, ord=1, dim=1)  # an overflow of the sum is as bad as an infinite entry
+    if bool(torch.isfinite(sums).all()):
+        return
+    bad = int((~torch.isfinite(sums)).sum())
+    layers = [name for name, s in selection.slices().items() if not bool(torch.isfinite(rows[:, s]).all())]
+    raise ValueError(
+        f"the gradient is not finite on {bad} of {len(rows)} samples"
+        + (f" (first in {layers[0]!r})" if layers else "")
+        + "; check the loss and the data"
+    )

@@ -1,0 +1,80 @@
+"""The dual system of a ridge regression by conjugate gradients, where only products with G can be had.
+
+The refit and the natural-gradient step solve, for k > n, a system of n equations (Woodbury)::
+
+    (S G D G^T + shift I) v = S r
+
+with D diagonal, 1/m on the support and zero elsewhere. Where no Gram matrix is formed, it is solved in these n
+dimensions by conjugate gradients (Hestenes and Stiefel, 1952), one product with G and one with G^T an iteration. With
+R the symmetric root of S, ``v = R z`` turns it into the positive definite ``(R G D G^T R + shift I) z = R r``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.factor import FisherFactor
+
+__all__ = ["DualSystem"]
+
+_MOST_ITERATIONS = 200
+_TOLERANCE_POWER = 0.75  # of the machine epsilon: products with G are no more exact
+
+
+@dataclass(frozen=True)
+class DualSystem:
+    """``S G diag(scale) G^T + shift I``, (n, n), known by its products.
+
+    Attributes:
+        factor: G, (n, p).
+        scale: (p,), >= 0.
+        shift: >= 0.
+        root: R, (n, n), symmetric with ``R R = S``; None for the identity.
+    """
+
+    factor: FisherFactor
+    scale: Tensor
+    shift: float
+    root: Tensor | None = None
+
+    @classmethod
+    def of(cls, factor: FisherFactor, scale: Tensor, shift: float, smoothing: Tensor | None = None) -> DualSystem:
+        """State the system for a symmetric positive semi-definite S, or none."""
+        if smoothing is None:
+            return cls(factor, scale, shift)
+        values, vectors = torch.linalg.eigh(smoothing.double())
+        return cls(factor, scale, shift, (vectors * values.clamp(min=0).sqrt()) @ vectors.T)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return v for a residual r, (n,): ``(S G D G^T + shift I) v = S r``.
+
+        The iterations end at a relative residual of rounding size, or after as many as there are equations, 200 at the
+        most: what is left then is an approximate solution, and the caller's acceptance tests judge it.
+        """
+        r = self._rooted(right.double())
+        z, direction = torch.zeros_like(r), r.clone()
+        square = torch.dot(r, r)
+        least = square * torch.finfo(right.dtype).eps ** (2 * _TOLERANCE_POWER)
+        for _ in range(min(2 * len(r), _MOST_ITERATIONS)):
+            if not bool(square > least):
+                break
+            image = self._product(direction, right.dtype)
+            curvature = torch.dot(direction, image)
+            if not bool(curvature > 0):  # the rest lies where the matrix is zero
+                break
+            length = square / curvature
+            z = z + length * direction
+            r = r - length * image
+            square, before = torch.dot(r, r), square
+            direction = r + (square / before) * direction
+        return self._rooted(z).to(right.dtype)
+
+    def _product(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        inner = self.factor.rmatvec(self._rooted(z).to(dtype)).mul_(self.scale)
+        return self._rooted(self.factor.matvec(inner).double()) + self.shift * z
+
+    def _rooted(self, v: Tensor) -> Tensor:
+        return v if self.root is None else self.root @ v

@@ -1,0 +1,169 @@
+"""Every way to hold G, against the products of the dense float64 matrix."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from swap_prune.fisher import blocked
+from swap_prune.fisher.blocked import SubFactor
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.half import HalfFactor, row_scales
+from swap_prune.fisher.mapped import MappedFactor, MappedWriter
+from tests.cases import normal
+
+EXACT, FLOAT16, BFLOAT16 = 1e-5, 2.0**-11, 2.0**-8  # relative to the sizes that are added up
+
+
+def mapped(matrix, directory, parts=3):
+    writer = MappedWriter(directory, len(matrix), matrix.shape[1], matrix.dtype)
+    for rows in torch.tensor_split(matrix, parts):
+        writer.append(rows)
+    return writer.finish()
+
+
+def embedded(matrix):
+    """The same G as some rows and columns, in another order, of a larger one."""
+    n, p = matrix.shape
+    whole = normal(2 * n + 1, p + 3, seed=9, dtype=matrix.dtype)
+    rows, columns = torch.randperm(2 * n + 1)[:n], torch.randperm(p + 3)[:p]
+    whole[rows.unsqueeze(1), columns] = matrix
+    return SubFactor(DenseFactor(whole), rows=rows, columns=columns)
+
+
+KINDS = {
+    "dense": (lambda G, _: DenseFactor(G), EXACT),
+    "lean": (lambda G, _: DenseFactor(G, limit=2), EXACT),
+    "float16": (lambda G, _: HalfFactor.of(G, torch.float16), FLOAT16),
+    "bfloat16": (lambda G, _: HalfFactor.of(G, torch.bfloat16), BFLOAT16),
+    "mapped": (mapped, EXACT),
+    "part": (lambda G, _: embedded(G), EXACT),
+}
+
+
+@pytest.mark.parametrize("block", [16, 400, 2**25])
+@pytest.mark.parametrize(("n", "p"), [(7, 20), (20, 7), (1, 5), (5, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind, n, p, block, tmp_path, monkeypatch):
+    """All that a solver may ask, in one block and in many; rows of very different size."""
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", block)
+    monkeypatch.setattr("swap_prune.fisher.mapped.BLOCK_BYTES", block)
+    make, rounding = KINDS[kind]
+    G32 = (normal(n, p, seed=n + p) * torch.logspace(-6, 3, n, dtype=torch.float64).unsqueeze(1)).float()
+    factor, G = make(G32, tmp_path), G32.double()
+    w, v = normal(p, seed=1).float(), normal(n, seed=2).float()
+    scale = normal(p, seed=3).float().abs() * (torch.arange(p) % 3 != 1)
+
+    def close(result, expected, sizes):
+        assert result.dtype == torch.float32 and result.shape == expected.shape
+        assert bool(((result.double() - expected).abs() <= 2 * rounding * sizes + 1e-30).all())
+
+    assert factor.shape == (n, p)
+    close(factor.matvec(w), G @ w.double(), G.abs() @ w.double().abs())
+    close(factor.rmatvec(v), G.T @ v.double(), G.abs().T @ v.double().abs())
+    close(factor.diagonal(), G.square().mean(0), G.square().mean(0))
+    half = scale.double().sqrt()
+    close(factor.gram(scale), (G * scale.double()) @ G.T, (G * half).abs() @ (G * half).abs().T)
+    index = torch.tensor([p - 1, 0, p // 2])
+    close(factor.columns(index), G[:, index], G[:, index].abs())
+    assert factor.columns(index[:0]).shape == (n, 0)
+    close(factor.leading(3), G[:3], G[:3].abs())
+    rows = torch.tensor([n - 1, 0, n // 2])
+    some, R = factor.rows(rows), G[rows]
+    assert some.shape == (3, p) and some.rows(torch.tensor([2, 0])).shape == (2, p)
+    close(some.matvec(w), R @ w.double(), R.abs() @ w.double().abs())
+    close(some.rmatvec(v[rows]), R.T @ v[rows].double(), R.abs().T @ v[rows].double().abs())
+    close(some.diagonal(), R.square().mean(0), R.square().mean(0))
+    close(some.gram(scale), (R * scale.double()) @ R.T, (R * half).abs() @ (R * half).abs().T)
+    close(some.leading(2), R[:2], R[:2].abs())
+
+
+def test_float16_bears_any_size_of_a_row():
+    rows = torch.stack([torch.full((4,), size) for size in (1e-28, 1e-8, 0.0, 1.0, 7e4, 3e38)])
+    scale = row_scales(rows)
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full((6,), 0.5)), "powers of two"
+    factor = HalfFactor.of(rows, torch.float16)
+    torch.testing.assert_close(factor.columns(torch.arange(4)), rows, rtol=2.0**-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "scale", "message"),
+    [
+        (torch.zeros(3, 4), torch.ones(3), "bfloat16 or float16"),
+        (torch.zeros(3, 4).half(), torch.ones(4), "scale"),
+        (torch.zeros(0, 4).half(), torch.ones(0), "n, p >= 1"),
+    ],
+)
+def test_half_precision_of_another_kind_is_refused(stored, scale, message):
+    with pytest.raises(ValueError, match=message):
+        HalfFactor(stored, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_finished_file_is_opened_with_the_same_bits(dtype, tmp_path):
+    G = normal(9, 33, dtype=dtype)
+    mapped(G, tmp_path)
+    (path,) = tmp_path.iterdir()
+    again = MappedFactor.open(path)
+    assert again.shape == (9, 33) and torch.equal(again.columns(torch.arange(33)), G)
+    again.delete()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_rows_than_announced(tmp_path):
+    writer = MappedWriter(tmp_path, 10, 4)
+    writer.append(torch.ones(3, 4))
+    assert MappedFactor.open(writer.finish().path).shape == (3, 4)
+
+
+def test_what_a_killed_writer_leaves_is_not_taken_for_whole(tmp_path):
+    writer = MappedWriter(tmp_path, 6, 50)
+    writer.append(normal(6, 50).float())
+    writer._file.flush()
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    with pytest.raises(ValueError, match="did not come to its end"):
+        MappedFactor.open(left)
+    writer.discard()
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "flipped", "version", "header"])
+def test_a_damaged_file_is_refused(damage, tmp_path):
+    path = mapped(normal(5, 40).float(), tmp_path).path
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[:-1]
+    elif damage == "longer":
+        data += b"\0"
+    elif damage == "flipped":
+        data[-7] ^= 1
+    elif damage == "version":
+        data = data.replace(b'"version": 1', b'"version": 9')
+    else:
+        data[:4] = b"\0\0\0\0"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="capture G again"):
+        MappedFactor.open(path)
+
+
+def test_a_full_disk_is_one_value_error_and_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"needs a file of .* GB in .* free"):
+        MappedWriter(tmp_path, 10**6, 10**9)  # 4 petabytes
+    assert list(tmp_path.iterdir()) == []
+    writer = MappedWriter(tmp_path, 2, 3)
+
+    def full(_data):
+        raise OSError(28, os.strerror(28))
+
+    writer._file.close()
+    monkeypatch.setattr(writer, "_file", type("Full", (), {"write": staticmethod(full), "close": lambda self: None})())
+    with pytest.raises(ValueError, match="No space left"):
+        writer.append(torch.ones(2, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="another directory"):
+        MappedWriter(tmp_path / "nowhere", 2, 3)
