@@ -9,10 +9,9 @@ rows are those of the empirical Fisher; mini-batch rows those that the default t
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
+from timing import best_time
 
 from swap_prune.calibration import split_batches
 from swap_prune.experiments.zoo import build_model
@@ -23,16 +22,6 @@ from swap_prune.modes import eval_mode
 from swap_prune.selection import select_parameters
 
 _NETWORKS = {"mlpnet": (1, 28, 10), "resnet20": (3, 32, 10), "mobilenetv1": (3, 224, 1000)}
-
-
-def best_time(function: Callable[[], object], repeats: int = 3) -> float:
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def measure(name: str, samples: int) -> tuple[float, float, float]:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from timing import best_time
 from torch import Tensor
 
 from swap_prune.fisher.factor import DenseFactor
@@ -67,15 +66,6 @@ class CountedFactor:
     def rows(self, index: Tensor) -> DenseFactor:
         """Return some rows."""
         return self.inner.rows(index)
-
-
-def best_time(function: Callable[[], object], repeats: int = 3) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def measure(n: int, p: int) -> dict[str, float]:

@@ -53,6 +53,19 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Memory = Annotated[str | None, typer.Option(help="memory budget of the process, such as 4GB")]
 StorageOption = Annotated[str, typer.Option("--storage", help="auto, float32, float16, bfloat16 or mapped")]
 Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
+Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
+MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
+Samples = Annotated[int, typer.Option(help="calibration samples a stage")]
+Stages = Annotated[int, typer.Option(help="prune-and-recapture stages")]
+Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")]
+Targets = Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")]
+Ignore = Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")]
+Noise = Annotated[
+    list[str] | None,
+    typer.Option(help="noise such as gradient:std=4,fraction=0.25; may be repeated"),
+]
+Recalibrate = Annotated[bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="a method's setting: name=value; may be repeated")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
@@ -85,34 +98,27 @@ def prune(
     model: Model,
     data: Data,
     weights: Weights = None,
-    sparsity: Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = 0.9,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "ewr",
-    samples: Annotated[int, typer.Option(help="calibration samples a stage")] = 1024,
-    stages: Annotated[int, typer.Option(help="prune-and-recapture stages")] = 1,
-    schedule: Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")] = "exponential",
+    sparsity: Sparsity = 0.9,
+    method: MethodName = "ewr",
+    samples: Samples = 1024,
+    stages: Stages = 1,
+    schedule: Schedule = "exponential",
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
     out: Annotated[Path | None, typer.Option(help="new directory for the pruned model")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")] = None,
-    noise: Annotated[
-        list[str] | None,
-        typer.Option(help="noise, such as gradient:std=4,fraction=0.25; may be repeated, or joined with +"),
-    ] = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    noise: Noise = None,
     defence: Annotated[
-        str, typer.Option(help="auto: where gradients are noisy, keep their low-rank part; or none")
+        str, typer.Option(help="auto: hold against noise that is seen in gradients and labels; or none")
     ] = "auto",
-    recalibrate: Annotated[
-        bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")
-    ] = True,
+    recalibrate: Recalibrate = True,
     finetune: Annotated[
         str | None, typer.Option(help="train under the mask after each stage: epochs=2,lr=0.01; also optimizer, ...")
     ] = None,
     memory: Memory = None,
     storage: StorageOption = "auto",
     scratch: Scratch = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="a setting of the method: name=value; may be repeated")
-    ] = None,
+    settings: Settings = None,
     data_dir: DataDir = None,
     width: Width = None,
     device: Device = None,
@@ -173,19 +179,19 @@ def prune(
 def plan(
     model: Model,
     data: Data,
-    sparsity: Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")] = 0.9,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "ewr",
-    samples: Annotated[int, typer.Option(help="calibration samples a stage")] = 1024,
-    stages: Annotated[int, typer.Option(help="prune-and-recapture stages")] = 1,
-    schedule: Annotated[str, typer.Option(help="as for prune")] = "exponential",
-    targets: Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")] = None,
-    noise: Annotated[list[str] | None, typer.Option(help="as for prune")] = None,
-    recalibrate: Annotated[bool, typer.Option("--recalibrate/--no-recalibrate", help="as for prune")] = True,
+    sparsity: Sparsity = 0.9,
+    method: MethodName = "ewr",
+    samples: Samples = 1024,
+    stages: Stages = 1,
+    schedule: Schedule = "exponential",
+    targets: Targets = None,
+    ignore: Ignore = None,
+    noise: Noise = None,
+    recalibrate: Recalibrate = True,
     memory: Memory = None,
     storage: StorageOption = "auto",
     scratch: Scratch = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method: name=value")] = None,
+    settings: Settings = None,
     data_dir: DataDir = None,
     width: Width = None,
     as_json: AsJson = False,

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swap_prune.fisher.blocked import BLOCK_BYTES
+from swap_prune.fisher.capture import saved_bytes
 from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.losses import LossFn
 from swap_prune.modes import eval_mode
@@ -167,21 +167,12 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> int:
 
     What cannot be run counts as nothing: the run itself will say what is wrong.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    own = (*model.parameters(), *model.buffers())
     try:
-        with eval_mode(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss_fn(model, sample)
+        with eval_mode(model):
+            return saved_bytes(lambda: loss_fn(model, sample), own)
     except Exception:  # whatever the caller's model or loss raises
         return 0
-    return sum(kept.values())
 
 
 @contextmanager

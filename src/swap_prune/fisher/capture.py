@@ -11,7 +11,7 @@ statistics), so that samples do not see each other. Two back ends give the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
-__all__ = ["Backend", "Capture", "capture_gradients", "check_rows"]
+__all__ = ["Backend", "Capture", "capture_gradients", "check_rows", "saved_bytes"]
 
 Backend = Literal["auto", "vmap", "loop"]
 
@@ -193,17 +193,29 @@ class _Capturer:
 
     def _measure_chunk(self, sample: Any) -> int:
         """Count the bytes that one sample keeps for its backward pass, and fit a chunk to the budget."""
-        own = {t.untyped_storage().data_ptr() for t in (*self._weights.values(), *self._rest.values())}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         weights = {name: w.detach().requires_grad_() for name, w in self._weights.items()}
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            functional_call(self._module, {**self._rest, **weights}, (sample,))
+        state = {**self._rest, **weights}
+        kept = saved_bytes(lambda: functional_call(self._module, state, (sample,)), state.values())
         gradient = 4 * self._selection.total
-        return max(1, min(_MAX_CHUNK, self._chunk_bytes // (sum(kept.values()) + gradient)))
+        return max(1, min(_MAX_CHUNK, self._chunk_bytes // (kept + gradient)))
+
+
+def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Return the bytes that a forward pass keeps for its backward pass.
+
+    Args:
+        run: The forward pass.
+        own: Tensors that are there anyway and do not count.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(kept.values())

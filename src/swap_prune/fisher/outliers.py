@@ -18,7 +18,7 @@ from swap_prune.fisher.factor import DenseFactor
 
 __all__ = ["clip_rows_"]
 
-_LEAST_FACTOR = 5.0  # above the median; honest rows stay below 2.1 (docs/method.md)
+_LEAST_FACTOR = 5.0  # above the median
 _SPREADS = 8.0  # distances from the median to the upper quartile, in logarithms: 5.4 standard deviations
 
 

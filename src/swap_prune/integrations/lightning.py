@@ -5,13 +5,9 @@ Needs the extra ``lightning``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from swap_prune.masks import MaskKeeper, keep_masks
-from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.integrations.callback import MaskCallback
 
 try:
     from lightning.pytorch import Callback
@@ -23,26 +19,11 @@ except ImportError as error:
 __all__ = ["KeepMasks"]
 
 
-class KeepMasks(Callback):
+class KeepMasks(MaskCallback, Callback):
     """Keeps masks from the first training step to the last: ``Trainer(callbacks=[KeepMasks()])``.
 
-    Args:
-        masks: Parameter name, as in the LightningModule's ``named_parameters``, to boolean mask, true where a weight is
-            kept. By default what is zero when training starts is pruned.
-        targets: Without ``masks``: where zeros are looked for, as for ``prune``.
-        ignore: The same, where they are not.
+    The arguments are those of :class:`MaskCallback`.
     """
-
-    def __init__(
-        self,
-        masks: Mapping[str, Tensor] | None = None,
-        *,
-        targets: Sequence[str] = DEFAULT_TARGETS,
-        ignore: Sequence[str] = (),
-    ) -> None:
-        super().__init__()
-        self._masks, self._targets, self._ignore = masks, targets, ignore
-        self._keeper: MaskKeeper | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, once the optimisers are there and a checkpoint was loaded.
@@ -50,14 +31,11 @@ class KeepMasks(Callback):
         Raises:
             ValueError: As :func:`swap_prune.keep_masks`.
         """
-        self._keeper = keep_masks(
-            pl_module, trainer.optimizers, self._masks, targets=self._targets, ignore=self._ignore
-        )
+        self.begin(pl_module, trainer.optimizers)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the hooks off."""
-        if self._keeper is not None:
-            self._keeper.remove()
+        self.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off."""

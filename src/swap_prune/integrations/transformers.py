@@ -5,13 +5,9 @@ Needs the extra ``transformers``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from swap_prune.masks import MaskKeeper, keep_masks
-from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.integrations.callback import MaskCallback
 
 try:
     from transformers import TrainerCallback
@@ -23,26 +19,11 @@ except ImportError as error:
 __all__ = ["KeepMasks"]
 
 
-class KeepMasks(TrainerCallback):
+class KeepMasks(MaskCallback, TrainerCallback):
     """Keeps masks from the first training step to the last: ``Trainer(..., callbacks=[KeepMasks()])``.
 
-    Args:
-        masks: Parameter name, as in the model's ``named_parameters``, to boolean mask, true where a weight is
-            kept. By default what is zero when training starts is pruned.
-        targets: Without ``masks``: where zeros are looked for, as for ``prune``.
-        ignore: The same, where they are not.
+    The arguments are those of :class:`MaskCallback`.
     """
-
-    def __init__(
-        self,
-        masks: Mapping[str, Tensor] | None = None,
-        *,
-        targets: Sequence[str] = DEFAULT_TARGETS,
-        ignore: Sequence[str] = (),
-    ) -> None:
-        super().__init__()
-        self._masks, self._targets, self._ignore = masks, targets, ignore
-        self._keeper: MaskKeeper | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, once the optimiser is there and a checkpoint was loaded.
@@ -50,11 +31,8 @@ class KeepMasks(TrainerCallback):
         Raises:
             ValueError: As :func:`swap_prune.keep_masks`.
         """
-        self._keeper = keep_masks(
-            kwargs["model"], kwargs["optimizer"], self._masks, targets=self._targets, ignore=self._ignore
-        )
+        self.begin(kwargs["model"], kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off."""
-        if self._keeper is not None:
-            self._keeper.remove()
+        self.end()
