@@ -88,3 +88,11 @@ def test_a_file_that_the_disk_has_no_room_for_is_not_planned(tmp_path) -> None:
 def test_a_storage_that_does_not_exist_is_refused(storage: str) -> None:
     with pytest.raises(ValueError, match="storage must be one of"):
         plan_memory(load(10, 100), None, storage)
+
+
+def test_more_memory_is_not_the_remedy_where_memory_is_not_short() -> None:
+    load = Workload(rows=10, samples=10, weights=1000, kept=100, method="lr")
+    plan = plan_memory(load, 10**12, "mapped", "/no/such/directory")
+    with pytest.raises(ValueError, match="name another scratch") as caught:
+        plan.require()
+    assert "memory" not in str(caught.value) and "samples" not in str(caught.value)

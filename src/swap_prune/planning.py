@@ -235,10 +235,10 @@ def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, 
         try:
             free = shutil.disk_usage(directory).free
         except OSError as error:
-            return replace(forecast, obstacle=f"{directory} cannot be used ({error.strerror})")
+            return replace(forecast, obstacle=f"{directory} cannot be used ({error.strerror}); name another scratch=")
         if disk > free:
             text = f"its file needs {disk / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB free"
-            return replace(forecast, obstacle=text)
+            return replace(forecast, obstacle=f"{text}; name another scratch=")
     return forecast
 
 
@@ -291,6 +291,9 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     """Say that nothing fits, and how many samples would."""
     least = min(forecasts, key=lambda f: f.need)
     reason = least.obstacle if len(forecasts) == 1 else "; ".join(f"{f.name}: {f.obstacle}" for f in forecasts)
+    asked = "" if storage == "auto" else f" in storage {storage!r}"
+    if limit is None or any(f.need <= limit for f in forecasts):  # memory is not what stands in the way
+        return f"G cannot be held{asked}: {reason}"
     per_row = max(1, load.samples // load.rows)
     low, high = 0, load.rows  # most rows that fit: the need grows with them
     while high - low > 1:
@@ -300,5 +303,4 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
         low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
     remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"
     held = f" ({load.held / 1e9:.1f} GB of it are held already)" if limit is not None else ""
-    asked = "" if storage == "auto" else f" in storage {storage!r}"
     return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}"
