@@ -16,6 +16,7 @@ __all__ = ["write_plots"]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 _MARKERS = "os^DvP*X"
+_WIDEST = 3  # panels side by side; more cannot be read on a page
 
 
 def write_plots(summary: Summary, directory: Path) -> list[Path]:
@@ -38,8 +39,8 @@ def write_plots(summary: Summary, directory: Path) -> list[Path]:
 
 def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int, str]], None]) -> Figure:
     panels = summary.panels()
-    rows = len({stages for stages, _ in panels})
-    columns = -(-len(panels) // rows)
+    columns = min(_WIDEST, -(-len(panels) // len({stages for stages, _ in panels})))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(1.2 + 5.2 * columns, 4.2 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
