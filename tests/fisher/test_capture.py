@@ -15,7 +15,7 @@ from swap_prune.selection import select_parameters
 from tests.cases import generator
 from tests.reference import per_sample_gradients
 
-BACKENDS = pytest.mark.parametrize("backend", ["vmap", "loop", "auto"])
+BACKENDS = pytest.mark.parametrize("backend", ["vmap", "loop", "auto"])  # hooks: the first choice of auto
 
 
 class Transpose(nn.Module):
