@@ -145,7 +145,9 @@ class OutputGradients:
             self._starts.append(start)
             output = replaced = start.clone()  # a layer that works in place cannot do so on the start itself
         if self._recording:  # else a checkpointed block, computed again
-            output.register_hook(self._receiver(layer, arguments[0] if arguments else named["input"]))
+            output.register_hook(  # type: ignore[no-untyped-call]
+                self._receiver(layer, arguments[0] if arguments else named["input"])
+            )
         return replaced
 
     def _receiver(self, layer: nn.Module, inputs: Tensor) -> Callable[[Tensor], None]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional, grad
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
@@ -38,9 +38,9 @@ __all__ = [
 PIECE_BYTES = 16 * 2**20  # unfolded inputs and weight gradients that are held at once; larger pieces were no faster
 
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: torch.nn.grad.conv1d_weight,
-    nn.Conv2d: torch.nn.grad.conv2d_weight,
-    nn.Conv3d: torch.nn.grad.conv3d_weight,
+    nn.Conv1d: grad.conv1d_weight,
+    nn.Conv2d: grad.conv2d_weight,
+    nn.Conv3d: grad.conv3d_weight,
 }
 
 
@@ -106,7 +106,7 @@ def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out
     """
     inputs, gradient = as_samples(layer, inputs, gradient, len(out))
     if isinstance(layer, nn.Linear) and inputs.shape[1] == 1:
-        place = out.unflatten(1, (layer.out_features, layer.in_features))
+        place = out.view(len(out), layer.out_features, layer.in_features)
         left, right = gradient.mT, inputs
         if add:
             place += left * right
@@ -118,8 +118,8 @@ def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out
         items = slice(start * each, stop * each)
         value = _weight_gradients(layer, inputs[items], gradient[items])
         if each > 1:
-            value = value.unflatten(0, (-1, each)).sum(1)
-        place = out[start:stop].unflatten(1, value.shape[1:])
+            value = value.reshape(-1, each, *value.shape[1:]).sum(1)
+        place = out[start:stop].view(value.shape)
         if add:
             place += value
         else:
@@ -139,14 +139,7 @@ def unfold_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
     """
     if not isinstance(layer, _ConvNd):
         return inputs.unsqueeze(1)
-    dimensions = len(layer.kernel_size)
-    x = _pad(layer, inputs).movedim(1, -1).contiguous()  # whole channels are copied at a time
-    for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 1):
-        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-    x = x.unflatten(1 + dimensions, (layer.groups, -1))  # (items, positions ..., groups, channels, kernel ...)
-    positions, kernel = range(1, 1 + dimensions), range(3 + dimensions, 3 + 2 * dimensions)
-    x = x.permute(0, 1 + dimensions, *positions, *kernel, 2 + dimensions)
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2 : 2 + dimensions]), -1)
+    return _cut_out(layer, _pad_channels_last(layer, inputs), 0).flatten(2, 3)
 
 
 def unfolded_bytes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> int:
@@ -155,6 +148,24 @@ def unfolded_bytes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> int:
         return 0
     positions = math.prod(gradient.shape[2:])
     return positions * inputs.shape[1] * math.prod(layer.kernel_size) * inputs.element_size()
+
+
+def _cut_out(layer: _ConvNd, x: Tensor, first: int) -> Tensor:
+    """Cut padded inputs (items, ..., channels) along the axes from ``first`` on.
+
+    Returns:
+        (items, groups, rows, positions of the rest, d): rows are positions of axis 0, cut or not.
+    """
+    dimensions = len(layer.kernel_size)
+    cut = range(first, dimensions)
+    for axis in cut:
+        size, step, gap = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        x = x.unfold(axis + 1, gap * (size - 1) + 1, step)[..., ::gap]
+    x = x.reshape(*x.shape[: dimensions + 1], layer.groups, -1, *x.shape[dimensions + 2 :])
+    kernel = range(dimensions + 3, dimensions + 3 + len(cut))
+    x = x.permute(0, dimensions + 1, *range(1, dimensions + 1), *kernel, dimensions + 2)
+    width = math.prod(x.shape[dimensions + 2 :])
+    return x.reshape(*x.shape[:3], math.prod(x.shape[3 : dimensions + 2]), width)
 
 
 def _pieces(layer: nn.Module, inputs: Tensor, gradient: Tensor, each: int) -> Iterator[tuple[int, int]]:
@@ -173,14 +184,21 @@ def _weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Ten
     if layer.groups == layer.in_channels:
         return _of_depthwise(layer, inputs, gradient)
     if unfolded_bytes(layer, inputs, gradient) > PIECE_BYTES:
-        return torch.cat([_of_layer(layer, x, d) for x, d in zip(inputs.split(1), gradient.split(1), strict=True)])
+        return torch.cat([_of_layer(layer, inputs[i : i + 1], gradient[i : i + 1]) for i in range(len(inputs))])
     items, outputs = gradient.shape[:2]
     grouped = gradient.reshape(items, layer.groups, outputs // layer.groups, -1)
     if math.prod(layer.kernel_size) == 1:
-        x = _pad(layer, inputs)[(..., *(slice(None, None, step) for step in layer.stride))]
+        steps: list[Any] = [slice(None, None, step) for step in layer.stride]
+        x = _pad(layer, inputs)[(..., *steps)]
         product = grouped @ x.reshape(items, layer.groups, x.shape[1] // layer.groups, -1).mT
         return product.reshape(items, outputs, -1, 1)
-    product = grouped @ unfold_inputs(layer, inputs)
+    if layer.stride[0] > 1:
+        product = grouped @ unfold_inputs(layer, inputs)
+    else:  # the kernel's offsets along the first axis are views of what is cut out along the others
+        strips = _cut_out(layer, _pad_channels_last(layer, inputs), 1)
+        high, gap = gradient.shape[2], layer.dilation[0]
+        parts = [grouped @ strips[:, :, i * gap : i * gap + high].flatten(2, 3) for i in range(layer.kernel_size[0])]
+        product = torch.stack(parts, 3)
     return product.reshape(items, outputs, math.prod(layer.kernel_size), -1).mT
 
 
@@ -207,6 +225,20 @@ def _of_depthwise(layer: _ConvNd, inputs: Tensor, gradient: Tensor) -> Tensor:
         items * layer.groups,
     )
     return weight.reshape(items, outputs, 1, -1)  # type: ignore[no-any-return]
+
+
+def _pad_channels_last(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """Return padded inputs (items, ..., channels): whole channels can then be copied at a time."""
+    amounts = layer._reversed_padding_repeated_twice
+    if layer.padding_mode != "zeros" or not any(amounts):
+        return _pad(layer, inputs).movedim(1, -1).contiguous()
+    before, after = amounts[::2][::-1], amounts[1::2][::-1]
+    sizes = inputs.shape[2:]
+    whole = [a + size + b for a, size, b in zip(before, sizes, after, strict=True)]
+    padded = inputs.new_zeros(len(inputs), *whole, inputs.shape[1])
+    inner = tuple(slice(a, a + size) for a, size in zip(before, sizes, strict=True))
+    padded[(slice(None), *inner)] = inputs.movedim(1, -1)
+    return padded
 
 
 def _kind(layer: _ConvNd) -> type[nn.Module]:
