@@ -2,7 +2,7 @@
 
     python benchmarks/capture.py [--samples 256] [--networks mlpnet resnet20 mobilenetv1]
 
-A sample of mobilenetv1 costs as much as a hundred of resnet20: it gets at most 32. Random weights and random
+A sample of mobilenetv1 is far larger than one of resnet20: it gets at most 32. Random weights and random
 images: the time does not depend on them. The plain pass works on batches of 64. Per-sample rows are those of the
 empirical Fisher; mini-batch rows those that the default takes where BatchNorm is recalibrated.
 """

@@ -165,7 +165,8 @@ def _cut_out(layer: _ConvNd, x: Tensor, first: int) -> Tensor:
     kernel = range(dimensions + 3, dimensions + 3 + len(cut))
     x = x.permute(0, dimensions + 1, *range(1, dimensions + 1), *kernel, dimensions + 2)
     width = math.prod(x.shape[dimensions + 2 :])
-    return x.reshape(*x.shape[:3], math.prod(x.shape[3 : dimensions + 2]), width)
+    x = x.reshape(*x.shape[:3], math.prod(x.shape[3 : dimensions + 2]), width)
+    return x.contiguous()  # reshape may return a view whose rows overlap: that would be copied once for each offset
 
 
 def _pieces(layer: nn.Module, inputs: Tensor, gradient: Tensor, each: int) -> Iterator[tuple[int, int]]:
