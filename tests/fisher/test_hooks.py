@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,7 @@ def assert_same(
     torch.testing.assert_close(got.losses, expected.losses, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_kind_of_layer(name: str) -> None:
     make, shape = LAYERS[name]
@@ -261,7 +263,7 @@ class InputChanged(nn.Module):
 def test_networks_that_are_left_to_vmap(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model, batch = build(make), labelled(*shape)
     assert_same(model, batch, backend="vmap")
-    with pytest.raises(ValueError, match="gradient failed.*UnsupportedLayerError"):
+    with pytest.raises(ValueError, match=r"gradient failed.*UnsupportedLayerError"):
         captured(model, batch, "hooks")
 
 
@@ -272,12 +274,19 @@ def test_an_input_changed_in_place_is_noticed() -> None:
         hooks.fill_rows(labelled(3), torch.empty(N, 9, dtype=torch.float64))
 
 
+MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "losses": lambda losses, logits: losses + 0.1 * logits.mean(),
+    "gradients": lambda losses, logits: losses * (1 + (logits.square().mean() - logits.square().mean(1)).detach()),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("sizes", [(N,), (1, N - 1)])
-def test_a_loss_that_mixes_samples_is_noticed(sizes: tuple[int, ...]) -> None:
+def test_a_loss_that_mixes_samples_is_noticed(name: str, sizes: tuple[int, ...]) -> None:
     """Also if the first batch, of one sample, could not show it."""
 
     def mixing(model: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(model, batch) + 0.1 * model(batch[0]).mean()
+        return MIXING[name](cross_entropy(model, batch), model(batch[0]))
 
     model, batch = build(lambda: nn.Sequential(nn.Linear(4, 3))), labelled(4)
     parts = [slice_batch(batch, sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
@@ -290,11 +299,18 @@ def test_a_loss_that_mixes_samples_is_noticed(sizes: tuple[int, ...]) -> None:
         capture_gradients(model, selection, parts, mixing, backend="hooks")
 
 
-@pytest.mark.parametrize("target", ["0.bias", "Embedding"])
+@pytest.mark.parametrize("target", ["fc.bias", "Embedding"])
 def test_parameters_of_other_kinds_are_refused_by_name(target: str) -> None:
-    model = build(lambda: nn.Sequential(nn.Linear(4, 3), nn.Embedding(3, 3)))
-    with pytest.raises(ValueError, match=r"backend 'hooks'.*'(0.bias|1.weight)'.*use 'auto'"):
-        captured(model, labelled(4), "hooks", targets=("Linear", target))
+    class WithTable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.table = nn.Linear(4, 3), nn.Embedding(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.table.weight[0]
+
+    with pytest.raises(ValueError, match=r"backend 'hooks'.*'(fc.bias|table.weight)'.*use 'auto'"):
+        captured(build(WithTable), labelled(4), "hooks", targets=("Linear", target))
 
 
 class Scaled(nn.Linear):
@@ -345,7 +361,7 @@ def test_a_failure_leaves_the_network_clean(failing: str) -> None:
     hooks = OutputGradients(model, select_parameters(model), cross_entropy)
     with pytest.raises((KeyError, ZeroDivisionError)):
         hooks.fill_rows(labelled(4), torch.empty(N, 12, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"gradient failed|loss failed"):
+    with pytest.raises((ValueError, KeyError), match=r"gradient failed|forward"):
         captured(model, labelled(4))
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert all(p.requires_grad for p in model.parameters()) and model.training
@@ -367,7 +383,7 @@ def test_chunks_of_other_sizes_give_the_same_rows(monkeypatch: pytest.MonkeyPatc
     for most in (1, 2, 4):
         monkeypatch.setattr(capture_module, "_MAX_CHUNK", most)
         parts = captured(model, batch, "hooks")
-        assert (parts.chunk, whole.chunk) == (most, capture_module._MAX_CHUNK * 256 // most)
+        assert parts.chunk == most < whole.chunk
         torch.testing.assert_close(parts.factor.matrix, whole.factor.matrix, rtol=1e-10, atol=1e-14)
 
 
@@ -381,23 +397,23 @@ def test_twice_the_same_bits() -> None:
 
 def test_the_check_tells_rounding_from_error() -> None:
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False))
-    selection = select_parameters(model)
+    selection, losses = select_parameters(model), torch.ones(2)
     singles = torch.ones(2, 18)
     singles[:, 12:] *= 1e-9  # a layer whose gradients are nothing but rounding
     rows = singles * (1 + 1e-5)
     rows[:, 12:] = -1e-9
-    check_against(rows, singles, selection, torch.float32)
+    check_against((rows, losses), (singles, losses), selection, torch.float32)
     rows[1, 3] += 0.1
     with pytest.raises(UnsupportedLayerError, match=r"'0.weight'"):
-        check_against(rows, singles, selection, torch.float32)
+        check_against((rows, losses), (singles, losses), selection, torch.float32)
     with pytest.raises(UnsupportedLayerError):
-        check_against(singles * torch.nan, singles, selection, torch.float32)
+        check_against((singles * torch.nan, losses), (singles, losses), selection, torch.float32)
+    with pytest.raises(UnsupportedLayerError, match="losses"):
+        check_against((singles, 1.1 * losses), (singles, losses), selection, torch.float32)
 
 
 def test_no_compiler_is_loaded() -> None:
     """``vmap`` imports one, which takes longer than most captures."""
-    import subprocess
-
     code = (
         "import sys, torch; from torch import nn; from swap_prune.fisher.capture import capture_gradients as c; "
         "from swap_prune.losses import cross_entropy as l; from swap_prune.selection import select_parameters as s; "

@@ -26,7 +26,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from swap_prune.bound import Bound
 from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.hooks import OutputGradients, check_against
+from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError
 from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
@@ -108,8 +108,8 @@ class _Capturer:
     def __init__(self, module: Bound, selection: Selection, backend: Backend) -> None:
         self._module = module
         self._selection = selection
-        parameters = {name: p.detach() for name, p in module.named_parameters()}
-        buffers = {name: b.detach() for name, b in module.named_buffers()}
+        parameters = {name: without_gradient(p) for name, p in module.named_parameters()}
+        buffers = {name: without_gradient(b) for name, b in module.named_buffers()}
         names = {f"model.{name}" for name in selection.names}
         self._weights = {name: p for name, p in parameters.items() if name in names}
         self._rest = {**{name: p for name, p in parameters.items() if name not in names}, **buffers}
@@ -131,6 +131,7 @@ class _Capturer:
             self.backend, self.chunk = "loop", max(self.chunk, 1)
             yield batch
             return
+        batch = map_tensors(without_gradient, batch)
         if self.chunk == 0:
             self.chunk = self._measure_chunk(slice_batch(batch, 0, 1))
         size = batch_size(batch)
@@ -170,7 +171,8 @@ class _Capturer:
             for i in range(self._checked):
                 self._fill_loop(slice_batch(batch, i, i + 1), singles[i:], expected[i:])
             precision = min((w.dtype for w in self._weights.values()), key=lambda dtype: -torch.finfo(dtype).eps)
-            check_against(rows[: self._checked], singles, self._selection, precision)
+            found = rows[: self._checked], losses[: self._checked]
+            check_against(found, (singles, expected), self._selection, precision)
         return size
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:

@@ -27,7 +27,7 @@ from swap_prune.fisher.layers import UnsupportedLayerError, is_supported, put_we
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.selection import Selection
 
-__all__ = ["OutputGradients", "check_against", "hooked_layers"]
+__all__ = ["OutputGradients", "check_against", "hooked_layers", "without_gradient"]
 
 Sink = Callable[[str, nn.Module, Tensor, Tensor], None]  # (parameter name, layer, inputs, gradient of its output)
 
@@ -74,7 +74,7 @@ class OutputGradients:
         self._loss_fn = loss_fn
         self._bound = Bound(model, self._forth_and_back)
         tensors = (*self._bound.named_parameters(), *self._bound.named_buffers())
-        self._state = {name: _without_gradient(tensor) for name, tensor in tensors}
+        self._state = {name: without_gradient(tensor) for name, tensor in tensors}
         self._starts: list[Tensor] = []  # where the backward pass ends
         self._sink: Sink | None = None
         self._recording = False
@@ -98,7 +98,7 @@ class OutputGradients:
             with ExitStack() as hooks:
                 for layer in self._layers:
                     hooks.callback(layer.register_forward_hook(self._see, prepend=True, with_kwargs=True).remove)
-                losses: Tensor = functional_call(self._bound, self._state, (map_tensors(_without_gradient, batch),))
+                losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
             return losses
         finally:
             self._sink, self._recording, self._starts = None, False, []
@@ -164,30 +164,35 @@ class OutputGradients:
         return receive
 
 
-def check_against(rows: Tensor, singles: Tensor, selection: Selection, precision: torch.dtype) -> None:
-    """Check rows of G against those of backward passes of their own, parameter by parameter.
+def check_against(
+    found: tuple[Tensor, Tensor], singles: tuple[Tensor, Tensor], selection: Selection, precision: torch.dtype
+) -> None:
+    """Check rows of G, parameter by parameter, and losses against those of backward passes of their own.
 
     Args:
-        rows: From the outputs of layers, (m, p).
-        singles: One backward pass a sample, (m, p).
+        found: Rows from the outputs of layers, (m, p), and their losses, (m,).
+        singles: The same from one backward pass a sample.
         selection: The places of the parameters.
         precision: The dtype of the network. Half of its digits have to agree.
 
     Raises:
-        UnsupportedLayerError: If a parameter's gradients differ by more than rounding.
+        UnsupportedLayerError: If they differ by more than rounding.
     """
     eps = torch.finfo(precision).eps
-    whole = torch.linalg.vector_norm(singles, dim=1)
+    (rows, losses), (expected, wanted) = found, singles
+    if not torch.allclose(losses, wanted, rtol=eps**0.5, atol=eps**0.5):
+        raise UnsupportedLayerError("the losses are not those of single samples: loss_fn mixes the samples of a batch")
+    whole = torch.linalg.vector_norm(expected, dim=1)
     for name, place in selection.slices().items():
-        error = torch.linalg.vector_norm(rows[:, place] - singles[:, place], dim=1)
-        size = torch.linalg.vector_norm(singles[:, place], dim=1)
+        error = torch.linalg.vector_norm(rows[:, place] - expected[:, place], dim=1)
+        size = torch.linalg.vector_norm(expected[:, place], dim=1)
         if not bool((error <= eps**0.5 * size + 10 * eps * whole).all()):
             raise UnsupportedLayerError(
                 f"the gradients of {name!r} are not those of single samples: its weight is used outside its layer, "
-                "or the loss mixes samples"
+                "or loss_fn mixes the samples of a batch"
             )
 
 
-def _without_gradient(tensor: Tensor) -> Tensor:
-    """Detach; a tensor of inference mode, which autograd refuses to keep, is copied."""
+def without_gradient(tensor: Tensor) -> Tensor:
+    """Detach a tensor; one of inference mode, which autograd refuses to keep, is copied."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
