@@ -85,7 +85,8 @@ def capture_low_rank(
             "batches must be at least one, of tensors with samples in front; use capture_gradients instead"
         )
     first = slice_batch(batches[0], 0, _CHECKED)
-    chunk = capture_gradients(model, selection, [first], loss_fn, backend="hooks").chunk  # says why it cannot
+    probe = capture_gradients(model, selection, [first], loss_fn, backend="hooks")  # says why it cannot
+    chunk = max(1, probe.chunk // 2)  # the gradients of outputs are kept besides the activations
     collector = _Collector({name: _Layer(ranks[name]) for name in selection.names})
     losses = []
     with eval_mode(model):
