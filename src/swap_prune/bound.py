@@ -19,11 +19,11 @@ class Bound(nn.Module):
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self._function = function
+        self.function = function
 
     def forward(self, batch: Any) -> Tensor:
         """Return ``function(model, batch)``."""
-        return self._function(self.model, batch)
+        return self.function(self.model, batch)
 
     def with_leaves(
         self, selection: Selection, batch: Any, weights: Tensor | None = None

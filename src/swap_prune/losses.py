@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.calibration import batch_size, is_sliceable
+from swap_prune.calibration import batch_size, is_sliceable, slice_batch
 
 __all__ = ["CrossEntropy", "GaussNewtonLoss", "LossFn", "check_calibration", "check_losses", "cross_entropy"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 _IGNORE_INDEX = -100  # torch's own
+_FEW = 2  # samples; one could not show a loss that leaves one out
 
 
 @runtime_checkable
@@ -194,7 +195,7 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
 
 
 def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> list[int]:
-    """Run the loss once without gradients, with every check, before any gradient is taken.
+    """Run the loss on a few samples without gradients, with every check, before any gradient is taken.
 
     Args:
         model: The network, in the mode that the caller wants.
@@ -220,8 +221,11 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
                         logits = model(batch[0][:1])
                         classes = logits.shape[1]
                     check_labels(batch[1], classes)
-                if not sizes or known is None:  # one batch speaks for its like
-                    known = len(check_losses(loss_fn(model, batch), known))
+                if known is None:
+                    known = len(check_losses(loss_fn(model, batch), None))
+                elif not sizes:  # a few samples speak for their like
+                    few = min(known, _FEW)
+                    check_losses(loss_fn(model, slice_batch(batch, 0, few)), few)
         except ValueError:
             raise
         except Exception as error:  # whatever the caller's model or loss raises

@@ -1,12 +1,16 @@
 """Per-sample gradients: row i of G is the gradient of sample i's loss at the current weights.
 
 Third step of the pipeline. The network runs in eval mode (dropout off, BatchNorm with its running
-statistics), so that samples do not see each other. Two back ends give the same rows within rounding:
+statistics), so that samples do not see each other. Three back ends give the same rows within rounding:
 
-- ``vmap``: ``torch.func.vmap(grad(loss))`` over chunks of samples. The chunk is sized from a measurement of
-  what one sample keeps for its backward pass. Bytes are measured and not seconds, since a chunk chosen by the
-  clock would make two runs of one seed differ in their last bits.
-- ``loop``: one backward pass a sample, for networks, losses or batches that ``vmap`` cannot trace.
+- ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers
+  (:mod:`swap_prune.fisher.hooks`). For weights of Linear and Conv layers. The first two samples are compared with
+  backward passes of their own.
+- ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters.
+- ``loop``: one backward pass a sample, for networks, losses or batches that neither can take.
+
+A chunk is sized from a measurement of what one sample keeps for its backward pass. Bytes are measured and not seconds,
+since a chunk chosen by the clock would make two runs of one seed differ in their last bits.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from swap_prune.bound import Bound
 from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.fisher.factor import FisherFactor
+from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
+from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError
 from swap_prune.fisher.storage import RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
@@ -29,10 +35,11 @@ from swap_prune.selection import Selection
 
 __all__ = ["Backend", "Capture", "capture_gradients", "check_rows", "saved_bytes"]
 
-Backend = Literal["auto", "vmap", "loop"]
+Backend = Literal["auto", "hooks", "vmap", "loop"]
 
 _CHUNK_BYTES = 512 * 2**20  # saved activations and gradients of one chunk together
 _MAX_CHUNK = 256
+_CHECKED = 2  # samples with backward passes of their own; fewer cannot show a loss that mixes them
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Capture:
     Attributes:
         factor: G, (n, p); dense, unless another storage was asked for.
         losses: Loss of each sample; as many as there were samples.
-        backend: How the rows were made: ``vmap``, ``loop`` or ``mini-batch``.
+        backend: How the rows were made: ``hooks``, ``vmap``, ``loop`` or ``mini-batch``.
         chunk: Samples a chunk.
         sizes: What the norms of the rows should be proportional to, (n,), where that is known.
     """
@@ -71,7 +78,7 @@ def capture_gradients(
         selection: The p weights that gradients are taken of.
         batches: Calibration batches on the model's device.
         loss_fn: ``(model, batch) -> (n,)`` losses.
-        backend: ``vmap``, ``loop``, or ``auto``: vmap where the network allows it.
+        backend: ``hooks``, ``vmap``, ``loop``, or ``auto``: the first of them that the network allows.
         storage: How G is held, or what takes its rows; by default dense.
         advance: Called with the number of rows that were added, for progress.
 
@@ -79,8 +86,8 @@ def capture_gradients(
         G and the losses.
 
     Raises:
-        ValueError: If a loss is not finite or not per sample, a label is out of range, or a gradient is not
-            finite.
+        ValueError: If a loss is not finite or not per sample, a label is out of range, a gradient is not finite, or
+            the back end that was asked for does not suit the network.
     """
     with eval_mode(model):
         sizes = check_calibration(model, loss_fn, batches)
@@ -111,15 +118,23 @@ class _Capturer:
     def __init__(self, module: Bound, selection: Selection, backend: Backend, chunk_bytes: int | None = None) -> None:
         self._module = module
         self._selection = selection
-        parameters = {name: p.detach() for name, p in module.named_parameters()}
-        buffers = {name: b.detach() for name, b in module.named_buffers()}
+        parameters = {name: without_gradient(p) for name, p in module.named_parameters()}
+        buffers = {name: without_gradient(b) for name, b in module.named_buffers()}
         names = {f"model.{name}" for name in selection.names}
         self._weights = {name: p for name, p in parameters.items() if name in names}
         self._rest = {**{name: p for name, p in parameters.items() if name not in names}, **buffers}
         self._fallback = backend == "auto"
-        self.backend: str = "loop" if backend == "loop" else "vmap"
+        self.backend: str = "hooks" if backend == "auto" else backend
         self.chunk = 0
         self._chunk_bytes = _CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        self._checked = 0
+        if self.backend == "hooks":
+            try:
+                self._hooks = OutputGradients(module.model, selection, module.function)
+            except UnsupportedLayerError as error:
+                if not self._fallback:
+                    raise ValueError(f"backend 'hooks' does not suit the selection: {error}; use 'auto'") from error
+                self.backend = "vmap"
 
     def chunks(self, batch: Any) -> Iterator[Any]:
         """Split a batch in chunks of the size found by measurement."""
@@ -127,6 +142,7 @@ class _Capturer:
             self.backend, self.chunk = "loop", max(self.chunk, 1)
             yield batch
             return
+        batch = map_tensors(without_gradient, batch)
         if self.chunk == 0:
             self.chunk = self._measure_chunk(slice_batch(batch, 0, 1))
         size = batch_size(batch)
@@ -136,13 +152,14 @@ class _Capturer:
     def fill(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         """Write the gradients and losses of a chunk to the first rows; return how many there were."""
         try:
-            if self.backend == "vmap":
+            while self.backend != "loop":
+                fill = self._fill_hooks if self.backend == "hooks" else self._fill_vmap
                 try:
-                    return self._fill_vmap(batch, rows, losses)
-                except Exception as error:  # vmap refuses in many ways
+                    return fill(batch, rows, losses)
+                except Exception as error:  # a network may refuse in many ways
                     if isinstance(error, ValueError) or not self._fallback:
                         raise
-                    self.backend = "loop"
+                    self.backend = "vmap" if self.backend == "hooks" else "loop"
             if not is_sliceable(batch):
                 return self._fill_loop(batch, rows, losses)
             size = batch_size(batch)  # one sample at a time: a backward pass costs what its whole batch costs
@@ -154,6 +171,20 @@ class _Capturer:
         except Exception as error:  # whatever the caller's model or loss raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"the gradient failed on a calibration batch {describe(batch)}: {reason}") from error
+
+    def _fill_hooks(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
+        size = batch_size(batch)
+        values = self._hooks.fill_rows(batch, rows)
+        losses[:size] = values
+        if self._checked < min(size, _CHECKED):
+            self._checked = min(size, _CHECKED)
+            singles, expected = torch.empty_like(rows[: self._checked]), torch.empty_like(losses[: self._checked])
+            for i in range(self._checked):
+                self._fill_loop(slice_batch(batch, i, i + 1), singles[i:], expected[i:])
+            precision = min((w.dtype for w in self._weights.values()), key=lambda dtype: -torch.finfo(dtype).eps)
+            found = rows[: self._checked], losses[: self._checked]
+            check_against(found, (singles, expected), self._selection, precision)
+        return size
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         size = batch_size(batch)
@@ -197,7 +228,8 @@ class _Capturer:
         state = {**self._rest, **weights}
         kept = saved_bytes(lambda: functional_call(self._module, state, (sample,)), state.values())
         gradient = 4 * self._selection.total
-        return max(1, min(_MAX_CHUNK, self._chunk_bytes // (kept + gradient)))
+        budget = self._chunk_bytes - (PIECE_BYTES if self.backend == "hooks" else 0)
+        return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
 
 
 def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> int:

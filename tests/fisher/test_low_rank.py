@@ -1,0 +1,279 @@
+"""Low-rank rows as factors: products against the dense matrix that they stand for, and how good that matrix is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swap_prune.fisher import low_rank as low_rank_module
+from swap_prune.fisher import low_rank_capture as capture_module
+from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.low_rank import LowRankFactor, OuterRows, PlainRows
+from swap_prune.fisher.low_rank_capture import capture_low_rank, leading_products
+from swap_prune.losses import cross_entropy
+from swap_prune.selection import select_parameters
+from tests.cases import generator, normal
+
+N = 6
+
+
+def factor(dtype: torch.dtype = torch.float64) -> LowRankFactor:
+    """Rank 1 wide, rank 3 tall, two groups of rank 2, and a layer kept as it is: 35 + 24 + 24 + 5 columns."""
+    shapes = {"wide": (1, 1, 5, 7), "tall": (1, 3, 6, 4), "grouped": (2, 2, 4, 3)}
+    layers: dict[str, OuterRows | PlainRows] = {
+        name: OuterRows(normal(g, N, r, out, seed=3 * i, dtype=dtype), normal(g, N, r, d, seed=3 * i + 1, dtype=dtype))
+        for i, (name, (g, r, out, d)) in enumerate(shapes.items())
+    }
+    return LowRankFactor({**layers, "plain": PlainRows(normal(N, 5, seed=20, dtype=dtype))})
+
+
+def multiplied_out(low: LowRankFactor) -> Tensor:
+    """The dense matrix, row by row and product by product."""
+    parts = []
+    for layer in low.layers.values():
+        if isinstance(layer, PlainRows):
+            parts.append(layer.matrix)
+            continue
+        rows = torch.zeros(layer.shape[0], len(layer.left), layer.left.shape[3], layer.right.shape[3]).to(layer.left)
+        for group, (left, right) in enumerate(zip(layer.left, layer.right, strict=True)):
+            for i in range(len(left)):
+                for u, v in zip(left[i], right[i], strict=True):
+                    rows[i, group] += torch.outer(u, v)
+        parts.append(rows.flatten(1))
+    return torch.cat(parts, 1)
+
+
+@pytest.fixture(params=[1, 2**26], ids=["small blocks", "one block"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank_module, "_BLOCK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_products() -> None:
+    low = factor()
+    G = multiplied_out(low)
+    w, v = normal(88, seed=1), normal(N, seed=2)
+    assert low.shape == G.shape == (N, 88)
+    torch.testing.assert_close(low.matvec(w), G @ w)
+    torch.testing.assert_close(low.rmatvec(v), G.T @ v)
+    torch.testing.assert_close(low.diagonal(), G.square().mean(0))
+
+
+def test_columns_and_rows_in_the_order_asked_for() -> None:
+    low = factor()
+    G = multiplied_out(low)
+    index = torch.tensor([70, 3, 87, 36, 3, 59, 82, 0])
+    torch.testing.assert_close(low.columns(index), G[:, index])
+    torch.testing.assert_close(low.columns(torch.arange(88)), G)
+    assert low.columns(torch.tensor([], dtype=torch.long)).shape == (N, 0)
+    some = low.rows(torch.tensor([4, 0, 4]))
+    torch.testing.assert_close(multiplied_out(some), G[[4, 0, 4]])
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("scale", ["random", "sparse", "constant", "constant by layer", "zero"])
+def test_gram(scale: str) -> None:
+    low = factor()
+    G = multiplied_out(low)
+    values = normal(88, seed=3).abs()
+    if scale == "sparse":
+        values[torch.rand(88, generator=generator(4)) < 0.7] = 0
+    elif scale == "constant":
+        values[:] = 1.5
+    elif scale == "constant by layer":
+        values[:35], values[35:59], values[59:] = 2.0, 0.0, 0.5
+    elif scale == "zero":
+        values[:] = 0
+    torch.testing.assert_close(low.gram(values), G @ torch.diag(values) @ G.T)
+
+
+def test_dtype_follows_the_factors() -> None:
+    low = factor(torch.float32)
+    index = torch.arange(3)
+    results = [low.matvec(torch.ones(88)), low.rmatvec(torch.ones(N)), low.diagonal(), low.gram(torch.rand(88))]
+    assert {result.dtype for result in [*results, low.columns(index)]} == {torch.float32}
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 3, 2, 4\) and \(1, 3, 1, 4\)"):
+        OuterRows(torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 1, 4))
+    with pytest.raises(ValueError, match=r"\[3, 4\]"):
+        LowRankFactor({"a": PlainRows(torch.zeros(3, 2)), "b": PlainRows(torch.zeros(4, 2))})
+    with pytest.raises(ValueError, match="at least one"):
+        LowRankFactor({})
+
+
+def best(matrices: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+
+
+# (T, out, d): M formed, M never formed, few tokens, tall
+@pytest.mark.parametrize("shape", [(60, 8, 20), (12, 70, 90), (5, 9, 30), (40, 30, 12), (13, 90, 70)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_rank_is_used_as_well_as_by_the_singular_value_decomposition(
+    shape: tuple[int, int, int], rank: int
+) -> None:
+    tokens, out, width = shape
+    d, a = normal(20, tokens, out, seed=1), normal(20, tokens, width, seed=2)
+    fall = 0.8 ** torch.arange(tokens, dtype=torch.float64)
+    m = (d * fall[:, None]).mT @ a
+    u, v = leading_products(d * fall[:, None], a, rank)
+    assert u.shape == (20, rank, out) and v.shape == (20, rank, width)
+    least = (m - best(m, rank)).square().sum((1, 2))
+    assert bool(((m - u.mT @ v).square().sum((1, 2)) <= 1.01 * least).all())
+
+
+def test_few_tokens_and_zeros_are_exact() -> None:
+    d, a = normal(4, 2, 9, seed=1), normal(4, 2, 7, seed=2)
+    u, v = leading_products(d, a, 3)
+    torch.testing.assert_close(u.mT @ v, d.mT @ a)
+    u, v = leading_products(torch.zeros(3, 30, 9), torch.ones(3, 30, 12), 2)
+    assert not bool((u.mT @ v).any())
+
+
+class Mixed(nn.Module):
+    """Convolutions of every shape, Linear layers over one and several tokens, and a weight used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 12, 3, padding=1)
+        self.grouped = nn.Conv2d(12, 24, 3, groups=2, stride=2)
+        self.depthwise = nn.Conv2d(24, 24, 3, groups=24, padding=1)
+        self.tokens = nn.Linear(24, 16)
+        self.tied = nn.Linear(16, 16, bias=False)
+        self.again = nn.Linear(16, 16)
+        self.again.weight = self.tied.weight
+        self.head = nn.Linear(16, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.depthwise(torch.tanh(self.grouped(torch.tanh(self.conv(x))))))
+        x = torch.tanh(self.tokens(x.flatten(2).mT))
+        return self.head(torch.tanh(self.again(torch.tanh(self.tied(x).mean(1)))))
+
+
+def build(make: Callable[[], nn.Module] = Mixed) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().double()
+
+
+def batch(n: int = N) -> tuple[Tensor, Tensor]:
+    return normal(n, 2, 9, 8, seed=1), torch.randint(9, (n,), generator=generator(2))
+
+
+GROUPS = {"conv.weight": 1, "grouped.weight": 2, "tokens.weight": 1, "tied.weight": 1, "head.weight": 1}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_captured_rows_are_the_best_of_their_rank(rank: int) -> None:
+    model = build()
+    selection = select_parameters(model)
+    dense = capture_gradients(model, selection, [batch()], cross_entropy, backend="loop")
+    capture = capture_low_rank(model, selection, [batch()], cross_entropy, rank=rank)
+    torch.testing.assert_close(capture.losses, dense.losses)
+    rows = multiplied_out(capture.factor)
+    assert rows.shape == (N, selection.total) and tuple(capture.factor.layers) == selection.names
+    for name, place in selection.slices().items():
+        got, full = rows[:, place], dense.factor.matrix[:, place]
+        if name not in GROUPS or name == "head.weight":
+            torch.testing.assert_close(got, full, rtol=1e-9, atol=1e-12)
+            continue
+        shape = N, GROUPS[name], selection.shapes[name][0] // GROUPS[name], -1
+        least = (full.view(shape) - best(full.view(shape), rank)).square().sum()
+        assert float((got - full).square().sum()) <= 1.01 * float(least) + 1e-20, name
+
+
+def test_the_numbers_held_are_those_predicted() -> None:
+    model = build()
+    rank = {"conv.weight": 2, "grouped.weight": 3, "tokens.weight": 1}
+    capture = capture_low_rank(model, select_parameters(model), [batch()], cross_entropy, rank=rank)
+    numbers = {
+        "conv.weight": 2 * (12 + 18),
+        "grouped.weight": 2 * 3 * (12 + 54),
+        "depthwise.weight": 24 * 9,
+        "tokens.weight": 24 + 16,
+        "tied.weight": 3 * (16 + 16),  # rank 3 unless said otherwise
+        "head.weight": 16 + 9,  # one token: rank 1, whatever is allowed
+    }
+    held = {name: sum(t.numel() for t in layer.tensors) // N for name, layer in capture.factor.layers.items()}
+    assert held == numbers
+    assert capture.factor.nbytes == 8 * N * sum(numbers.values())
+
+
+def test_linear_networks_are_exact() -> None:
+    model = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 10), nn.Tanh(), nn.Linear(10, 9)))
+    selection = select_parameters(model)
+    dense = capture_gradients(model, selection, [batch()], cross_entropy, backend="loop").factor
+    low = capture_low_rank(model, selection, [batch()], cross_entropy).factor
+    torch.testing.assert_close(multiplied_out(low), dense.matrix, rtol=1e-10, atol=1e-14)
+    assert low.nbytes == 8 * N * (144 + 10 + 10 + 9)
+
+
+def test_chunks_pieces_and_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    selection = select_parameters(model)
+    whole = multiplied_out(capture_low_rank(model, selection, [batch()], cross_entropy).factor)
+    inputs, labels = batch()
+    monkeypatch.setattr("swap_prune.fisher.capture._MAX_CHUNK", 4)
+    monkeypatch.setattr(capture_module, "PIECE_BYTES", 1)
+    counted: list[int] = []
+    parts = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
+    capture = capture_low_rank(model, selection, parts, cross_entropy, advance=counted.append)
+    assert (capture.chunk, counted) == (2, [2, 2, 1, 1])
+    torch.testing.assert_close(multiplied_out(capture.factor), whole, rtol=1e-6, atol=1e-10)
+
+
+def test_twice_the_same_bits() -> None:
+    model = build().float()
+    inputs, labels = batch()
+    selection = select_parameters(model)
+    first, second = (
+        capture_low_rank(model, selection, [(inputs.float(), labels)], cross_entropy).factor for _ in range(2)
+    )
+    for a, b in zip(first.layers.values(), second.layers.values(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+
+
+def test_the_network_is_left_alone() -> None:
+    model = build().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    capture_low_rank(model, select_parameters(model), [batch()], cross_entropy)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"rank": True}, "got True"),
+        ({"rank": {"conv.weight": 1.5}}, "got 1.5 for 'conv.weight'"),
+        ({"rank": {"convolution": 1}}, r"got \['convolution'\]"),
+    ],
+)
+def test_ranks_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        capture_low_rank(model, select_parameters(model), [batch()], cross_entropy, **options)
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    model = build()
+    with pytest.raises(ValueError, match=r"'conv.bias'"):
+        capture_low_rank(model, select_parameters(model, ("conv.bias",)), [batch()], cross_entropy)
+    with pytest.raises(ValueError, match="mixes"):
+        capture_low_rank(
+            model, select_parameters(model), [batch()], lambda net, part: cross_entropy(net, part).cumsum(0)
+        )
+    with pytest.raises(ValueError, match="at least one"):
+        capture_low_rank(model, select_parameters(model), [], cross_entropy)
+    inputs, labels = batch()
+    inputs[4] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        capture_low_rank(model, select_parameters(model), [(inputs, labels)], cross_entropy)
