@@ -49,6 +49,16 @@ def test_zeros_are_exact(method: str, sparsity: float) -> None:
     assert sum(layer.kept for layer in report.layers.values()) == report.kept
 
 
+@pytest.mark.parametrize("method", ["ewr", "sparsegpt", "magnitude"])
+def test_a_network_with_its_channels_last_is_pruned_alike(method: str) -> None:
+    usual, last = small_network().double(), small_network().double().to(memory_format=torch.channels_last)
+    data = [(inputs.double(), labels) for inputs, labels in DataLoader(small_data(), batch_size=20)]
+    for model in (usual, last):
+        prune(model, data, 0.7, method, samples=60, stages=2)
+    for (name, a), b in zip(usual.state_dict().items(), last.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_gives_the_same_bits_and_leaves_the_global_random_state(method: str) -> None:
     first, second = small_network(), small_network()

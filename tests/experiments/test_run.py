@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
+from torch import nn
 
 from swap_prune import LR, FineTune, prune
 from swap_prune.experiments import run as run_module
@@ -160,6 +161,19 @@ def test_before_recalibration_is_the_dense_networks_statistics(tmp_path: Path) -
     assert all(result.accuracy_before is not None for result in read_results(tmp_path / "once"))
     start(tmp_path / "without", tiny.experiment(**options | {"model_options": {"normalised": False}}))
     assert all(result.accuracy_before is None for result in read_results(tmp_path / "without"))
+
+
+def test_statistics_that_fit_nothing_are_repaired_before_pruning_without_recalibration(tmp_path: Path) -> None:
+    options = {"recalibrate_batchnorm": False, "sparsities": 0.0, "seeds": 0, "methods": [{"name": "magnitude"}]}
+    own = bench(tiny.experiment(**options))
+    normalisation = next(m for m in own.network.modules() if isinstance(m, nn.BatchNorm1d))
+    normalisation.running_var *= 1e-8
+    network = own.dense()
+    repaired = next(m for m in network.modules() if isinstance(m, nn.BatchNorm1d))
+    assert bool((repaired.running_var > 1e-4).all()) and bool((normalisation.running_var < 1e-4).all())
+    run_experiment(own, tmp_path / "out", resume=False, say=lambda _: None)
+    [result] = read_results(tmp_path / "out")
+    assert result.accuracy == own.measure(network).accuracy != own.measure(own.network).accuracy
 
 
 def test_a_part_of_the_test_images(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class Experiment(_Table):
         seeds: Seeds. The same seed gives every method the same calibration samples.
         samples: Calibration samples a stage.
         schedule: Sparsity over the stages.
-        recalibrate_batchnorm: As for ``prune``.
+        recalibrate_batchnorm: As for ``prune``. If not, runs start from the dense network with its statistics repaired.
         evaluate_before_recalibration: Also measure the pruned weights with the dense network's BatchNorm statistics.
         finetune: Train under the mask after each stage, as these settings say; None: not at all.
     """

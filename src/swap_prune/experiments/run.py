@@ -95,7 +95,8 @@ def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation)
 
 def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]:
     """Prune a copy of the dense network, and measure it."""
-    network = copy.deepcopy(bench.network)
+    start = bench.network if bench.experiment.recalibrate_batchnorm else dense_network  # else `prune` repairs it
+    network = copy.deepcopy(start)
     _reset_peak_memory()
     report = _prune(bench.experiment, network, bench.data(), run)
     peak_memory = _peak_memory()
