@@ -99,6 +99,19 @@ def test_refit_is_that_of_the_normal_equations(keep, ridge, smoothed):
     torch.testing.assert_close(problem.gradient(w)[support], torch.zeros(keep, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.3])
+@pytest.mark.parametrize("keep", [3, 5, 9, 12])
+def test_a_refit_knows_its_products(keep, ridge, smoothed):
+    problem = random_regression(5, 12, generator(16), ridge=ridge, smoothed=smoothed)
+    refit = problem.refit(torch.randperm(12, generator=generator(17))[:keep].sort().values)
+    w = refit.weights
+    if ridge > 0:
+        assert refit.fitted is not None and (keep <= 5) == (refit.gradient is None)
+    assert problem.value_of(refit) == pytest.approx(problem.value(w), rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(problem.gradient_of(refit), problem.gradient(w), rtol=1e-7, atol=1e-8)
+
+
 def test_refit_does_not_depend_on_the_order_of_the_support():
     problem = random_regression(6, 15, generator(10))
     for support in (torch.tensor([1, 4, 9]), torch.arange(2, 12)):

@@ -84,23 +84,19 @@ def solve_sparse(
     """
     support, path = (start, previous) if start is not None else shrink_support(problem, keep)
     refit = problem.refit(support, path)
-    w = refit.weights
-    x = problem.factor.matvec(w)
-    value = problem.value(w, x)
+    value = problem.value_of(refit)
     iteration, converged = 0, False
     while iteration < max_iterations and not converged:
-        direction = problem.gradient(w, x) / problem.metric
-        candidate = _next_support(problem, w, direction, keep)
-        tried_refit = problem.refit(candidate, refit)
-        tried = tried_refit.weights
-        tried_x = problem.factor.matvec(tried)
-        tried_value = problem.value(tried, tried_x)
+        direction = problem.gradient_of(refit) / problem.metric
+        candidate = _next_support(problem, refit.weights, direction, keep)
+        tried = problem.refit(candidate, refit)
+        tried_value = problem.value_of(tried)
         if tried_value < value - _RELATIVE_GAIN * abs(value):
-            support, refit, w, x, value = candidate, tried_refit, tried, tried_x, tried_value
+            support, refit, value = candidate, tried, tried_value
             iteration += 1
         else:
             converged = True
-    return SparseFit(w, support, value, iteration, converged, refit)
+    return SparseFit(refit.weights, support, value, iteration, converged, refit)
 
 
 def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, Refit | None]:

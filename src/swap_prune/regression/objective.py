@@ -42,10 +42,14 @@ class Refit:
     Attributes:
         weights: w, (p,), zero outside the support.
         gram: The Gram matrix behind it, or None where the k x k system was solved, or none was formed.
+        fitted: ``G w``, (n,), where solving gave it.
+        gradient: ``grad Q`` at w, (p,), where solving gave it.
     """
 
     weights: Tensor
     gram: ScaledGram | None
+    fitted: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,14 @@ class WeightedRidge:
         residual = (self.factor.matvec(w) if x is None else x) - self.target
         return self.factor.rmatvec(self.smooth(residual)) + self.penalty * self.metric * (w - self.reference)
 
+    def value_of(self, refit: Refit) -> float:
+        """Return Q at a refit."""
+        return self.value(refit.weights, refit.fitted)
+
+    def gradient_of(self, refit: Refit) -> Tensor:
+        """Return ``grad Q`` at a refit, (p,)."""
+        return self.gradient(refit.weights, refit.fitted) if refit.gradient is None else refit.gradient
+
     def refit(self, support: Tensor, previous: Refit | None = None) -> Refit:
         """Minimise Q over the weights of a support, exactly.
 
@@ -97,6 +109,8 @@ class WeightedRidge:
         Woodbury's identity, ``d = M^-1 G_s^T v`` with ``(S G_s M^-1 G_s^T + n lam I) v = S r``: the larger
         of the two systems is never formed. A factor that knows products only gets the latter solved by
         conjugate gradients.
+
+        Then ``S (G w - t) = -n lam v``: the product ``G^T v``, which d needs, is the gradient too.
 
         Args:
             support: Indices of the kept weights, (k,).
@@ -118,11 +132,16 @@ class WeightedRidge:
             matrix = columns.T @ weighted
             matrix.diagonal().add_(self.penalty * metric)
             change = solve_square(matrix, columns.T @ self.smooth(residual))
-            return Refit(result.index_copy(0, support, kept + change), None)
+            fitted = self.target - residual + columns @ change
+            return Refit(result.index_copy(0, support, kept + change), None, fitted)
         scale = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
         gram, dual = self._dual(scale, len(support), residual, previous)
-        change = (scale * self.factor.rmatvec(dual)).index_select(0, support)
-        return Refit(result.index_copy(0, support, kept + change), gram)
+        pulled = self.factor.rmatvec(dual)
+        weights = result.index_copy(0, support, kept + (scale * pulled).index_select(0, support))
+        if gram is None or self.penalty == 0:
+            return Refit(weights, gram)
+        gradient = self.penalty * (self.metric * (weights - self.reference) - pulled)
+        return Refit(weights, gram, self.target - residual + gram.matrix @ dual, gradient)
 
     def _dual(
         self, scale: Tensor, keep: int, residual: Tensor, previous: Refit | None

@@ -51,7 +51,7 @@ def swap_weights(problem: WeightedRidge, fit: SparseFit, max_batches: int = 10) 
     scale = problem.factor.shape[0] * (problem.factor.diagonal() + problem.ridge * problem.metric)
     batch = max(1, round(_SHARE * keep))
     for _ in range(max_batches):
-        exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient(fit.weights))
+        exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient_of(fit.refit))
         leaving, entering = propose_swaps(exchange, scale, batch)
         better = _first_gain(problem, fit, leaving, entering)
         if better is None:
@@ -69,7 +69,7 @@ def _first_gain(problem: WeightedRidge, fit: SparseFit, leaving: Tensor, enterin
             return None
         support = fit.support.index_copy(0, leaving[:count], entering[:count]).sort().values
         refit = problem.refit(support, fit.refit)
-        value = problem.value(refit.weights)
+        value = problem.value_of(refit)
         if value < fit.value - _RELATIVE_GAIN * abs(fit.value):
             return replace(
                 fit, weights=refit.weights, support=support, value=value, refit=refit, swaps=fit.swaps + count
