@@ -99,6 +99,8 @@ class StageRunner:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
             samples = sum(map(batch_size, fitting))
+            if self.storage.team is not None:
+                self.storage.team.agree("calibration samples", [fitting, spare])
             shown.stage(number, sparsity, samples)
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
@@ -121,6 +123,8 @@ class StageRunner:
         if self.normalised:
             drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
             recalibrate_batchnorm(self.model, drawn, self.loss_fn)
+        if self.storage.team is not None:  # training may differ in its last bits, on GPUs
+            self.storage.team.take_from_first_(self.model.state_dict().values())
         return StageReport(
             sparsity=sparsity,
             kept=problem.keep,
@@ -136,7 +140,8 @@ class StageRunner:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
         shown.train(settings.epochs, number)
         masks, generator = self.selection.split(kept), forked_generator(self.seed, f"fine-tuning {number}")
-        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, shown.reach)
+        reach = shown.reach if self.storage.team is None else self.storage.team.in_step(shown.reach)
+        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, reach)
         return list(report.losses)
 
     def _corrupt(self, batches: list[Any]) -> list[Any]:
@@ -216,6 +221,7 @@ class StageRunner:
             clean=None if defence is None else defence.clean_rows_,
             clip=clip_rows_ if self.defended else None,
             lean=self.storage.kind != "float32",
+            team=self.storage.team,
         )
 
     def _doubt(self, trials: Trials, teacher: Teacher | None) -> tuple[Trials, LabelDoubt | None]:

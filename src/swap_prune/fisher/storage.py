@@ -13,15 +13,17 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from swap_prune.distributed import Team
 from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.half import HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
+from swap_prune.fisher.sharded import ShardedFactor, owned_columns
 from swap_prune.selection import Selection
 
 __all__ = ["RowStore", "Storage", "StorageKind", "check_rows"]
 
-StorageKind = Literal["float32", "bfloat16", "float16", "mapped"]
+StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded"]
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
@@ -35,11 +37,13 @@ class Storage:
         kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
         lean: Whether the solver does without copies of many columns. All but float32 are lean.
         scratch: Directory of the file, for ``mapped``.
+        team: The processes that share G, for ``sharded``; None until the run has them.
     """
 
     kind: StorageKind = "float32"
     lean: bool = False
     scratch: Path | None = None
+    team: Team | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(StorageKind):
@@ -63,6 +67,9 @@ class Storage:
             return DenseStore(n, selection, dtype, device, column_limit(n, dtype.itemsize) if self.lean else None)
         if self.kind in _HALVES:
             return HalfStore(n, selection, dtype, device, _HALVES[self.kind])
+        if self.kind == "sharded":
+            assert self.team is not None, "the pipeline gives it one"
+            return ShardedStore(n, selection, dtype, device, self.team)
         assert self.scratch is not None, "checked when it was made"
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
 
@@ -178,15 +185,45 @@ class MappedStore(BufferedStore):
         return self._writer.finish(self._device)
 
 
+class ShardedStore(BufferedStore):
+    """Rows of which each process keeps its columns."""
+
+    def __init__(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, team: Team) -> None:
+        super().__init__(selection, dtype, device)
+        self._team, self._limit, self._filled = team, column_limit(n, dtype.itemsize), 0
+        self._places = owned_columns(selection.total, team)
+        try:  # parts are tensors of their own: products then take place alike wherever a part lies
+            self._blocks = [torch.empty(n, b - a, dtype=dtype, device=device) for a, b in self._places]
+        except RuntimeError as error:
+            raise _no_room(n, sum(b - a for a, b in self._places), dtype) from error
+
+    def take(self, rows: Tensor) -> None:
+        """Copy the columns of this process, and wait for the others: none gets far ahead."""
+        for (a, b), block in zip(self._places, self._blocks, strict=True):
+            block[self._filled : self._filled + len(rows)] = rows[:, a:b]
+        self._filled += len(rows)
+        self._team.wait()
+
+    def finish(self) -> FisherFactor:
+        """Return the factor."""
+        size = (self._filled, self._selection.total)
+        blocks = tuple(DenseFactor(block[: self._filled], self._limit) for block in self._blocks)
+        self._buffer = self._buffer[:0].clone()
+        return ShardedFactor(blocks, size, self._team, self._limit, self._buffer)
+
+
 def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
         return torch.empty(n, selection.total, dtype=dtype, device=device)
     except RuntimeError as error:
-        need = dtype.itemsize * n * selection.total / 2**30
-        raise ValueError(
-            f"G with {n} rows of {selection.total} weights needs {need:.1f} GiB, which could not be had; "
-            "use fewer samples, or another storage"
-        ) from error
+        raise _no_room(n, selection.total, dtype) from error
+
+
+def _no_room(n: int, p: int, dtype: torch.dtype) -> ValueError:
+    return ValueError(
+        f"G with {n} rows of {p} weights needs {dtype.itemsize * n * p / 2**30:.1f} GiB, which could not be had; "
+        "use fewer samples, or another storage"
+    )
 
 
 def check_rows(rows: Tensor, selection: Selection) -> None:
