@@ -20,6 +20,7 @@ from torch import nn
 
 from swap_prune import FineTune, prune
 from swap_prune.distributed import PARTS, Team, team_of
+from swap_prune.fisher import capture
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.sharded import ShardedFactor, owned_columns
 from swap_prune.losses import cross_entropy
@@ -113,6 +114,7 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
 def work(rank: int, folder: Path) -> None:
     """What each of the four processes does."""
     torch.set_num_threads(1)
+    capture._MAX_CHUNK = 7  # several chunks, which ranks take in turns
     for size in SIZES:
         if rank < size:
             torch.save(in_group(f"group{size}", rank, size, folder, pruned), folder / f"pruned-{size}-{rank}.pt")

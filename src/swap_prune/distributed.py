@@ -54,9 +54,10 @@ class Team:
     device: torch.device
     group: dist.ProcessGroup
 
-    def owned(self, parts: int = PARTS) -> range:
-        """Return the parts that belong to this rank, one after the other; there may be none."""
-        return self._owned(self.rank, parts)
+    def owned(self, parts: int = PARTS, rank: int | None = None) -> range:
+        """Return the parts that belong to this rank, or another one, one after the other; there may be none."""
+        rank = self.rank if rank is None else rank
+        return range(rank * parts // self.size, (rank + 1) * parts // self.size)
 
     def add_up(self, own: Tensor, parts: int = PARTS) -> Tensor:
         """Return the sum of the parts of all ranks, added in their order.
@@ -151,12 +152,23 @@ class Team:
         self._talk(lambda: dist.all_gather(everyone, own.contiguous(), group=self.group))
         return everyone
 
-    def _owned(self, rank: int, parts: int) -> range:
-        return range(rank * parts // self.size, (rank + 1) * parts // self.size)
+    def exchange(self, own: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send a piece of a vector to each rank, and return what came from each, one piece after the other.
+
+        Args:
+            own: The pieces, (sum(sent),).
+            sent: Their lengths, rank by rank.
+            received: Lengths of what comes from each rank.
+        """
+        if self.size == 1:
+            return own
+        result = own.new_empty(sum(received))
+        self._talk(lambda: dist.all_to_all_single(result, own, received, sent, group=self.group))
+        return result
 
     def _gathered(self, own: Tensor, parts: int) -> list[Tensor]:
         """Return the rows (parts of the rank, w) of all ranks."""
-        counts = [len(self._owned(rank, parts)) for rank in range(self.size)]
+        counts = [len(self.owned(parts, rank)) for rank in range(self.size)]
         padded = own if len(own) == max(counts) else torch.cat([own, own.new_zeros(1, own.shape[1])])
         return [rows[:count] for rows, count in zip(self.gather(padded), counts, strict=True)]
 
@@ -183,7 +195,7 @@ def _digest(value: Any) -> bytes:
 
 def lost(rank: int, size: int, error: Exception) -> ConnectionError:
     """Say that the others do not answer."""
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:150]
     return ConnectionError(
         f"process {rank} of {size} lost the others: one of them failed, was ended, or did not answer for "
         f"{_timeout().total_seconds():.0f} s (SWAP_PRUNE_TIMEOUT); what it said itself is the reason. ({reason})"

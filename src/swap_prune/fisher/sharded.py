@@ -4,9 +4,6 @@ The columns are cut into ``PARTS`` parts of the same width, up to one column, an
 as factors of their own. Products with w are sums over the parts, products with v and the diagonal are put together from
 them; every rank gets the whole answer, with the same bits whatever the number of ranks. A solver that sees G through
 :class:`~swap_prune.fisher.factor.FisherFactor` alone so runs on every rank alike, and takes the same decisions.
-
-Capture runs all samples on every rank, and keeps the columns that the rank owns: the rows of a chunk are the largest
-thing that is ever held whole.
 """
 
 from __future__ import annotations
@@ -29,10 +26,10 @@ def column_parts(p: int) -> list[tuple[int, int]]:
     return list(pairwise(p * part // parts for part in range(parts + 1)))
 
 
-def owned_columns(p: int, team: Team) -> list[tuple[int, int]]:
-    """Return the same for the parts of one rank."""
+def owned_columns(p: int, team: Team, rank: int | None = None) -> list[tuple[int, int]]:
+    """Return the same for the parts of this rank, or another one."""
     parts = column_parts(p)
-    return [parts[part] for part in team.owned(len(parts))]
+    return [parts[part] for part in team.owned(len(parts), rank)]
 
 
 @dataclass(frozen=True)

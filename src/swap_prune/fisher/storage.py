@@ -18,7 +18,6 @@ from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.half import HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
-from swap_prune.fisher.sharded import ShardedFactor, owned_columns
 from swap_prune.selection import Selection
 
 __all__ = ["RowStore", "Storage", "StorageKind", "check_rows"]
@@ -68,8 +67,10 @@ class Storage:
         if self.kind in _HALVES:
             return HalfStore(n, selection, dtype, device, _HALVES[self.kind])
         if self.kind == "sharded":
+            from swap_prune.fisher.shared_rows import SharedStore  # it is a store itself
+
             assert self.team is not None, "the pipeline gives it one"
-            return ShardedStore(n, selection, dtype, device, self.team)
+            return SharedStore(n, selection, dtype, device, self.team)
         assert self.scratch is not None, "checked when it was made"
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
 
@@ -185,45 +186,15 @@ class MappedStore(BufferedStore):
         return self._writer.finish(self._device)
 
 
-class ShardedStore(BufferedStore):
-    """Rows of which each process keeps its columns."""
-
-    def __init__(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, team: Team) -> None:
-        super().__init__(selection, dtype, device)
-        self._team, self._limit, self._filled = team, column_limit(n, dtype.itemsize), 0
-        self._places = owned_columns(selection.total, team)
-        try:  # parts are tensors of their own: products then take place alike wherever a part lies
-            self._blocks = [torch.empty(n, b - a, dtype=dtype, device=device) for a, b in self._places]
-        except RuntimeError as error:
-            raise _no_room(n, sum(b - a for a, b in self._places), dtype) from error
-
-    def take(self, rows: Tensor) -> None:
-        """Copy the columns of this process, and wait for the others: none gets far ahead."""
-        for (a, b), block in zip(self._places, self._blocks, strict=True):
-            block[self._filled : self._filled + len(rows)] = rows[:, a:b]
-        self._filled += len(rows)
-        self._team.wait()
-
-    def finish(self) -> FisherFactor:
-        """Return the factor."""
-        size = (self._filled, self._selection.total)
-        blocks = tuple(DenseFactor(block[: self._filled], self._limit) for block in self._blocks)
-        self._buffer = self._buffer[:0].clone()
-        return ShardedFactor(blocks, size, self._team, self._limit, self._buffer)
-
-
 def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
         return torch.empty(n, selection.total, dtype=dtype, device=device)
     except RuntimeError as error:
-        raise _no_room(n, selection.total, dtype) from error
-
-
-def _no_room(n: int, p: int, dtype: torch.dtype) -> ValueError:
-    return ValueError(
-        f"G with {n} rows of {p} weights needs {dtype.itemsize * n * p / 2**30:.1f} GiB, which could not be had; "
-        "use fewer samples, or another storage"
-    )
+        need = dtype.itemsize * n * selection.total / 2**30
+        raise ValueError(
+            f"G with {n} rows of {selection.total} weights needs {need:.1f} GiB, which could not be had; "
+            "use fewer samples, or another storage"
+        ) from error
 
 
 def check_rows(rows: Tensor, selection: Selection) -> None:
