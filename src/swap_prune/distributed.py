@@ -23,18 +23,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from swap_prune.calibration import map_tensors
 
 __all__ = ["PARTS", "Team", "is_first", "launched", "local_count", "own_device", "process_count", "team_of"]
 
 PARTS = 8  # of every sum over the columns of G, and of the calibration batches; as many processes at the most
-_TIMEOUT = 45.0  # seconds
+_TIMEOUT = 25.0  # seconds; torchrun takes 30 more to end what does not end by itself
 _PIECE_BYTES = 32 * 2**20  # of what is gathered at once
 _FAILED = "swap-prune failed"  # key of the first failure in the store
 
-_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -126,14 +124,14 @@ class Team:
         """Wait for all ranks."""
         self.overlay(torch.zeros(1, device=self.device))
 
-    def in_step(self, report: Callable[[_S], None]) -> Callable[[_S], None]:
-        """Return a report of progress at which all ranks wait for each other, so that none gets far ahead."""
+    def paced(self, function: Callable[..., _T]) -> Callable[..., _T]:
+        """Return a function at whose calls all ranks wait for each other, so that none gets far ahead."""
 
-        def reported(value: _S) -> None:
+        def called(*arguments: Any) -> _T:
             self.wait()
-            report(value)
+            return function(*arguments)
 
-        return reported
+        return called
 
     def take_from_first_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of rank 0, to the bit."""
@@ -267,6 +265,8 @@ def launched() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or process_count() > 0:
         yield
         return
+    from torch.distributed.rendezvous import rendezvous  # a build of torch may lack it
+
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun itself does for more than one process: sums must not depend on it
     store, rank, size = next(iter(rendezvous("env://")))

@@ -165,12 +165,16 @@ class Trials:
         parts = 1 if self.team is None else min(PARTS, len(taught))
         own = range(1) if self.team is None else self.team.owned(parts)
         totals, row = weights.new_zeros(len(own), len(weights)), torch.empty_like(weights)
+        most = len(own) if self.team is None else -(-parts // self.team.size)
         with self._mode(self.fitting), torch.enable_grad():
-            for part, total in zip(own, totals, strict=True):
-                for number in range(part * len(taught) // parts, (part + 1) * len(taught) // parts):
+            for turn in range(most):
+                part = own[turn] if turn < len(own) else parts  # nothing is left
+                for number in range(part * len(taught) // parts, min(part + 1, parts) * len(taught) // parts):
                     losses, leaves = bound.with_leaves(self.selection, taught[number], weights)
                     flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
-                    total.add_(row.mul_(shares[number]))
+                    totals[turn].add_(row.mul_(shares[number]))
+                if self.team is not None:
+                    self.team.wait()
         return totals[0] if self.team is None else self.team.add_up(totals, parts)
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
