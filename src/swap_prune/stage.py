@@ -126,7 +126,7 @@ class StageRunner:
             drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
             recalibrate_batchnorm(self.model, drawn, self._paced(self.loss_fn))
         if self.storage.team is not None:  # training may differ in its last bits, on GPUs
-            self.storage.team.take_from_first_(self.model.state_dict().values())
+            self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
         return StageReport(
             sparsity=sparsity,
             kept=problem.keep,
