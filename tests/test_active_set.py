@@ -7,7 +7,8 @@ import torch
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.regression.active_set import largest_curvature, solve_active_set
-from swap_prune.regression.iht import hard_threshold, top_k
+from swap_prune.regression.iht import hard_threshold
+from swap_prune.regression.top_k import top_k
 from tests.cases import dense_parts, generator, orthogonal_regression, random_regression
 from tests.reference import best_subset, dense_value
 

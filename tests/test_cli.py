@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +236,27 @@ def test_demo_needs_nothing_and_writes_a_report(call, tmp_path: Path, monkeypatc
     assert rows["lr"]["noisy"] is not None and rows["magnitude"]["noisy"] is None
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["picture.png", "report.html", "results.json"]
     assert (tmp_path / "report" / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_write_one_model_and_its_bits_do_not_depend_on_their_number(workplace: Path) -> None:
+    def started(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "-m", "swap_prune"]
+        environment = {**os.environ, "SWAP_PRUNE_DATA": str(workplace / "data"), "PYTHONWARNINGS": "ignore"}
+        environment.pop("OMP_NUM_THREADS", None)
+        return subprocess.run(
+            [*command, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    written = []
+    for processes in (1, 2, 4):
+        out = f"shared-{processes}"
+        done = started(processes, *PRUNE, "--samples", "100", "--out", out, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["kept"] == 3235
+        written.append((workplace / out / "weights.safetensors").read_bytes())
+        assert json.loads((workplace / out / "report.json").read_text())["settings"]["storage"]["used"] == "sharded"
+    assert written[0] == written[1] == written[2]
+    failed = started(2, *PRUNE, "--sparsity", "2")
+    assert failed.returncode != 0 and failed.stdout == ""
+    assert failed.stderr.count("swap-prune: error: process") == 1 and "sparsity must lie in [0, 1)" in failed.stderr

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.regression.iht import hard_threshold, solve_sparse, top_k
+from swap_prune.regression.iht import hard_threshold, solve_sparse
 from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.top_k import top_k
 from tests.cases import dense_parts, generator, normal, orthogonal_regression, random_regression
 from tests.reference import best_subset, dense_value, normal_equation_refit
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.regression.iht import hard_threshold, top_k
+from swap_prune.regression.iht import hard_threshold
+from swap_prune.regression.top_k import top_k
 from swap_prune.regression.two_regime import critical_step, two_regime_step
 from tests.cases import dense_parts, generator, normal, random_regression
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
 from swap_prune.calibration import CalibrationStream
+from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import usable_device
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
@@ -51,7 +52,7 @@ DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; def
 Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Memory = Annotated[str | None, typer.Option(help="memory budget of the process, such as 4GB")]
-StorageOption = Annotated[str, typer.Option("--storage", help="auto, float32, float16, bfloat16 or mapped")]
+StorageOption = Annotated[str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped or sharded")]
 Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
 Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
 MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
@@ -124,32 +125,38 @@ def prune(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a trained network, measure it on the test images, and save it."""
-    solver = resolve_method(method, dict(map(_parse_setting, settings or [])))
-    training = None if finetune is None else parse_finetune(finetune)
-    target = check_output_directory(out) if out is not None else None
-    network, images = _load(model, weights, data, data_dir, width)
-    report = prune_model(
-        network,
-        calibration_data(images, seed),
-        sparsity,
-        solver,
-        targets=targets or DEFAULT_TARGETS,
-        ignore=ignore or (),
-        samples=samples,
-        stages=stages,
-        schedule=schedule,
-        recalibrate_batchnorm=recalibrate,
-        recalibration_data=recalibration_data(images, seed),
-        finetune=training,
-        noise=noise,
-        defence=defence,
-        memory=memory,
-        storage=storage,
-        scratch=scratch,
-        seed=seed,
-        device=_device(device),
-    )
+    """Prune a trained network, measure it on the test images, and save it.
+
+    Several processes, started by torchrun --nproc-per-node N -m swap_prune prune ..., share the work.
+    """
+    with launched():
+        solver = resolve_method(method, dict(map(_parse_setting, settings or [])))
+        training = None if finetune is None else parse_finetune(finetune)
+        target = check_output_directory(out) if out is not None else None
+        network, images = _load(model, weights, data, data_dir, width)
+        report = prune_model(
+            network,
+            calibration_data(images, seed),
+            sparsity,
+            solver,
+            targets=targets or DEFAULT_TARGETS,
+            ignore=ignore or (),
+            samples=samples,
+            stages=stages,
+            schedule=schedule,
+            recalibrate_batchnorm=recalibrate,
+            recalibration_data=recalibration_data(images, seed),
+            finetune=training,
+            noise=noise,
+            defence=defence,
+            memory=memory,
+            storage=storage,
+            scratch=scratch,
+            seed=seed,
+            device=_device(device),
+        )
+    if not is_first():
+        return
     for note in report.notes:
         _say(f"note: {note}")
     measured = evaluate(network, images.test)
@@ -310,7 +317,7 @@ def run(command: Callable[[], Any]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return 2
-        return _fail(error.format_message(), 2)
+        return _fail(error.format_message(), 2) if is_first() else 2
     return status if isinstance(status, int) else 0
 
 
@@ -344,7 +351,7 @@ def _load(
 
 
 def _device(name: str | None) -> torch.device | None:
-    return None if name is None else usable_device(name)
+    return None if name is None else usable_device(own_device(name))
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:

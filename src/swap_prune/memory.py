@@ -26,11 +26,12 @@ def parse_memory(budget: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def memory_limit(budget: str | int | None) -> int | None:
+def memory_limit(budget: str | int | None, processes: int = 1) -> int | None:
     """Return how many bytes the process may hold, what it holds already included.
 
     Args:
         budget: As for :func:`parse_memory`; None takes what is held and nine tenths of what the machine has free.
+        processes: How many share what is free.
 
     Returns:
         The limit; None where no budget was given and the system does not say what is free.
@@ -38,7 +39,7 @@ def memory_limit(budget: str | int | None) -> int | None:
     if budget is not None:
         return parse_memory(budget)
     free = _free_memory()
-    return None if free is None else resident_memory() + int(_SHARE * free)
+    return None if free is None else resident_memory() + int(_SHARE * free / processes)
 
 
 def resident_memory() -> int:

@@ -10,7 +10,8 @@ stages follows a schedule that ends exactly at the target.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, map_tensors, peek
+from swap_prune.distributed import is_first, local_count, process_count, team_of
 from swap_prune.finetune import FineTune
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
@@ -95,8 +97,9 @@ def prune(
             own predictions stand for labels that they contradict too often. None or ``"none"`` does not look.
         memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what the machine has
             free. A run that would need more is refused before any work; see :func:`plan`.
-        storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), or ``"auto"``, the
-            fastest that fits the memory.
+        storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"sharded"`` (each
+            process of the group of ``torch.distributed`` holds a part), or ``"auto"``: that where there is a process
+            group, and else the fastest that fits the memory.
         scratch: Directory of that file, which is deleted at the end; by default the system's for temporary files.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
         device: Where to compute; the model is moved there. By default where it is.
@@ -128,7 +131,7 @@ def prune(
     held, notes = Storage(), []
     if solver.needs_gradients:
         load = _workload(model, data, selection, solver, loss, normalised, sparsities, samples, noise_model)
-        memory_plan = plan_memory(load, memory_limit(memory), storage, scratch)
+        memory_plan = plan_memory(load, memory_limit(memory, local_count()), _kind(storage), scratch)
         held = memory_plan.require().storage
         if held != memory_plan.forecasts[0].storage:
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
@@ -159,10 +162,15 @@ def prune(
     )
     changing = selection if finetune is None else None  # fine-tuning changes every parameter
     with (
-        scratch_directory(held) as placed,
+        _shared(held, place) as shared,
+        scratch_directory(shared) as placed,
         restored_on_error(model, changing),
-        StageProgress(progress, stages) as shown,
+        StageProgress(progress and is_first(), stages) as shown,
     ):
+        if placed.team is not None:
+            arguments = (sparsities, solver, dict(selection.shapes), samples, seed, defence, finetune, normalised)
+            placed.team.agree("settings", repr(arguments))
+            placed.team.agree("weights", model.state_dict())
         runner = replace(runner, storage=placed)
         notes += repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
         teacher = (
@@ -219,13 +227,13 @@ def plan(
     sparsities = sparsity_schedule(sparsity, stages, schedule)
     _check_whole("samples", samples, 1)
     selection = select_parameters(model, targets, ignore)
-    loss, limit = cross_entropy if loss_fn is None else loss_fn, memory_limit(memory)
+    loss, limit = cross_entropy if loss_fn is None else loss_fn, memory_limit(memory, local_count())
     check_storage(storage)
     if not solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{solver.name} takes no gradients: there is no G to hold")
     normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
     load = _workload(model, data, selection, solver, loss, normalised, sparsities, samples, noise_model)
-    return plan_memory(load, limit, storage, scratch)
+    return plan_memory(load, limit, _kind(storage), scratch)
 
 
 def _workload(
@@ -256,7 +264,23 @@ def _workload(
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=resident_memory(),
+        processes=max(1, process_count()),
     )
+
+
+def _kind(storage: str) -> str:
+    """Return the storage to plan for: processes that run together share G, unless another one is asked for."""
+    return "sharded" if storage == "auto" and process_count() > 0 else storage
+
+
+@contextmanager
+def _shared(storage: Storage, device: torch.device) -> Iterator[Storage]:
+    """Give a storage that is shared out its processes, until the end of the run."""
+    if storage.kind != "sharded":
+        yield storage
+        return
+    with team_of(device) as team:
+        yield replace(storage, team=team)
 
 
 def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:

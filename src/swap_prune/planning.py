@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import BLOCK_BYTES
 from swap_prune.fisher.capture import saved_bytes
 from swap_prune.fisher.storage import Storage, StorageKind
@@ -36,7 +37,7 @@ __all__ = [
     "scratch_directory",
 ]
 
-StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped"]
+StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped", "sharded"]
 
 _ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
     ("float32", False),
@@ -44,6 +45,7 @@ _ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
     ("float16", True),
     ("bfloat16", True),
     ("mapped", True),
+    ("sharded", True),  # never by itself: the pipeline asks for it where there are processes
 )
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
 _CHUNK = 512 * 2**20  # of samples at capture; a quarter of a GiB of columns is copied beside it by a Gram matrix
@@ -74,6 +76,7 @@ class Workload:
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         held: Bytes that the process holds already, the model included.
+        processes: How many share G, in storage ``sharded``.
     """
 
     rows: int
@@ -86,6 +89,7 @@ class Workload:
     mini_batches: bool = False
     row_noise: bool = False
     held: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,9 @@ def plan_memory(
     check_storage(storage)
     directory = Path(tempfile.gettempdir() if scratch is None else scratch)
     forecasts = tuple(
-        _forecast(load, kind, lean, limit, directory) for kind, lean in _ORDER if storage in ("auto", kind)
+        _forecast(load, kind, lean, limit, directory)
+        for kind, lean in _ORDER
+        if storage == kind or (storage == "auto" and kind != "sharded")
     )
     chosen = next((f for f in forecasts if not f.obstacle), None)
     if chosen is None:
@@ -245,12 +251,14 @@ def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, 
 def _phases(load: Workload, kind: StorageKind, lean: bool) -> dict[str, int]:
     """Return the bytes that the process holds in each phase."""
     vector, n = load.itemsize * load.weights, load.rows
-    factor = {"float32": n * vector, "mapped": 0}.get(kind, 2 * n * load.weights)
+    own = min(load.weights, -(-PARTS // load.processes) * -(-load.weights // PARTS))  # of the columns
+    factors = {"float32": n * vector, "mapped": 0, "sharded": n * load.itemsize * own}
+    factor = factors.get(kind, 2 * n * load.weights)
     common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
     probe = min(_PROBE, n) * vector
     blocks = 4 * BLOCK_BYTES if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
-    copies, slopes = 0, 2 * vector
+    copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
     if not lean:
         copies = _column_copies(load)
         slopes = -(-load.samples // _SLOPE_BATCH) * vector

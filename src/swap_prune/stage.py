@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, tem
 from swap_prune.trials import SLOPE_BATCH, Teacher, Trials
 
 __all__ = ["StageRunner"]
+
+_T = TypeVar("_T")
 
 _HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 
@@ -99,6 +101,8 @@ class StageRunner:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
             samples = sum(map(batch_size, fitting))
+            if self.storage.team is not None:
+                self.storage.team.agree("calibration samples", [fitting, spare])
             shown.stage(number, sparsity, samples)
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
@@ -120,7 +124,9 @@ class StageRunner:
             evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
         if self.normalised:
             drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
-            recalibrate_batchnorm(self.model, drawn, self.loss_fn)
+            recalibrate_batchnorm(self.model, drawn, self._paced(self.loss_fn))
+        if self.storage.team is not None:  # training may differ in its last bits, on GPUs
+            self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
         return StageReport(
             sparsity=sparsity,
             kept=problem.keep,
@@ -136,8 +142,13 @@ class StageRunner:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
         shown.train(settings.epochs, number)
         masks, generator = self.selection.split(kept), forked_generator(self.seed, f"fine-tuning {number}")
-        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, shown.reach)
+        reach = self._paced(shown.reach)
+        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, reach)
         return list(report.losses)
+
+    def _paced(self, function: Callable[..., _T]) -> Callable[..., _T]:
+        """Return a function at whose calls all processes that share G wait for each other, where there are any."""
+        return function if self.storage.team is None else self.storage.team.paced(function)
 
     def _corrupt(self, batches: list[Any]) -> list[Any]:
         return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
@@ -216,6 +227,7 @@ class StageRunner:
             clean=None if defence is None else defence.clean_rows_,
             clip=clip_rows_ if self.defended else None,
             lean=self.storage.kind != "float32",
+            team=self.storage.team,
         )
 
     def _doubt(self, trials: Trials, teacher: Teacher | None) -> tuple[Trials, LabelDoubt | None]:

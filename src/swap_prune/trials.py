@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from swap_prune.bound import Bound, flat_gradient
 from swap_prune.calibration import batch_size
+from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.labels import LabelDoubt
@@ -87,6 +88,7 @@ class Trials:
         clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
         lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
             together; then no noise acts on them.
+        team: The processes that the batches are shared out to; None: all of them are this one's.
     """
 
     model: nn.Module
@@ -103,15 +105,17 @@ class Trials:
     trusted: Sequence[Tensor] = ()
     second: Sequence[tuple[Tensor, Tensor]] = ()
     lean: bool = False
+    team: Team | None = None
 
     def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
         write_weights(self.model, self.selection, weights, kept)
+        own = range(len(self.held_out)) if self.team is None else self.team.owned(len(self.held_out))
         with self._mode(self.held_out), torch.no_grad():
-            if not self.second:
-                return torch.cat([self.loss_fn(self.model, batch) for batch in self.held_out])
-            doubted = ((batch, *second) for batch, second in zip(self.held_out, self.second, strict=True))
-            return torch.cat([self._blend(self.model, batch, teacher, 1 - trust) for batch, teacher, trust in doubted])
+            found = [self._held_out_losses(number) for number in own]
+        if self.team is None:
+            return torch.cat(found)
+        return self.team.concatenate(found, list(map(batch_size, self.held_out)), weights.new_empty(0))
 
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
@@ -131,6 +135,14 @@ class Trials:
             self.clip(rows, None)
         return self.clean(rows).matrix.mean(0)
 
+    def _held_out_losses(self, number: int) -> Tensor:
+        """Return the losses of one held-out batch."""
+        batch = self.held_out[number]
+        if not self.second:
+            return self.loss_fn(self.model, batch)
+        teacher, trust = self.second[number]
+        return self._blend(self.model, batch, teacher, 1 - trust)
+
     def _mean_of_batches(self, taught: Sequence[_Taught], weights: Tensor) -> Tensor:
         """Average over one backward pass a batch, (p,)."""
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
@@ -149,14 +161,21 @@ class Trials:
         return factor.rmatvec(shares)
 
     def _added_up(self, bound: Bound, taught: Sequence[_Taught], weights: Tensor, shares: Tensor) -> Tensor:
-        """Do the same with one row, (p,)."""
-        total, row = torch.zeros_like(weights), torch.empty_like(weights)
+        """Do the same with one row, (p,), and one more for each part of the batches that this process adds up."""
+        parts = 1 if self.team is None else min(PARTS, len(taught))
+        own = range(1) if self.team is None else self.team.owned(parts)
+        totals, row = weights.new_zeros(len(own), len(weights)), torch.empty_like(weights)
+        most = len(own) if self.team is None else -(-parts // self.team.size)
         with self._mode(self.fitting), torch.enable_grad():
-            for one, share in zip(taught, shares, strict=True):
-                losses, leaves = bound.with_leaves(self.selection, one, weights)
-                flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
-                total.add_(row.mul_(share))
-        return total
+            for turn in range(most):
+                part = own[turn] if turn < len(own) else parts  # nothing is left
+                for number in range(part * len(taught) // parts, min(part + 1, parts) * len(taught) // parts):
+                    losses, leaves = bound.with_leaves(self.selection, taught[number], weights)
+                    flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+                    totals[turn].add_(row.mul_(shares[number]))
+                if self.team is not None:
+                    self.team.wait()
+        return totals[0] if self.team is None else self.team.add_up(totals, parts)
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked: one sample alone has no variance."""

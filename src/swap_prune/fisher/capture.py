@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError
+from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
@@ -97,16 +99,23 @@ def capture_gradients(
         plan = Storage() if storage is None else storage
         store = plan.open(n, selection, dtype, device) if isinstance(plan, Storage) else plan
         chunk_bytes = plan.chunk_bytes if isinstance(plan, Storage) else None
-        losses = torch.empty(n, dtype=dtype, device=device)
+        shared = store if isinstance(store, SharedStore) else None
+        losses = torch.zeros(n, dtype=dtype, device=device)
+        own_losses = losses if shared is None else torch.zeros_like(losses)
         capturer = _Capturer(Bound(model, loss_fn), selection, backend, chunk_bytes)
         start = 0
         for batch, size in zip(batches, sizes, strict=True):
             for part in capturer.chunks(batch):
-                room = store.room(batch_size(part) if is_sliceable(part) else size)
-                count = capturer.fill(part, room, losses[start:])
-                store.keep(count)
+                if shared is not None and start > 0 and is_sliceable(part):
+                    count = shared.in_turn(batch_size(part), partial(capturer.fill, part, losses=own_losses[start:]))
+                else:
+                    room = store.room(batch_size(part) if is_sliceable(part) else size)
+                    count = capturer.fill(part, room, losses[start:])
+                    store.keep(count)
                 start += count
                 advance(count)
+    if shared is not None:
+        losses += shared.team.overlay(own_losses)
     losses = losses[:start]
     check_losses(losses, None)
     return Capture(store.finish(), losses, capturer.backend, capturer.chunk)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from swap_prune.bound import Bound, flat_gradient
 from swap_prune.calibration import batch_size, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import RowStore, Storage
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses
 from swap_prune.modes import batch_statistics, eval_mode
@@ -133,14 +134,21 @@ def _mini_batch_rows(
 ) -> Tensor:
     """Store a row ``sum_i J_i^T L_i xi_i / sqrt(size)`` for each mini-batch; return the losses of all samples."""
     losses = []
-    bound = Bound(model, sketch.loss.outputs)
+    bound, shared = Bound(model, sketch.loss.outputs), store if isinstance(store, SharedStore) else None
     with batch_statistics(model), torch.enable_grad():
         for part in parts:
-            outputs, leaves = bound.with_leaves(selection, part)
+            mine = shared is None or shared.is_next
+            with torch.set_grad_enabled(mine):  # every process draws the signs, and sees the losses
+                outputs, leaves = bound.with_leaves(selection, part)
             losses.append(check_losses(sketch.loss.losses(outputs.detach(), part), None))
-            product = sketch.product(outputs, part, draw_signs(outputs, generator)).sum()
-            gradients = torch.autograd.grad(product / batch_size(part) ** 0.5, leaves, allow_unused=True)
-            flat_gradient(store.room(1)[0], gradients, selection)
-            store.keep(1)
+            signs = draw_signs(outputs, generator)
+            if mine:
+                product = sketch.product(outputs, part, signs).sum()
+                gradients = torch.autograd.grad(product / batch_size(part) ** 0.5, leaves, allow_unused=True)
+                flat_gradient(store.room(1)[0], gradients, selection)
+            if shared is None:
+                store.keep(1)
+            else:
+                shared.pass_on(1)
             advance(batch_size(part))
     return torch.cat(losses)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from swap_prune.distributed import Team
 from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.half import HalfFactor, row_scales
@@ -21,7 +22,7 @@ from swap_prune.selection import Selection
 
 __all__ = ["RowStore", "Storage", "StorageKind", "check_rows"]
 
-StorageKind = Literal["float32", "bfloat16", "float16", "mapped"]
+StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded"]
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
@@ -35,11 +36,13 @@ class Storage:
         kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
         lean: Whether the solver does without copies of many columns. All but float32 are lean.
         scratch: Directory of the file, for ``mapped``.
+        team: The processes that share G, for ``sharded``; None until the run has them.
     """
 
     kind: StorageKind = "float32"
     lean: bool = False
     scratch: Path | None = None
+    team: Team | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(StorageKind):
@@ -63,6 +66,11 @@ class Storage:
             return DenseStore(n, selection, dtype, device, column_limit(n, dtype.itemsize) if self.lean else None)
         if self.kind in _HALVES:
             return HalfStore(n, selection, dtype, device, _HALVES[self.kind])
+        if self.kind == "sharded":
+            from swap_prune.fisher.shared_rows import SharedStore  # it is a store itself
+
+            assert self.team is not None, "the pipeline gives it one"
+            return SharedStore(n, selection, dtype, device, self.team)
         assert self.scratch is not None, "checked when it was made"
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
 

@@ -24,8 +24,9 @@ from swap_prune.methods.lr import (
     trivial_solution,
 )
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
-from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse, top_k
+from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse
 from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.top_k import top_k
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
 from swap_prune.regression.two_regime import two_regime_step
 from swap_prune.transport import barycentric_target, transport_plan

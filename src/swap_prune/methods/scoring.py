@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.regression.iht import top_k
+from swap_prune.regression.top_k import top_k
 from swap_prune.schedule import share_out
 
 __all__ = ["check_scope", "keep_unchanged", "select_best"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from swap_prune.methods.lr import is_number, trivial_solution
 from swap_prune.methods.scoring import check_scope, select_best
 from swap_prune.problem import Layer, PruningProblem, PruningSolution
-from swap_prune.regression.iht import top_k
+from swap_prune.regression.top_k import top_k
 from swap_prune.schedule import share_out
 
 __all__ = ["SparseGPT"]

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from swap_prune.fisher.blocked import SubFactor
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.regression.iht import SparseFit, hard_threshold, top_k
+from swap_prune.regression.iht import SparseFit, hard_threshold
 from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.top_k import top_k
 from swap_prune.regression.two_regime import two_regime_step
 
 __all__ = ["solve_active_set"]

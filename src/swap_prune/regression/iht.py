@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.top_k import top_k
 
-__all__ = ["SparseFit", "hard_threshold", "solve_sparse", "top_k"]
+__all__ = ["SparseFit", "hard_threshold", "solve_sparse"]
 
 _RELATIVE_GAIN = 1e-4  # an iteration that gains less ends the search
 _PATH_START = 0.2  # of the weights: above it the metric chooses as well as the path
@@ -50,11 +51,6 @@ class SparseFit:
     converged: bool
     refit: Refit | None = None
     swaps: int = 0
-
-
-def top_k(scores: Tensor, keep: int) -> Tensor:
-    """Return the indices of the ``keep`` largest scores, (keep,), in increasing order."""
-    return torch.topk(scores, keep, sorted=False).indices.sort().values
 
 
 def hard_threshold(w: Tensor, support: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swap_prune.regression.iht import SparseFit, hard_threshold, top_k
+from swap_prune.regression.iht import SparseFit, hard_threshold
 from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.top_k import top_k
 
 __all__ = ["critical_step", "two_regime_step"]
 

@@ -1,0 +1,195 @@
+"""G shared out to processes: the products of a dense G, the same bits for every number of processes, and failures.
+
+One set of four processes goes through all of it: as a group of four, as groups of two and of one, and as groups in
+which one of two processes fails. What they found is on disk, and looked at by the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+from swap_prune import FineTune, prune
+from swap_prune.distributed import PARTS, Team, team_of
+from swap_prune.fisher import capture
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.sharded import ShardedFactor, owned_columns
+from swap_prune.losses import cross_entropy
+from swap_prune.pipeline import plan
+from tests.test_pipeline import small_data, small_network
+
+SIZES = (1, 2, 4)
+RUNS: dict[str, dict[str, Any]] = {
+    "lr": {"method": "lr", "stages": 2},
+    "ewr": {"method": "ewr", "sparsity": 0.9, "finetune": FineTune(epochs=1)},
+    "empirical": {"method": "ewr", "loss_fn": lambda net, batch: cross_entropy(net, batch)},
+    "obd": {"method": "obd", "sparsity": 0.5},
+    "cbs": {"method": "cbs"},
+    "woodfisher": {"method": "woodfisher"},
+    "chita": {"method": "chita"},
+}
+
+
+def in_group(name: str, rank: int, size: int, folder: Path, work: Callable[[], Any]) -> Any:
+    """Do some work in a process group of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=size)
+    try:
+        return work()
+    finally:
+        dist.destroy_process_group()
+
+
+def products(p: int) -> dict[str, torch.Tensor]:
+    """Ask a shared G all that a solver may ask, and compare with a dense one."""
+    generator = torch.Generator().manual_seed(p)
+    matrix = torch.randn(11, p, generator=generator)
+    w, v = torch.randn(p, generator=generator), torch.randn(11, generator=generator)
+    index = torch.randperm(p, generator=generator)[: max(1, p // 2)]
+    few, scale = torch.tensor([7, 0, 0, 3]), torch.randn(p, generator=generator).relu()
+    with team_of(torch.device("cpu")) as team:
+        blocks = tuple(DenseFactor(matrix[:, a:b].contiguous(), 3) for a, b in owned_columns(p, team))
+        shared = ShardedFactor(blocks, (11, p), team, 3, matrix[:0, 0])
+        found = {}
+        for name, factor in (("dense", DenseFactor(matrix)), ("shared", shared)):
+            part = factor.rows(few)
+            found[name] = {
+                "matvec": factor.matvec(w),
+                "rmatvec": factor.rmatvec(v),
+                "diagonal": factor.diagonal(),
+                "columns": factor.columns(index),
+                "gram": factor.gram(scale),
+                "leading": factor.leading(4),
+                "rows": part.matvec(w),
+                "gram of rows": part.gram(scale),
+            }
+        for name, expected in found["dense"].items():
+            torch.testing.assert_close(found["shared"][name], expected, rtol=1e-5, atol=1e-5)
+        return found["shared"]
+
+
+def pruned() -> dict[str, Any]:
+    """Prune with several methods."""
+    found: dict[str, Any] = {f"products {p}": products(p) for p in (3, 64, 333)}
+    for name, settings in RUNS.items():
+        model = small_network()
+        arguments = {"sparsity": 0.7, "samples": 40, "progress": False, **settings}
+        report = prune(model, small_data(), **arguments)
+        assert report.settings["storage"] == {"asked": "auto", "used": "sharded", "lean": True}
+        found[name] = {key: value.clone() for key, value in model.state_dict().items()}
+    forecast = plan(small_network(), small_data(), samples=40).require()
+    return {**found, "kind": forecast.storage.kind}
+
+
+def refused(case: str, rank: int) -> tuple[str, str, float]:
+    """Let the process of rank 1 fail in some way; return what this one says, and after how many seconds."""
+    model, started, calls = small_network(), time.perf_counter(), []
+
+    def loss_fn(net: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(None)
+        if rank == 1 and len(calls) > 4 and case == "error":
+            raise ValueError("out of luck")
+        if rank == 1 and len(calls) > 4 and case == "loss":
+            os._exit(0)
+        return cross_entropy(net, batch)
+
+    data = small_data(seed=rank if case == "samples" else 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        prune(model, data, 0.7, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False)
+    except (ValueError, OSError) as error:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        return type(error).__name__, str(error), time.perf_counter() - started
+    return "", "nothing", time.perf_counter() - started
+
+
+def work(rank: int, folder: Path) -> None:
+    """What each of the four processes does."""
+    torch.set_num_threads(1)
+    capture._MAX_CHUNK = 7  # several chunks, which ranks take in turns
+    for size in SIZES:
+        if rank < size:
+            torch.save(in_group(f"group{size}", rank, size, folder, pruned), folder / f"pruned-{size}-{rank}.pt")
+    for case, first in (("error", 0), ("samples", 2), ("seed", 0), ("loss", 2)):
+        if first <= rank < first + 2:
+            said = in_group(case, rank - first, 2, folder, lambda case=case: refused(case, rank % 2))
+            torch.save(said, folder / f"{case}-{rank - first}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.spawn(work, (path,), nprocs=4)
+    return path
+
+
+def bits(value: Any) -> Any:
+    """Return nested tensors as bytes, to compare."""
+    if isinstance(value, dict):
+        return {key: bits(one) for key, one in value.items()}
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+def test_every_number_of_processes_gives_the_same_bits_on_every_rank(folder: Path) -> None:
+    first = torch.load(folder / "pruned-1-0.pt")
+    assert first["kind"] == "sharded" and set(RUNS) < set(first)
+    for size in SIZES:
+        for rank in range(size):
+            assert bits(torch.load(folder / f"pruned-{size}-{rank}.pt")) == bits(first), (size, rank)
+
+
+@pytest.mark.parametrize("name", ["lr", "empirical", "obd"])
+def test_the_mask_is_that_of_one_process_without_a_group(name: str, folder: Path) -> None:
+    model = small_network()
+    prune(model, small_data(), **{"sparsity": 0.7, "samples": 40, "storage": "float16", **RUNS[name]})
+    shared = torch.load(folder / "pruned-1-0.pt")[name]
+    same = [((a == 0) == (shared[key] == 0)).float().mean() for key, a in model.state_dict().items() if a.ndim > 1]
+    assert min(same) > 0.9
+
+
+def test_an_error_on_one_process_ends_the_other(folder: Path) -> None:
+    kind, text, _ = torch.load(folder / "error-1.pt")
+    assert kind == "ValueError" and "out of luck" in text
+    kind, text, seconds = torch.load(folder / "error-0.pt")
+    assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
+
+
+def test_a_process_that_is_gone_ends_the_other(folder: Path) -> None:
+    assert not (folder / "loss-1.pt").exists()
+    kind, text, seconds = torch.load(folder / "loss-0.pt")
+    assert kind == "ConnectionError" and "lost the others" in text and seconds < 30
+
+
+@pytest.mark.parametrize(("case", "what"), [("samples", "calibration samples"), ("seed", "settings")])
+def test_processes_that_do_not_do_the_same_are_refused_on_both(case: str, what: str, folder: Path) -> None:
+    for rank in (0, 1):
+        kind, text, _ = torch.load(folder / f"{case}-{rank}.pt")
+        assert kind == "ValueError" and f"the same {what}, but process 1 differs" in text
+
+
+def test_there_has_to_be_a_process_group() -> None:
+    with pytest.raises(ValueError, match="storage 'sharded' needs several processes"):
+        prune(small_network(), small_data(), 0.5, "lr", samples=20, storage="sharded", progress=False)
+
+
+def test_a_rank_must_hold_its_parts() -> None:
+    team = Team(1, 2, torch.device("cpu"), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rank 1 must hold parts of 5 rows and \[2, 3, 2, 3\] columns, got \[\]"):
+        ShardedFactor((), (5, 20), team, 3, torch.empty(0))
+
+
+@pytest.mark.parametrize("size", range(1, PARTS + 1))
+@pytest.mark.parametrize("parts", [1, 3, PARTS, 11])
+def test_every_part_has_one_owner(size: int, parts: int) -> None:
+    teams = [Team(rank, size, torch.device("cpu"), None) for rank in range(size)]  # type: ignore[arg-type]
+    owned = [team.owned(parts) for team in teams]
+    assert [part for some in owned for part in some] == list(range(parts))
+    assert max(map(len, owned)) - min(map(len, owned)) <= 1

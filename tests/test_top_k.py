@@ -1,0 +1,55 @@
+"""The k largest scores: against a stable sort, with ties, of every size, dtype and sign."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swap_prune.regression import top_k as module
+from swap_prune.regression.top_k import top_k
+
+
+def sorted_out(scores: torch.Tensor, keep: int) -> list[int]:
+    return sorted(sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:keep])
+
+
+@pytest.fixture(params=[2**18, 0], ids=["selected", "searched"])
+def searched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SMALL", request.param)
+    monkeypatch.setattr(module, "_CHUNK", 37)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1e-30, 0.7, 1e30])
+def test_it_is_what_a_stable_sort_finds(dtype: torch.dtype, spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(203, generator=generator, dtype=torch.float64) * spread).to(dtype)
+    for keep in (0, 1, 2, 50, 100, 202, 203):
+        assert top_k(scores, keep).tolist() == sorted_out(scores, keep)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize(
+    "values", [[0.0, -0.0], [1.0], [-1.0, 2.0, 2.0], [0.0, 1e-45, 3.0], [-torch.inf, torch.inf, 0]]
+)
+def test_of_equal_scores_the_first_are_taken(values: list[float]) -> None:
+    index = torch.randint(len(values), (150,), generator=torch.Generator().manual_seed(1))
+    scores = torch.tensor(values)[index]
+    for keep in (1, 40, 75, 110, 150):
+        assert top_k(scores, keep).tolist() == sorted_out(scores, keep)
+
+
+@pytest.mark.usefixtures("searched")
+def test_what_is_no_number_counts_as_infinite_and_the_count_is_exact() -> None:
+    scores = torch.tensor([1.0, float("nan"), torch.inf, -torch.inf, float("nan")])
+    assert [len(top_k(scores, keep)) for keep in range(6)] == list(range(6))
+    assert top_k(scores, 3).tolist() == [1, 2, 4]
+
+
+def test_a_large_vector() -> None:
+    scores = torch.randn(300_000, generator=torch.Generator().manual_seed(2)).square()
+    found = top_k(scores, 90_000)
+    assert len(found) == 90_000 and bool((found.diff() > 0).all())
+    rest = torch.ones(300_000, dtype=torch.bool).index_fill(0, found, False)
+    assert float(scores[found].min()) >= float(scores[rest].max())
