@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="directory with model.safetensors, config.json, tokenizer.json")
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt", "lr", "ewr"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7])
-    parser.add_argument("--samples", type=int, default=256, help="rows of G; as many sentences are held out")
+    parser.add_argument("--samples", type=int, default=128, help="rows of G; as many sentences are held out")
     parser.add_argument("--sentences", type=int, default=1024, help="to judge by")
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--storage", default="float16")
