@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+
+import swap_prune
+from swap_prune.experiments.encoder import EncoderConfig, SentenceEncoder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -40,3 +46,51 @@ def test_processes_that_share_g_are_measured(monkeypatch: pytest.MonkeyPatch, tm
 def test_the_search_for_the_largest_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [load("top_k", monkeypatch).measure(300_000, 1000, searched) for searched in (False, True)]
     assert all(seconds > 0 for seconds, _ in times)
+
+
+def test_a_pruned_encoder_is_compared_with_its_dense_self(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EncoderConfig(20, 8, 1, 2, 12, 7)
+
+    def make() -> SentenceEncoder:
+        torch.manual_seed(0)
+        return SentenceEncoder(config).eval()
+
+    tokens = [torch.randint(1, 20, (12, 6), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
+    data = [swap_prune.SelfDistillation().label(make(), [batch]) for batch in batches]
+    runs = {
+        method: load("minilm", monkeypatch).measure(make, data, method, 0.5, 6, storage="float16")
+        for method in ("wanda", "lr")
+    }
+    assert runs["wanda"]["samples"] == 12 and runs["lr"]["samples"] == 6
+    assert all(0 < run["agreement"] < 1 and run["error"] > 0 for run in runs.values())
+    json.dumps(runs)
+
+
+DOCSTRING = '''
+def parse(text):
+    """Return the first number of a text, or None. It reads no further than the first word.
+
+    >>> parse("12 men and some more words")
+    12 is what this paragraph of code gives.
+
+    Too short.
+    """
+'''
+
+
+def test_sentences_are_those_of_prose(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(load("docstrings", monkeypatch)._sentences(ast.parse(DOCSTRING)))
+    assert found == ["Return the first number of a text, or None.", "It reads no further than the first word."]
+
+
+def test_text_to_judge_by_comes_from_other_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    docstrings = load("docstrings", monkeypatch)
+    modules = {f"m{i}": [f"Sentence {j} of module m{i}.", *(["Said everywhere."] * 2)] for i in range(10) for j in (0,)}
+    monkeypatch.setattr(docstrings, "_modules", lambda library: modules)
+    first, second = docstrings.split_sentences(3, 5, 4)
+    assert len(first) == 5 and len(second) == 4 and not set(first) & set(second)
+    assert "Said everywhere." not in first + second
+    assert docstrings.split_sentences(3, 5, 4) == (first, second)
+    with pytest.raises(ValueError, match="give 5 sentences, 6 were asked for"):
+        docstrings.split_sentences(3, 6, 1)

@@ -13,7 +13,7 @@ from swap_prune.fisher.noise import NOISE_MODELS
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/finetuning.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/finetuning.md", "docs/transformers.md"])
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(METHODS, "diagonal", METHODS["magnitude"])  # both tables are restored afterwards

@@ -12,6 +12,7 @@ from swap_prune import EWR, LR
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import polyak_length
+from swap_prune.methods.lr import ridge_candidates
 from swap_prune.problem import PruningProblem
 
 
@@ -38,6 +39,23 @@ def test_the_ridge_and_damping_that_held_out_samples_favour_are_taken(
     assert solution.evidence["ridge"] == ridge and solution.evidence["damping"] == damping
     assert [one["held_out_loss"] for one in solution.evidence["candidates"]].index(0) == favoured
     assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 3
+
+
+@pytest.mark.parametrize(("rows", "weights", "least"), [(1, 9_999, 1.0), (1, 10_001, 0.03), (3, 10_001, 1.0)])
+def test_a_small_damping_is_tried_where_rows_are_few(rows: int, weights: int, least: float) -> None:
+    pairs = ridge_candidates(LR(), torch.ones(weights), rows)
+    assert len(pairs) == 3 and min(damping for _, damping in pairs) == least
+    assert pairs[0] == (0.025, 1.0), "what is taken where nothing is held out"
+    assert ridge_candidates(LR(damping=2.0, ridge=0.1), torch.ones(weights), rows) == [(0.1, 2.0)]
+
+
+def test_the_small_damping_is_taken_where_held_out_samples_favour_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.methods.lr._FEW_ROWS", 1.0)  # 12 rows are few for 40 weights
+    fixed = LR(ridge=0.025, damping=0.03, first_order=0, swaps=0)
+    goal = fixed.solve(problem_with(None), torch.Generator()).weights
+    problem = problem_with(lambda w, kept: (w - goal).square())
+    solution = LR(first_order=0, swaps=0).solve(problem, torch.Generator())
+    assert solution.evidence["damping"] == 0.03 and torch.equal(solution.weights, goal)
 
 
 @pytest.mark.parametrize(("settings", "candidates"), [({"ridge": 0.1}, 2), ({"damping": 3.0}, 3), ({}, 3)])

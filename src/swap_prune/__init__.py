@@ -4,6 +4,7 @@ One call, ``prune(model, data, sparsity)``, on any ``torch.nn.Module``; start re
 """
 
 from swap_prune.artifact import load_pruned
+from swap_prune.distillation import SelfDistillation
 from swap_prune.finetune import FineTune, FineTuneReport, finetune
 from swap_prune.fisher.noise import (
     AdversarialInputs,
@@ -18,6 +19,7 @@ from swap_prune.masks import MaskKeeper, keep_masks, masks_of
 from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
+from swap_prune.tokens import TokenCrossEntropy
 
 __all__ = [
     "CBS",
@@ -38,7 +40,9 @@ __all__ = [
     "NoiseModel",
     "PoisonedRows",
     "PruningReport",
+    "SelfDistillation",
     "SparseGPT",
+    "TokenCrossEntropy",
     "Wanda",
     "WoodFisher",
     "__version__",

@@ -287,7 +287,7 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
     """Return the loss as one that knows its curvature, where it does and the method wants it.
 
     Raises:
-        ValueError: If the method insists and the loss does not.
+        ValueError: If the method insists and the loss does not, or if it wants gradients that are zero.
     """
     wanted = getattr(solver, "fisher", "empirical")
     if wanted == "gauss-newton" and not isinstance(loss_fn, GaussNewtonLoss):
@@ -295,7 +295,14 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
             "fisher='gauss-newton' needs a loss that knows its curvature (swap_prune.losses.GaussNewtonLoss), got "
             f"{loss_fn!r}; use fisher='empirical'"
         )
-    return loss_fn if wanted != "empirical" and isinstance(loss_fn, GaussNewtonLoss) else None
+    if wanted != "empirical" and isinstance(loss_fn, GaussNewtonLoss):
+        return loss_fn
+    if solver.needs_gradients and getattr(loss_fn, "stationary", False):
+        raise ValueError(
+            f"{solver.name} works on gradients of the loss here, and those of {type(loss_fn).__name__} are zero at the "
+            "dense network; use a method on Gauss-Newton rows (ewr or lr with fisher='auto'), or one without gradients"
+        )
+    return None
 
 
 def _report(

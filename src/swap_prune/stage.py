@@ -224,7 +224,7 @@ class StageRunner:
             taught=[] if teacher is None else teacher.outputs(fitting),
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
-            clean=None if defence is None else defence.clean_rows_,
+            clean=None if defence is None else defence.mean_row,
             clip=clip_rows_ if self.defended else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,

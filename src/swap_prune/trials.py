@@ -84,7 +84,7 @@ class Trials:
             wholly.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
-        clean: What a defence makes of noisy gradients of single samples; None where there is none.
+        clean: What a defence makes of noisy gradients of single samples: their mean, (p,); None where there is none.
         clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
         lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
             together; then no noise acts on them.
@@ -100,7 +100,7 @@ class Trials:
     taught: Sequence[Tensor]
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
-    clean: Callable[[DenseFactor], DenseFactor] | None = None
+    clean: Callable[[DenseFactor], Tensor] | None = None
     clip: Callable[[DenseFactor, Tensor | None], object] | None = None
     trusted: Sequence[Tensor] = ()
     second: Sequence[tuple[Tensor, Tensor]] = ()
@@ -133,7 +133,7 @@ class Trials:
         rows = self.noisy(rows)
         if self.clip is not None:
             self.clip(rows, None)
-        return self.clean(rows).matrix.mean(0)
+        return self.clean(rows)
 
     def _held_out_losses(self, number: int) -> Tensor:
         """Return the losses of one held-out batch."""

@@ -103,6 +103,8 @@ def test_convolutions_keep_a_few_outer_products_where_rows_are_of_single_samples
     cleaned = defence.clean_rows_(DenseFactor(rows.clone())).matrix
     ranks = torch.linalg.matrix_rank(cleaned[:, :108].reshape(9, 6, 18), rtol=1e-4)
     assert ranks.tolist() == [3] * 9
+    mean = defence.mean_row(DenseFactor(rows.clone()))  # where a low rank would cut the signal, the mean is plain
+    torch.testing.assert_close(mean, torch.cat([rows[:, :108].mean(0), cleaned[:, 108:].mean(0)]))
     mini_batches = LowRank.of(model, selection, cross_entropy, batch, per_sample=False)
     assert torch.equal(mini_batches.clean_rows_(DenseFactor(rows.clone())).matrix, rows)
 

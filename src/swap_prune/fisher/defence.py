@@ -10,7 +10,8 @@ product, ``delta a^T``: a matrix of rank 1. Noise on its entries has full rank. 
   fast-falling singular values; there ``_CONV_RANK`` are kept.
 
 Mean gradients of whole batches have no low rank. Where there is noise, slopes are therefore averaged over the rows of
-single samples, each cleaned before.
+single samples. Those of exact rank are cleaned before, which costs nothing of the signal. The others are not: the mean
+over n rows has an n-th of the noise anyway, and what a low rank cuts off adds up.
 
 Place in the pipeline: between capture and regression.
 """
@@ -18,7 +19,7 @@ Place in the pipeline: between capture and regression.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ class LowRank:
                 shares.append(float(rest / energy))
         share = max(shares)
         return share if share > _CLEAN else 0.0
+
+    def mean_row(self, factor: DenseFactor) -> Tensor:
+        """Return the mean of noisy per-sample rows, (p,), which may be overwritten: cleaned where that is exact."""
+        exact = replace(self, shapes={name: self.shapes[name] for name in self.exact})
+        return exact.clean_rows_(factor).matrix.mean(0)
 
     def clean_rows_(self, factor: DenseFactor) -> DenseFactor:
         """Overwrite per-sample rows of G by their leading outer products, layer by layer, in chunks of rows."""

@@ -23,6 +23,9 @@ __all__ = ["LR"]
 
 # (ridge, damping) in the diagonal metric, where neither has a unit; the first is taken where nothing is held out
 _CANDIDATES = ((0.025, 1.0), (0.1, 1.0), (0.0025, 30.0))
+# with so few rows that a ridge hardly changes the fit; what matters is how far the metric trusts the single weight
+_FEW_ROWS = 1e-4  # a weight
+_FEW_ROWS_CANDIDATES = ((0.025, 1.0), (0.025, 0.03), (0.0025, 30.0))
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,21 @@ def chooses(settings: RegressionSettings) -> bool:
     return len(ridge_candidates(settings)) > 1 or settings.first_order == "auto"
 
 
-def ridge_candidates(settings: RegressionSettings, diagonal: Tensor | None = None) -> list[tuple[float, float]]:
+def ridge_candidates(
+    settings: RegressionSettings, diagonal: Tensor | None = None, rows: int | None = None
+) -> list[tuple[float, float]]:
     """Return the pairs (ridge, damping) to choose from.
 
     Args:
         settings: What is fixed is the same in all of them. In the identity metric the damping is infinite.
         diagonal: f, (p,): its mean is the unit of an automatic ridge in the identity metric; 1 if it is not given.
+        rows: n, where the pairs may depend on how few there are for p weights.
     """
     identity = settings.metric == "identity"
     unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
+    few = diagonal is not None and rows is not None and rows < _FEW_ROWS * len(diagonal)
     pairs = []
-    for automatic_ridge, automatic_damping in _CANDIDATES:
+    for automatic_ridge, automatic_damping in _FEW_ROWS_CANDIDATES if few else _CANDIDATES:
         ridge = unit * automatic_ridge if settings.ridge == "auto" else float(settings.ridge)
         damping = automatic_damping if settings.damping == "auto" else float(settings.damping)
         pairs.append((ridge, math.inf if identity else damping))
@@ -122,7 +129,7 @@ def fit_pairing(
         The regression, its sparse fit, and the evidence for the report.
     """
     diagonal = problem.fisher().diagonal()
-    candidates = ridge_candidates(settings, diagonal)
+    candidates = ridge_candidates(settings, diagonal, problem.fisher().shape[0])
     if problem.held_out is None:
         candidates = candidates[:1]
     best: tuple[WeightedRidge, SparseFit, float] | None = None

@@ -1,0 +1,104 @@
+"""Losses on dict batches, as tokenisers make them, with a label for each token.
+
+The model's arguments are in the batch by name (``input_ids``, ``attention_mask``), the labels beside them, and its
+logits have the classes last: (n, T, classes), or (n, classes) for one label a sample. Labels of -100 do not count.
+
+Place in the pipeline: a loss, as :mod:`swap_prune.losses` describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from swap_prune.losses import CrossEntropy, check_labels, describe
+
+__all__ = ["TokenCrossEntropy", "call_model"]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Run a model on its arguments: by name in a dict, in order in a pair or list, or the only one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
+@dataclass(frozen=True)
+class TokenCrossEntropy:
+    """Cross-entropy of each sample of a dict batch, the mean over its labelled tokens; a ``GaussNewtonLoss``.
+
+    The model returns logits with the classes last, or a mapping that has them under ``"logits"``.
+
+    Attributes:
+        labels: Key of the labels, (n, T) or (n,); all other entries are the model's arguments.
+        causal: Whether logits at a token are for the label of the next one.
+        temperature: As for :class:`swap_prune.losses.CrossEntropy`.
+    """
+
+    labels: str = "labels"
+    causal: bool = False
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        CrossEntropy(self.temperature)  # checks it
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of each sample, (n,); 0 for one without labels."""
+        return self.losses(self.outputs(model, batch), batch)
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the logits z with the classes second, (n, classes, T) or (n, classes).
+
+        Raises:
+            ValueError: If the batch is not a dict with labels, or the logits do not fit them.
+        """
+        if not isinstance(batch, Mapping) or not isinstance(batch.get(self.labels), Tensor):
+            raise ValueError(
+                f"TokenCrossEntropy needs dict batches with a tensor of labels under {self.labels!r}, got "
+                f"{describe(batch)}; name their key with labels="
+            )
+        logits = call_model(model, {key: part for key, part in batch.items() if key != self.labels})
+        if isinstance(logits, Mapping):
+            logits = logits["logits"]
+        wanted = batch[self.labels].shape
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != wanted:
+            raise ValueError(
+                f"TokenCrossEntropy needs logits {(*wanted, 'classes')} for labels {tuple(wanted)}, got "
+                f"{describe(logits)}; the classes come last"
+            )
+        if self.causal:
+            logits = logits[:, :-1]
+        result: Tensor = logits.movedim(-1, 1)
+        return result
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss of each sample from its logits, (n,).
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
+        targets = self._targets(batch)
+        try:
+            return self._plain.losses(outputs, (None, targets))
+        except IndexError:
+            check_labels(targets, outputs.shape[1])
+            raise
+
+    def curvature_root(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
+        """Return ``L xi``; see :meth:`swap_prune.losses.CrossEntropy.curvature_root`."""
+        return self._plain.curvature_root(outputs, (None, self._targets(batch)), signs)
+
+    def divergence(self, outputs: Tensor, batch: Any, teacher: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence of the teacher's predictions, the mean over labelled tokens, (n,)."""
+        return self._plain.divergence(outputs, (None, self._targets(batch)), teacher)
+
+    @property
+    def _plain(self) -> CrossEntropy:
+        return CrossEntropy(self.temperature)
+
+    def _targets(self, batch: Any) -> Tensor:
+        targets: Tensor = batch[self.labels]
+        return targets[:, 1:] if self.causal else targets
