@@ -49,6 +49,45 @@ def test_zeros_are_exact(method: str, sparsity: float) -> None:
     assert sum(layer.kept for layer in report.layers.values()) == report.kept
 
 
+def with_an_idle_layer() -> nn.Module:
+    """The last but one layer has weights so small that a global comparison empties it."""
+    model = small_network()
+    with torch.no_grad():
+        model[4].weight.mul_(1e-4)
+    return model
+
+
+@pytest.mark.parametrize("method", ["ewr", "lr", "magnitude", "obd", "woodfisher", "wanda"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_share_of_each_layer_is_kept(method: str, stages: int) -> None:
+    config = METHODS[method](scope="global") if method in ("magnitude", "wanda") else METHODS[method]()
+    free, held = with_an_idle_layer(), with_an_idle_layer()
+    data, settings = small_data(), {"samples": 40, "stages": stages, "min_keep": 0.03}
+    if method == "magnitude":
+        report = prune(free, data, 0.97, config, samples=40, stages=stages)
+        assert report.layers["4.weight"].kept == 0 and any("4.weight" in note for note in report.notes)
+    report = prune(held, data, 0.96, config, **settings)  # type: ignore[arg-type]
+    least = {"0.weight": 2, "4.weight": 52, "6.weight": 2}
+    assert all(report.layers[name].kept >= count for name, count in least.items())
+    assert report.kept == math.floor(report.total * (1 - 0.96)) and report.settings["min_keep"] == 0.03
+    if method == "magnitude":
+        largest = with_an_idle_layer()[4].weight.abs().flatten().topk(52).indices
+        assert bool((held[4].weight.flatten()[largest] != 0).all())
+
+
+def test_a_share_that_cannot_be_kept_is_refused() -> None:
+    before = copy.deepcopy(small_network().state_dict())
+    for share, words in ((-0.1, "min_keep must lie"), (1.0, "min_keep must lie"), (0.2, "keeps at least")):
+        with pytest.raises(ValueError, match=words):
+            prune(small_network(), small_data(), 0.9, "magnitude", min_keep=share)
+    model = with_an_idle_layer()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"'chita' kept .* of '4.weight', and min_keep asks for 52"):
+        prune(model, small_data(), 0.96, "chita", samples=40, min_keep=0.03)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(small_network().state_dict().values(), before.values(), strict=True))
+
+
 @pytest.mark.parametrize("method", ["ewr", "sparsegpt", "magnitude"])
 def test_a_network_with_its_channels_last_is_pruned_alike(method: str) -> None:
     usual, last = small_network().double(), small_network().double().to(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ import torch
 
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.objective import WeightedRidge
-from swap_prune.regression.swap import exchange_of, propose_swaps, swap_weights
+from swap_prune.regression.swap import exchange_of, propose_swaps, spared, swap_weights
 from tests.cases import dense_parts, generator, random_regression
 from tests.reference import best_subset
 
@@ -90,3 +90,10 @@ def test_nothing_to_swap() -> None:
     without_ridge = random_regression(10, 6, generator(0), ridge=0.0)
     fit = fit_on(without_ridge, torch.arange(3))
     assert swap_weights(without_ridge, fit) is fit
+
+
+def test_no_layer_is_swapped_below_its_floor() -> None:
+    support = torch.tensor([0, 1, 2, 5, 6, 9])
+    leaving = torch.tensor([5, 1, 0, 9, 6, 2])
+    may = spared(leaving, ((slice(0, 4), 1), (slice(4, 8), 1)), support)
+    assert may.tolist() == [True, True, True, True, False, False]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -53,3 +55,19 @@ def test_a_large_vector() -> None:
     assert len(found) == 90_000 and bool((found.diff() > 0).all())
     rest = torch.ones(300_000, dtype=torch.bool).index_fill(0, found, False)
     assert float(scores[found].min()) >= float(scores[rest].max())
+
+
+def test_layers_keep_their_share_and_the_sum_is_the_largest() -> None:
+    floors = ((slice(0, 3), 1), (slice(3, 7), 2), (slice(7, 9), 0))
+    for seed in range(20):
+        scores = torch.randint(0, 9, (9,), generator=torch.Generator().manual_seed(seed)).double()
+        for keep in range(3, 10):
+            found = top_k(scores, keep, floors)
+            assert len(set(found.tolist())) == keep and found.tolist() == sorted(found.tolist())
+            allowed = [
+                one
+                for one in itertools.combinations(range(9), keep)
+                if all(sum(place.start <= i < place.stop for i in one) >= least for place, least in floors)
+            ]
+            assert tuple(found.tolist()) in allowed
+            assert float(scores[found].sum()) == max(float(scores[list(one)].sum()) for one in allowed)

@@ -35,7 +35,7 @@ from swap_prune.planning import MemoryPlan, Workload, check_storage, plan_memory
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.schedule import keep_count, sparsity_schedule
+from swap_prune.schedule import keep_count, layer_floors, sparsity_schedule
 from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
 from swap_prune.stage import StageRunner
 from swap_prune.surgery import batchnorm_layers, repair_batchnorm, restored_on_error
@@ -56,6 +56,7 @@ def prune(
     samples: int = 1024,
     stages: int = 1,
     schedule: str = "exponential",
+    min_keep: float = 0.0,
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
     finetune: FineTune | None = None,
@@ -84,6 +85,8 @@ def prune(
             settings by the loss on held-out samples draws up to 512 more, or a fifth of data that hold fewer.
         stages: Number of prune-and-recapture stages.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
+        min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up. By default
+            weights are compared over all layers, and a layer may be emptied; the report's notes say so.
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
@@ -125,6 +128,8 @@ def prune(
         raise ValueError(f"seed must be below 2**63, got {seed}")
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
+    sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
+    floors = layer_floors(min_keep, sizes, keep_count(selection.total, sparsity))
     loss = cross_entropy if loss_fn is None else loss_fn
     curvature = _curvature(solver, loss)
     normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
@@ -159,6 +164,7 @@ def prune(
         defended=defence == "auto",
         finetune=finetune,
         storage=held,
+        floors=floors,
     )
     changing = selection if finetune is None else None  # fine-tuning changes every parameter
     with (
@@ -188,6 +194,7 @@ def prune(
         "samples": samples,
         "stages": stages,
         "schedule": schedule,
+        "min_keep": min_keep,
         "recalibrate_batchnorm": recalibrate_batchnorm,
         "noise": noise_model.settings(),
         "defence": defence if defence is not None else "none",

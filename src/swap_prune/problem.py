@@ -38,6 +38,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from swap_prune.fisher.factor import FisherFactor
     from swap_prune.fisher.inputs import LayerInputs
+    from swap_prune.regression.top_k import Floors
     from swap_prune.selection import Selection
 
 __all__ = ["FisherKind", "Layer", "PruningProblem", "PruningSolution"]
@@ -78,6 +79,7 @@ class PruningProblem:
             where there are no gradients.
         selection: The parameters that w is made of; None for a problem without layers.
         inputs: Statistics of what goes into each layer; None for methods that do not need them.
+        floors: Places of layers, and how many weights of each are kept at least.
     """
 
     reference: Tensor
@@ -87,6 +89,7 @@ class PruningProblem:
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
     selection: Selection | None = None
     inputs: LayerInputs | None = None
+    floors: Floors = ()
 
     def __post_init__(self) -> None:
         if self.reference.ndim != 1:

@@ -7,10 +7,10 @@ sparsity zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-__all__ = ["SCHEDULES", "keep_count", "share_out", "sparsity_schedule"]
+__all__ = ["SCHEDULES", "keep_count", "layer_floors", "share_out", "sparsity_schedule"]
 
 
 def _exponential(t: int, stages: int, target: float) -> float:
@@ -77,6 +77,28 @@ def keep_count(total: int, sparsity: float) -> int:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity!r}")
     return math.floor(total * (1 - sparsity))
+
+
+def layer_floors(min_keep: float, sizes: Mapping[str, int], keep: int) -> dict[str, int]:
+    """Return how many weights each layer keeps at the least; none of them where that is 0.
+
+    Args:
+        min_keep: Share of each layer, in [0, 1), rounded up to a whole weight.
+        sizes: Weights of each layer, by name.
+        keep: k, of all layers together.
+
+    Raises:
+        ValueError: If the share is out of range, or k is not enough.
+    """
+    if isinstance(min_keep, bool) or not isinstance(min_keep, int | float) or not 0 <= min_keep < 1:
+        raise ValueError(f"min_keep must lie in [0, 1), got {min_keep!r}")
+    floors = {name: math.ceil(min_keep * size) for name, size in sizes.items()}
+    if sum(floors.values()) > keep:
+        raise ValueError(
+            f"min_keep={min_keep} keeps at least {sum(floors.values())} of {sum(sizes.values())} weights, but the "
+            f"sparsity only {keep}; lower one of them"
+        )
+    return floors if min_keep > 0 else {}
 
 
 def share_out(keep: int, sizes: Sequence[int]) -> list[int]:

@@ -8,8 +8,8 @@ What all stages of a run share is a :class:`StageRunner`; the pipeline makes one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -66,6 +66,7 @@ class StageRunner:
         normalised: Whether BatchNorm is recalibrated.
         defended: Whether noise is looked for.
         finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
+        floors: How many weights of a layer are kept at the least, by its name.
         storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense.
     """
 
@@ -85,15 +86,16 @@ class StageRunner:
     defended: bool
     finetune: FineTune | None = None
     storage: Storage = Storage()  # noqa: RUF009 (immutable)
+    floors: Mapping[str, int] = field(default_factory=dict)
 
     def run(
         self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
     ) -> StageReport:
         """Capture, solve, apply, fine-tune, recalibrate."""
         started = time.perf_counter()
-        problem = PruningProblem(
-            self.selection.read(self.model), keep_count(self.selection.total, sparsity), selection=self.selection
-        )
+        keep, places = keep_count(self.selection.total, sparsity), self.selection.slices()
+        floors = [(places[name], least) for name, least in self.floors.items()]
+        problem = PruningProblem(self.selection.read(self.model), keep, selection=self.selection, floors=floors)
         fitting: list[Any] = []
         samples, loss = 0, None
         evidence: dict[str, Any] = {}
@@ -119,6 +121,7 @@ class StageRunner:
         solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
         if isinstance(problem.factor, MappedFactor):
             problem.factor.delete()
+        self._check_floors(solution.kept)
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.finetune is not None:
             evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
@@ -137,6 +140,16 @@ class StageRunner:
             iterations=solution.iterations,
             evidence=evidence | dict(solution.evidence),
         )
+
+    def _check_floors(self, kept: Tensor) -> None:
+        places = self.selection.slices()
+        for name, least in self.floors.items():
+            count = int(kept[places[name]].sum())
+            if count < least:
+                raise ValueError(
+                    f"method {self.solver.name!r} kept {count} weights of {name!r}, and min_keep asks for {least}: it "
+                    "takes no account of min_keep; leave that out, or use ewr, lr or magnitude"
+                )
 
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
         """Train under the mask of a stage; returns the mean loss of each epoch."""

@@ -163,7 +163,7 @@ class EWR:
         diagonal = problem.fisher().diagonal()
         ridge, _ = ridge_candidates(replace(self, metric="identity"), diagonal)[0]
         pairing = pairing_regression(problem, ridge, math.inf, diagonal)
-        support = top_k(problem.reference.abs(), problem.keep)
+        support = top_k(problem.reference.abs(), problem.keep, problem.floors)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)
         anchor = 1.0 if self.anchor == "auto" else float(self.anchor)

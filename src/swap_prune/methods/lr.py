@@ -205,7 +205,7 @@ def pairing_regression(
     factor = problem.fisher()
     f = factor.diagonal() if diagonal is None else diagonal
     target = factor.matvec(problem.reference)
-    return WeightedRidge(factor, target, problem.reference, ridge, diagonal_metric(f, damping))
+    return WeightedRidge(factor, target, problem.reference, ridge, diagonal_metric(f, damping), floors=problem.floors)
 
 
 def trivial_solution(problem: PruningProblem) -> PruningSolution:

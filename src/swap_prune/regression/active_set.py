@@ -91,7 +91,8 @@ def _restrict(problem: WeightedRidge, active: Tensor) -> tuple[WeightedRidge, Te
     factor: FisherFactor = (
         DenseFactor(problem.factor.columns(index)) if narrow else SubFactor(problem.factor, columns=index)
     )
-    return replace(problem, factor=factor, reference=problem.reference[index], metric=problem.metric[index]), index
+    reference, metric = problem.reference[index], problem.metric[index]
+    return replace(problem, factor=factor, reference=reference, metric=metric, floors=()), index
 
 
 def _iterate(part: WeightedRidge, start: Tensor, keep: int, tau: float, max_iterations: int) -> SparseFit:

@@ -111,7 +111,7 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
     steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
     for step in range(1, steps + 1):
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))
-        support = top_k(problem.metric * w.square(), size)
+        support = top_k(problem.metric * w.square(), size, problem.floors)
         if step < steps:
             refit = problem.refit(support, refit)
             w = refit.weights
@@ -124,4 +124,4 @@ def _next_support(problem: WeightedRidge, w: Tensor, direction: Tensor, keep: in
     slope = torch.dot(problem.metric * direction, direction)
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
     u = w - (slope / curvature.clamp_min(torch.finfo(w.dtype).tiny)) * direction
-    return top_k(problem.metric * u.square(), keep)
+    return top_k(problem.metric * u.square(), keep, problem.floors)

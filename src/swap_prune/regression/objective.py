@@ -18,6 +18,7 @@ from torch import Tensor
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.regression.conjugate import DualSystem
 from swap_prune.regression.square import solve_square
+from swap_prune.regression.top_k import Floors
 
 __all__ = ["Refit", "ScaledGram", "WeightedRidge", "diagonal_metric"]
 
@@ -63,6 +64,7 @@ class WeightedRidge:
         ridge: lam >= 0.
         metric: m, (p,), positive.
         smoothing: S, (n, n), or None for the identity.
+        floors: Layers of which a support has so many weights at least.
     """
 
     factor: FisherFactor
@@ -71,6 +73,7 @@ class WeightedRidge:
     ridge: float
     metric: Tensor
     smoothing: Tensor | None = None
+    floors: Floors = ()
 
     @property
     def penalty(self) -> float:

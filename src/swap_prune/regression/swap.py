@@ -25,6 +25,7 @@ from torch import Tensor
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.square import SquareSystem
+from swap_prune.regression.top_k import Floors
 
 __all__ = ["Exchange", "exchange_of", "propose_swaps", "swap_weights"]
 
@@ -159,6 +160,16 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
     return Exchange(problem, support, refit.weights, gradient, residual, lambda at: solved.diagonal()[at])
 
 
+def spared(leaving: Tensor, floors: Floors, support: Tensor) -> Tensor:
+    """Return which of the indices that are to leave a support, one after the other, no layer needs, boolean."""
+    may = torch.ones_like(leaving, dtype=torch.bool)
+    for place, least in floors:
+        kept = int(((support >= place.start) & (support < place.stop)).sum())
+        here = (leaving >= place.start) & (leaving < place.stop)
+        may &= ~here | (here.cumsum(0) <= kept - least)
+    return may
+
+
 def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Pair the weights that cost least with those that gain most, as long as a pair gains.
 
@@ -179,6 +190,8 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor
     promise = (exchange.gradient.square() / scale.clamp_min(_TINY)).index_fill(0, support, -1)
     eager = promise.topk(min(wanted, len(promise) - len(support))).indices
     cost, order = exchange.leave(cheap).sort()
+    may = spared(support[cheap[order]], exchange.problem.floors, support)
+    cost, order = cost[may], order[may]
     gain, rank = exchange.enter(eager).sort(descending=True)
     pairs = min(batch, len(cost), len(gain))
     count = int((gain[:pairs] > cost[:pairs]).sum())  # gains fall and costs rise: those that gain come first

@@ -9,10 +9,14 @@ Of scores equal to that, those of lowest index are taken, everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["top_k"]
+__all__ = ["Floors", "top_k"]
+
+Floors = Sequence[tuple[slice, int]]  # places of layers, and how many of each are kept at least
 
 _SMALL = 2**18  # so many scores torch selects from as fast
 _CHUNK = 2**20  # scores looked at together
@@ -20,16 +24,20 @@ _DIGIT = 16  # bits
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def top_k(scores: Tensor, keep: int) -> Tensor:
+def top_k(scores: Tensor, keep: int, floors: Floors = ()) -> Tensor:
     """Return the indices of the ``keep`` largest scores, (keep,), in increasing order.
 
     Args:
         scores: (p,), of any floating dtype.
         keep: k, ``0 <= k <= p``. What is not a number counts as infinite.
+        floors: Layers, disjoint, of which so many are among them however small; at most k together. The sum of scores
+            is the largest that this allows: the best of each layer come first, then the best of all that is left.
 
     Returns:
         Indices, (k,); of equal scores those that come first.
     """
+    if floors:
+        return _with_floors(scores, keep, floors)
     if keep == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     if bool(scores.sum().isnan()):
@@ -38,6 +46,13 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
         return _take(scores, scores.topk(keep, sorted=False).values.min(), keep)
     scores = scores if scores.dtype in _INTEGERS else scores.float()
     return _take(scores, _kth_largest(scores, keep), keep)
+
+
+def _with_floors(scores: Tensor, keep: int, floors: Floors) -> Tensor:
+    """Return the same with the best of each layer taken first."""
+    first = torch.cat([top_k(scores[place], least) + place.start for place, least in floors])
+    rest = scores.index_fill(0, first, -torch.inf)
+    return torch.cat([first, top_k(rest, keep - len(first))]).sort().values
 
 
 def _kth_largest(scores: Tensor, keep: int) -> Tensor:
