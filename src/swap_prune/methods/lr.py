@@ -149,7 +149,7 @@ def fit_pairing(
             best, least, losses = (regression, fit, damping), loss, own
     assert best is not None, "there is at least one candidate"
     regression, fit, damping = best
-    swapped = swap_weights(regression, fit, settings.swaps)
+    swapped = swap_weights(regression, fit, settings.swaps, diagonal)
     if swapped.swaps and losses is not None:
         after = held_out_losses(problem, swapped)
         entry = {"ridge": regression.ridge, "damping": damping, "swaps": swapped.swaps}

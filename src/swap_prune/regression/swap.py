@@ -36,20 +36,24 @@ _RELATIVE_GAIN = 1e-4  # a batch that gains less ends the search
 _TINY = 1e-12
 
 
-def swap_weights(problem: WeightedRidge, fit: SparseFit, max_batches: int = 10) -> SparseFit:
+def swap_weights(
+    problem: WeightedRidge, fit: SparseFit, max_batches: int = 10, diagonal: Tensor | None = None
+) -> SparseFit:
     """Exchange kept and dropped weights in batches as long as Q falls by more than a little.
 
     Args:
         problem: The regression; without a ridge, or without a Gram matrix for k > n, the fit is returned as it is.
         fit: A refitted support.
         max_batches: Batches accepted at the most.
+        diagonal: f, (p,), where it is known already.
     """
     keep, total = len(fit.support), problem.metric.numel()
     if keep == total or problem.penalty == 0 or fit.refit is None:
         return fit
     if fit.refit.gram is None and keep > problem.factor.shape[0]:
         return fit
-    scale = problem.factor.shape[0] * (problem.factor.diagonal() + problem.ridge * problem.metric)
+    f = problem.factor.diagonal() if diagonal is None else diagonal
+    scale = problem.factor.shape[0] * (f + problem.ridge * problem.metric)
     batch = max(1, round(_SHARE * keep))
     for _ in range(max_batches):
         exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient_of(fit.refit))
