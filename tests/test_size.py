@@ -53,7 +53,7 @@ def test_every_method_is_exact_and_repeats_its_bits(storage: str, method: str, t
 
 
 def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.planning.BLOCK_BYTES", 2**20)
+    monkeypatch.setattr("swap_prune.forecast.BLOCK_BYTES", 2**20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.ReLU(), nn.Linear(3000, 3))
     data = small_data(220)

@@ -22,9 +22,20 @@ from swap_prune.fisher.half import HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
 from swap_prune.selection import Selection
 
-__all__ = ["LEAN_CHUNK_BYTES", "RowSink", "RowStore", "RowStream", "Storage", "StorageKind", "check_rows"]
+__all__ = [
+    "HOLDING_NO_ROWS",
+    "LEAN_CHUNK_BYTES",
+    "RowSink",
+    "RowStore",
+    "RowStream",
+    "Storage",
+    "StorageKind",
+    "check_rows",
+]
 
 StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "low-rank", "matrix-free"]
+
+HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
@@ -58,7 +69,7 @@ class Storage:
     @property
     def holds_rows(self) -> bool:
         """Whether there are rows of G somewhere, be it rounded or in a file."""
-        return self.kind not in ("low-rank", "matrix-free")
+        return self.kind not in HOLDING_NO_ROWS
 
     def open(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> RowStore:
         """Make a store for at most n rows.
