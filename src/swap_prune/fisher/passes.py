@@ -16,7 +16,9 @@ Place in the pipeline: beneath :mod:`~swap_prune.fisher.matrix_free`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -151,7 +153,7 @@ class NetworkPasses:
         bound = self._bound()
         state = {name: without_gradient(t) for name, t in (*bound.named_parameters(), *bound.named_buffers())}
         values, moves = self.selection.split(self.weights), self.selection.split(direction)
-        with forward_ad.dual_level():
+        with _quiet(), forward_ad.dual_level():
             for name, move in moves.items():
                 own = state[f"model.{name}"]
                 dual = forward_ad.make_dual(values[name].to(own), move.to(own))  # type: ignore[no-untyped-call]
@@ -178,3 +180,11 @@ class NetworkPasses:
         parts: list[Tensor] = []
         self.rows([batch], [self.count(batch)], lambda rows: parts.append(rows @ direction))
         return torch.cat(parts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Do without a warning that torch gives of its own code when it first differentiates forwards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+        yield
