@@ -85,7 +85,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool) -> dict[str,
         "capture": common + _capture(load, kind, lean) + forward,
         "defend": common + 6 * probe,
         "solve": solve + copies + passes,
-        "trials": solve - blocks + step + slopes + max(forward, backward),
+        "trials": solve - blocks + step + slopes + max(forward, backward, passes),
     }
 
 
@@ -125,7 +125,7 @@ def _passes(load: Workload) -> int:
     A pass along a direction, or back, holds less than the chunk or what a trial does.
     """
     vector = load.itemsize * load.weights
-    columns = 3 * max(BLOCK_BYTES, BLOCK_VECTORS * vector)
+    columns = 2 * max(BLOCK_BYTES, BLOCK_VECTORS * vector)
     part = _BACKWARD * min(PART, load.samples) * load.kept_bytes
     return columns + max(part, _capture(load, "matrix-free", True)) + _PASS_VECTORS * vector
 

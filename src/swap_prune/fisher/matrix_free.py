@@ -4,7 +4,7 @@ What is held beside the network and its samples is a few vectors of p: the weigh
 the last few w that ``G w`` was asked of. The rest is time. A product costs one pass over the samples
 (:mod:`~swap_prune.fisher.passes`); so does a block of columns, of which a Gram matrix takes as many as its support has
 blocks. That is the fewer passes, and exact, as long as there are not very many rows: a block is a few vectors of p, so
-that ``G G^T`` takes about n / 8 of them. Beyond that the solver is told to iterate instead.
+that ``G G^T`` takes about n / 12 of them. Beyond that the solver is told to iterate instead.
 
 Place in the pipeline: in the place of :class:`~swap_prune.fisher.factor.DenseFactor`.
 """
@@ -32,7 +32,7 @@ from swap_prune.selection import Selection
 __all__ = ["BLOCK_VECTORS", "PART", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]
 
 PART = 64  # samples that run through the network at once
-BLOCK_VECTORS = 8  # vectors of p that a block of columns may take
+BLOCK_VECTORS = 12  # vectors of p that a block of columns may take
 _WAYS: tuple[Way, ...] = ("forward", "double backward")  # in the order of their cost; rows always do
 _REMEMBERED = 3  # products G w; solvers ask for some of them again
 _MOST_PASSES = 400  # of a Gram matrix of all columns; an iterative solver takes up to 400 as well
@@ -128,11 +128,17 @@ class MatrixFreeFactor:
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense, from a pass over the rows."""
-        parts: list[Tensor] = [torch.empty(0, len(index)).to(self.passes.weights)]
-        if len(index) == 0:
-            return parts[0].new_empty(self.shape[0], 0)
-        self._see_rows(lambda rows: parts.append(rows.index_select(1, index)))
-        return torch.cat(parts)
+        result = self.passes.weights.new_empty(self.shape[0], len(index))
+        filled = 0
+
+        def see(rows: Tensor) -> None:
+            nonlocal filled
+            torch.index_select(rows, 1, index, out=result[filled : filled + len(rows)])
+            filled += len(rows)
+
+        if len(index) > 0:
+            self._see_rows(see)
+        return result
 
     def gram(self, scale: Tensor) -> Tensor:
         """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
