@@ -40,7 +40,7 @@ def load(n: int, p: int, method: str = "lr", keep: float = 0.1) -> Workload:
     return Workload(rows=n, samples=n, weights=p, kept=int(keep * p), method=method, held=300 * 2**20)
 
 
-@pytest.mark.parametrize("storage", ["auto", "float32", "float16", "mapped"])
+@pytest.mark.parametrize("storage", ["auto", "float32", "float16", "mapped", "matrix-free", "low-rank"])
 @pytest.mark.parametrize(("p", "budget"), [(32_360, 2 * GB), (2_600_000, 4 * GB), (100, 2 * GB)])
 def test_the_number_of_samples_that_is_offered_fits_and_one_more_does_not(p: int, budget: int, storage: str) -> None:
     refused = plan_memory(load(10**6, p), budget, storage)
@@ -65,6 +65,39 @@ def test_less_memory_takes_the_next_storage_in_order() -> None:
     assert names == ["float32", "float32 (no copies)", "float16", "mapped"]
     with pytest.raises(ValueError, match=r"do not fit: float32: .* mapped: "):
         plan_memory(work, 1 * GB).require()
+
+
+def test_without_a_disk_nothing_is_held(tmp_path) -> None:
+    work = replace(load(2000, 4_000_000, keep=0.5), row_numbers=40_000)
+    taken = plan_memory(work, 10 * GB, scratch=tmp_path / "nowhere")
+    assert taken.require().name == "matrix-free" and taken.require().disk == 0
+    assert taken.why.count("memory allows") == 4 and "mapped: " in taken.why and "low-rank" not in taken.why
+
+
+def test_an_approximation_is_taken_only_where_it_is_asked_for(tmp_path) -> None:
+    work = replace(load(500, 20_000_000, keep=0.5), row_numbers=20_000)
+    needs = {f.name: f.need for f in plan_memory(work, None).forecasts}
+    assert needs["low-rank"] < needs["matrix-free"]
+    budget = (needs["low-rank"] + needs["matrix-free"]) // 2
+    auto = plan_memory(work, budget, scratch=tmp_path / "nowhere")
+    assert auto.chosen is None and "or storage='low-rank', which fits" in auto.why
+    assert plan_memory(work, budget, "low-rank").require().name == "low-rank"
+    assert "low-rank" not in plan_memory(work, budget // 100, scratch=tmp_path / "nowhere").why
+    unsuited = replace(work, unsuited="'a' is an embedding")
+    with pytest.raises(ValueError, match=r"'a' is an embedding; use another storage"):
+        plan_memory(unsuited, None, "low-rank").require()
+
+
+def test_what_is_forecast_for_factors_and_for_nothing() -> None:
+    """Factors grow with n times what a row takes; without G, memory grows with p, and not with n times p."""
+
+    def need(n: int, p: int, storage: str) -> int:
+        return plan_memory(replace(load(n, p), row_numbers=p // 50), None, storage).require().need
+
+    p = 20_000_000
+    assert need(400, p, "low-rank") - need(200, p, "low-rank") == pytest.approx(200 * (p // 50) * 4, rel=0.1)
+    assert need(400, p, "matrix-free") - need(200, p, "matrix-free") < 0.01 * 200 * p * 4
+    assert need(200, 2 * p, "matrix-free") < 2 * need(200, p, "matrix-free") < 200 * p * 4
 
 
 def test_no_known_limit_takes_the_fastest() -> None:

@@ -52,7 +52,9 @@ DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; def
 Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Memory = Annotated[str | None, typer.Option(help="memory budget of the process, such as 4GB")]
-StorageOption = Annotated[str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped or sharded")]
+StorageOption = Annotated[
+    str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped, matrix-free, low-rank or sharded")
+]
 Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
 Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
 MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]

@@ -25,6 +25,8 @@ from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, map_tensors, peek
 from swap_prune.distributed import is_first, local_count, process_count, team_of
 from swap_prune.finetune import FineTune
+from swap_prune.fisher.layers import UnsupportedLayerError
+from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.fisher.storage import Storage
@@ -100,9 +102,10 @@ def prune(
             own predictions stand for labels that they contradict too often. None or ``"none"`` does not look.
         memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what the machine has
             free. A run that would need more is refused before any work; see :func:`plan`.
-        storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"sharded"`` (each
-            process of the group of ``torch.distributed`` holds a part), or ``"auto"``: that where there is a process
-            group, and else the fastest that fits the memory.
+        storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``
+            (not at all: products are passes through the network), ``"low-rank"`` (as outer products, an approximation),
+            ``"sharded"`` (each process of the group of ``torch.distributed`` holds a part), or ``"auto"``: the last
+            where there is a process group, and else the fastest that fits the memory and does not approximate.
         scratch: Directory of that file, which is deleted at the end; by default the system's for temporary files.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
         device: Where to compute; the model is moved there. By default where it is.
@@ -259,6 +262,11 @@ def _workload(
     in_batches = normalised and _curvature(solver, loss) is not None
     device = next(model.parameters()).device
     sample = map_tensors(lambda t: t.to(device), peek(data))
+    row_numbers, unsuited = 0, ""
+    try:
+        row_numbers = numbers_of_a_row(model, selection, joined=in_batches)
+    except UnsupportedLayerError as error:
+        unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
     hooks = [(type(one).apply, type(one).apply_) for one in noise.models]
     return Workload(
         rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
@@ -272,6 +280,8 @@ def _workload(
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=resident_memory(),
         processes=max(1, process_count()),
+        row_numbers=row_numbers,
+        unsuited=unsuited,
     )
 
 

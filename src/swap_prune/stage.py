@@ -22,10 +22,13 @@ from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.defence import LowRank
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.inputs import LayerInputs
+from swap_prune.fisher.low_rank_capture import capture_low_rank
 from swap_prune.fisher.mapped import MappedFactor
+from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
 from swap_prune.fisher.noise import NoiseChain
 from swap_prune.fisher.outliers import clip_rows_
-from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
+from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
 from swap_prune.labels import LabelDoubt, doubt_labels
 from swap_prune.losses import GaussNewtonLoss, LossFn
@@ -67,7 +70,8 @@ class StageRunner:
         defended: Whether noise is looked for.
         finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
         floors: How many weights of a layer are kept at the least, by its name.
-        storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense.
+        storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense; where no rows
+            are held none are looked at.
     """
 
     model: nn.Module
@@ -119,8 +123,7 @@ class StageRunner:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
             problem = replace(problem, inputs=inputs)
         solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
-        if isinstance(problem.factor, MappedFactor):
-            problem.factor.delete()
+        self._let_go(problem.factor, evidence)
         self._check_floors(solution.kept)
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.finetune is not None:
@@ -140,6 +143,13 @@ class StageRunner:
             iterations=solution.iterations,
             evidence=evidence | dict(solution.evidence),
         )
+
+    def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
+        """Delete the file of a factor, or report the passes that it made."""
+        if isinstance(factor, MappedFactor):
+            factor.delete()
+        if isinstance(factor, MatrixFreeFactor):
+            evidence["passes"] = factor.log.summary() | {"way": factor.passes.way}
 
     def _check_floors(self, kept: Tensor) -> None:
         places = self.selection.slices()
@@ -179,6 +189,8 @@ class StageRunner:
         """
         disturbed = self._disturb(self.selection.read(self.model), self.noise_generator)
         with temporary_weights(self.model, self.selection, disturbed):
+            if not self.storage.holds_rows:
+                return self._capture_products(batches, advance)
             if self.curvature is None:
                 return capture_gradients(
                     self.model, self.selection, batches, self.loss_fn, storage=self.storage, advance=advance
@@ -194,12 +206,25 @@ class StageRunner:
                 advance=advance,
             )
 
+    def _capture_products(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return the same G where no rows are held: what they are gradients of is settled first."""
+        source = RowSource(self.loss_fn, batches)
+        if self.curvature is not None:
+            source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=self.normalised)
+        if self.storage.kind == "matrix-free":
+            return capture_matrix_free(self.model, self.selection, source, advance)
+        low = capture_low_rank(
+            self.model, self.selection, source.batches, source.function, joined=source.joined, advance=advance
+        )
+        losses = low.losses if source.losses is None else source.losses
+        return Capture(low.factor, losses, "hooks", low.chunk)
+
     def _defended(self, capture: Capture, batch: Any, evidence: dict[str, Any]) -> tuple[FisherFactor, LowRank | None]:
         """Return G with the noise of the run, cleaned where noise is seen, and the defence if it was needed."""
         factor = capture.factor
         if isinstance(factor, DenseFactor):
             factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
-        if not self.defended:
+        if not self.defended or not self.storage.holds_rows:
             return factor, None
         per_sample = self.curvature is None or not self.normalised
         defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.fisher import low_rank as low_rank_module
-from swap_prune.fisher import low_rank_capture as capture_module
+from swap_prune.fisher import outer_products as products_module
 from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.hooks import UnsupportedLayerError
 from swap_prune.fisher.low_rank import LowRankFactor, OuterRows, PlainRows
-from swap_prune.fisher.low_rank_capture import capture_low_rank, leading_products
+from swap_prune.fisher.low_rank_capture import LowRankCapture, capture_low_rank, numbers_of_a_row
+from swap_prune.fisher.outer_products import leading_products
+from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.losses import cross_entropy
-from swap_prune.selection import select_parameters
+from swap_prune.selection import Selection, select_parameters
 from tests.cases import generator, normal
 
 N = 6
@@ -61,6 +64,13 @@ def test_products() -> None:
     torch.testing.assert_close(low.matvec(w), G @ w)
     torch.testing.assert_close(low.rmatvec(v), G.T @ v)
     torch.testing.assert_close(low.diagonal(), G.square().mean(0))
+
+
+def test_what_a_solver_asks_for_beside_products() -> None:
+    low = factor()
+    torch.testing.assert_close(low.leading(2), multiplied_out(low)[:2])
+    assert low.leading(99).shape == (N, 88)
+    assert not low.iterative and low.column_limit == 32 * 2**20 // (8 * N)
 
 
 def test_columns_and_rows_in_the_order_asked_for() -> None:
@@ -188,6 +198,82 @@ def test_captured_rows_are_the_best_of_their_rank(rank: int) -> None:
         assert float((got - full).square().sum()) <= 1.01 * float(least) + 1e-20, name
 
 
+class Normalised(nn.Module):
+    """BatchNorm behind convolutions of every shape and a Linear layer over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.Conv2d(12, 24, 3, groups=2, stride=2), nn.BatchNorm2d(24), nn.Tanh(),
+            nn.Conv2d(24, 24, 3, groups=24, padding=1), nn.BatchNorm2d(24), nn.Flatten(2),
+        )  # fmt: skip
+        self.head = nn.Linear(24, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mT).mean(1)
+
+
+def joined(model: nn.Module, **options: Any) -> tuple[Tensor, LowRankCapture, Selection]:
+    """G of mini-batches captured in full, and as factors, from the same signs."""
+    selection = select_parameters(model)
+    dense = sketch_curvature(model, selection, [batch(40)], cross_entropy, generator(5), in_batches=True)
+    source = draw_sketch(model, [batch(40)], cross_entropy, generator(5), in_batches=True)
+    capture = capture_low_rank(model, selection, source.batches, source.function, joined=True, **options)
+    torch.testing.assert_close(source.losses, dense.losses)
+    return dense.factor.leading(3), capture, selection
+
+
+def test_rows_of_mini_batches_of_full_rank_are_exact() -> None:
+    G, capture, _ = joined(build(Normalised), rank=1000)
+    assert capture.factor.shape == G.shape
+    torch.testing.assert_close(multiplied_out(capture.factor), G, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_rows_of_mini_batches_are_the_best_of_their_rank(rank: int | None) -> None:
+    model = build(Normalised)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    G, capture, selection = joined(model, rank=rank)
+    rows = multiplied_out(capture.factor)
+    kept = 16 if rank is None else rank
+    for name, groups in (("body.0.weight", 1), ("body.3.weight", 2), ("head.weight", 1), ("body.6.weight", 24)):
+        place = selection.slices()[name]
+        shape = 3, groups, selection.shapes[name][0] // groups, -1
+        full, got = G[:, place].reshape(shape), rows[:, place].reshape(shape)
+        least = (full - best(full, kept)).square().sum() if name != "body.6.weight" else torch.zeros(())
+        assert float((got - full).square().sum()) <= 1.01 * float(least) + 1e-20, name
+        if rank == 1 and groups < 24:
+            assert float(least) > 1e-3 * float(full.square().sum()), "something is left out"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_row_takes_more_numbers_than_predicted(together: bool) -> None:
+    model = build(Normalised)
+    selection = select_parameters(model)
+    most = numbers_of_a_row(model, selection, joined=together)
+    if together:
+        _, capture, _ = joined(model)
+    else:
+        capture = capture_low_rank(model, selection, [batch()], cross_entropy)
+    held = capture.factor.nbytes // (8 * capture.factor.shape[0])
+    assert held <= most <= selection.total
+    assert held == most or together, "every layer has as many positions as its rank"
+    with pytest.raises(UnsupportedLayerError, match=r"'head.bias'"):
+        numbers_of_a_row(model, select_parameters(model, ("head.bias",)), joined=together)
+
+
+def test_a_weight_used_outside_its_layer_is_seen_in_mini_batches() -> None:
+    class Outside(Normalised):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.head.weight.sum()
+
+    with pytest.raises(ValueError, match=r"'head.weight'.*'matrix-free'"):
+        joined(build(Outside))
+
+
 def test_the_numbers_held_are_those_predicted() -> None:
     model = build()
     rank = {"conv.weight": 2, "grouped.weight": 3, "tokens.weight": 1}
@@ -220,7 +306,7 @@ def test_chunks_pieces_and_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch
     whole = multiplied_out(capture_low_rank(model, selection, [batch()], cross_entropy).factor)
     inputs, labels = batch()
     monkeypatch.setattr("swap_prune.fisher.capture._MAX_CHUNK", 4)
-    monkeypatch.setattr(capture_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(products_module, "PIECE_BYTES", 1)
     counted: list[int] = []
     parts = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
     capture = capture_low_rank(model, selection, parts, cross_entropy, advance=counted.append)
@@ -265,9 +351,9 @@ def test_ranks_that_make_no_sense(options: dict[str, Any], message: str) -> None
 
 def test_what_it_cannot_do_is_said() -> None:
     model = build()
-    with pytest.raises(ValueError, match=r"'conv.bias'"):
+    with pytest.raises(ValueError, match=r"'conv.bias'.*'matrix-free'"):
         capture_low_rank(model, select_parameters(model, ("conv.bias",)), [batch()], cross_entropy)
-    with pytest.raises(ValueError, match="mixes"):
+    with pytest.raises(ValueError, match=r"mixes.*'matrix-free'"):
         capture_low_rank(
             model, select_parameters(model), [batch()], lambda net, part: cross_entropy(net, part).cumsum(0)
         )

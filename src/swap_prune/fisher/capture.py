@@ -30,12 +30,12 @@ from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError
 from swap_prune.fisher.shared_rows import SharedStore
-from swap_prune.fisher.storage import RowStore, Storage, check_rows
+from swap_prune.fisher.storage import RowSink, RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_losses, describe
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
-__all__ = ["Backend", "Capture", "capture_gradients", "check_rows", "saved_bytes"]
+__all__ = ["Backend", "Capture", "Passed", "capture_gradients", "check_rows", "pass_rows", "saved_bytes"]
 
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 
@@ -61,6 +61,21 @@ class Capture:
     backend: str
     chunk: int
     sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What is known once all rows were handed over.
+
+    Attributes:
+        losses: Loss of each sample.
+        backend: How the rows were made.
+        chunk: Samples a chunk.
+    """
+
+    losses: Tensor
+    backend: Backend
+    chunk: int
 
 
 def capture_gradients(
@@ -93,32 +108,62 @@ def capture_gradients(
     """
     with eval_mode(model):
         sizes = check_calibration(model, loss_fn, batches)
-        n = sum(sizes)
-        device = next(model.parameters()).device
-        dtype = selection.read(model).dtype
-        plan = Storage() if storage is None else storage
-        store = plan.open(n, selection, dtype, device) if isinstance(plan, Storage) else plan
-        chunk_bytes = plan.chunk_bytes if isinstance(plan, Storage) else None
-        shared = store if isinstance(store, SharedStore) else None
-        losses = torch.zeros(n, dtype=dtype, device=device)
-        own_losses = losses if shared is None else torch.zeros_like(losses)
+    device = next(model.parameters()).device
+    plan = Storage() if storage is None else storage
+    store = plan.open(sum(sizes), selection, selection.read(model).dtype, device) if isinstance(plan, Storage) else plan
+    chunk_bytes = plan.chunk_bytes if isinstance(plan, Storage) else None
+    passed = pass_rows(model, selection, batches, sizes, loss_fn, store, backend, chunk_bytes, advance)
+    return Capture(store.finish(), passed.losses, passed.backend, passed.chunk)
+
+
+def pass_rows(
+    model: nn.Module,
+    selection: Selection,
+    batches: Sequence[Any],
+    sizes: Sequence[int],
+    loss_fn: LossFn,
+    sink: RowSink,
+    backend: Backend = "auto",
+    chunk_bytes: int | None = None,
+    advance: Callable[[int], None] = lambda _count: None,
+) -> Passed:
+    """Hand the rows of G over as they come; :func:`capture_gradients` without the checks before and the store behind.
+
+    Args:
+        model: The network.
+        selection: The p weights.
+        batches: Calibration batches, checked.
+        sizes: Rows of each of them.
+        loss_fn: ``(model, batch) -> (n,)`` losses.
+        sink: What takes the rows.
+        backend: How they are made.
+        chunk_bytes: Bytes of one chunk of samples, their gradients included.
+        advance: Called with the number of rows.
+
+    Raises:
+        ValueError: As for :func:`capture_gradients`.
+    """
+    shared = sink if isinstance(sink, SharedStore) else None
+    losses = torch.zeros(sum(sizes), dtype=selection.read(model).dtype, device=next(model.parameters()).device)
+    own_losses = losses if shared is None else torch.zeros_like(losses)
+    start = 0
+    with eval_mode(model):
         capturer = _Capturer(Bound(model, loss_fn), selection, backend, chunk_bytes)
-        start = 0
         for batch, size in zip(batches, sizes, strict=True):
             for part in capturer.chunks(batch):
                 if shared is not None and start > 0 and is_sliceable(part):
                     count = shared.in_turn(batch_size(part), partial(capturer.fill, part, losses=own_losses[start:]))
                 else:
-                    room = store.room(batch_size(part) if is_sliceable(part) else size)
+                    room = sink.room(batch_size(part) if is_sliceable(part) else size)
                     count = capturer.fill(part, room, losses[start:])
-                    store.keep(count)
+                    sink.keep(count)
                 start += count
                 advance(count)
     if shared is not None:
         losses += shared.team.overlay(own_losses)
     losses = losses[:start]
     check_losses(losses, None)
-    return Capture(store.finish(), losses, capturer.backend, capturer.chunk)
+    return Passed(losses, capturer.backend, capturer.chunk)
 
 
 class _Capturer:
@@ -133,7 +178,7 @@ class _Capturer:
         self._weights = {name: p for name, p in parameters.items() if name in names}
         self._rest = {**{name: p for name, p in parameters.items() if name not in names}, **buffers}
         self._fallback = backend == "auto"
-        self.backend: str = "hooks" if backend == "auto" else backend
+        self.backend: Backend = "hooks" if backend == "auto" else backend
         self.chunk = 0
         self._chunk_bytes = _CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         self._checked = 0

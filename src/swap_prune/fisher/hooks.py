@@ -103,14 +103,19 @@ class OutputGradients:
         finally:
             self._sink, self._recording, self._starts = None, False, []
 
-    def fill_rows(self, batch: Any, rows: Tensor) -> Tensor:
+    def fill_rows(self, batch: Any, rows: Tensor, *, joined: bool = False) -> Tensor:
         """Write the gradients of a batch to the first rows of G, (n or more, p), and return the losses, (n,).
+
+        Args:
+            batch: Samples that ``loss_fn`` takes.
+            rows: Where the gradients go.
+            joined: Whether the samples make one row together, the gradient of the sum of their losses.
 
         Raises:
             UnsupportedLayerError: As for :meth:`run`, or if a layer's inputs do not have the samples in front.
             ValueError: As for :meth:`run`.
         """
-        size = batch_size(batch)
+        size = 1 if joined else batch_size(batch)
         written: set[str] = set()
 
         def put(name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
@@ -118,7 +123,7 @@ class OutputGradients:
             written.add(name)
 
         losses = self.run(batch, put)
-        if len(losses) != size:
+        if len(losses) != size and not joined:
             raise UnsupportedLayerError(f"{len(losses)} losses for {size} samples")
         for name, place in self._places.items():
             if name not in written:

@@ -26,9 +26,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from swap_prune.fisher.blocked import column_limit
+
 __all__ = ["LowRankFactor", "OuterRows", "PlainRows"]
 
-_BLOCK_BYTES = 64 * 2**20  # temporary results of a product
+_BLOCK_BYTES = 32 * 2**20  # temporary results of a product
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,16 @@ class LowRankFactor:
         """Bytes held; dense rows would be ``n p`` numbers."""
         return sum(t.numel() * t.element_size() for layer in self.layers.values() for t in layer.tensors)
 
+    @property
+    def column_limit(self) -> int:
+        """Columns that make one block."""
+        return column_limit(self.shape[0], self._first.element_size())
+
+    @property
+    def iterative(self) -> bool:
+        """Never: a Gram matrix puts every column together once."""
+        return False
+
     def matvec(self, w: Tensor) -> Tensor:
         """Return ``G w``, (n,)."""
         return torch.stack([layer.matvec(w[a:b]) for a, b, layer in self._placed()]).sum(0)
@@ -215,8 +227,7 @@ class LowRankFactor:
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index))."""
-        first = next(iter(self.layers.values())).tensors[0]
-        result = first.new_empty(self.shape[0], len(index))
+        result = self._first.new_empty(self.shape[0], len(index))
         for a, b, layer in self._placed():
             here = ((index >= a) & (index < b)).nonzero().squeeze(1)
             if len(here) > 0:
@@ -242,6 +253,16 @@ class LowRankFactor:
     def rows(self, index: Tensor) -> LowRankFactor:
         """Return the factor of some rows."""
         return LowRankFactor({name: layer.rows(index) for name, layer in self.layers.items()})
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        n, p = self.shape
+        first = torch.arange(min(count, n), device=self._first.device)
+        return self.rows(first).columns(torch.arange(p, device=first.device))
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.layers.values())).tensors[0]
 
     def _placed(self) -> Iterator[tuple[int, int, OuterRows | PlainRows]]:
         """Yield each layer with the first and the last but one of its columns."""

@@ -19,13 +19,13 @@ from swap_prune.distributed import Team
 from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.sharded import ShardedFactor, owned_columns
-from swap_prune.fisher.storage import BufferedStore, check_rows
+from swap_prune.fisher.storage import RowBuffer, check_rows
 from swap_prune.selection import Selection
 
 __all__ = ["SharedStore"]
 
 
-class SharedStore(BufferedStore):
+class SharedStore(RowBuffer):
     """Rows of which each process keeps its columns.
 
     Args:

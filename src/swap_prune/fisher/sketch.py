@@ -23,16 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.bound import Bound, flat_gradient
 from swap_prune.calibration import batch_size, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.shared_rows import SharedStore
+from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import RowStore, Storage
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 
-__all__ = ["MINI_BATCH", "CurvatureSketch", "draw_signs", "mini_batches", "sketch_curvature", "sketch_rows"]
+__all__ = [
+    "MINI_BATCH",
+    "CurvatureSketch",
+    "DrawnSketch",
+    "draw_signs",
+    "draw_sketch",
+    "mini_batches",
+    "sketch_curvature",
+    "sketch_rows",
+]
 
 MINI_BATCH = 16  # samples that share their statistics
 
@@ -56,6 +65,22 @@ class CurvatureSketch:
         """Return ``<z, L xi>``, (n,), with L constant."""
         root = self.loss.curvature_root(outputs.detach(), batch, signs)
         return (outputs * root).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class DrawnSketch:
+    """The same with ``L xi`` given: a function of (model, (batch, L xi)), linear in the outputs.
+
+    Attributes:
+        loss: What knows the outputs.
+    """
+
+    loss: GaussNewtonLoss
+
+    def __call__(self, model: nn.Module, drawn: tuple[Any, Tensor]) -> Tensor:
+        """Return the products, (n,)."""
+        batch, root = drawn
+        return (self.loss.outputs(model, batch) * root).flatten(1).sum(1)
 
 
 def sketch_rows(samples: int, *, in_batches: bool) -> int:
@@ -112,6 +137,33 @@ def sketch_curvature(
     return Capture(capture.factor, losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
 
 
+def draw_sketch(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: GaussNewtonLoss,
+    generator: torch.Generator,
+    *,
+    in_batches: bool,
+) -> RowSource:
+    """Draw the signs, once: what :func:`sketch_curvature` takes gradients of, with the same random numbers.
+
+    One pass without gradients finds ``L xi``, of the size of the outputs, which is kept.
+
+    Raises:
+        ValueError: If a batch does not fit the loss or the model, or a loss is not finite.
+    """
+    with eval_mode(model), torch.no_grad():
+        check_calibration(model, loss, batches)
+    parts = mini_batches(batches) if in_batches else batches
+    drawn, losses = [], []
+    with (batch_statistics if in_batches else eval_mode)(model), torch.no_grad():
+        for part in parts:
+            outputs = loss.outputs(model, part)
+            losses.append(check_losses(loss.losses(outputs, part), None))
+            drawn.append((part, loss.curvature_root(outputs, part, draw_signs(outputs, generator))))
+    return RowSource(DrawnSketch(loss), drawn, in_batches, torch.cat(losses))
+
+
 def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Return signs of the shape and device of the outputs, drawn on the CPU."""
     return (torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1).to(outputs)
@@ -134,18 +186,20 @@ def _mini_batch_rows(
 ) -> Tensor:
     """Store a row ``sum_i J_i^T L_i xi_i / sqrt(size)`` for each mini-batch; return the losses of all samples."""
     losses = []
-    bound, shared = Bound(model, sketch.loss.outputs), store if isinstance(store, SharedStore) else None
-    with batch_statistics(model), torch.enable_grad():
+
+    def product(network: nn.Module, part: Any) -> Tensor:
+        outputs = sketch.loss.outputs(network, part)
+        losses.append(check_losses(sketch.loss.losses(outputs.detach(), part), None))
+        return sketch.product(outputs, part, draw_signs(outputs, generator))
+
+    shared = store if isinstance(store, SharedStore) else None
+    with batch_statistics(model):
         for part in parts:
-            mine = shared is None or shared.is_next
-            with torch.set_grad_enabled(mine):  # every process draws the signs, and sees the losses
-                outputs, leaves = bound.with_leaves(selection, part)
-            losses.append(check_losses(sketch.loss.losses(outputs.detach(), part), None))
-            signs = draw_signs(outputs, generator)
-            if mine:
-                product = sketch.product(outputs, part, signs).sum()
-                gradients = torch.autograd.grad(product / batch_size(part) ** 0.5, leaves, allow_unused=True)
-                flat_gradient(store.room(1)[0], gradients, selection)
+            if shared is None or shared.is_next:
+                list(joined_gradients(model, selection, [part], product, lambda: store.room(1)[0]))
+            else:  # every process draws the signs, and sees the losses
+                with torch.no_grad():
+                    product(model, part)
             if shared is None:
                 store.keep(1)
             else:

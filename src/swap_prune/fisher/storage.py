@@ -1,11 +1,14 @@
 """Where the rows of G go as they are captured: the choice of a run, and the stores that take them.
 
 Capture asks a store for room, writes gradients to it, and hands them over. The dense store gives room in G itself;
-the others lend a buffer of a few rows and round it, or write it to a file.
+the others lend a buffer of a few rows and round it, write it to a file, or show it to someone and forget it. Two
+storages hold no rows and have no store: low-rank (:mod:`~swap_prune.fisher.low_rank_capture`) and matrix-free
+(:mod:`~swap_prune.fisher.matrix_free`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -20,12 +23,23 @@ from swap_prune.fisher.half import HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
 from swap_prune.selection import Selection
 
-__all__ = ["RowStore", "Storage", "StorageKind", "check_rows"]
+__all__ = [
+    "HOLDING_NO_ROWS",
+    "LEAN_CHUNK_BYTES",
+    "RowSink",
+    "RowStore",
+    "RowStream",
+    "Storage",
+    "StorageKind",
+    "check_rows",
+]
 
-StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded"]
+StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
+
+HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
+LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
 
 
 @dataclass(frozen=True)
@@ -53,15 +67,22 @@ class Storage:
     @property
     def chunk_bytes(self) -> int | None:
         """Bytes of one chunk of samples at capture; None for capture's own default."""
-        return None if self.kind == "float32" and not self.lean else _LEAN_CHUNK_BYTES
+        return None if self.kind == "float32" and not self.lean else LEAN_CHUNK_BYTES
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether there are rows of G somewhere, be it rounded or in a file."""
+        return self.kind not in HOLDING_NO_ROWS
 
     def open(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> RowStore:
         """Make a store for at most n rows.
 
         Raises:
-            ValueError: If there is no room for them.
+            ValueError: If there is no room for them, or the storage holds no rows.
         """
         p = selection.total
+        if not self.holds_rows:
+            raise ValueError(f"storage {self.kind!r} holds no rows of G; use one that does, such as 'float32'")
         if self.kind == "float32":
             return DenseStore(n, selection, dtype, device, column_limit(n, dtype.itemsize) if self.lean else None)
         if self.kind in _HALVES:
@@ -75,8 +96,8 @@ class Storage:
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
 
 
-class RowStore(Protocol):
-    """What capture asks of a store."""
+class RowSink(Protocol):
+    """What capture asks of whoever takes rows."""
 
     def room(self, count: int) -> Tensor:
         """Return at least ``count`` rows (m, p) to write to."""
@@ -85,6 +106,10 @@ class RowStore(Protocol):
     def keep(self, count: int) -> None:
         """Take the first ``count`` of them over."""
         ...
+
+
+class RowStore(RowSink, Protocol):
+    """One that holds them."""
 
     def finish(self) -> FisherFactor:
         """Return the factor of all rows that were kept.
@@ -119,8 +144,8 @@ class DenseStore:
         return DenseFactor(rows, self._limit)
 
 
-class BufferedStore:
-    """Base class of stores that take rows over from a buffer."""
+class RowBuffer:
+    """Base class of what takes rows over from a buffer."""
 
     def __init__(self, selection: Selection, dtype: torch.dtype, device: torch.device) -> None:
         self._selection = selection
@@ -145,7 +170,7 @@ class BufferedStore:
         raise NotImplementedError
 
 
-class HalfStore(BufferedStore):
+class HalfStore(RowBuffer):
     """Rows rounded to 16 bits."""
 
     def __init__(
@@ -170,7 +195,7 @@ class HalfStore(BufferedStore):
         return HalfFactor(self._stored[: self._filled], self._scale[: self._filled])
 
 
-class MappedStore(BufferedStore):
+class MappedStore(RowBuffer):
     """Rows written to a file."""
 
     def __init__(self, selection: Selection, dtype: torch.dtype, device: torch.device, writer: MappedWriter) -> None:
@@ -184,6 +209,27 @@ class MappedStore(BufferedStore):
     def finish(self) -> FisherFactor:
         """Return the factor."""
         return self._writer.finish(self._device)
+
+
+class RowStream(RowBuffer):
+    """Rows that are looked at as they come, and not held.
+
+    Args:
+        selection: The p weights.
+        dtype: Of the rows.
+        device: Of the rows.
+        see: Called with rows (m, p), which it may overwrite and must not keep.
+    """
+
+    def __init__(
+        self, selection: Selection, dtype: torch.dtype, device: torch.device, see: Callable[[Tensor], object]
+    ) -> None:
+        super().__init__(selection, dtype, device)
+        self._see = see
+
+    def take(self, rows: Tensor) -> None:
+        """Show them."""
+        self._see(rows)
 
 
 def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:

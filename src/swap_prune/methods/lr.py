@@ -128,8 +128,9 @@ def fit_pairing(
     Returns:
         The regression, its sparse fit, and the evidence for the report.
     """
-    diagonal = problem.fisher().diagonal()
-    candidates = ridge_candidates(settings, diagonal, problem.fisher().shape[0])
+    fisher = problem.fisher()
+    diagonal, target = fisher.diagonal(), fisher.matvec(problem.reference)
+    candidates = ridge_candidates(settings, diagonal, fisher.shape[0])
     if problem.held_out is None:
         candidates = candidates[:1]
     best: tuple[WeightedRidge, SparseFit, float] | None = None
@@ -137,7 +138,7 @@ def fit_pairing(
     tried: list[dict[str, float]] = []
     ends: dict[float, SparseFit] = {}  # damping -> a fit in the same metric: its path need not be walked twice
     for ridge, damping in candidates:
-        regression = pairing_regression(problem, ridge, damping, diagonal)
+        regression = pairing_regression(problem, ridge, damping, diagonal, target)
         end = ends.get(damping)
         start, previous = (None, None) if end is None else (end.support, end.refit)
         fit = solve_sparse(regression, problem.keep, start=start, previous=previous, max_iterations=settings.iterations)
@@ -192,7 +193,11 @@ def is_number(value: object) -> bool:
 
 
 def pairing_regression(
-    problem: PruningProblem, ridge: float, damping: float, diagonal: Tensor | None = None
+    problem: PruningProblem,
+    ridge: float,
+    damping: float,
+    diagonal: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> WeightedRidge:
     """State the regression of LR: the target is y itself.
 
@@ -201,11 +206,12 @@ def pairing_regression(
         ridge: lam.
         damping: Of the diagonal metric; infinite for the identity.
         diagonal: f, (p,), where it is known already.
+        target: y, (n,), where it is known already.
     """
     factor = problem.fisher()
     f = factor.diagonal() if diagonal is None else diagonal
-    target = factor.matvec(problem.reference)
-    return WeightedRidge(factor, target, problem.reference, ridge, diagonal_metric(f, damping), floors=problem.floors)
+    y = factor.matvec(problem.reference) if target is None else target
+    return WeightedRidge(factor, y, problem.reference, ridge, diagonal_metric(f, damping), floors=problem.floors)
 
 
 def trivial_solution(problem: PruningProblem) -> PruningSolution:

@@ -1,0 +1,226 @@
+"""A Fisher factor that holds nothing of G: every product is a pass through the network.
+
+What is held beside the network and its samples is a few vectors of p: the weights that gradients are taken at, f, and
+the last few w that ``G w`` was asked of. The rest is time. A product costs one pass over the samples
+(:mod:`~swap_prune.fisher.passes`); so does a block of columns, of which a Gram matrix takes as many as its support has
+blocks. That is the fewer passes, and exact, as long as there are not very many rows: a block is a few vectors of p, so
+that ``G G^T`` takes about n / 12 of them. Beyond that the solver is told to iterate instead.
+
+Place in the pipeline: in the place of :class:`~swap_prune.fisher.factor.DenseFactor`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.calibration import is_sliceable, map_tensors, split_batches
+from swap_prune.fisher.blocked import SubFactor, column_limit
+from swap_prune.fisher.capture import Capture, Passed
+from swap_prune.fisher.factor import FisherFactor, gram_of_columns
+from swap_prune.fisher.passes import NetworkPasses, Way
+from swap_prune.fisher.source import RowSource
+from swap_prune.losses import check_calibration
+from swap_prune.selection import Selection
+
+__all__ = ["BLOCK_VECTORS", "PART", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]
+
+PART = 64  # samples that run through the network at once
+BLOCK_VECTORS = 12  # vectors of p that a block of columns may take
+_WAYS: tuple[Way, ...] = ("forward", "double backward")  # in the order of their cost; rows always do
+_REMEMBERED = 3  # products G w; solvers ask for some of them again
+_MOST_PASSES = 400  # of a Gram matrix of all columns; an iterative solver takes up to 400 as well
+
+
+@dataclass
+class PassLog:
+    """How often the samples went through the network, and how long that took.
+
+    Attributes:
+        samples: Rows of the whole factor: one pass.
+        runs: Kind of pass to the rows that it was run for.
+        seconds: In all of them.
+    """
+
+    samples: int
+    runs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("along", "back", "rows"), 0))
+    seconds: float = 0.0
+
+    @contextmanager
+    def add(self, kind: str, rows: int) -> Iterator[None]:
+        """Count a pass over some rows, and time the block."""
+        started = time.perf_counter()
+        yield
+        self.runs[kind] += rows
+        self.seconds += time.perf_counter() - started
+
+    def summary(self) -> dict[str, float]:
+        """Return passes over all samples by kind, and the seconds, rounded."""
+        passes = {kind: round(rows / self.samples, 1) for kind, rows in self.runs.items()}
+        return passes | {"seconds": round(self.seconds, 2)}
+
+
+class MatrixFreeFactor:
+    """G as passes through the network; see :func:`capture_matrix_free`.
+
+    Args:
+        passes: What runs them.
+        batches: The samples, a few at a time.
+        counts: Rows of each batch.
+        log: Where passes are counted; by default a new one.
+    """
+
+    def __init__(
+        self, passes: NetworkPasses, batches: Sequence[Any], counts: Sequence[int], log: PassLog | None = None
+    ) -> None:
+        self.passes = passes
+        self._batches, self._counts = tuple(batches), tuple(counts)
+        self.log = PassLog(sum(counts)) if log is None else log
+        self._squares: Tensor | None = None
+        self._remembered: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, p)."""
+        return sum(self._counts), self.passes.selection.total
+
+    @property
+    def column_limit(self) -> int:
+        """Columns that make a block of a few vectors of p."""
+        n, p = self.shape
+        return max(column_limit(n, self.passes.weights.dtype.itemsize), BLOCK_VECTORS * p // n)
+
+    @property
+    def iterative(self) -> bool:
+        """Whether a Gram matrix takes more passes than an iterative solver may."""
+        return -(-self.shape[1] // self.column_limit) > _MOST_PASSES
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return ``G w``, (n,), from a forward pass that carries derivatives along w."""
+        for known, product in self._remembered:
+            if torch.equal(known, w):
+                return product.clone()
+        with self.log.add("along", self.shape[0]), self.passes.source.mode(self.passes.model):
+            product = torch.cat([self.passes.along(batch, w) for batch in self._batches])
+        self._remembered = [*self._remembered[1 - _REMEMBERED :], (w.clone(), product)]
+        return product.clone()
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Return ``G^T v``, (p,), from a backward pass of weighted values."""
+        total = torch.zeros_like(self.passes.weights)
+        with self.log.add("back", self.shape[0]), self.passes.source.mode(self.passes.model):
+            for batch, part in zip(self._batches, torch.split(v, list(self._counts)), strict=True):
+                self.passes.back(batch, part, total)
+        return total
+
+    def diagonal(self) -> Tensor:
+        """Return f, (p,): the mean over rows of the squared entries. The first call takes a pass."""
+        if self._squares is None:
+            self.gather_squares()
+        assert self._squares is not None, "just gathered"
+        return self._squares / self.shape[0]
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Return ``G[:, index]``, (n, len(index)), dense, from a pass over the rows."""
+        result = self.passes.weights.new_empty(self.shape[0], len(index))
+        filled = 0
+
+        def see(rows: Tensor) -> None:
+            nonlocal filled
+            torch.index_select(rows, 1, index, out=result[filled : filled + len(rows)])
+            filled += len(rows)
+
+        if len(index) > 0:
+            self._see_rows(see)
+        return result
+
+    def gram(self, scale: Tensor) -> Tensor:
+        """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
+        return gram_of_columns(self, scale)
+
+    def rows(self, index: Tensor) -> FisherFactor:
+        """Return the factor of some rows; its passes run over their samples alone."""
+        chosen, places = torch.unique(index, return_inverse=True)
+        batches, counts, start = [], [], 0
+        for batch, count in zip(self._batches, self._counts, strict=True):
+            local = chosen[(chosen >= start) & (chosen < start + count)] - start
+            start += count
+            if len(local) == 0:
+                continue
+            if len(local) < count:
+                if not is_sliceable(batch):
+                    return SubFactor(self, rows=index)
+                batch = _pick(batch, count, local)
+            batches.append(batch)
+            counts.append(len(local))
+        return SubFactor(MatrixFreeFactor(self.passes, batches, counts, self.log), rows=places)
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        first = torch.arange(min(count, self.shape[0]), device=self.passes.weights.device)
+        return self.rows(first).columns(torch.arange(self.shape[1], device=first.device))
+
+    def gather_squares(self, advance: Callable[[int], None] = lambda _count: None) -> Passed | None:
+        """Pass over the rows, and add up the squares of their entries; returns what capture says of the pass."""
+        squares = torch.zeros_like(self.passes.weights)
+
+        def see(rows: Tensor) -> None:
+            squares.add_(torch.linalg.vector_norm(rows, dim=0).square_())
+
+        passed = self._see_rows(see, advance)
+        self._squares = squares
+        return passed
+
+    def _see_rows(
+        self, see: Callable[[Tensor], object], advance: Callable[[int], None] = lambda _count: None
+    ) -> Passed | None:
+        with self.log.add("rows", self.shape[0]):
+            return self.passes.rows(self._batches, self._counts, see, advance)
+
+
+def capture_matrix_free(
+    model: nn.Module,
+    selection: Selection,
+    source: RowSource,
+    advance: Callable[[int], None] = lambda _count: None,
+) -> Capture:
+    """Take G at the model's current weights as it comes, and find out how products with it are to be had.
+
+    Args:
+        model: The network; as before when this returns. Its selected weights may change later, nothing else of it.
+        selection: The p weights.
+        source: What the rows are gradients of.
+        advance: Called with the number of samples that were done, for progress.
+
+    Returns:
+        G, and the loss of each sample.
+
+    Raises:
+        ValueError: As for ``capture_gradients``.
+    """
+    batches = list(source.batches) if source.joined else split_batches(source.batches, PART)
+    if source.joined:
+        counts = [1] * len(batches)
+    else:
+        with source.mode(model):
+            counts = check_calibration(model, source.function, batches)
+    passes = NetworkPasses(model, selection, source, selection.read(model))
+    passed = MatrixFreeFactor(passes, batches, counts)
+    seen = passed.gather_squares(advance)
+    losses = source.losses if seen is None or source.losses is not None else seen.losses
+    assert losses is not None, "a sketch finds them when it is drawn"
+    passes = replace(passes, backend="auto" if seen is None else seen.backend)
+    tries = (replace(passes, way=way) for way in _WAYS)
+    passed.passes = next((one for one in tries if one.holds(batches[0], counts[0])), replace(passes, way="rows"))
+    return Capture(passed, losses, "mini-batch" if seen is None else seen.backend, PART)
+
+
+def _pick(batch: Any, size: int, index: Tensor) -> Any:
+    """Return some samples of a batch."""
+    return map_tensors(lambda t: t.index_select(0, index.to(t.device)) if t.ndim and t.shape[0] == size else t, batch)

@@ -1,0 +1,148 @@
+"""How many bytes a run will hold in each of its phases, from counts.
+
+Forecasts come from counts (rows, weights, samples) and from the bytes that one sample keeps for its backward pass; they
+are meant to lie above what is then measured.
+
+Place in the pipeline: beneath planning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swap_prune.distributed import PARTS
+from swap_prune.fisher.blocked import BLOCK_BYTES
+from swap_prune.fisher.layers import PIECE_BYTES
+from swap_prune.fisher.matrix_free import BLOCK_VECTORS, PART
+from swap_prune.fisher.storage import HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
+
+__all__ = ["Workload", "memory_phases"]
+
+_LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
+_CHUNK = 512 * 2**20  # of samples at capture; a quarter of a GiB of columns is copied beside it by a Gram matrix
+_GRAM = 512 * 2**20  # two copies of a block of columns
+_VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
+_SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
+_BACKWARD = 2  # what a backward pass holds, in units of what was kept for it
+_FORWARD = 0.5  # what a forward pass alone holds, in the same unit
+_BATCH, _SLOPE_BATCH, _MINI_BATCH = 128, 64, 16  # samples: of a batch drawn, of a slope, of a row with statistics
+_PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
+_PROBE = 32  # rows that the defence looks at
+_EXCHANGE = 0.08 * 28  # swaps copy so many bytes a row and kept weight: 4 x 2 % of the columns, in float64 thrice
+_COUPLING_ROWS = 256  # copied by the choice of a coupling
+_WHOLE = 50_000  # WoodFisher inverts up to so many weights together
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the need of a run depends on.
+
+    Attributes:
+        rows: n, rows of G.
+        samples: Calibration samples a stage.
+        weights: p.
+        kept: k of the stage that keeps most.
+        method: Name of the method.
+        itemsize: Bytes of an entry of a gradient.
+        kept_bytes: Bytes that one sample keeps for its backward pass.
+        mini_batches: Whether a row is the gradient of a mini-batch.
+        row_noise: Whether a noise model changes the rows of G.
+        held: Bytes that the process holds already, the model included.
+        processes: How many share G, in storage ``sharded``.
+        row_numbers: Numbers that a row of low rank takes.
+        unsuited: Why rows of low rank are not to be had, or empty.
+    """
+
+    rows: int
+    samples: int
+    weights: int
+    kept: int
+    method: str
+    itemsize: int = 4
+    kept_bytes: int = 0
+    mini_batches: bool = False
+    row_noise: bool = False
+    held: int = 0
+    processes: int = 1
+    row_numbers: int = 0
+    unsuited: str = ""
+
+
+def memory_phases(load: Workload, kind: StorageKind, *, lean: bool) -> dict[str, int]:
+    """Return the bytes that the process holds in each phase."""
+    vector, n = load.itemsize * load.weights, load.rows
+    factor = _held_of_g(load, kind)
+    common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
+    probe = min(_PROBE, n) * vector if kind not in HOLDING_NO_ROWS else 0
+    blocks = 4 * BLOCK_BYTES if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
+    copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
+    if not lean:
+        copies = _column_copies(load)
+        slopes = -(-load.samples // _SLOPE_BATCH) * vector
+    step = min(copies, n * load.kept * load.itemsize)  # a natural-gradient step keeps its columns during trials
+    forward = int(_FORWARD * min(_BATCH, load.samples) * load.kept_bytes)
+    backward = _BACKWARD * min(_SLOPE_BATCH, load.samples) * load.kept_bytes
+    passes = _passes(load) if kind == "matrix-free" else 0
+    return {
+        "capture": common + _capture(load, kind, lean) + forward,
+        "defend": common + 6 * probe,
+        "solve": solve + copies + passes,
+        "trials": solve - blocks + step + slopes + max(forward, backward, passes),
+    }
+
+
+def _held_of_g(load: Workload, kind: StorageKind) -> int:
+    """Return what is held of G itself."""
+    entries = load.rows * load.weights
+    match kind:
+        case "float32":
+            return load.itemsize * entries
+        case "float16" | "bfloat16":
+            return 2 * entries
+        case "low-rank":
+            return load.itemsize * load.rows * load.row_numbers
+        case "sharded":
+            return (
+                load.itemsize * load.rows * min(load.weights, -(-PARTS // load.processes) * -(-load.weights // PARTS))
+            )
+        case "mapped" | "matrix-free":
+            return 0
+
+
+def _capture(load: Workload, kind: StorageKind, lean: bool) -> int:
+    """Return what capture holds beside the rows that are done."""
+    vector = load.itemsize * load.weights
+    if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
+        chunk = max(1, min(_BATCH, load.rows, _CHUNK // (load.kept_bytes + vector)) // 2)
+        chunk = _MINI_BATCH if load.mini_batches else chunk
+        layer = _held_of_g(load, kind)
+        return (_BACKWARD + 1) * chunk * load.kept_bytes + 6 * vector + 4 * PIECE_BYTES + layer
+    if load.mini_batches:
+        return _BACKWARD * _MINI_BATCH * load.kept_bytes + 3 * vector
+    budget = LEAN_CHUNK_BYTES if lean else _CHUNK
+    chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)))
+    buffered = 1 if kind != "float32" else 0
+    return chunk * (_BACKWARD * load.kept_bytes + (1 + buffered) * vector) + 2 * vector
+
+
+def _passes(load: Workload) -> int:
+    """Return what products hold that pass through the network: columns, and a chunk of rows that they are cut out of.
+
+    A pass along a direction, or back, holds less than the chunk or what a trial does.
+    """
+    vector = load.itemsize * load.weights
+    columns = 2 * max(BLOCK_BYTES, BLOCK_VECTORS * vector)
+    part = _BACKWARD * min(PART, load.samples) * load.kept_bytes
+    return columns + max(part, _capture(load, "matrix-free", True)) + _PASS_VECTORS * vector
+
+
+def _column_copies(load: Workload) -> int:
+    """Return the bytes of columns of G that the method copies at once, where nothing holds it back."""
+    n, k, p = load.rows, load.kept, load.weights
+    if load.method in ("lr", "ewr"):
+        coupled = min(n, _COUPLING_ROWS) * p * load.itemsize if load.method == "ewr" else 0
+        return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)
+    if load.method == "chita":
+        return int(1.5 * n * k) * load.itemsize
+    return 4 * 8 * n * min(p, _WHOLE) if load.method == "woodfisher" else 0
