@@ -38,7 +38,7 @@ def test_configs_of_the_project_are_valid(path: Path) -> None:
 
 
 def test_there_are_configs() -> None:
-    assert {"mlpnet", "mlpnet_noise", "resnet20", "resnet20_gradual", "mobilenetv1", "resnet50"} <= {
+    assert {"mlpnet", "noise_mlpnet_levels", "resnet20", "resnet20_gradual", "mobilenetv1", "resnet50"} <= {
         path.stem for path in CONFIGS
     }
 
