@@ -27,7 +27,7 @@ _BACKWARD = 2  # what a backward pass holds, in units of what was kept for it
 _FORWARD = 0.5  # what a forward pass alone holds, in the same unit
 _BATCH, _SLOPE_BATCH, _MINI_BATCH = 128, 64, 16  # samples: of a batch drawn, of a slope, of a row with statistics
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
-_PROBE = 32  # rows that the defence looks at
+_PROBE, _PIECE = 32, 4  # rows that the defence looks at, and those that it has copies of
 _EXCHANGE = 0.08 * 28  # swaps copy so many bytes a row and kept weight: 4 x 2 % of the columns, in float64 thrice
 _COUPLING_ROWS = 256  # copied by the choice of a coupling
 _WHOLE = 50_000  # WoodFisher inverts up to so many weights together
@@ -73,7 +73,8 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool) -> dict[str,
     vector, n = load.itemsize * load.weights, load.rows
     factor = _held_of_g(load, kind)
     common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
-    probe = min(_PROBE, n) * vector if kind not in HOLDING_NO_ROWS else 0
+    defend = 7 * min(_PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
+    defend += min(_PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
     blocks = 4 * BLOCK_BYTES if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
@@ -86,7 +87,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool) -> dict[str,
     passes = _passes(load) if kind == "matrix-free" else 0
     return {
         "capture": common + _capture(load, kind, lean) + forward,
-        "defend": common + 6 * probe,
+        "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
     }

@@ -34,6 +34,7 @@ __all__ = ["LowRank", "low_rank_rows", "outer_product_layers"]
 
 _CLEAN = 1e-4  # share of energy outside rank 1 that rounding may leave
 _PROBE = 32  # rows that are looked at to see whether there is noise
+_PIECE = 4  # of them at once, for the memory
 _CONV_RANK = 3  # docs/method.md
 _ITERATIONS = 3  # of the subspace iteration
 _CHUNK_BYTES = 256 * 2**20
@@ -68,15 +69,10 @@ class LowRank:
 
     def noise_seen(self, factor: FisherFactor) -> float:
         """Return the largest share of energy outside rank 1 over the layers where there should be none; 0 for clean."""
+        if not self.exact:
+            return 0.0
         probe = factor.leading(_PROBE)
-        shares = [0.0]
-        for name in self.exact:
-            rows = probe[:, self.places[name]].reshape(len(probe), *self.shapes[name])
-            energy = rows.double().square().sum()
-            if float(energy) > 0:
-                rest = (rows - low_rank_rows(rows, 1)).double().square().sum()
-                shares.append(float(rest / energy))
-        share = max(shares)
+        share = max(_outside(probe[:, self.places[name]], self.shapes[name]) for name in self.exact)
         return share if share > _CLEAN else 0.0
 
     def mean_row(self, factor: DenseFactor) -> Tensor:
@@ -96,6 +92,16 @@ class LowRank:
                 rows = factor.matrix[start : start + size, self.places[name]]
                 rows.copy_(low_rank_rows(rows.reshape(-1, a, b), rank).reshape(len(rows), -1))
         return factor
+
+
+def _outside(rows: Tensor, shape: tuple[int, int]) -> float:
+    """Return the share of the energy of rows (m, a b) that lies outside the best matrices (a, b) of rank 1."""
+    energy, rest = 0.0, 0.0
+    for piece in rows.split(_PIECE):  # type: ignore[no-untyped-call]
+        matrices = piece.reshape(len(piece), *shape)
+        energy += float(matrices.double().square().sum())
+        rest += float((matrices - low_rank_rows(matrices, 1)).double().square().sum())
+    return rest / energy if energy > 0 else 0.0
 
 
 def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any) -> tuple[str, ...]:
