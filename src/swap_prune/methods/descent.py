@@ -16,7 +16,7 @@ from swap_prune.regression.objective import WeightedRidge, diagonal_metric
 __all__ = ["held_out_loss", "held_out_losses", "is_significant", "mean_loss", "step_down"]
 
 _STEPS = 12  # natural-gradient steps a stage, at the most
-_LEAST_GAIN = 0.01  # of the held-out loss; a step that gains less is the last one
+_LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the metric where that of the fit leads nowhere
 _FIRST_LENGTH = 0.3  # of a step, at the most; the next ones start from the length that was taken last
