@@ -43,6 +43,17 @@ def test_processes_that_share_g_are_measured(monkeypatch: pytest.MonkeyPatch, tm
     assert one["process"] == "0 of 1" and one["rows"] == 20 and one["peak_mb"] > 0
 
 
+def test_storages_are_compared_on_the_embedded_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, threads = load("storage", monkeypatch), torch.get_num_threads()
+    try:
+        runs = {storage: module.measure(storage, 40, wide=False) for storage in ("float32", "matrix-free")}
+    finally:
+        torch.set_num_threads(threads)
+    assert runs["float32"]["kept"] == runs["matrix-free"]["kept"] and runs["float32"]["passes"] is None
+    assert runs["matrix-free"]["passes"]["along"] > 0
+    assert all(run["accuracy"] > 50 and run["peak_gb"] > 0 and run["forecast_gb"] > 0 for run in runs.values())
+
+
 def test_the_search_for_the_largest_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [load("top_k", monkeypatch).measure(300_000, 1000, searched) for searched in (False, True)]
     assert all(seconds > 0 for seconds, _ in times)

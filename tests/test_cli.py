@@ -96,6 +96,10 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     assert status == 0 and planned["storage"] == "float32" and planned["limit"] == 20 * 10**9
     assert [one["storage"] for one in planned["forecasts"]][-3:] == ["mapped", "matrix-free", "low-rank"]
     assert all(set(one["phases"]) == {"capture", "defend", "solve", "trials"} for one in planned["forecasts"])
+    whole = ("--weights", "none.pt", "--out", "nowhere", "--min-keep", "0.1", "--seed", "3", "--defence", "none")
+    status, again, _ = call("plan", *arguments, *whole, "--json")
+    assert status == 0 and json.loads(again)["storage"] == "float32"
+    assert call("plan", *arguments, "--wights", "none.pt")[0] == 2
     status, text, _ = call("plan", *arguments, "--storage", "mapped")
     assert status == 0 and "taken" in text and "float16" not in text
     status, _, error = call("plan", *arguments, "--storage", "paper")

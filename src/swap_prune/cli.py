@@ -6,6 +6,7 @@ progress and messages go to standard error. Whatever a user can mend ends in one
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -186,47 +187,34 @@ def prune(
     _print_result(result, as_json)
 
 
+def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, which takes them by name, the options of another one."""
+
+    def given(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
+        function.__annotations__ = command.__annotations__
+        return function
+
+    return given
+
+
 @app.command()
-def plan(
-    model: Model,
-    data: Data,
-    sparsity: Sparsity = 0.9,
-    method: MethodName = "ewr",
-    samples: Samples = 1024,
-    stages: Stages = 1,
-    schedule: Schedule = "exponential",
-    targets: Targets = None,
-    ignore: Ignore = None,
-    noise: Noise = None,
-    recalibrate: Recalibrate = True,
-    memory: Memory = None,
-    storage: StorageOption = "auto",
-    scratch: Scratch = None,
-    settings: Settings = None,
-    data_dir: DataDir = None,
-    width: Width = None,
-    as_json: AsJson = False,
-) -> None:
+@with_options_of(prune)
+def plan(**given: Any) -> None:
     """Say how much memory prune would need with the same arguments, without running it. No weights are read."""
-    network, _ = build_model(model, **({} if width is None else {"width": width}))
-    images = load_dataset(data, data_dir)
+    width = given["width"]
+    network, _ = build_model(given["model"], **({} if width is None else {"width": width}))
     forecast = plan_run(
         network,
-        images.train,
-        sparsity,
-        resolve_method(method, dict(map(_parse_setting, settings or []))),
-        targets=targets or DEFAULT_TARGETS,
-        ignore=ignore or (),
-        samples=samples,
-        stages=stages,
-        schedule=schedule,
-        recalibrate_batchnorm=recalibrate,
-        noise=noise,
-        memory=memory,
-        storage=storage,
-        scratch=scratch,
+        load_dataset(given["data"], given["data_dir"]).train,
+        given["sparsity"],
+        resolve_method(given["method"], dict(map(_parse_setting, given["settings"] or []))),
+        targets=given["targets"] or DEFAULT_TARGETS,
+        ignore=given["ignore"] or (),
+        recalibrate_batchnorm=given["recalibrate"],
+        **{name: given[name] for name in ("samples", "stages", "schedule", "noise", "memory", "storage", "scratch")},
     )
-    if as_json:
+    if given["as_json"]:
         _print_json(forecast.to_dict())
         return
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"

@@ -104,9 +104,8 @@ def _held_of_g(load: Workload, kind: StorageKind) -> int:
         case "low-rank":
             return load.itemsize * load.rows * load.row_numbers
         case "sharded":
-            return (
-                load.itemsize * load.rows * min(load.weights, -(-PARTS // load.processes) * -(-load.weights // PARTS))
-            )
+            own = -(-PARTS // load.processes) * -(-load.weights // PARTS)  # columns
+            return load.itemsize * load.rows * min(load.weights, own)
         case "mapped" | "matrix-free":
             return 0
 

@@ -66,11 +66,7 @@ class BackwardOnly(torch.autograd.Function):
 class BackwardOnce(BackwardOnly):
     """The same, once."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
+    backward = staticmethod(once_differentiable(BackwardOnly.backward))
 
 
 class WrongForwards(BackwardOnly):

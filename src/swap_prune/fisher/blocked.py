@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.factor import FisherFactor, gram_of_columns
+from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 
 __all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "column_limit"]
 
@@ -79,7 +79,7 @@ class BlockedFactor(ABC):
         """Return f, (p,): the mean over rows of the squared entries."""
         sums = torch.zeros(self.shape[1], dtype=self.dtype, device=self.device)
         for _, columns, part in self.blocks():
-            sums[columns] += torch.linalg.vector_norm(part, dim=0).square_()
+            add_squares_(sums[columns], part)
         return sums.div_(self.shape[0])
 
     def gram(self, scale: Tensor) -> Tensor:

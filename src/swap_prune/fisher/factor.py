@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DenseFactor", "FisherFactor", "gram_of_columns"]
+__all__ = ["DenseFactor", "FisherFactor", "add_squares_", "gram_of_columns"]
 
 _BLOCK_BYTES = 256 * 2**20  # size of the temporary copies in `gram`
 
@@ -108,10 +108,7 @@ class DenseFactor:
 
     def diagonal(self) -> Tensor:
         """Return f, (p,): the mean over rows of the squared entries."""
-        squares = torch.zeros_like(self.matrix[0])
-        for row in self.matrix:  # rows lie together: five times as fast as torch's norm over them
-            squares.addcmul_(row, row)
-        return squares / len(self.matrix)
+        return add_squares_(torch.zeros_like(self.matrix[0]), self.matrix) / len(self.matrix)
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index))."""
@@ -147,6 +144,16 @@ class DenseFactor:
     def leading(self, count: int) -> Tensor:
         """Return the first rows, a view."""
         return self.matrix[:count]
+
+
+def add_squares_(total: Tensor, rows: Tensor) -> Tensor:
+    """Add the sum over rows (m, p) of the squared entries to a total, (p,), in place; return it.
+
+    Rows lie together in memory: one after the other is much faster than torch's norm over them.
+    """
+    for row in rows:
+        total.addcmul_(row, row)
+    return total
 
 
 def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:

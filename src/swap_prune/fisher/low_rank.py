@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.blocked import column_limit
+from swap_prune.fisher.factor import add_squares_
 
 __all__ = ["LowRankFactor", "OuterRows", "PlainRows"]
 
@@ -64,8 +65,7 @@ class PlainRows:
 
     def squares(self) -> Tensor:
         """Return the sums of squares over the rows, (p,)."""
-        norms: Tensor = torch.linalg.vector_norm(self.matrix, dim=0)
-        return norms.square()
+        return add_squares_(torch.zeros_like(self.matrix[0]), self.matrix)
 
     def columns(self, index: Tensor) -> Tensor:
         """Return some columns, (n, len(index))."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from swap_prune.calibration import is_sliceable, map_tensors, split_batches
 from swap_prune.fisher.blocked import SubFactor, column_limit
 from swap_prune.fisher.capture import Capture, Passed
-from swap_prune.fisher.factor import FisherFactor, gram_of_columns
+from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 from swap_prune.fisher.passes import NetworkPasses, Way
 from swap_prune.fisher.source import RowSource
 from swap_prune.losses import check_calibration
@@ -169,11 +170,7 @@ class MatrixFreeFactor:
     def gather_squares(self, advance: Callable[[int], None] = lambda _count: None) -> Passed | None:
         """Pass over the rows, and add up the squares of their entries; returns what capture says of the pass."""
         squares = torch.zeros_like(self.passes.weights)
-
-        def see(rows: Tensor) -> None:
-            squares.add_(torch.linalg.vector_norm(rows, dim=0).square_())
-
-        passed = self._see_rows(see, advance)
+        passed = self._see_rows(partial(add_squares_, squares), advance)
         self._squares = squares
         return passed
 
