@@ -147,20 +147,18 @@ class Trials:
         """Average over one backward pass a batch, (p,)."""
         sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
         shares = sizes / sizes.sum()
-        bound = Bound(self.model, self._objective)
         if self.lean:
-            return self._added_up(bound, taught, weights, shares)
+            return self._added_up(taught, weights, shares)
         rows = weights.new_empty(len(taught), len(weights))
         with self._mode(self.fitting), torch.enable_grad():
             for row, one in zip(rows, taught, strict=True):
-                losses, leaves = bound.with_leaves(self.selection, one, weights)
-                flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+                self._write_gradient(row, one, weights)
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
             self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
         return factor.rmatvec(shares)
 
-    def _added_up(self, bound: Bound, taught: Sequence[_Taught], weights: Tensor, shares: Tensor) -> Tensor:
+    def _added_up(self, taught: Sequence[_Taught], weights: Tensor, shares: Tensor) -> Tensor:
         """Do the same with one row, (p,), and one more for each part of the batches that this process adds up."""
         parts = 1 if self.team is None else min(PARTS, len(taught))
         own = range(1) if self.team is None else self.team.owned(parts)
@@ -170,12 +168,16 @@ class Trials:
             for turn in range(most):
                 part = own[turn] if turn < len(own) else parts  # nothing is left
                 for number in range(part * len(taught) // parts, min(part + 1, parts) * len(taught) // parts):
-                    losses, leaves = bound.with_leaves(self.selection, taught[number], weights)
-                    flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+                    self._write_gradient(row, taught[number], weights)
                     totals[turn].add_(row.mul_(shares[number]))
                 if self.team is not None:
                     self.team.wait()
         return totals[0] if self.team is None else self.team.add_up(totals, parts)
+
+    def _write_gradient(self, row: Tensor, taught: _Taught, weights: Tensor) -> None:
+        """Write the gradient of a batch's mean at weights (p,) to a row, (p,)."""
+        losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
+        flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
 
     def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked: one sample alone has no variance."""
