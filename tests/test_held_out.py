@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR
 from swap_prune.calibration import CalibrationStream, batch_size
@@ -135,6 +136,36 @@ def test_held_out_samples_are_not_among_the_others(size: int, fitting: int, apar
     assert sum(map(batch_size, first)) == fitting and sum(map(batch_size, second)) == apart
     values = torch.cat([*first, *second]).tolist()
     assert len(set(values)) == len(values)
+
+
+def numbers(batches: list[list[Tensor]]) -> list[int]:
+    return [number for _, targets in batches for number in targets.tolist()]
+
+
+def test_what_a_small_data_set_holds_out_is_never_fitted() -> None:
+    data = TensorDataset(torch.arange(50.0)[:, None], torch.arange(50))
+    stream = CalibrationStream(data, torch.Generator().manual_seed(0))
+    draws = [[numbers(side) for side in stream.draw_apart(30, 8, 3)] for _ in range(3)]
+    held_out = draws[0][1]
+    assert len(held_out) == 8 and all(apart == held_out for _, apart in draws)
+    fitted = [i for fitting, _ in draws for i in fitting]
+    assert all(len(set(fitting)) == 30 for fitting, _ in draws)
+    assert set(fitted) == set(range(50)) - set(held_out)  # all others were seen
+    assert draws[0][0] != draws[1][0]
+
+
+def test_a_large_data_set_holds_others_out_in_each_draw() -> None:
+    data = TensorDataset(torch.arange(120.0)[:, None], torch.arange(120))
+    stream = CalibrationStream(data, torch.Generator().manual_seed(0))
+    values = [numbers(side) for _ in range(3) for side in stream.draw_apart(30, 10, 3)]
+    assert len(set().union(*values)) == 120
+
+
+def test_a_data_set_smaller_than_one_draw_holds_a_fifth_out_for_good() -> None:
+    stream = CalibrationStream(TensorDataset(torch.arange(20.0)[:, None], torch.arange(20)), torch.Generator())
+    for _ in range(2):
+        fitting, apart = map(numbers, stream.draw_apart(30, 10, 2))
+        assert len(apart) == 4 and sorted(fitting + apart) == list(range(20))
 
 
 @pytest.mark.parametrize("name", ["damping", "first_order", "ridge", "fisher", "metric", "iterations", "swaps"])

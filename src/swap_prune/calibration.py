@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class CalibrationStream:
         self._device = device
         self._indexed = isinstance(data, Dataset)
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
+        self._reserved: list[int] = []  # indices of a Dataset that are held out for good
         self._passes = iter(()) if self._indexed else self._read_passes()
         self._pass_size: int | None = None  # samples in one pass, once one was completed
         self._read = 0  # samples read in the first pass
@@ -90,14 +91,22 @@ class CalibrationStream:
             for place, part in enumerate(parts):
                 yield min((number + place / len(parts)) / length, 1.0), self._placed(part)
 
-    def draw_apart(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
+    def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
         """Draw ``samples`` samples, and ``held_out`` more that are not among them.
 
-        Data that hold fewer are shared out: a fifth at the most is held out.
+        Data that hold fewer are shared out: a fifth at the most is held out. A Dataset too small for all the draws
+        holds the same samples out in each of them, so that what is chosen by them was never fitted before.
+
+        Args:
+            samples: To fit.
+            held_out: To choose by, at the most.
+            draws: How many such draws there will be.
 
         Returns:
             Both as batches.
         """
+        if self._indexed and held_out > 0 and self._count() < draws * (samples + held_out):
+            return self._draw_reserving(samples, held_out)
         drawn = self.draw(samples + held_out)
         got = sum(map(batch_size, drawn))
         spare = min(held_out, got // 5) if got < samples + held_out else held_out
@@ -114,6 +123,16 @@ class CalibrationStream:
             missing -= size
         return fitting, apart
 
+    def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
+        """Do the same from a Dataset; what is held out is drawn once and never fitted."""
+        if not self._reserved:
+            size = self._count()
+            spare = held_out if size >= samples + held_out else min(held_out, size // 5)
+            self._reserved = torch.randperm(size, generator=self._generator)[:spare].tolist()
+        fitting = self._draw_indexed(samples, frozenset(self._reserved))
+        apart = self._in_batches(self._reserved)
+        return list(map(self._placed, fitting)), list(map(self._placed, apart))
+
     def _placed(self, batch: Any) -> Any:
         return map_tensors(lambda t: t.to(self._device), batch)
 
@@ -127,15 +146,19 @@ class CalibrationStream:
         fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
         return default_collate(fetch(indices))
 
-    def _draw_indexed(self, samples: int) -> list[Any]:
+    def _draw_indexed(self, samples: int, barred: Set[int] = frozenset()) -> list[Any]:
         size = self._count()
-        take = min(samples, size)
+        take = min(samples, size - len(barred))
+        self._order = [i for i in self._order if i not in barred]
         if len(self._order) < take:  # a new permutation; nothing is drawn twice within one draw
             held = set(self._order)
-            fresh = torch.randperm(size, generator=self._generator).tolist()
+            fresh = [i for i in torch.randperm(size, generator=self._generator).tolist() if i not in barred]
             self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
         indices, self._order = self._order[:take], self._order[take:]
-        return [self._collate(indices[i : i + _COLLATE]) for i in range(0, take, _COLLATE)]
+        return self._in_batches(indices)
+
+    def _in_batches(self, indices: list[int]) -> list[Any]:
+        return [self._collate(indices[i : i + _COLLATE]) for i in range(0, len(indices), _COLLATE)]
 
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
         got = 0

@@ -158,6 +158,7 @@ def prune(
         loss_fn=loss,
         curvature=curvature,
         samples=samples,
+        stages=stages,
         generator=generator,
         calibration=calibration,
         recalibration=calibration

@@ -63,6 +63,7 @@ class StageRunner:
         loss_fn: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         samples: Calibration samples a stage.
+        stages: How many stages there will be.
         generator: Random state of what is drawn for G.
         calibration: Where samples come from.
         recalibration: Where those for BatchNorm's statistics come from.
@@ -83,6 +84,7 @@ class StageRunner:
     loss_fn: LossFn
     curvature: GaussNewtonLoss | None
     samples: int
+    stages: int
     generator: torch.Generator
     calibration: CalibrationStream
     recalibration: CalibrationStream
@@ -105,7 +107,7 @@ class StageRunner:
         evidence: dict[str, Any] = {}
         if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
-            fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out))
+            fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out, self.stages))
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])

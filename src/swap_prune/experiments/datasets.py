@@ -78,6 +78,7 @@ class Source:
     downloads: tuple[tuple[str, str], ...] = ()  # address and MD5 of a gzipped file, or of a tar of the folder
 
 
+_AUGMENTED = ("cifar10",)  # whose networks are trained with random crops and flips
 _OTHER_STREAM = 0x5EED  # calibration and recalibration draw augmentations of their own
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 DATASETS: dict[str, Source] = {
@@ -149,8 +150,9 @@ def calibration_data(images: ImageData, seed: int) -> Any:
     Statistics of images as they are and of augmented ones make two different networks of the same weights; gradients
     should be those of the network that recalibration will leave.
     """
-    augmented = recalibration_data(images, seed ^ _OTHER_STREAM)
-    return images.train if augmented is None else augmented
+    if isinstance(images.train, ImageTensors) and images.name in _AUGMENTED:
+        return images.train.augmented(seed ^ _OTHER_STREAM)
+    return images.train
 
 
 def recalibration_data(images: ImageData, seed: int) -> AugmentedBatches | None:
@@ -158,7 +160,7 @@ def recalibration_data(images: ImageData, seed: int) -> AugmentedBatches | None:
 
     The statistics of CIFAR-10 networks belong to the training augmentation.
     """
-    if images.name == "cifar10" and isinstance(images.train, ImageTensors):
+    if isinstance(images.train, ImageTensors) and images.name in _AUGMENTED:
         return AugmentedBatches(images.train.augmented(seed), batch_size=250, seed=seed)
     return None
 

@@ -62,7 +62,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Return several images at once: what a `DataLoader` calls."""
-        images, labels = Images.batch(self, torch.as_tensor(indices, dtype=torch.long))
+        images, labels = self.batch(torch.as_tensor(indices, dtype=torch.long))
         return list(zip(images, labels.tolist(), strict=True))
 
 
@@ -88,18 +88,18 @@ class ImageTensors(Images):
         return self.images[indices], self.labels[indices]
 
     def augmented(self, seed: int) -> AugmentedImages:
-        """Return the same images, whose batches are drawn with random crops and flips."""
+        """Return the same images with random crops and flips."""
         return AugmentedImages(self, seed)
 
 
 class AugmentedImages(ImageTensors):
-    """Images whose batches are padded with 4 black pixels, cropped back at random, and flipped half the time.
+    """Images padded with 4 black pixels, cropped back at random, and flipped half the time, anew at each access.
 
-    Black means bytes of 0, before the normalisation. Access by index stays unaugmented.
+    Black means bytes of 0, before the normalisation.
     """
 
     def __init__(self, images: ImageTensors, seed: int) -> None:
-        """Share the images' memory; `seed` starts the stream that `batch` draws from by default."""
+        """Share the images' memory; `seed` starts the stream that crops and flips are drawn from by default."""
         super().__init__(images.images, images.labels, images.mean, images.std)
         self.generator = torch.Generator().manual_seed(seed)
 
