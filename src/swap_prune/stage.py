@@ -37,6 +37,7 @@ from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
+from swap_prune.restoration import shift_back, shift_seen
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
@@ -111,6 +112,8 @@ class StageRunner:
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])
+            if self.defended and teacher is not None:
+                fitting, spare = self._restored(fitting, spare, teacher, number, evidence)
             shown.stage(number, sparsity, samples)
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
@@ -145,6 +148,23 @@ class StageRunner:
             iterations=solution.iterations,
             evidence=evidence | dict(solution.evidence),
         )
+
+    def _restored(
+        self, fitting: list[Any], spare: list[Any], teacher: Teacher, number: int, evidence: dict[str, Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the samples with inputs shifted back, where they seem to have been shifted against their labels.
+
+        Once that was seen it is looked for in every stage: an attack on the network of a later stage may no longer
+        fool the dense one.
+        """
+        if not teacher.attacked and doubt_labels(self.loss_fn, teacher.outputs(fitting), fitting) is None:
+            return fitting, spare
+        radius = shift_seen(self.model, self.loss_fn, fitting, forked_generator(self.seed, f"restoration {number}"))
+        if radius is None:
+            return fitting, spare
+        teacher.attacked = True
+        evidence["inputs_shifted_back"] = radius
+        return shift_back(self.model, fitting, radius), shift_back(self.model, spare, radius)
 
     def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
         """Delete the file of a factor, or report the passes that it made."""

@@ -50,6 +50,7 @@ class Teacher:
 
     Attributes:
         doubt: How far the network has contradicted the labels that it has seen so far; None: not beyond its own errors.
+        attacked: Whether inputs that it has seen were shifted against their labels.
     """
 
     def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
@@ -60,6 +61,7 @@ class Teacher:
         self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
         self.doubt: LabelDoubt | None = None
+        self.attacked = False
 
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
         """Return the dense network's outputs on batches, in eval mode."""

@@ -1,0 +1,125 @@
+"""Calibration inputs that an attacker has shifted, shifted back.
+
+An attack moves an input x to where the loss at its label is high, within a small ball: ``max loss(x + d)``. The network
+is close to linear there, so that as many steps *down* the loss at the label lead back to about x. It is the
+anti-adversary of Alfarra et al. (AAAI 2022, arXiv 2103.14347), which has to guess labels; calibration samples have
+theirs. The radius is not known. It is the smallest at which labels are as likely as the network says that they are::
+
+    mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
+
+Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
+is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
+is as far as to any other.
+
+Place in the pipeline: a defence, before capture, where the dense network contradicts the labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from swap_prune.calibration import split_batches
+from swap_prune.losses import CrossEntropy, LossFn
+from swap_prune.modes import eval_mode
+
+__all__ = ["shift_back", "shift_seen"]
+
+_RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
+_STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
+_LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
+_LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
+_BATCH = 64  # samples shifted at a time: their activations are kept
+
+
+def shift_seen(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], generator: torch.Generator) -> float | None:
+    """Return how far inputs seem to have been shifted against their labels.
+
+    Args:
+        model: The network that may have been attacked; asked in eval mode.
+        loss_fn: Only for the cross-entropy of one label a sample is there an answer.
+        batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
+        generator: Draws the other classes (CPU).
+
+    Returns:
+        The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
+    """
+    if not _can_be_asked(loss_fn, batches):
+        return None
+    inputs, labels = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+    with eval_mode(model):
+        outputs = _outputs(model, inputs)
+        wrong = outputs.argmax(1) != labels
+        if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()) or _is_likely(outputs, labels):
+            return None
+        for radius in (r * float(inputs.std()) for r in _RADII):
+            moved = _outputs(model, _shifted(model, inputs, labels, radius))
+            if _is_likely(moved, labels):
+                reached = (moved.argmax(1) == labels)[wrong]
+                others = _other_classes(outputs, labels, generator)[wrong]
+                led = _outputs(model, _shifted(model, inputs[wrong], others, radius)).argmax(1) == others
+                return radius if _is_nearer(reached, led) else None
+    return None
+
+
+def shift_back(model: nn.Module, batches: Sequence[Any], radius: float) -> list[Any]:
+    """Return pairs whose inputs went down the loss at their labels, by ``radius`` in each entry at the most."""
+    with eval_mode(model):
+        return [(_shifted(model, inputs, labels, radius), labels) for inputs, labels in batches]
+
+
+def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
+    def is_pair(batch: Any) -> bool:
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+            return False
+        inputs, labels = batch
+        return inputs.is_floating_point() and not labels.is_floating_point() and labels.ndim == 1
+
+    return isinstance(loss_fn, CrossEntropy) and len(batches) > 0 and all(map(is_pair, batches))
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits, (n, classes)."""
+    return torch.cat([model(part) for part in torch.split(inputs, _BATCH)])
+
+
+def _is_likely(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether labels are as likely as draws from the network's own predictions would be."""
+    logs = outputs.double().log_softmax(1)
+    expected = float((logs.exp() * logs).sum(1).mean())
+    own = float(logs.gather(1, labels.unsqueeze(1)).mean())
+    return own >= expected
+
+
+@torch.enable_grad()
+def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float) -> Tensor:
+    """Go down the loss at classes (n,), within the ball of the largest entry around the inputs."""
+    parts = []
+    for part, goal in split_batches([(inputs, classes)], _BATCH):
+        shift = torch.zeros_like(part)
+        for _ in range(_STEPS):
+            moved = (part + shift).requires_grad_()
+            (slope,) = torch.autograd.grad(cross_entropy(model(moved), goal, reduction="sum"), moved)
+            shift = (shift - radius / 4 * slope.sign()).clamp_(-radius, radius)
+        parts.append(part + shift)
+    return torch.cat(parts)
+
+
+def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
+    drawn = torch.rand(outputs.shape, generator=generator).to(outputs.device)
+    barred = torch.stack([labels, outputs.argmax(1)], dim=1)
+    return drawn.scatter(1, barred, -1.0).argmax(1)
+
+
+def _is_nearer(reached: Tensor, led: Tensor) -> bool:
+    """Whether a shift leads to labels more often than to other classes, both boolean, (m,): paired."""
+    gap = reached.double() - led.double()
+    error = float(gap.std(correction=0)) / math.sqrt(len(gap))
+    return float(gap.mean()) >= max(_LEAST_GAP, _LEAST_ERRORS * error)

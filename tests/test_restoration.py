@@ -1,0 +1,100 @@
+"""Attacked calibration inputs are seen and shifted back; wrong labels and clean samples are left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import swap_prune
+from swap_prune.fisher.noise import parse_noise
+from swap_prune.losses import CrossEntropy, cross_entropy
+from swap_prune.restoration import shift_back, shift_seen
+from tests.cases import generator
+
+_CLASSES, _SIZE = 6, 40
+
+
+def task(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs around the centre of their class, each as long as the others."""
+    centres = 1.5 * torch.nn.functional.one_hot(torch.arange(_SIZE) % _CLASSES).float().T
+    labels = torch.randint(_CLASSES, (count,), generator=generator(seed))
+    return centres[labels] + torch.randn(count, _SIZE, generator=generator(seed + 1)), labels
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(_SIZE, 64), nn.ReLU(), nn.Linear(64, _CLASSES))
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-3)
+        inputs, labels = task(4000, 10)
+        for _ in range(150):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimiser.step()
+    return model
+
+
+def disturbed(network: nn.Module, noise: str | None, batches: list[Any]) -> list[Any]:
+    return parse_noise(noise).corrupt(batches, generator(3), network, cross_entropy)
+
+
+def samples(count: int = 300) -> list[Any]:
+    inputs, labels = task(count, 20)
+    return list(zip(inputs.split(128), labels.split(128), strict=True))
+
+
+def seen(network: nn.Module, noise: str | None) -> float | None:
+    return shift_seen(network, cross_entropy, disturbed(network, noise, samples()), generator(4))
+
+
+@pytest.mark.parametrize("attack", ["attack=pgd", "attack=fgsm"])
+def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
+    batches = samples()
+    attacked = disturbed(network, f"adversarial:{attack},budget=0.5", batches)
+    radius = shift_seen(network, cross_entropy, attacked, generator(4))
+    assert radius is not None and 0.25 < radius < 1.0
+    back = shift_back(network, attacked, radius)
+
+    def distance(parts: list[Any]) -> float:
+        return float(torch.cat([(a[0] - b[0]).abs() for a, b in zip(parts, batches, strict=True)]).mean())
+
+    assert distance(back) < 0.7 * distance(attacked)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(back, batches, strict=True))
+    assert all(float((a[0] - b[0]).abs().max()) <= radius * 1.0001 for a, b in zip(back, attacked, strict=True))
+
+
+@pytest.mark.parametrize("noise", [None, "labels:fraction=0.05", "labels:fraction=0.25", "labels:fraction=0.6"])
+def test_clean_samples_and_wrong_labels_are_no_attack(network: nn.Module, noise: str | None) -> None:
+    assert seen(network, noise) is None
+
+
+def test_where_there_are_no_single_classes_nothing_is_seen(network: nn.Module) -> None:
+    attacked = disturbed(network, "adversarial:budget=0.5", samples())
+    soft = [(inputs, nn.functional.one_hot(labels, _CLASSES).float()) for inputs, labels in attacked]
+    assert shift_seen(network, CrossEntropy(), soft, generator(4)) is None
+    assert shift_seen(network, lambda model, batch: batch[0].sum(1), attacked, generator(4)) is None
+    assert shift_seen(network, cross_entropy, [], generator(4)) is None
+    two = nn.Sequential(network, nn.Linear(_CLASSES, 2))  # there is no third class to compare with
+    assert shift_seen(two, cross_entropy, [(x, y % 2) for x, y in attacked], generator(4)) is None
+
+
+def test_prune_reports_what_it_undid_and_gains_by_it(network: nn.Module) -> None:
+    data, test = TensorDataset(*task(600, 30)), task(3000, 40)
+
+    def pruned(defence: str | None) -> tuple[float, list[bool]]:
+        model = nn.Sequential(nn.Linear(_SIZE, 64), nn.ReLU(), nn.Linear(64, _CLASSES))
+        model.load_state_dict(network.state_dict())
+        options: dict[str, Any] = {"samples": 300, "stages": 2, "defence": defence, "progress": False}
+        report = swap_prune.prune(model, data, 0.9, "lr", noise="adversarial:budget=0.7", **options)
+        accuracy = float((model(test[0]).argmax(1) == test[1]).double().mean())
+        return accuracy, ["inputs_shifted_back" in stage.evidence for stage in report.stages]
+
+    defended, undone = pruned("auto")
+    bare, left = pruned(None)
+    assert all(undone) and not any(left)
+    assert defended > bare + 0.02
