@@ -19,7 +19,8 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.regression.iht import solve_sparse
-from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.metric import diagonal_metric
+from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import swap_weights
 
 _SIZES = ((500, 30_000), (1000, 30_000), (500, 60_000), (500, 300_000), (64, 300_000), (64, 2_600_000))

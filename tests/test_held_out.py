@@ -13,7 +13,7 @@ from swap_prune import EWR, LR
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import polyak_length
-from swap_prune.methods.lr import ridge_candidates
+from swap_prune.methods.lr import candidates_of
 from swap_prune.problem import PruningProblem
 
 
@@ -26,10 +26,8 @@ def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> 
     return PruningProblem(torch.randn(p, generator=generator), keep, factor, held_out, lambda w, kept: slope)
 
 
-@pytest.mark.parametrize(("favoured", "ridge", "damping"), [(0, 0.025, 1.0), (1, 0.1, 1.0), (2, 0.0025, 30.0)])
-def test_the_ridge_and_damping_that_held_out_samples_favour_are_taken(
-    favoured: int, ridge: float, damping: float
-) -> None:
+@pytest.mark.parametrize("favoured", range(4))
+def test_the_candidate_that_held_out_samples_favour_is_taken(favoured: int) -> None:
     seen: list[Tensor] = []
 
     def held_out(w: Tensor, kept: Tensor) -> Tensor:
@@ -37,29 +35,39 @@ def test_the_ridge_and_damping_that_held_out_samples_favour_are_taken(
         return torch.full((5,), float(len(seen) - 1 != favoured))
 
     solution = LR(first_order=0, swaps=0).solve(problem_with(held_out), torch.Generator())
-    assert solution.evidence["ridge"] == ridge and solution.evidence["damping"] == damping
+    expected = candidates_of(LR())[favoured]
+    assert {key: solution.evidence[key] for key in expected._fields} == expected._asdict()
     assert [one["held_out_loss"] for one in solution.evidence["candidates"]].index(0) == favoured
-    assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 3
+    assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 4
+    alone = LR(**expected._asdict(), first_order=0, swaps=0).solve(problem_with(None), torch.Generator())
+    assert torch.equal(alone.weights, solution.weights)
 
 
-@pytest.mark.parametrize(("rows", "weights", "least"), [(1, 9_999, 1.0), (1, 10_001, 0.03), (3, 10_001, 1.0)])
-def test_a_small_damping_is_tried_where_rows_are_few(rows: int, weights: int, least: float) -> None:
-    pairs = ridge_candidates(LR(), torch.ones(weights), rows)
-    assert len(pairs) == 3 and min(damping for _, damping in pairs) == least
-    assert pairs[0] == (0.025, 1.0), "what is taken where nothing is held out"
-    assert ridge_candidates(LR(damping=2.0, ridge=0.1), torch.ones(weights), rows) == [(0.1, 2.0)]
+def test_the_first_candidate_is_taken_where_nothing_is_held_out() -> None:
+    evidence = LR(first_order=0, swaps=0).solve(problem_with(None), torch.Generator()).evidence
+    assert (evidence["ridge"], evidence["damping"], evidence["metric"]) == (0.025, 1.0, "diagonal")
 
 
-def test_the_small_damping_is_taken_where_held_out_samples_favour_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.methods.lr._FEW_ROWS", 1.0)  # 12 rows are few for 40 weights
-    fixed = LR(ridge=0.025, damping=0.03, first_order=0, swaps=0)
-    goal = fixed.solve(problem_with(None), torch.Generator()).weights
-    problem = problem_with(lambda w, kept: (w - goal).square())
-    solution = LR(first_order=0, swaps=0).solve(problem, torch.Generator())
-    assert solution.evidence["damping"] == 0.03 and torch.equal(solution.weights, goal)
+@pytest.mark.parametrize(("rows", "weights", "few"), [(1, 9_999, False), (1, 10_001, True), (3, 10_001, False)])
+def test_a_small_damping_is_tried_where_rows_are_few(rows: int, weights: int, few: bool) -> None:
+    found = candidates_of(LR(), torch.ones(weights), rows)
+    assert len(found) == 4 and found[:3] == candidates_of(LR())[:3]
+    assert (found[3] == (0.025, 0.03, "diagonal")) == few
+    assert candidates_of(LR(damping=2.0, ridge=0.1, metric="layer"), torch.ones(weights), rows) == [(0.1, 2.0, "layer")]
 
 
-@pytest.mark.parametrize(("settings", "candidates"), [({"ridge": 0.1}, 2), ({"damping": 3.0}, 3), ({}, 3)])
+@pytest.mark.parametrize(
+    ("settings", "candidates"),
+    [
+        ({}, 4),
+        ({"ridge": 0.1}, 4),
+        ({"damping": 3.0}, 4),
+        ({"metric": "factored"}, 3),
+        ({"metric": "layer", "damping": 3.0}, 3),
+        ({"metric": "identity"}, 3),
+        ({"metric": "layer", "ridge": 0.1}, 2),
+    ],
+)
 def test_what_is_fixed_is_not_chosen(settings: dict, candidates: int) -> None:
     problem = problem_with(lambda w, kept: w.square())
     evidence = LR(first_order=0, **settings).solve(problem, torch.Generator()).evidence

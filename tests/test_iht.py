@@ -7,7 +7,8 @@ import torch
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.regression.iht import hard_threshold, solve_sparse
-from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.metric import diagonal_metric
+from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
 from tests.cases import dense_parts, generator, normal, orthogonal_regression, random_regression
 from tests.reference import best_subset, dense_value, normal_equation_refit

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.square import SquareSystem, solve_square
 from swap_prune.transport import barycentric_target, transport_plan
 from tests.cases import dense_parts, generator, normal, random_regression
@@ -191,14 +191,6 @@ def test_nothing_is_changed_by_use():
     after = dense_parts(problem)
     assert torch.equal(w, kept) and torch.equal(support, torch.arange(4))
     assert all(torch.equal(part, after[name]) for name, part in before.items())
-
-
-def test_diagonal_metric():
-    f = torch.tensor([0.0, 1.0, 5.0])
-    torch.testing.assert_close(diagonal_metric(f, 0.5), torch.tensor([1.0, 2.0, 6.0]))
-    assert torch.equal(diagonal_metric(f, float("inf")), torch.ones(3))
-    assert torch.equal(diagonal_metric(torch.zeros(3), 1.0), torch.ones(3))
-    assert torch.equal(f, torch.tensor([0.0, 1.0, 5.0]))
 
 
 def test_solve_square():

@@ -31,8 +31,9 @@ from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
 from swap_prune.labels import LabelDoubt, doubt_labels
-from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration
 from swap_prune.methods import Method
+from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
@@ -157,6 +158,8 @@ class StageRunner:
         Once that was seen it is looked for in every stage: an attack on the network of a later stage may no longer
         fool the dense one.
         """
+        with eval_mode(self.model):
+            check_calibration(self.model, self.loss_fn, fitting)
         if not teacher.attacked and doubt_labels(self.loss_fn, teacher.outputs(fitting), fitting) is None:
             return fitting, spare
         radius = shift_seen(self.model, self.loss_fn, fitting, forked_generator(self.seed, f"restoration {number}"))

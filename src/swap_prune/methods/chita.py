@@ -52,6 +52,9 @@ class CHITA:
         if problem.keep in (0, problem.reference.numel()):
             return trivial_solution(problem)
         fit = solve_active_set(
-            pairing_regression(problem, self.ridge, math.inf), problem.keep, generator, max_iterations=self.iterations
+            pairing_regression(problem, self.ridge, math.inf, "identity"),
+            problem.keep,
+            generator,
+            max_iterations=self.iterations,
         )
         return solution_of(fit, {"ridge": self.ridge, "objective": fit.value})

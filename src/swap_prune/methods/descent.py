@@ -10,8 +10,9 @@ from torch import Tensor
 
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
+from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
-from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.objective import WeightedRidge
 
 __all__ = ["held_out_loss", "held_out_losses", "is_significant", "mean_loss", "step_down"]
 

@@ -5,7 +5,6 @@ minimise  n/2 OT_eps(G w, G w_bar) + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subje
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -14,17 +13,18 @@ from torch import Tensor
 
 from swap_prune.methods.descent import held_out_losses, is_significant, step_down
 from swap_prune.methods.lr import (
+    candidates_of,
     check_regression_settings,
     chooses,
     fit_pairing,
     is_number,
     pairing_regression,
-    ridge_candidates,
     solution_of,
     trivial_solution,
 )
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse
+from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
@@ -67,7 +67,7 @@ class EWR:
     debias: bool = True
     fisher: FisherKind = "auto"
     couplings: int = 1
-    metric: Literal["diagonal", "identity"] = "diagonal"
+    metric: Metric | Literal["auto"] = "auto"
     damping: float | Literal["auto"] = "auto"
     iterations: int = 10
     swaps: int = 10
@@ -161,8 +161,8 @@ class EWR:
         fixed plan, whichever gradient gives the direction.
         """
         diagonal = problem.fisher().diagonal()
-        ridge, _ = ridge_candidates(replace(self, metric="identity"), diagonal)[0]
-        pairing = pairing_regression(problem, ridge, math.inf, diagonal)
+        plain = candidates_of(replace(self, metric="identity"), diagonal)[0]
+        pairing = pairing_regression(problem, *plain, diagonal=diagonal)
         support = top_k(problem.reference.abs(), problem.keep, problem.floors)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,16 +16,21 @@ from torch import Tensor
 from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, mean_loss, step_down
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
-from swap_prune.regression.objective import WeightedRidge, diagonal_metric
+from swap_prune.regression.metric import Metric, damped_metric
+from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import swap_weights
 
 __all__ = ["LR"]
 
-# (ridge, damping) in the diagonal metric, where neither has a unit; the first is taken where nothing is held out
-_CANDIDATES = ((0.025, 1.0), (0.1, 1.0), (0.0025, 30.0))
-# with so few rows that a ridge hardly changes the fit; what matters is how far the metric trusts the single weight
+_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (  # the first is taken where nothing is held out
+    (0.025, 1.0, "diagonal"),
+    (0.1, 1.0, "factored"),
+    (0.0025, 30.0, "diagonal"),
+    (0.0025, 30.0, "layer"),
+)
+# with so few rows a ridge hardly changes the fit; what matters is how far the metric trusts the single weight
 _FEW_ROWS = 1e-4  # a weight
-_FEW_ROWS_CANDIDATES = ((0.025, 1.0), (0.025, 0.03), (0.0025, 30.0))
+_FEW_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (*_CANDIDATES[:3], (0.025, 0.03, "diagonal"))
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,12 @@ class LR:
     Attributes:
         fisher: Which matrix the rows of G stand for: ``"gauss-newton"``, which needs a loss that knows its curvature;
             ``"empirical"``, the paper's; or ``"auto"``: Gauss-Newton where the loss allows it.
-        ridge: lam, which has no unit in the diagonal metric and that of the Fisher diagonal in the identity metric;
+        ridge: lam, which has that of the Fisher diagonal as its unit in the identity metric, and none in the others;
             or ``"auto"``: chosen by the loss on held-out samples, where there are any.
-        metric: ``"diagonal"``, ``m = f + damping mean(f)``, which does not care how layers are scaled, or
-            ``"identity"``, the paper's.
-        damping: Share of the mean diagonal in the metric, > 0; or ``"auto"``, chosen together with the ridge.
+        metric: ``m = f + damping b``, b being the mean of the Fisher diagonal f over all weights (``"diagonal"``), over
+            the layer (``"layer"``), or over the output and the input of each weight (``"factored"``); ``"identity"``,
+            the paper's, which is 1; or ``"auto"``, chosen together with the ridge.
+        damping: c > 0; or ``"auto"``, chosen together with the ridge.
         iterations: Hard-thresholding iterations a stage at the most.
         swaps: Batches of kept and dropped weights that change places after them, at the most; 0 for none.
         first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
@@ -48,7 +54,7 @@ class LR:
 
     fisher: FisherKind = "auto"
     ridge: float | Literal["auto"] = "auto"
-    metric: Literal["diagonal", "identity"] = "diagonal"
+    metric: Metric | Literal["auto"] = "auto"
     damping: float | Literal["auto"] = "auto"
     iterations: int = 10
     swaps: int = 10
@@ -95,74 +101,91 @@ class RegressionSettings(Protocol):
 
 
 def chooses(settings: RegressionSettings) -> bool:
-    """Whether held-out samples have something to choose: a ridge, a damping or the length of a step."""
-    return len(ridge_candidates(settings)) > 1 or settings.first_order == "auto"
+    """Whether held-out samples have something to choose: a ridge, a damping, a metric or the length of a step."""
+    return len(candidates_of(settings)) > 1 or settings.first_order == "auto"
 
 
-def ridge_candidates(
+class Candidate(NamedTuple):
+    """What a regression is stated with."""
+
+    ridge: float
+    damping: float
+    metric: Metric
+
+
+def candidates_of(
     settings: RegressionSettings, diagonal: Tensor | None = None, rows: int | None = None
-) -> list[tuple[float, float]]:
-    """Return the pairs (ridge, damping) to choose from.
+) -> list[Candidate]:
+    """Return what there is to choose from.
 
     Args:
-        settings: What is fixed is the same in all of them. In the identity metric the damping is infinite.
+        settings: What is fixed is the same in all of them.
         diagonal: f, (p,): its mean is the unit of an automatic ridge in the identity metric; 1 if it is not given.
-        rows: n, where the pairs may depend on how few there are for p weights.
+        rows: n, where the candidates may depend on how few there are for p weights.
     """
-    identity = settings.metric == "identity"
-    unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
     few = diagonal is not None and rows is not None and rows < _FEW_ROWS * len(diagonal)
-    pairs = []
-    for automatic_ridge, automatic_damping in _FEW_ROWS_CANDIDATES if few else _CANDIDATES:
+    found = []
+    for automatic_ridge, automatic_damping, automatic_metric in _FEW_ROWS_CANDIDATES if few else _CANDIDATES:
+        metric = cast(Metric, settings.metric) if settings.metric != "auto" else automatic_metric
+        identity = metric == "identity"
+        unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
         ridge = unit * automatic_ridge if settings.ridge == "auto" else float(settings.ridge)
         damping = automatic_damping if settings.damping == "auto" else float(settings.damping)
-        pairs.append((ridge, math.inf if identity else damping))
-    return list(dict.fromkeys(pairs))
+        found.append(Candidate(ridge, math.inf if identity else damping, metric))
+    return list(dict.fromkeys(found))
 
 
 def fit_pairing(
     settings: RegressionSettings, problem: PruningProblem
 ) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
-    """Fit with each candidate for ridge and damping, swap weights, and keep what held-out samples favour.
+    """Fit with each candidate for ridge, damping and metric, swap weights, and keep what held-out samples favour.
 
     Returns:
         The regression, its sparse fit, and the evidence for the report.
     """
     fisher = problem.fisher()
     diagonal, target = fisher.diagonal(), fisher.matvec(problem.reference)
-    candidates = ridge_candidates(settings, diagonal, fisher.shape[0])
+    candidates = candidates_of(settings, diagonal, fisher.shape[0])
     if problem.held_out is None:
         candidates = candidates[:1]
-    best: tuple[WeightedRidge, SparseFit, float] | None = None
+    best: tuple[WeightedRidge, SparseFit, Candidate] | None = None
     least, losses = math.inf, None  # of the best: their mean, and each
-    tried: list[dict[str, float]] = []
-    ends: dict[float, SparseFit] = {}  # damping -> a fit in the same metric: its path need not be walked twice
-    for ridge, damping in candidates:
-        regression = pairing_regression(problem, ridge, damping, diagonal, target)
-        end = ends.get(damping)
-        start, previous = (None, None) if end is None else (end.support, end.refit)
-        fit = solve_sparse(regression, problem.keep, start=start, previous=previous, max_iterations=settings.iterations)
-        ends[damping] = fit
+    tried: list[dict[str, Any]] = []
+    fit: SparseFit | None = None
+    metric = None  # of the last fit: its path need not be walked twice
+    for candidate in candidates:
+        regression = pairing_regression(problem, *candidate, diagonal=diagonal, target=target)
+        last = fit if fit is not None and metric == candidate[1:] else None
+        fit = solve_sparse(
+            regression,
+            problem.keep,
+            start=None if last is None else last.support,
+            previous=None if last is None else last.refit,
+            max_iterations=settings.iterations,
+        )
+        metric = candidate[1:]
         own = None if problem.held_out is None else held_out_losses(problem, fit)
         loss = mean_loss(own) if own is not None else 0.0
-        tried.append({"ridge": ridge, "damping": damping, "held_out_loss": loss})
+        tried.append(candidate._asdict() | {"held_out_loss": loss})
         if best is None or loss < least:
-            best, least, losses = (regression, fit, damping), loss, own
+            best, least, losses = (regression, fit, candidate), loss, own
     assert best is not None, "there is at least one candidate"
-    regression, fit, damping = best
+    regression, fit, candidate = best
     swapped = swap_weights(regression, fit, settings.swaps, diagonal)
     if swapped.swaps and losses is not None:
         after = held_out_losses(problem, swapped)
-        entry = {"ridge": regression.ridge, "damping": damping, "swaps": swapped.swaps}
-        tried.append(entry | {"held_out_loss": mean_loss(after)})
+        tried.append(candidate._asdict() | {"swaps": swapped.swaps, "held_out_loss": mean_loss(after)})
         swapped = swapped if is_significant(losses - after) else fit
     fit = swapped
-    evidence: dict[str, Any] = {"ridge": regression.ridge, "objective": fit.value, "swaps": fit.swaps}
-    if settings.metric == "diagonal":
-        evidence["damping"] = damping
+    evidence: dict[str, Any] = candidate._asdict() | {"objective": fit.value, "swaps": fit.swaps}
     if len(tried) > 1:
-        evidence["candidates"] = [{key: value for key, value in one.items() if math.isfinite(value)} for one in tried]
-    return regression, fit, evidence
+        evidence["candidates"] = list(map(_finite, tried))
+    return regression, fit, _finite(evidence)
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the numbers that JSON cannot hold."""
+    return {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def check_regression_settings(settings: RegressionSettings) -> None:
@@ -173,8 +196,9 @@ def check_regression_settings(settings: RegressionSettings) -> None:
     """
     if settings.fisher not in get_args(FisherKind):
         raise ValueError(f"fisher must be one of {', '.join(get_args(FisherKind))}, got {settings.fisher!r}")
-    if settings.metric not in ("diagonal", "identity"):
-        raise ValueError(f"metric must be 'diagonal' or 'identity', got {settings.metric!r}")
+    metrics = ("auto", *get_args(Metric))
+    if settings.metric not in metrics:
+        raise ValueError(f"metric must be one of {', '.join(metrics)}, got {settings.metric!r}")
     for name, least in (("ridge", "at least"), ("damping", "above"), ("first_order", "at least")):
         value = getattr(settings, name)
         if value == "auto":
@@ -196,6 +220,8 @@ def pairing_regression(
     problem: PruningProblem,
     ridge: float,
     damping: float,
+    metric: Metric = "diagonal",
+    *,
     diagonal: Tensor | None = None,
     target: Tensor | None = None,
 ) -> WeightedRidge:
@@ -204,14 +230,16 @@ def pairing_regression(
     Args:
         problem: The pruning problem.
         ridge: lam.
-        damping: Of the diagonal metric; infinite for the identity.
+        damping: c of the metric; the identity has none.
+        metric: See :mod:`swap_prune.regression.metric`.
         diagonal: f, (p,), where it is known already.
         target: y, (n,), where it is known already.
     """
     factor = problem.fisher()
     f = factor.diagonal() if diagonal is None else diagonal
     y = factor.matvec(problem.reference) if target is None else target
-    return WeightedRidge(factor, y, problem.reference, ridge, diagonal_metric(f, damping), floors=problem.floors)
+    m = damped_metric(f, damping, metric, problem.layers())
+    return WeightedRidge(factor, y, problem.reference, ridge, m, floors=problem.floors)
 
 
 def trivial_solution(problem: PruningProblem) -> PruningSolution:

@@ -20,7 +20,7 @@ from swap_prune.regression.conjugate import DualSystem
 from swap_prune.regression.square import solve_square
 from swap_prune.regression.top_k import Floors
 
-__all__ = ["Refit", "ScaledGram", "WeightedRidge", "diagonal_metric"]
+__all__ = ["Refit", "ScaledGram", "WeightedRidge"]
 
 
 @dataclass(frozen=True)
@@ -164,19 +164,3 @@ class WeightedRidge:
             if int(difference.count_nonzero()) < keep:
                 return ScaledGram(scale, previous.gram.matrix + self.factor.gram(difference))
         return ScaledGram(scale, self.factor.gram(scale))
-
-
-def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
-    """Return ``m = f + damping * mean(f)``, (p,): the scale of each weight as the loss sees it.
-
-    Multiplying a layer's weights by s and dividing its inputs by s changes neither ``m_j w_j^2`` (up to the
-    damping) nor the network, so that selection by ``m_j w_j^2`` does not care how layers are scaled.
-
-    Args:
-        fisher_diagonal: f, (p,).
-        damping: Share of the mean added to every entry; infinity gives the identity metric.
-    """
-    mean = fisher_diagonal.mean()
-    if damping == float("inf") or float(mean) == 0:
-        return torch.ones_like(fisher_diagonal)
-    return fisher_diagonal + damping * mean

@@ -1,0 +1,75 @@
+"""The metric m of the ridge, of the gradient step and of the selection: the scale of each weight as the loss sees it.
+
+    m_j = f_j + c b_j,      f the diagonal of the Fisher, c the damping
+
+Multiplying a layer's weights by s and dividing its inputs by s leaves the network as it is, and ``f_j w_j^2`` too. The
+diagonal of a single weight is an estimate from n rows, and may be zero. So it is drawn towards what b_j says of weights
+like it:
+
+- ``diagonal``: the mean of f over all weights. Its unit is that of no layer in particular: a large c tends to 1.
+- ``layer``: the mean over the weight's own layer.
+- ``factored``: the mean over its output times that over its input, over that of its layer: the best guess where a
+  gradient is the product of an output's and an input's (Shazeer and Stern, Adafactor, ICML 2018). Rescaling any
+  output or input of a layer is seen by it.
+- ``identity``: m = 1, the paper's.
+
+Place in the pipeline: before the regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from swap_prune.problem import Layer
+
+__all__ = ["Metric", "damped_metric", "diagonal_metric"]
+
+Metric = Literal["diagonal", "layer", "factored", "identity"]
+
+_LEAST = 1e-4  # of the mean over all weights: no b_j is less
+_LAYER_SHARE = 0.01  # of the layer's mean in the factored b_j: an output or input without gradients may get some
+
+
+def damped_metric(fisher_diagonal: Tensor, damping: float, metric: Metric, layers: Iterable[Layer]) -> Tensor:
+    """Return m, (p,).
+
+    Args:
+        fisher_diagonal: f, (p,).
+        damping: c > 0.
+        metric: What b is.
+        layers: Where the p weights lie.
+    """
+    if metric == "identity":
+        return torch.ones_like(fisher_diagonal)
+    mean = float(fisher_diagonal.mean())
+    if metric == "diagonal" or mean == 0:
+        return diagonal_metric(fisher_diagonal, damping)
+    m = torch.empty_like(fisher_diagonal)
+    for layer in layers:
+        own = fisher_diagonal[layer.place]
+        alike = own.mean() if metric == "layer" else _factored(own, layer.shape)
+        m[layer.place] = own + damping * alike.clamp_min(_LEAST * mean)
+    return m
+
+
+def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
+    """Return ``m = f + damping * mean(f)``, (p,); 1 where there are no gradients at all."""
+    mean = fisher_diagonal.mean()
+    if float(mean) == 0:
+        return torch.ones_like(fisher_diagonal)
+    return fisher_diagonal + damping * mean
+
+
+def _factored(f: Tensor, shape: torch.Size) -> Tensor:
+    """Return b of one layer, flat or of one element; a vector has no inputs to tell apart."""
+    if len(shape) < 2:
+        return f.mean()
+    table = f.view(*shape[:2], -1)
+    outputs, inputs = table.mean((1, 2), keepdim=True), table.mean((0, 2), keepdim=True)
+    mean = table.mean()
+    product = outputs * inputs / mean.clamp_min(torch.finfo(f.dtype).tiny)
+    return (product + _LAYER_SHARE * mean).expand_as(table).reshape(-1)

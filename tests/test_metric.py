@@ -1,0 +1,82 @@
+"""The metric: against loops over weights, and against rescaling a network's layers, outputs and inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swap_prune.problem import Layer
+from swap_prune.regression.metric import damped_metric, diagonal_metric
+
+SHAPES = ((3, 4), (2, 3, 2, 2), (5,), (4, 1, 3, 3))
+
+
+def layers() -> list[Layer]:
+    found, start = [], 0
+    for number, shape in enumerate(map(torch.Size, SHAPES)):
+        found.append(Layer(str(number), slice(start, start + shape.numel()), shape))
+        start += shape.numel()
+    return found
+
+
+def fisher() -> Tensor:
+    total = layers()[-1].place.stop
+    return torch.rand(total, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+
+
+def test_diagonal_metric() -> None:
+    f = torch.tensor([0.0, 1.0, 5.0])
+    torch.testing.assert_close(diagonal_metric(f, 0.5), torch.tensor([1.0, 2.0, 6.0]))
+    assert torch.equal(diagonal_metric(torch.zeros(3), 1.0), torch.ones(3))
+    assert torch.equal(f, torch.tensor([0.0, 1.0, 5.0]))
+
+
+def test_every_metric_is_what_a_loop_over_weights_says() -> None:
+    f = fisher()
+    for layer in layers():
+        own = f[layer.place].view(layer.shape)
+        mean = own.mean()
+        for index in torch.cartesian_prod(*map(torch.arange, layer.shape)).view(-1, len(layer.shape)).tolist():
+            at = tuple(index)
+            alike = own[at[0]].mean() * own[:, at[1]].mean() / mean + 0.01 * mean if len(at) > 1 else mean
+            place = layer.place.start + int(torch.arange(own.numel()).view(layer.shape)[at])
+            for metric, b in (("diagonal", f.mean()), ("layer", mean), ("factored", alike)):
+                found = damped_metric(f, 3.0, metric, layers())[place]
+                torch.testing.assert_close(found, own[at] + 3 * b)
+    assert torch.equal(damped_metric(f, 3.0, "identity", layers()), torch.ones_like(f))
+
+
+@pytest.mark.parametrize("metric", ["layer", "factored"])
+def test_scaling_a_layer_scales_its_own_metric_alone(metric: str) -> None:
+    f = fisher()
+    place = layers()[1].place
+    scaled = f.clone()
+    scaled[place] *= 9
+    expected = damped_metric(f, 1.0, metric, layers())
+    expected[place] *= 9
+    torch.testing.assert_close(damped_metric(scaled, 1.0, metric, layers()), expected)
+
+
+@pytest.mark.parametrize("of", ["outputs", "inputs"])
+def test_the_factored_metric_follows_the_scale_of_outputs_and_inputs(of: str) -> None:
+    shape = torch.Size((6, 5))
+    f = fisher()[: shape.numel()].view(shape)
+    scale = torch.logspace(0, 2, shape[0 if of == "outputs" else 1], dtype=f.dtype)
+    scale = scale.unsqueeze(1) if of == "outputs" else scale
+
+    def b(values: Tensor) -> Tensor:
+        """The factored guess itself, without the share of the layer's mean."""
+        m = damped_metric(values.reshape(-1), 1.0, "factored", [Layer("w", slice(0, shape.numel()), shape)])
+        return m.view(shape) - values - 0.01 * values.mean()
+
+    outer = torch.outer(f.mean(1), f.mean(0))
+    torch.testing.assert_close(b(outer * scale), outer * scale)  # of rank 1: the guess is exact at any scale
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "layer", "factored"])
+def test_weights_without_gradients_have_a_metric_above_zero(metric: str) -> None:
+    f = fisher()
+    f[layers()[1].place] = 0
+    assert bool((damped_metric(f, 1.0, metric, layers()) > 0).all())
+    assert torch.equal(damped_metric(torch.zeros_like(f), 1.0, metric, layers()), torch.ones_like(f))
