@@ -12,14 +12,14 @@ from torch.utils.data import TensorDataset
 import swap_prune
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.losses import CrossEntropy, cross_entropy
-from swap_prune.restoration import shift_back, shift_seen
+from swap_prune.restoration import labels_contradicted, shift_back, shift_seen
 from tests.cases import generator
 
 _CLASSES, _SIZE = 6, 40
 
 
 def task(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs around the centre of their class, each as long as the others."""
+    """Inputs around the centre of their class."""
     centres = 1.5 * torch.nn.functional.one_hot(torch.arange(_SIZE) % _CLASSES).float().T
     labels = torch.randint(_CLASSES, (count,), generator=generator(seed))
     return centres[labels] + torch.randn(count, _SIZE, generator=generator(seed + 1)), labels
@@ -73,6 +73,16 @@ def test_clean_samples_and_wrong_labels_are_no_attack(network: nn.Module, noise:
     assert seen(network, noise) is None
 
 
+def test_labels_are_contradicted_where_more_is_wrong_than_the_network_says(network: nn.Module) -> None:
+    def contradicted(noise: str | None) -> bool:
+        batches = disturbed(network, noise, samples())
+        with torch.no_grad():
+            return labels_contradicted(cross_entropy, [network(x) for x, _ in batches], batches)
+
+    assert not contradicted(None)
+    assert contradicted("adversarial:budget=0.5") and contradicted("labels:fraction=0.25")
+
+
 def test_where_there_are_no_single_classes_nothing_is_seen(network: nn.Module) -> None:
     attacked = disturbed(network, "adversarial:budget=0.5", samples())
     soft = [(inputs, nn.functional.one_hot(labels, _CLASSES).float()) for inputs, labels in attacked]
@@ -90,7 +100,7 @@ def test_prune_reports_what_it_undid_and_gains_by_it(network: nn.Module) -> None
         model = nn.Sequential(nn.Linear(_SIZE, 64), nn.ReLU(), nn.Linear(64, _CLASSES))
         model.load_state_dict(network.state_dict())
         options: dict[str, Any] = {"samples": 300, "stages": 2, "defence": defence, "progress": False}
-        report = swap_prune.prune(model, data, 0.9, "lr", noise="adversarial:budget=0.7", **options)
+        report = swap_prune.prune(model, data, 0.95, "lr", noise="adversarial:budget=0.7", **options)
         accuracy = float((model(test[0]).argmax(1) == test[1]).double().mean())
         return accuracy, ["inputs_shifted_back" in stage.evidence for stage in report.stages]
 

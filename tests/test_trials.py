@@ -14,7 +14,7 @@ from swap_prune.losses import cross_entropy
 from swap_prune.modes import batch_statistics
 from swap_prune.selection import Selection, select_parameters
 from swap_prune.surgery import write_weights
-from swap_prune.trials import Teacher, Trials
+from swap_prune.trials import Taught, Teacher, Trials
 from tests.cases import generator
 
 
@@ -32,16 +32,18 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def trials_on(
-    model: nn.Module, selection: Selection, fitting: list, taught: list, norm: bool, **changes: object
-) -> Trials:
+def untaught(plain: list) -> list[Taught]:
+    return list(map(Taught, plain))
+
+
+def trials_on(model: nn.Module, selection: Selection, fitting: list, norm: bool, **changes: object) -> Trials:
     settings = {
-        "held_out": batches(9),
+        "held_out": untaught(batches(9)),
         "normalised": norm,
         "noisy": lambda factor: factor,
         "disturb": lambda weights: weights,
     }
-    return Trials(model, selection, cross_entropy, fitting, taught=taught, **(settings | changes))
+    return Trials(model, selection, cross_entropy, fitting, **(settings | changes))
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -52,7 +54,7 @@ def test_the_slope_is_the_derivative_of_the_mean_loss(norm: bool, with_teacher: 
     dense = copy.deepcopy(model)
     teacher = Teacher(model, selection, cross_entropy)
     w = 0.7 * selection.read(model)
-    taught = teacher.outputs(fitting) if with_teacher else []
+    taught = teacher.teach(fitting) if with_teacher else untaught(fitting)
     kept = torch.ones_like(w, dtype=torch.bool)
 
     def mean_loss(weights: Tensor) -> float:
@@ -64,11 +66,11 @@ def test_the_slope_is_the_derivative_of_the_mean_loss(norm: bool, with_teacher: 
                 loss = functional.cross_entropy(z, y, reduction="sum")
                 if with_teacher:
                     wanted, ours = dense(x).log_softmax(1), z.log_softmax(1)
-                    loss = (loss + functional.kl_div(ours, wanted, reduction="sum", log_target=True)) / 2
+                    loss = loss / 4 + 3 / 4 * functional.kl_div(ours, wanted, reduction="sum", log_target=True)
                 total += float(loss)
         return total / 13
 
-    slope = trials_on(model, selection, fitting, taught, norm).slope(w, kept)
+    slope = trials_on(model, selection, taught, norm).slope(w, kept)
     for j in (0, 7, 23, 30, 41):
         step = torch.zeros_like(w).index_fill(0, torch.tensor(j), 1e-5)
         assert float(slope[j]) == pytest.approx((mean_loss(w + step) - mean_loss(w - step)) / 2e-5, rel=1e-4, abs=1e-8)
@@ -95,15 +97,15 @@ def test_noise_reaches_the_slope() -> None:
     selection = select_parameters(model, ("Linear",), ())
     w = selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
-    clean = trials_on(model, selection, fitting, [], False)
-    noisy = trials_on(model, selection, fitting, [], False, noisy=lambda factor: DenseFactor(factor.matrix + 1))
+    clean = trials_on(model, selection, untaught(fitting), False)
+    noisy = trials_on(model, selection, untaught(fitting), False, noisy=lambda factor: DenseFactor(factor.matrix + 1))
     torch.testing.assert_close(noisy.slope(w, kept), clean.slope(w, kept) + 1)
 
 
 def test_with_a_defence_slopes_are_averaged_over_cleaned_rows_of_single_samples() -> None:
     model, fitting = network(False), batches(5, 8)
     selection = select_parameters(model, ("Linear",), ())
-    taught = Teacher(model, selection, cross_entropy).outputs(fitting)
+    taught = Teacher(model, selection, cross_entropy).teach(fitting)
     w = 0.7 * selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
     seen: list[tuple[int, int]] = []
@@ -112,8 +114,8 @@ def test_with_a_defence_slopes_are_averaged_over_cleaned_rows_of_single_samples(
         seen.append(factor.shape)
         return 2 * factor.matrix.mean(0)
 
-    plain = trials_on(model, selection, fitting, taught, False).slope(w, kept)
-    cleaned = trials_on(model, selection, fitting, taught, False, clean=clean).slope(w, kept)
+    plain = trials_on(model, selection, taught, False).slope(w, kept)
+    cleaned = trials_on(model, selection, taught, False, clean=clean).slope(w, kept)
     torch.testing.assert_close(cleaned, 2 * plain)
     assert seen == [(13, len(w))]
 
@@ -123,8 +125,8 @@ def test_disturbed_weights_are_where_the_slope_is_taken() -> None:
     selection = select_parameters(model, ("Linear",), ())
     w = selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
-    elsewhere = trials_on(model, selection, fitting, [], False).slope(w + 0.1, kept)
-    disturbed = trials_on(model, selection, fitting, [], False, disturb=lambda weights: weights + 0.1)
+    elsewhere = trials_on(model, selection, untaught(fitting), False).slope(w + 0.1, kept)
+    disturbed = trials_on(model, selection, untaught(fitting), False, disturb=lambda weights: weights + 0.1)
     torch.testing.assert_close(disturbed.slope(w, kept), elsewhere)
     assert torch.equal(selection.read(model), w)
 
@@ -136,7 +138,7 @@ def test_held_out_losses_are_those_of_the_candidate_on_its_own_statistics() -> N
     w = 0.5 * selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
     statistics = model[1].running_mean.clone()
-    losses = trials_on(model, selection, fitting, [], True).losses(w, kept)
+    losses = trials_on(model, selection, untaught(fitting), True).losses(w, kept)
     assert torch.equal(model[1].running_mean, statistics)
     other = network(True).train()
     write_weights(other, selection, w, kept)
@@ -149,9 +151,28 @@ def test_a_held_out_sample_alone_is_judged_on_the_running_statistics() -> None:
     selection = select_parameters(model, ("Linear",), ())
     w = selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
-    losses = trials_on(model, selection, batches(9), [], True, held_out=held_out).losses(w, kept)
+    losses = trials_on(model, selection, untaught(batches(9)), True, held_out=untaught(held_out)).losses(w, kept)
     expected = torch.cat([cross_entropy(model, batch).detach() for batch in held_out])
     torch.testing.assert_close(losses, expected)
+
+
+def test_held_out_losses_blend_labels_and_teacher_as_far_as_labels_are_trusted() -> None:
+    model, held_out = network(False), batches(4, 3)
+    selection = select_parameters(model, ("Linear",), ())
+    dense = copy.deepcopy(model)
+    trusts = [torch.linspace(0, 1, len(y), dtype=torch.float64) for _, y in held_out]
+    plain = Teacher(model, selection, cross_entropy).teach(held_out)
+    taught = [one._replace(trust=trust) for one, trust in zip(plain, trusts, strict=True)]
+    w = 0.6 * selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    losses = trials_on(model, selection, untaught(batches(9)), False, held_out=taught).losses(w, kept)
+    write_weights(model, selection, w, kept)
+    expected = []
+    for (x, y), trust in zip(held_out, trusts, strict=True):
+        wanted, ours = dense(x).softmax(1), model(x).log_softmax(1)
+        divergence = (wanted * (wanted.log() - ours)).sum(1)
+        expected.append(trust / 4 * functional.nll_loss(ours, y, reduction="none") + (1 - trust / 4) * divergence)
+    torch.testing.assert_close(losses, torch.cat(expected).detach())
 
 
 def test_batch_statistics_leave_the_running_ones() -> None:

@@ -28,13 +28,30 @@ from swap_prune.calibration import split_batches
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.modes import eval_mode
 
-__all__ = ["shift_back", "shift_seen"]
+__all__ = ["labels_contradicted", "shift_back", "shift_seen"]
 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
+_LOOKED_AT = 256  # samples that the radius is found on
+_LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than expected
+_LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
 _BATCH = 64  # samples shifted at a time: their activations are kept
+
+
+def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> bool:
+    """Whether labels are less likely, beyond chance, than the network's predictions say that they should be.
+
+    Args:
+        loss_fn: Only for the cross-entropy of one label a sample is there an answer; else False.
+        outputs: Logits of the network on the batches, (n, classes) each.
+        batches: Pairs of inputs and class indices (n,).
+    """
+    if not _can_be_asked(loss_fn, batches) or any(z.ndim != 2 for z in outputs):
+        return False
+    surplus = _surplus(torch.cat(list(outputs)), torch.cat([batch[1] for batch in batches]))
+    return float(surplus.mean()) < -_LEAST_EVIDENCE * float(surplus.std()) / math.sqrt(len(surplus))
 
 
 def shift_seen(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], generator: torch.Generator) -> float | None:
@@ -51,15 +68,17 @@ def shift_seen(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], genera
     """
     if not _can_be_asked(loss_fn, batches):
         return None
-    inputs, labels = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+    inputs, labels = (torch.cat([batch[part] for batch in batches])[:_LOOKED_AT] for part in (0, 1))
     with eval_mode(model):
         outputs = _outputs(model, inputs)
         wrong = outputs.argmax(1) != labels
-        if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()) or _is_likely(outputs, labels):
+        if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()):
+            return None
+        if float(_surplus(outputs, labels).mean()) >= 0:
             return None
         for radius in (r * float(inputs.std()) for r in _RADII):
             moved = _outputs(model, _shifted(model, inputs, labels, radius))
-            if _is_likely(moved, labels):
+            if float(_surplus(moved, labels).mean()) >= 0:
                 reached = (moved.argmax(1) == labels)[wrong]
                 others = _other_classes(outputs, labels, generator)[wrong]
                 led = _outputs(model, _shifted(model, inputs[wrong], others, radius)).argmax(1) == others
@@ -89,12 +108,10 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([model(part) for part in torch.split(inputs, _BATCH)])
 
 
-def _is_likely(outputs: Tensor, labels: Tensor) -> bool:
-    """Whether labels are as likely as draws from the network's own predictions would be."""
+def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return ``log q(label) - sum_c q(c) log q(c)``, (n,): 0 in the mean where predictions are calibrated."""
     logs = outputs.double().log_softmax(1)
-    expected = float((logs.exp() * logs).sum(1).mean())
-    own = float(logs.gather(1, labels.unsqueeze(1)).mean())
-    return own >= expected
+    return logs.gather(1, labels.unsqueeze(1)).squeeze(1) - (logs.exp() * logs).sum(1)
 
 
 @torch.enable_grad()
@@ -119,7 +136,9 @@ def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) 
 
 
 def _is_nearer(reached: Tensor, led: Tensor) -> bool:
-    """Whether a shift leads to labels more often than to other classes, both boolean, (m,): paired."""
+    """Whether a shift leads to most labels, and to more of them than of other classes, both boolean, (m,): paired."""
+    if float(reached.double().mean()) < _LEAST_REACHED:
+        return False
     gap = reached.double() - led.double()
     error = float(gap.std(correction=0)) / math.sqrt(len(gap))
     return float(gap.mean()) >= max(_LEAST_GAP, _LEAST_ERRORS * error)

@@ -38,11 +38,11 @@ from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
-from swap_prune.restoration import shift_back, shift_seen
+from swap_prune.restoration import labels_contradicted, shift_back, shift_seen
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
-from swap_prune.trials import SLOPE_BATCH, Teacher, Trials
+from swap_prune.trials import SLOPE_BATCH, Taught, Teacher, Trials
 
 __all__ = ["StageRunner"]
 
@@ -160,7 +160,7 @@ class StageRunner:
         """
         with eval_mode(self.model):
             check_calibration(self.model, self.loss_fn, fitting)
-        if not teacher.attacked and doubt_labels(self.loss_fn, teacher.outputs(fitting), fitting) is None:
+        if not teacher.attacked and not labels_contradicted(self.loss_fn, teacher.outputs(fitting), fitting):
             return fitting, spare
         radius = shift_seen(self.model, self.loss_fn, fitting, forked_generator(self.seed, f"restoration {number}"))
         if radius is None:
@@ -277,14 +277,14 @@ class StageRunner:
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
         fitting = split_batches(fitting, SLOPE_BATCH)
+        teach = teacher.teach if teacher is not None else (lambda batches: list(map(Taught, batches)))
         return Trials(
             model=self.model,
             selection=self.selection,
             loss_fn=self.loss_fn,
-            fitting=fitting,
-            held_out=spare,
+            fitting=teach(fitting),
+            held_out=teach(spare),
             normalised=self.normalised,
-            taught=[] if teacher is None else teacher.outputs(fitting),
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.mean_row,
@@ -301,14 +301,18 @@ class StageRunner:
         """
         if not self.defended or teacher is None:
             return trials, None
-        seen = doubt_labels(self.loss_fn, trials.taught, trials.fitting)
+        seen = doubt_labels(
+            self.loss_fn,
+            [one.teacher for one in trials.fitting if one.teacher is not None],
+            [one.batch for one in trials.fitting],
+        )
         doubt = max(filter(None, (seen, teacher.doubt)), key=lambda one: one.rate, default=None)
         teacher.doubt = doubt
         if doubt is None:
             return trials, None
-        second = teacher.outputs(trials.held_out)
-        trusted, spare = (
-            [doubt.trust(outputs, batch[1]) for outputs, batch in zip(seen_by, batches, strict=True)]
-            for seen_by, batches in ((trials.taught, trials.fitting), (second, trials.held_out))
-        )
-        return replace(trials, trusted=trusted, second=list(zip(second, spare, strict=True))), doubt
+
+        def doubted(one: Taught) -> Taught:
+            return one if one.teacher is None else one._replace(trust=doubt.trust(one.teacher, one.batch[1]))
+
+        fitting, spare = ([doubted(one) for one in side] for side in (trials.fitting, trials.held_out))
+        return replace(trials, fitting=fitting, held_out=spare), doubt

@@ -5,9 +5,9 @@ network. A candidate's weights are written to the model. That is safe between th
 the writing of the solution. Where BatchNorm will be recalibrated, it works on the statistics of each batch: that is
 what recalibration will make of the candidate, without a pass through the network to estimate it.
 
-Where the loss can compare outputs (:class:`GaussNewtonLoss`), the slope is that of the mean of the loss and of the
+Where the loss can compare outputs (:class:`GaussNewtonLoss`), both are those of a mean of the loss and of the
 divergence from the network before pruning (self-distillation; Hinton et al., 2015). The labels say where to go, the
-dense network says it with less noise.
+dense network says it with less noise: a few samples that it gets wrong make up much of a loss on labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,24 @@ from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 from swap_prune.surgery import batchnorm_layers, temporary_weights, write_weights
 
-__all__ = ["SLOPE_BATCH", "Teacher", "Trials"]
+__all__ = ["SLOPE_BATCH", "Taught", "Teacher", "Trials"]
 
 SLOPE_BATCH = 64  # samples in one backward pass: it bounds the memory
-_TEACHER_SHARE = 0.5  # of the divergence from the dense network in the slope
+_TEACHER_SHARE = 0.75  # of the divergence from the dense network, in slopes and in held-out losses
 
-_Taught = tuple[Any, Tensor | None, Tensor | None]  # a batch, the teacher's outputs, the trust in its labels
+
+class Taught(NamedTuple):
+    """A batch, and what is known of it beside its labels.
+
+    Attributes:
+        batch: The batch.
+        teacher: Outputs of the dense network on it; None without a teacher.
+        trust: How far each label is to be believed, in [0, 1], (n,); None: wholly.
+    """
+
+    batch: Any
+    teacher: Tensor | None = None
+    trust: Tensor | None = None
 
 
 class Teacher:
@@ -68,6 +80,10 @@ class Teacher:
         with eval_mode(self._bound.model), torch.no_grad():
             return [functional_call(self._bound, self._state, (batch,)) for batch in batches]
 
+    def teach(self, batches: Sequence[Any]) -> list[Taught]:
+        """Return batches with these outputs."""
+        return list(map(Taught, batches, self.outputs(batches)))
+
 
 @dataclass(frozen=True)
 class Trials:
@@ -80,10 +96,6 @@ class Trials:
         fitting: The samples that G was captured on, in batches of ``SLOPE_BATCH`` at the most.
         held_out: Batches that were not.
         normalised: Whether BatchNorm will be recalibrated.
-        taught: Outputs of the dense network on ``fitting``; empty without a teacher.
-        trusted: How far each label of ``fitting`` is to be believed, in [0, 1]; empty: wholly.
-        second: Outputs of the dense network on ``held_out``, and how far each label of that is to be believed; empty:
-            wholly.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
         clean: What a defence makes of noisy gradients of single samples: their mean, (p,); None where there is none.
@@ -96,16 +108,13 @@ class Trials:
     model: nn.Module
     selection: Selection
     loss_fn: LossFn
-    fitting: Sequence[Any]
-    held_out: Sequence[Any]
+    fitting: Sequence[Taught]
+    held_out: Sequence[Taught]
     normalised: bool
-    taught: Sequence[Tensor]
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     clean: Callable[[DenseFactor], Tensor] | None = None
     clip: Callable[[DenseFactor, Tensor | None], object] | None = None
-    trusted: Sequence[Tensor] = ()
-    second: Sequence[tuple[Tensor, Tensor]] = ()
     lean: bool = False
     team: Team | None = None
 
@@ -114,10 +123,10 @@ class Trials:
         write_weights(self.model, self.selection, weights, kept)
         own = range(len(self.held_out)) if self.team is None else self.team.owned(len(self.held_out))
         with self._mode(self.held_out), torch.no_grad():
-            found = [self._held_out_losses(number) for number in own]
+            found = [self._objective(self.model, self.held_out[number]) for number in own]
         if self.team is None:
             return torch.cat(found)
-        return self.team.concatenate(found, list(map(batch_size, self.held_out)), weights.new_empty(0))
+        return self.team.concatenate(found, _sizes(self.held_out), weights.new_empty(0))
 
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
@@ -125,68 +134,59 @@ class Trials:
         Noise acts on the gradient of each batch; with a defence, on that of each sample.
         """
         weights = self.disturb(weights.masked_fill(~kept, 0))
-        nothing: Sequence[Tensor | None] = [None] * len(self.fitting)
-        taught = list(zip(self.fitting, self.taught or nothing, self.trusted or nothing, strict=True))
         if self.clean is None:
-            return self._mean_of_batches(taught, weights)
+            return self._mean_of_batches(weights)
         with temporary_weights(self.model, self.selection, weights):
-            rows = capture_gradients(self.model, self.selection, taught, self._objective).factor
+            rows = capture_gradients(self.model, self.selection, self.fitting, self._objective).factor
         assert isinstance(rows, DenseFactor), "capture's default"
         rows = self.noisy(rows)
         if self.clip is not None:
             self.clip(rows, None)
         return self.clean(rows)
 
-    def _held_out_losses(self, number: int) -> Tensor:
-        """Return the losses of one held-out batch."""
-        batch = self.held_out[number]
-        if not self.second:
-            return self.loss_fn(self.model, batch)
-        teacher, trust = self.second[number]
-        return self._blend(self.model, batch, teacher, 1 - trust)
-
-    def _mean_of_batches(self, taught: Sequence[_Taught], weights: Tensor) -> Tensor:
+    def _mean_of_batches(self, weights: Tensor) -> Tensor:
         """Average over one backward pass a batch, (p,)."""
-        sizes = torch.tensor([batch_size(batch) for batch in self.fitting], dtype=weights.dtype, device=weights.device)
+        sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
         shares = sizes / sizes.sum()
         if self.lean:
-            return self._added_up(taught, weights, shares)
-        rows = weights.new_empty(len(taught), len(weights))
+            return self._added_up(weights, shares)
+        rows = weights.new_empty(len(self.fitting), len(weights))
         with self._mode(self.fitting), torch.enable_grad():
-            for row, one in zip(rows, taught, strict=True):
+            for row, one in zip(rows, self.fitting, strict=True):
                 self._write_gradient(row, one, weights)
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
             self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
         return factor.rmatvec(shares)
 
-    def _added_up(self, taught: Sequence[_Taught], weights: Tensor, shares: Tensor) -> Tensor:
+    def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
         """Do the same with one row, (p,), and one more for each part of the batches that this process adds up."""
-        parts = 1 if self.team is None else min(PARTS, len(taught))
+        count = len(self.fitting)
+        parts = 1 if self.team is None else min(PARTS, count)
         own = range(1) if self.team is None else self.team.owned(parts)
         totals, row = weights.new_zeros(len(own), len(weights)), torch.empty_like(weights)
         most = len(own) if self.team is None else -(-parts // self.team.size)
         with self._mode(self.fitting), torch.enable_grad():
             for turn in range(most):
                 part = own[turn] if turn < len(own) else parts  # nothing is left
-                for number in range(part * len(taught) // parts, min(part + 1, parts) * len(taught) // parts):
-                    self._write_gradient(row, taught[number], weights)
+                for number in range(part * count // parts, min(part + 1, parts) * count // parts):
+                    self._write_gradient(row, self.fitting[number], weights)
                     totals[turn].add_(row.mul_(shares[number]))
                 if self.team is not None:
                     self.team.wait()
         return totals[0] if self.team is None else self.team.add_up(totals, parts)
 
-    def _write_gradient(self, row: Tensor, taught: _Taught, weights: Tensor) -> None:
+    def _write_gradient(self, row: Tensor, taught: Taught, weights: Tensor) -> None:
         """Write the gradient of a batch's mean at weights (p,) to a row, (p,)."""
         losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
         flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
 
-    def _mode(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
+    def _mode(self, batches: Sequence[Taught]) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked: one sample alone has no variance."""
-        alone = min(map(batch_size, batches)) < 2
+        alone = min(_sizes(batches)) < 2
         return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
 
-    def _objective(self, model: nn.Module, taught: _Taught) -> Tensor:
+    def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
         """Return the loss of each sample, (n,), or its mean with the divergence from the teacher.
 
         The divergence has the share of what is not trusted too.
@@ -194,11 +194,12 @@ class Trials:
         batch, teacher, trust = taught
         if teacher is None:
             return self.loss_fn(model, batch)
-        return self._blend(model, batch, teacher, _TEACHER_SHARE if trust is None else 1 - _TEACHER_SHARE * trust)
-
-    def _blend(self, model: nn.Module, batch: Any, teacher: Tensor, share: Tensor | float) -> Tensor:
-        """Return the loss of each sample, (n,), with a share of the divergence from the teacher in its place."""
         assert isinstance(self.loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
+        share = _TEACHER_SHARE if trust is None else 1 - (1 - _TEACHER_SHARE) * trust
         outputs = self.loss_fn.outputs(model, batch)
         own = self.loss_fn.losses(outputs, batch)
         return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher), share)
+
+
+def _sizes(batches: Sequence[Taught]) -> list[int]:
+    return [batch_size(one.batch) for one in batches]
