@@ -93,6 +93,18 @@ def test_where_there_are_no_single_classes_nothing_is_seen(network: nn.Module) -
     assert shift_seen(two, cross_entropy, [(x, y % 2) for x, y in attacked], generator(4)) is None
 
 
+def test_samples_without_a_label_are_not_asked_and_labels_of_one_byte_are(network: nn.Module) -> None:
+    attacked = disturbed(network, "adversarial:budget=0.5", samples())
+    unlabelled = [(inputs, labels.masked_fill(labels == 0, -100)) for inputs, labels in attacked]
+    small = [(inputs, labels.to(torch.uint8)) for inputs, labels in attacked]
+    with torch.no_grad():
+        outputs = [network(inputs) for inputs, _ in attacked]
+    assert not labels_contradicted(cross_entropy, outputs, unlabelled)
+    assert shift_seen(network, cross_entropy, unlabelled, generator(4)) is None
+    assert labels_contradicted(cross_entropy, outputs, small)
+    assert shift_seen(network, cross_entropy, small, generator(4)) == seen(network, "adversarial:budget=0.5")
+
+
 def test_prune_reports_what_it_undid_and_gains_by_it(network: nn.Module) -> None:
     data, test = TensorDataset(*task(600, 30)), task(3000, 40)
 

@@ -97,7 +97,8 @@ def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
             return False
         inputs, labels = batch
-        return inputs.is_floating_point() and not labels.is_floating_point() and labels.ndim == 1
+        classes = labels.ndim == 1 and not labels.is_floating_point() and bool((labels >= 0).all())  # -100: no label
+        return inputs.is_floating_point() and classes
 
     return isinstance(loss_fn, CrossEntropy) and len(batches) > 0 and all(map(is_pair, batches))
 
@@ -111,7 +112,7 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
 def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return ``log q(label) - sum_c q(c) log q(c)``, (n,): 0 in the mean where predictions are calibrated."""
     logs = outputs.double().log_softmax(1)
-    return logs.gather(1, labels.unsqueeze(1)).squeeze(1) - (logs.exp() * logs).sum(1)
+    return logs.gather(1, labels.long().unsqueeze(1)).squeeze(1) - (logs.exp() * logs).sum(1)
 
 
 @torch.enable_grad()
@@ -131,7 +132,7 @@ def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float) -
 def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
     drawn = torch.rand(outputs.shape, generator=generator).to(outputs.device)
-    barred = torch.stack([labels, outputs.argmax(1)], dim=1)
+    barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
     return drawn.scatter(1, barred, -1.0).argmax(1)
 
 
