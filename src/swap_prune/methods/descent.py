@@ -16,10 +16,10 @@ from swap_prune.regression.objective import WeightedRidge
 
 __all__ = ["held_out_loss", "held_out_losses", "is_significant", "mean_loss", "step_down"]
 
-_STEPS = 12  # natural-gradient steps a stage, at the most
+_STEPS = 12  # natural-gradient steps a stage in each metric, at the most
 _LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
-_STEP_METRIC = 30.0  # damping of the metric where that of the fit leads nowhere
+_STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of single weights, and the fit's ends early
 _FIRST_LENGTH = 0.3  # of a step, at the most; the next ones start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
@@ -46,12 +46,11 @@ def step_down(
         descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
-    moved, taken = _descend(problem, NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit), fit)
-    if not taken:  # where few rows tell little of the curvature, that metric may lead nowhere
-        damped = diagonal_metric(regression.factor.diagonal(), _STEP_METRIC)
-        descent = NaturalGradient.on(replace(regression, metric=damped), fit.support, _STEP_RIDGE)
-        moved, taken = _descend(problem, descent, fit)
-    return moved, taken
+    own = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
+    fit, taken = _descend(problem, own, fit)
+    damped = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), _STEP_METRIC))
+    fit, further = _descend(problem, NaturalGradient.on(damped, fit.support, _STEP_RIDGE), fit)
+    return fit, taken + further
 
 
 def _descend(problem: PruningProblem, descent: NaturalGradient, fit: SparseFit) -> tuple[SparseFit, list[float]]:

@@ -49,7 +49,8 @@ class LR:
         iterations: Hard-thresholding iterations a stage at the most.
         swaps: Batches of kept and dropped weights that change places after them, at the most; 0 for none.
         first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
-            mean gradient out (0, the paper); or ``"auto"``: up to twelve, as far as held-out samples gain.
+            mean gradient out (0, the paper); or ``"auto"``: up to twelve in each of two metrics, as far as held-out
+            samples gain.
     """
 
     fisher: FisherKind = "auto"
