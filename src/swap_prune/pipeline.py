@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, map_tensors, peek
 from swap_prune.distributed import is_first, local_count, process_count, team_of
+from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank_capture import numbers_of_a_row
@@ -183,11 +184,11 @@ def prune(
             placed.team.agree("weights", model.state_dict())
         runner = replace(runner, storage=placed)
         notes += repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
-        teacher = (
-            Teacher(model, changing, loss) if solver.needs_held_out and isinstance(loss, GaussNewtonLoss) else None
-        )
+        if solver.needs_held_out and isinstance(loss, GaussNewtonLoss):
+            teacher = Teacher(model, changing, loss)
+            runner = replace(runner, teacher=teacher, doubts=Doubts(teacher, loss) if runner.defended else None)
         records = [
-            runner.run(target, shown, number, teacher, final=number == stages)
+            runner.run(target, shown, number, final=number == stages)
             for number, target in enumerate(sparsities, start=1)
         ]
     settings = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.calibration import CalibrationStream, batch_size, split_batches
+from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune, train
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.defence import LowRank
@@ -30,15 +31,12 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
-from swap_prune.labels import LabelDoubt, doubt_labels
-from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration
+from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.methods import Method
-from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
-from swap_prune.restoration import labels_contradicted, shift_back, shift_seen
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
@@ -70,11 +68,13 @@ class StageRunner:
         calibration: Where samples come from.
         recalibration: Where those for BatchNorm's statistics come from.
         normalised: Whether BatchNorm is recalibrated.
-        defended: Whether noise is looked for.
+        defended: Whether noise in gradients is looked for.
         finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
         floors: How many weights of a layer are kept at the least, by its name.
         storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense; where no rows
             are held none are looked at.
+        teacher: The network before pruning, where the method asks it and the loss can compare outputs.
+        doubts: What it has made of the samples so far; None where they are not doubted.
     """
 
     model: nn.Module
@@ -95,10 +95,10 @@ class StageRunner:
     finetune: FineTune | None = None
     storage: Storage = Storage()  # noqa: RUF009 (immutable)
     floors: Mapping[str, int] = field(default_factory=dict)
+    teacher: Teacher | None = None
+    doubts: Doubts | None = None
 
-    def run(
-        self, sparsity: float, shown: StageProgress, number: int, teacher: Teacher | None, *, final: bool
-    ) -> StageReport:
+    def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
         """Capture, solve, apply, fine-tune, recalibrate."""
         started = time.perf_counter()
         keep, places = keep_count(self.selection.total, sparsity), self.selection.slices()
@@ -113,17 +113,17 @@ class StageRunner:
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])
-            if self.defended and teacher is not None:
-                fitting, spare = self._restored(fitting, spare, teacher, number, evidence)
+            if self.doubts is not None:
+                classes = forked_generator(self.seed, f"restoration {number}")
+                fitting, spare, radius = self.doubts.restore(self.model, fitting, spare, classes)
+                evidence |= {} if radius is None else {"inputs_shifted_back": radius}
             shown.stage(number, sparsity, samples)
         if self.solver.needs_gradients:
             capture = self._capture(fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
             factor, defence = self._defended(capture, fitting[0], evidence)
-            trials = self._trials(fitting, spare, teacher, defence, forked_generator(self.seed, f"slopes {number}"))
-            trials, doubt = self._doubt(trials, teacher)
-            if doubt is not None:
-                evidence["label_noise"] = doubt.rate
+            slopes = forked_generator(self.seed, f"slopes {number}")
+            trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = replace(problem, factor=factor, held_out=trials.losses if spare else None, slope=trials.slope)
         if self.solver.needs_inputs:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
@@ -149,25 +149,6 @@ class StageRunner:
             iterations=solution.iterations,
             evidence=evidence | dict(solution.evidence),
         )
-
-    def _restored(
-        self, fitting: list[Any], spare: list[Any], teacher: Teacher, number: int, evidence: dict[str, Any]
-    ) -> tuple[list[Any], list[Any]]:
-        """Return the samples with inputs shifted back, where they seem to have been shifted against their labels.
-
-        Once that was seen it is looked for in every stage: an attack on the network of a later stage may no longer
-        fool the dense one.
-        """
-        with eval_mode(self.model):
-            check_calibration(self.model, self.loss_fn, fitting)
-        if not teacher.attacked and not labels_contradicted(self.loss_fn, teacher.outputs(fitting), fitting):
-            return fitting, spare
-        radius = shift_seen(self.model, self.loss_fn, fitting, forked_generator(self.seed, f"restoration {number}"))
-        if radius is None:
-            return fitting, spare
-        teacher.attacked = True
-        evidence["inputs_shifted_back"] = radius
-        return shift_back(self.model, fitting, radius), shift_back(self.model, spare, radius)
 
     def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
         """Delete the file of a factor, or report the passes that it made."""
@@ -271,19 +252,22 @@ class StageRunner:
         self,
         fitting: list[Any],
         spare: list[Any],
-        teacher: Teacher | None,
         defence: LowRank | None,
         generator: torch.Generator,
+        evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
-        fitting = split_batches(fitting, SLOPE_BATCH)
-        teach = teacher.teach if teacher is not None else (lambda batches: list(map(Taught, batches)))
+        teach = (lambda batches: list(map(Taught, batches))) if self.teacher is None else self.teacher.teach
+        taught, held_out = teach(split_batches(fitting, SLOPE_BATCH)), teach(spare)
+        if self.doubts is not None:
+            taught, held_out, rate = self.doubts.weigh(taught, held_out)
+            evidence |= {} if rate is None else {"label_noise": rate}
         return Trials(
             model=self.model,
             selection=self.selection,
             loss_fn=self.loss_fn,
-            fitting=teach(fitting),
-            held_out=teach(spare),
+            fitting=taught,
+            held_out=held_out,
             normalised=self.normalised,
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
@@ -292,27 +276,3 @@ class StageRunner:
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
-
-    def _doubt(self, trials: Trials, teacher: Teacher | None) -> tuple[Trials, LabelDoubt | None]:
-        """Return trials that believe labels as far as the dense network bears them out, and the doubt if there is any.
-
-        Doubt stays for the rest of the run: an attacker who reads the network's weights fits its inputs to them, and
-        soon no longer fools the dense network.
-        """
-        if not self.defended or teacher is None:
-            return trials, None
-        seen = doubt_labels(
-            self.loss_fn,
-            [one.teacher for one in trials.fitting if one.teacher is not None],
-            [one.batch for one in trials.fitting],
-        )
-        doubt = max(filter(None, (seen, teacher.doubt)), key=lambda one: one.rate, default=None)
-        teacher.doubt = doubt
-        if doubt is None:
-            return trials, None
-
-        def doubted(one: Taught) -> Taught:
-            return one if one.teacher is None else one._replace(trust=doubt.trust(one.teacher, one.batch[1]))
-
-        fitting, spare = ([doubted(one) for one in side] for side in (trials.fitting, trials.held_out))
-        return replace(trials, fitting=fitting, held_out=spare), doubt

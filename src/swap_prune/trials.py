@@ -26,7 +26,6 @@ from swap_prune.calibration import batch_size
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.labels import LabelDoubt
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
@@ -59,10 +58,6 @@ class Teacher:
         model: The network, not pruned yet.
         selection: The weights that will change, beside BatchNorm's statistics; None where all parameters will.
         loss: What reads the outputs.
-
-    Attributes:
-        doubt: How far the network has contradicted the labels that it has seen so far; None: not beyond its own errors.
-        attacked: Whether inputs that it has seen were shifted against their labels.
     """
 
     def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
@@ -72,8 +67,6 @@ class Teacher:
         weights |= {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
         self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
-        self.doubt: LabelDoubt | None = None
-        self.attacked = False
 
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
         """Return the dense network's outputs on batches, in eval mode."""
