@@ -119,6 +119,13 @@ def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
     assert first["weights_sha256"] == second["weights_sha256"]
 
 
+def test_the_number_of_stages_is_found(call) -> None:
+    status, text, _ = call(*PRUNE, "--method", "lr", "--samples", "60", "--stages", "auto", "--json")
+    assert status == 0 and json.loads(text)["stages"] in (1, 2, 4, 8, 16)
+    status, text, _ = call("plan", *PRUNE[1:], "--samples", "60", "--stages", "auto", "--json")
+    assert status == 0 and json.loads(text)["storage"] == "float32"
+
+
 def test_fine_tuning_after_each_stage(call, tmp_path: Path) -> None:
     gradual = (*PRUNE, "--method", "lr", "--sparsity", "0.97", "--samples", "60", "--stages", "2", "--json")
     _, text, _ = call(*gradual)
@@ -174,6 +181,7 @@ BAD = {
     "command": (["paint"], "paint"),
     "missing option": (["prune", "--model", "mlpnet"], "data"),
     "stages": ([*PRUNE, "--stages", "0"], "stages"),
+    "stages text": ([*PRUNE, "--stages", "many"], "--stages needs a whole number or auto"),
     "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
     "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),
     "no artifact": (["eval", *PRUNE[1:5], "--pruned", "x"], "not a pruning artifact"),

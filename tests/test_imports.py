@@ -1,4 +1,4 @@
-"""Imports go one way: numerics <- methods <- stage <- pipeline <- experiments <- cli."""
+"""Imports go one way: numerics <- methods <- stage <- staging <- pipeline <- experiments <- cli."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ LAYERS = {
     "regression": 1,
     "methods": 2,
     "stage": 3,
-    "pipeline": 4,
-    "experiments": 5,
-    "cli": 6,
+    "staging": 4,
+    "pipeline": 5,
+    "experiments": 6,
+    "cli": 7,
 }
 
 

@@ -49,7 +49,8 @@ class CalibrationStream:
         self._device = device
         self._indexed = isinstance(data, Dataset)
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
-        self._reserved: list[int] = []  # indices of a Dataset that are held out for good
+        self._reserved: list[int] = []  # indices of a Dataset that are held out of what is fitted
+        self._barred: frozenset[int] = frozenset()  # indices of a Dataset that are never drawn again
         self._passes = iter(()) if self._indexed else self._read_passes()
         self._pass_size: int | None = None  # samples in one pass, once one was completed
         self._read = 0  # samples read in the first pass
@@ -82,6 +83,7 @@ class CalibrationStream:
         """
         if self._indexed:
             order = torch.randperm(self._count(), generator=generator).tolist()
+            order = [i for i in order if i not in self._barred]
             for start in range(0, len(order), size):
                 yield start / len(order), self._placed(self._collate(order[start : start + size]))
             return
@@ -105,7 +107,7 @@ class CalibrationStream:
         Returns:
             Both as batches.
         """
-        if self._indexed and held_out > 0 and self._count() < draws * (samples + held_out):
+        if self._indexed and held_out > 0 and self._left() < draws * (samples + held_out):
             return self._draw_reserving(samples, held_out)
         drawn = self.draw(samples + held_out)
         got = sum(map(batch_size, drawn))
@@ -126,12 +128,36 @@ class CalibrationStream:
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
         """Do the same from a Dataset; what is held out is drawn once and never fitted."""
         if not self._reserved:
-            size = self._count()
+            size = self._left()
             spare = held_out if size >= samples + held_out else min(held_out, size // 5)
-            self._reserved = torch.randperm(size, generator=self._generator)[:spare].tolist()
+            self._reserved = self._permuted()[:spare]
         fitting = self._draw_indexed(samples, frozenset(self._reserved))
         apart = self._in_batches(self._reserved)
         return list(map(self._placed, fitting)), list(map(self._placed, apart))
+
+    def hold_out(self, samples: int) -> list[Any]:
+        """Draw samples that will not be drawn again: a fifth of a Dataset at the most.
+
+        Other data is read from its start again, where it ends, and then gives them again.
+
+        Raises:
+            ValueError: If a Dataset holds fewer than five samples.
+        """
+        if not self._indexed:
+            return self.draw(samples)
+        if self._left() < 5:
+            raise ValueError(f"a fifth of the data is held out: at least five samples are needed, got {self._left()}")
+        own = self._permuted()[: min(samples, self._left() // 5)]
+        self._barred |= set(own)
+        return list(map(self._placed, self._in_batches(own)))
+
+    def _permuted(self) -> list[int]:
+        """Return the indices of a Dataset that may be drawn, in a new order."""
+        order: list[int] = torch.randperm(self._count(), generator=self._generator).tolist()
+        return [i for i in order if i not in self._barred]
+
+    def _left(self) -> int:
+        return self._count() - len(self._barred)
 
     def _placed(self, batch: Any) -> Any:
         return map_tensors(lambda t: t.to(self._device), batch)
@@ -147,12 +173,12 @@ class CalibrationStream:
         return default_collate(fetch(indices))
 
     def _draw_indexed(self, samples: int, barred: Set[int] = frozenset()) -> list[Any]:
-        size = self._count()
-        take = min(samples, size - len(barred))
+        barred = barred | self._barred
+        take = min(samples, self._count() - len(barred))
         self._order = [i for i in self._order if i not in barred]
         if len(self._order) < take:  # a new permutation; nothing is drawn twice within one draw
             held = set(self._order)
-            fresh = [i for i in torch.randperm(size, generator=self._generator).tolist() if i not in barred]
+            fresh = [i for i in self._permuted() if i not in barred]
             self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
         indices, self._order = self._order[:take], self._order[take:]
         return self._in_batches(indices)

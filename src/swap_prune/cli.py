@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -60,7 +60,7 @@ Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapp
 Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
 MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
 Samples = Annotated[int, typer.Option(help="calibration samples a stage")]
-Stages = Annotated[int, typer.Option(help="prune-and-recapture stages")]
+Stages = Annotated[str, typer.Option(help="prune-and-recapture stages, or auto", metavar="INTEGER|auto")]
 Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")]
 Targets = Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")]
 Ignore = Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")]
@@ -105,7 +105,7 @@ def prune(
     sparsity: Sparsity = 0.9,
     method: MethodName = "ewr",
     samples: Samples = 1024,
-    stages: Stages = 1,
+    stages: Stages = "1",
     schedule: Schedule = "exponential",
     min_keep: Annotated[float, typer.Option(help="share of every layer that is kept whatever it is worth")] = 0.0,
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
@@ -146,7 +146,7 @@ def prune(
             targets=targets or DEFAULT_TARGETS,
             ignore=ignore or (),
             samples=samples,
-            stages=stages,
+            stages=_parse_stages(stages),
             schedule=schedule,
             min_keep=min_keep,
             recalibrate_batchnorm=recalibrate,
@@ -177,7 +177,7 @@ def prune(
         "total": report.total,
         "seconds": report.seconds,
         "seed": report.seed,
-        "stages": stages,
+        "stages": len(report.stages),
         "notes": report.notes,
         "layers": {name: layer.kept for name, layer in report.layers.items()},
     }
@@ -212,7 +212,8 @@ def plan(**given: Any) -> None:
         targets=given["targets"] or DEFAULT_TARGETS,
         ignore=given["ignore"] or (),
         recalibrate_batchnorm=given["recalibrate"],
-        **{name: given[name] for name in ("samples", "stages", "schedule", "noise", "memory", "storage", "scratch")},
+        stages=_parse_stages(given["stages"]),
+        **{name: given[name] for name in ("samples", "schedule", "noise", "memory", "storage", "scratch")},
     )
     if given["as_json"]:
         _print_json(forecast.to_dict())
@@ -354,6 +355,15 @@ def _parse_setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def _parse_stages(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--stages needs a whole number or auto, got {text!r}") from None
 
 
 def _print_json(result: dict[str, Any]) -> None:

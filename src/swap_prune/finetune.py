@@ -158,7 +158,7 @@ def finetune(
         model.to(device)
     generator = forked_generator(seed, "fine-tuning")
     stream = CalibrationStream(data, generator, next(model.parameters()).device)
-    with restored_on_error(model), StageProgress(progress, 1) as shown:
+    with restored_on_error(model), StageProgress(progress) as shown:
         shown.train(settings.epochs)
         loss = cross_entropy if loss_fn is None else loss_fn
         return train(model, stream, settings, loss, kept, generator, shown.reach)

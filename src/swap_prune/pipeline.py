@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,9 +38,10 @@ from swap_prune.planning import MemoryPlan, Workload, check_storage, plan_memory
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.schedule import keep_count, layer_floors, sparsity_schedule
+from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
 from swap_prune.stage import StageRunner
+from swap_prune.staging import search_stages
 from swap_prune.surgery import batchnorm_layers, repair_batchnorm, restored_on_error
 from swap_prune.trials import Teacher
 
@@ -57,7 +58,7 @@ def prune(
     targets: Sequence[str] = DEFAULT_TARGETS,
     ignore: Sequence[str] = (),
     samples: int = 1024,
-    stages: int = 1,
+    stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
     min_keep: float = 0.0,
     recalibrate_batchnorm: bool = True,
@@ -86,7 +87,8 @@ def prune(
         ignore: The same, for what is not.
         samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
             settings by the loss on held-out samples draws up to 512 more, or a fifth of data that hold fewer.
-        stages: Number of prune-and-recapture stages.
+        stages: Number of prune-and-recapture stages; ``"auto"`` doubles it, from one to sixteen, as long as the loss on
+            up to 1,024 more samples, which no stage sees, falls.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up. By default
             weights are compared over all layers, and a layer may be emptied; the report's notes say so.
@@ -121,7 +123,7 @@ def prune(
     """
     started = time.perf_counter()
     solver, noise_model = resolve_method(method), parse_noise(noise)
-    sparsities = sparsity_schedule(sparsity, stages, schedule)
+    schedules = stage_schedules(sparsity, stages, schedule)
     if defence not in ("auto", "none", None):
         raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
     if finetune is not None and not isinstance(finetune, FineTune):
@@ -139,7 +141,7 @@ def prune(
     normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
     held, notes = Storage(), []
     if solver.needs_gradients:
-        load = _workload(model, data, selection, solver, loss, normalised, sparsities, samples, noise_model)
+        load = _workload(model, data, selection, solver, loss, normalised, schedules[-1], samples, noise_model)
         memory_plan = plan_memory(load, memory_limit(memory, local_count()), _kind(storage), scratch)
         held = memory_plan.require().storage
         if held != memory_plan.forecasts[0].storage:
@@ -159,7 +161,7 @@ def prune(
         loss_fn=loss,
         curvature=curvature,
         samples=samples,
-        stages=stages,
+        stages=sum(map(len, schedules)),
         generator=generator,
         calibration=calibration,
         recalibration=calibration
@@ -176,10 +178,10 @@ def prune(
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing),
-        StageProgress(progress and is_first(), stages) as shown,
+        StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
-            arguments = (sparsities, solver, dict(selection.shapes), samples, seed, defence, finetune, normalised)
+            arguments = (schedules, solver, dict(selection.shapes), samples, seed, defence, finetune, normalised)
             placed.team.agree("settings", repr(arguments))
             placed.team.agree("weights", model.state_dict())
         runner = replace(runner, storage=placed)
@@ -187,10 +189,7 @@ def prune(
         if solver.needs_held_out and isinstance(loss, GaussNewtonLoss):
             teacher = Teacher(model, changing, loss)
             runner = replace(runner, teacher=teacher, doubts=Doubts(teacher, loss) if runner.defended else None)
-        records = [
-            runner.run(target, shown, number, final=number == stages)
-            for number, target in enumerate(sparsities, start=1)
-        ]
+        records = search_stages(runner, schedules, shown) if stages == "auto" else runner.run_all(schedules[0], shown)
     settings = {
         "sparsity": sparsity,
         "method": {"name": solver.name, **asdict(solver)},  # type: ignore[call-overload]
@@ -220,7 +219,7 @@ def plan(
     targets: Sequence[str] = DEFAULT_TARGETS,
     ignore: Sequence[str] = (),
     samples: int = 1024,
-    stages: int = 1,
+    stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
     recalibrate_batchnorm: bool = True,
     noise: Any = None,
@@ -236,7 +235,7 @@ def plan(
         ValueError: If an argument cannot be used. That nothing fits is an answer here, not an error.
     """
     solver, noise_model = resolve_method(method), parse_noise(noise)
-    sparsities = sparsity_schedule(sparsity, stages, schedule)
+    schedules = stage_schedules(sparsity, stages, schedule)
     _check_whole("samples", samples, 1)
     selection = select_parameters(model, targets, ignore)
     loss, limit = cross_entropy if loss_fn is None else loss_fn, memory_limit(memory, local_count())
@@ -244,7 +243,7 @@ def plan(
     if not solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{solver.name} takes no gradients: there is no G to hold")
     normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
-    load = _workload(model, data, selection, solver, loss, normalised, sparsities, samples, noise_model)
+    load = _workload(model, data, selection, solver, loss, normalised, schedules[-1], samples, noise_model)
     return plan_memory(load, limit, _kind(storage), scratch)
 
 

@@ -15,12 +15,11 @@ class StageProgress:
 
     Args:
         shown: Whether to show anything.
-        stages: Number of stages.
     """
 
-    def __init__(self, shown: bool, stages: int) -> None:
+    def __init__(self, shown: bool) -> None:
         console = Console(stderr=True)
-        self._stages = stages
+        self._stages = 1
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,6 +41,10 @@ class StageProgress:
     ) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+    def expect(self, stages: int) -> None:
+        """Say how many stages come next."""
+        self._stages = stages
 
     def stage(self, number: int, sparsity: float, rows: int) -> None:
         """Begin a stage that will capture some rows."""

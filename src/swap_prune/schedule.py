@@ -10,7 +10,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-__all__ = ["SCHEDULES", "keep_count", "layer_floors", "share_out", "sparsity_schedule"]
+__all__ = [
+    "SCHEDULES",
+    "STAGE_COUNTS",
+    "keep_count",
+    "layer_floors",
+    "share_out",
+    "sparsity_schedule",
+    "stage_schedules",
+]
+
+STAGE_COUNTS = (1, 2, 4, 8, 16)  # tried in this order, where the number of stages is to be found
 
 
 def _exponential(t: int, stages: int, target: float) -> float:
@@ -61,11 +71,23 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
     if not (isinstance(target, int | float) and 0 <= target < 1):
         raise ValueError(f"sparsity must lie in [0, 1), got {target!r}")
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ValueError(f"stages must be a whole number of at least 1, got {stages!r}")
+        raise ValueError(f"stages must be a whole number of at least 1 or 'auto', got {stages!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     early = (SCHEDULES[schedule](t, stages, float(target)) for t in range(1, stages))
     return (*early, float(target))
+
+
+def stage_schedules(target: float, stages: int | str, schedule: str = "exponential") -> tuple[tuple[float, ...], ...]:
+    """Return the schedules to choose from: one, or with ``"auto"`` one of each length in ``STAGE_COUNTS``.
+
+    Raises:
+        ValueError: If an argument is out of range or the schedule is not known.
+    """
+    if isinstance(stages, str) and stages != "auto":
+        raise ValueError(f"stages must be a whole number of at least 1 or 'auto', got {stages!r}")
+    counts = STAGE_COUNTS if isinstance(stages, str) else (stages,)
+    return tuple(sparsity_schedule(target, count, schedule) for count in counts)
 
 
 def keep_count(total: int, sparsity: float) -> int:

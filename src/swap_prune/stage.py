@@ -8,7 +8,7 @@ What all stages of a run share is a :class:`StageRunner`; the pipeline makes one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ class StageRunner:
         loss_fn: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         samples: Calibration samples a stage.
-        stages: How many stages there will be.
+        stages: How many stages there will be, at the most.
         generator: Random state of what is drawn for G.
         calibration: Where samples come from.
         recalibration: Where those for BatchNorm's statistics come from.
@@ -98,6 +98,14 @@ class StageRunner:
     teacher: Teacher | None = None
     doubts: Doubts | None = None
 
+    def run_all(self, sparsities: Sequence[float], shown: StageProgress) -> list[StageReport]:
+        """Run one stage after another."""
+        shown.expect(len(sparsities))
+        return [
+            self.run(sparsity, shown, number, final=number == len(sparsities))
+            for number, sparsity in enumerate(sparsities, start=1)
+        ]
+
     def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
         """Capture, solve, apply, fine-tune, recalibrate."""
         started = time.perf_counter()
@@ -109,7 +117,7 @@ class StageRunner:
         evidence: dict[str, Any] = {}
         if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
-            fitting, spare = map(self._corrupt, self.calibration.draw_apart(self.samples, held_out, self.stages))
+            fitting, spare = map(self.corrupt, self.calibration.draw_apart(self.samples, held_out, self.stages))
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])
@@ -179,7 +187,8 @@ class StageRunner:
         """Return a function at whose calls all processes that share G wait for each other, where there are any."""
         return function if self.storage.team is None else self.storage.team.paced(function)
 
-    def _corrupt(self, batches: list[Any]) -> list[Any]:
+    def corrupt(self, batches: list[Any]) -> list[Any]:
+        """Return batches with the noise of the run."""
         return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
 
     def _disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:

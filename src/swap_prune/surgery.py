@@ -20,6 +20,7 @@ from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
 __all__ = [
+    "Snapshot",
     "batchnorm_layers",
     "batchnorm_misfit",
     "fill_lost",
@@ -71,27 +72,43 @@ def fill_lost(parameter: nn.Parameter, kept: Tensor) -> None:
         parameter.masked_fill_((parameter == 0) & kept, torch.finfo(parameter.dtype).smallest_normal)
 
 
+class Snapshot:
+    """What a network has now, to give it back later.
+
+    Args:
+        model: The network.
+        selection: Only its weights and the BatchNorm statistics will change; by default all parameters and buffers may.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection | None = None) -> None:
+        if selection is None:
+            self._tensors = [*model.parameters(), *model.buffers()]
+        else:
+            parameters = dict(model.named_parameters())
+            self._tensors = [parameters[name] for name in selection.names]
+            self._tensors += [buffer for layer in batchnorm_layers(model) for buffer in layer.buffers()]
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+
+    def restore(self) -> None:
+        """Write it to the network."""
+        with torch.no_grad():
+            for tensor, values in zip(self._tensors, self._values, strict=True):
+                tensor.copy_(values)
+
+
 @contextmanager
 def restored_on_error(model: nn.Module, selection: Selection | None = None) -> Iterator[None]:
     """Give the model back what it had if the block does not end well.
 
     Args:
         model: The network.
-        selection: Only its weights and the BatchNorm statistics will change; by default all parameters and buffers may.
+        selection: As for :class:`Snapshot`.
     """
-    if selection is None:
-        tensors = [*model.parameters(), *model.buffers()]
-    else:
-        parameters = dict(model.named_parameters())
-        tensors = [parameters[name] for name in selection.names]
-        tensors += [buffer for layer in batchnorm_layers(model) for buffer in layer.buffers()]
-    before = [tensor.detach().clone() for tensor in tensors]
+    before = Snapshot(model, selection)
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for tensor, values in zip(tensors, before, strict=True):
-                tensor.copy_(values)
+        before.restore()
         raise
 
 

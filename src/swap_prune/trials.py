@@ -31,7 +31,7 @@ from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 from swap_prune.surgery import batchnorm_layers, temporary_weights, write_weights
 
-__all__ = ["SLOPE_BATCH", "Taught", "Teacher", "Trials"]
+__all__ = ["SLOPE_BATCH", "Taught", "Teacher", "Trials", "taught_losses"]
 
 SLOPE_BATCH = 64  # samples in one backward pass: it bounds the memory
 _TEACHER_SHARE = 0.75  # of the divergence from the dense network, in slopes and in held-out losses
@@ -180,18 +180,22 @@ class Trials:
         return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
 
     def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
-        """Return the loss of each sample, (n,), or its mean with the divergence from the teacher.
+        return taught_losses(self.loss_fn, model, taught)
 
-        The divergence has the share of what is not trusted too.
-        """
-        batch, teacher, trust = taught
-        if teacher is None:
-            return self.loss_fn(model, batch)
-        assert isinstance(self.loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
-        share = _TEACHER_SHARE if trust is None else 1 - (1 - _TEACHER_SHARE) * trust
-        outputs = self.loss_fn.outputs(model, batch)
-        own = self.loss_fn.losses(outputs, batch)
-        return torch.lerp(own, self.loss_fn.divergence(outputs, batch, teacher), share)
+
+def taught_losses(loss_fn: LossFn, model: nn.Module, taught: Taught) -> Tensor:
+    """Return the loss of each sample, (n,), or its mean with the divergence from the teacher.
+
+    The divergence has the share of what is not trusted too.
+    """
+    batch, teacher, trust = taught
+    if teacher is None:
+        return loss_fn(model, batch)
+    assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
+    share = _TEACHER_SHARE if trust is None else 1 - (1 - _TEACHER_SHARE) * trust
+    outputs = loss_fn.outputs(model, batch)
+    own = loss_fn.losses(outputs, batch)
+    return torch.lerp(own, loss_fn.divergence(outputs, batch, teacher), share)
 
 
 def _sizes(batches: Sequence[Taught]) -> list[int]:

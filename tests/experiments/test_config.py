@@ -69,6 +69,7 @@ BAD = {
     "sparsity twice": (GOOD.replace("0.9]", "0.5]"), "sparsities: must be distinct"),
     "no sparsity": (GOOD.replace("[0.5, 0.9]", "[]"), "sparsities: "),
     "stages": ("stages = [1, 0]\n" + GOOD, "stages.1: "),
+    "stages twice": ('stages = ["auto", "auto"]\n' + GOOD, "stages: "),
     "stages as text": ('stages = "2"\n' + GOOD, "stages.0: "),
     "samples": ("samples = true\n" + GOOD, "samples: "),
     "seed": ("seeds = [-1]\n" + GOOD, "seeds.0: "),
@@ -95,9 +96,9 @@ def test_what_is_refused_names_the_key(case: str, tmp_path: Path) -> None:
 
 def test_single_values_are_lists_of_one() -> None:
     experiment = Experiment.model_validate(
-        tomllib.loads(GOOD.replace("[0.5, 0.9]", "0.5")) | {"stages": 3, "seeds": 4, "noise": "none"}
+        tomllib.loads(GOOD.replace("[0.5, 0.9]", "0.5")) | {"stages": ["auto", 3], "seeds": 4, "noise": "none"}
     )
-    assert (experiment.sparsities, experiment.stages, experiment.seeds) == ([0.5], [3], [4])
+    assert (experiment.sparsities, experiment.stages, experiment.seeds) == ([0.5], ["auto", 3], [4])
 
 
 def test_the_grid_is_the_product() -> None:

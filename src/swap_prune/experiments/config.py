@@ -57,6 +57,13 @@ def _check_schedule(name: str) -> str:
     return name
 
 
+def _check_stages(stages: Any) -> int | str:
+    if stages != "auto" and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
+        raise ValueError(f"must be a whole number of at least 1 or 'auto', got {stages!r}")
+    checked: int | str = stages
+    return checked
+
+
 def _read_finetune(table: Any) -> FineTune:
     if isinstance(table, FineTune):
         return table
@@ -66,6 +73,7 @@ def _read_finetune(table: Any) -> FineTune:
 
 
 _Whole = Annotated[int, Field(ge=1)]
+_Stages = Annotated[Any, AfterValidator(_check_stages)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Sparsity = Annotated[float, Field(ge=0, lt=1)]
 _Noise = Annotated[str, AfterValidator(_check_noise)]
@@ -137,7 +145,7 @@ class Experiment(_Table):
         ignore: What is not.
         methods: The methods to compare. The first is the reference of paired differences.
         sparsities: Sparsities asked for.
-        stages: Numbers of stages.
+        stages: Numbers of stages, or ``"auto"``.
         noise: Noise specs, or ``"none"``.
         seeds: Seeds. The same seed gives every method the same calibration samples.
         samples: Calibration samples a stage.
@@ -156,7 +164,7 @@ class Experiment(_Table):
     ignore: list[str] = []
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     sparsities: Annotated[list[_Sparsity], _Axis, Field(min_length=1), AfterValidator(_distinct)]
-    stages: Annotated[list[_Whole], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [1]
+    stages: Annotated[list[_Stages], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [1]
     noise: Annotated[list[_Noise], _Axis, Field(min_length=1), AfterValidator(_distinct)] = ["none"]
     seeds: Annotated[list[_Seed], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [0]
     samples: _Whole = 1024

@@ -25,7 +25,7 @@ def write_plots(summary: Summary, directory: Path) -> list[Path]:
     Returns:
         Their paths.
     """
-    drawings: dict[str, Callable[[Any, Summary, tuple[int, str]], None]] = {
+    drawings: dict[str, Callable[[Any, Summary, tuple[int | str, str]], None]] = {
         "accuracy.png": _accuracy,
         "seconds.png": _seconds,
         "layers.png": _layers,
@@ -37,7 +37,7 @@ def write_plots(summary: Summary, directory: Path) -> list[Path]:
     return paths
 
 
-def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int, str]], None]) -> Figure:
+def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str]], None]) -> Figure:
     panels = summary.panels()
     columns = min(_WIDEST, -(-len(panels) // len({stages for stages, _ in panels})))
     rows = -(-len(panels) // columns)
@@ -45,7 +45,7 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int, str]], No
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         draw(axis, summary, panel)
-        axis.set_title(f"{panel[0]} stage{'s' * (panel[0] > 1)}, noise: {panel[1]}", fontsize=10)
+        axis.set_title(f"{panel[0]} stage{'s' * (panel[0] != 1)}, noise: {panel[1]}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -70,11 +70,11 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _measured(summary: Summary, label: str, panel: tuple[int, str]) -> list[Cell]:
+def _measured(summary: Summary, label: str, panel: tuple[int | str, str]) -> list[Cell]:
     return [cell for cell in summary.row(label, panel) if cell.accuracy is not None]
 
 
-def _accuracy(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
+def _accuracy(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
     """Accuracy over the logarithm of the fraction kept, which spreads the high sparsities out."""
     for number, label in enumerate(summary.labels()):
         cells = _measured(summary, label, panel)
@@ -92,7 +92,7 @@ def _accuracy(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
     axis.set_ylabel("test accuracy, %")
 
 
-def _seconds(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
+def _seconds(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
     """Accuracy over time; the points of a method are its sparsities."""
     for number, label in enumerate(summary.labels()):
         cells = [cell for cell in _measured(summary, label, panel) if cell.seconds]
@@ -105,7 +105,7 @@ def _seconds(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
     axis.set_ylabel("test accuracy, %")
 
 
-def _layers(axis: Any, summary: Summary, panel: tuple[int, str]) -> None:
+def _layers(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
     """Sparsity of each layer at the highest sparsity."""
     highest = summary.sparsities()[-1]
     names: list[str] = []

@@ -17,7 +17,7 @@ from swap_prune.experiments.results import RunResult
 
 __all__ = ["Cell", "Estimate", "Summary", "as_csv", "as_markdown", "summarise", "write_tables"]
 
-_Point = tuple[float, int, str, int]  # sparsity, stages, noise, seed
+_Point = tuple[float, int | str, str, int]  # sparsity, stages, noise, seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Cell:
     Attributes:
         label: The method's name in tables.
         sparsity: Sparsity asked for.
-        stages: Number of stages.
+        stages: Number of stages, or ``"auto"``.
         noise: Noise spec, or ``"none"``.
         accuracy: In percent.
         loss: Mean cross-entropy.
@@ -68,7 +68,7 @@ class Cell:
 
     label: str
     sparsity: float
-    stages: int
+    stages: int | str
     noise: str
     accuracy: Estimate | None
     loss: Estimate | None
@@ -98,7 +98,7 @@ class Summary:
     cells: list[Cell]
     notes: list[str]
 
-    def panels(self) -> list[tuple[int, str]]:
+    def panels(self) -> list[tuple[int | str, str]]:
         """Return the pairs of stages and noise, in the order of the results."""
         return list(dict.fromkeys((cell.stages, cell.noise) for cell in self.cells))
 
@@ -110,7 +110,7 @@ class Summary:
         """Return the sparsities, ascending."""
         return sorted({cell.sparsity for cell in self.cells})
 
-    def row(self, label: str, panel: tuple[int, str]) -> list[Cell]:
+    def row(self, label: str, panel: tuple[int | str, str]) -> list[Cell]:
         """Return the cells of a method in a panel, by sparsity."""
         cells = (cell for cell in self.cells if cell.label == label and (cell.stages, cell.noise) == panel)
         return sorted(cells, key=lambda cell: cell.sparsity)
@@ -147,7 +147,7 @@ def _point(result: RunResult) -> _Point:
 
 
 def _cell(
-    label: str, place: tuple[float, int, str], runs: dict[_Point, RunResult], others: dict[_Point, RunResult]
+    label: str, place: tuple[float, int | str, str], runs: dict[_Point, RunResult], others: dict[_Point, RunResult]
 ) -> Cell:
     sparsity, stages, noise = place
     own = {point: run for point, run in runs.items() if point[:3] == place and run.error is None}
@@ -210,7 +210,7 @@ def as_markdown(summary: Summary) -> str:
     lines += [f"- {note}" for note in summary.notes]
     for panel in summary.panels():
         stages, noise = panel
-        lines += ["", f"## {stages} stage{'s' * (stages > 1)}, noise: {noise}"]
+        lines += ["", f"## {stages} stage{'s' * (stages != 1)}, noise: {noise}"]
         for title, pick in _QUESTIONS.items():
             lines += _table(summary, panel, title.format(reference=summary.reference), pick)
         lines += _cost(summary, panel)
@@ -225,7 +225,9 @@ _QUESTIONS: dict[str, Callable[[Cell], Estimate | None]] = {
 }
 
 
-def _table(summary: Summary, panel: tuple[int, str], title: str, pick: Callable[[Cell], Estimate | None]) -> list[str]:
+def _table(
+    summary: Summary, panel: tuple[int | str, str], title: str, pick: Callable[[Cell], Estimate | None]
+) -> list[str]:
     """Return a table of methods by sparsity; nothing, where there is nothing to show."""
     rows = {label: {cell.sparsity: pick(cell) for cell in summary.row(label, panel)} for label in summary.labels()}
     counts = [estimate.runs for row in rows.values() for estimate in row.values() if estimate is not None]
@@ -245,7 +247,7 @@ def _table(summary: Summary, panel: tuple[int, str], title: str, pick: Callable[
     return lines
 
 
-def _cost(summary: Summary, panel: tuple[int, str]) -> list[str]:
+def _cost(summary: Summary, panel: tuple[int | str, str]) -> list[str]:
     lines = ["", "| method | seconds a run | peak memory, MB |", "|---|---|---|"]
     for label in summary.labels():
         cells = summary.row(label, panel)
