@@ -180,3 +180,36 @@ def test_unusable_checkpoints(name: str, content: bytes | None, message: str, tm
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_weights(tmp_path / name)
+
+
+def test_a_network_whose_only_child_is_called_module(tmp_path: Path) -> None:
+    model, data = nn.DataParallel(network()), [(torch.randn(20, 8), torch.arange(20) % 3)]
+    prune(model, data, 0.5, "magnitude", progress=False).save(tmp_path / "out")
+    other = nn.DataParallel(network(seed=4))
+    load_pruned(other, tmp_path / "out")
+    assert torch.equal(other.module[0].weight, model.module[0].weight)
+    assert torch.equal(
+        load_weights(nn.DataParallel(network(seed=5)), tmp_path / "out" / "weights.safetensors").module[0].weight,
+        model.module[0].weight,
+    )
+
+
+class Noting(nn.Linear):
+    """Keeps something in its state_dict that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_states_of_more_than_tensors_are_not_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(Noting(8, 3))
+    report = prune(model, [(torch.randn(20, 8), torch.arange(20) % 3)], 0.5, "magnitude", progress=False)
+    with pytest.raises(ValueError, match="more than tensors, which is not saved"):
+        report.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    torch.save({3: torch.zeros(2)}, tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match="its keys are no names"):
+        load_weights(network(), tmp_path / "numbers.pt")

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from swap_prune.calibration import CalibrationStream, batch_size, is_sliceable, map_tensors, slice_batch, split_batches
+from swap_prune.calibration import (
+    CalibrationStream,
+    batch_size,
+    is_sliceable,
+    join_batches,
+    map_tensors,
+    slice_batch,
+    split_batches,
+)
 from tests.cases import generator
 
 
@@ -199,8 +207,8 @@ def test_mapping_batches(make):
     data = [make(ids=torch.arange(4), mask=torch.ones(4, 3)), make(ids=torch.arange(4, 7), mask=torch.ones(3, 3))]
     source = stream(data)
     parts = source.draw(6)
-    assert [part["ids"].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5]]
-    assert [tuple(part["mask"].shape) for part in parts] == [(4, 3), (2, 3)]
+    assert [part["ids"].tolist() for part in parts] == [[0, 1, 2, 3, 4, 5]]
+    assert [tuple(part["mask"].shape) for part in parts] == [(6, 3)]
     assert source.draw(1)[0]["ids"].tolist() == [6]
 
 
@@ -292,3 +300,96 @@ def test_a_pass_over_nothing():
     for data in (TensorDataset(torch.zeros(0, 2)), [], iter([])):
         with pytest.raises(ValueError, match="empty"):
             list(stream(data).read_pass(2, generator()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [
+        ((2, 2, 2), [6]),
+        ((5, 5, 5), [5, 5, 5]),
+        ((4, 4, 4), [8, 4]),
+        ((8, 1), [9]),  # one alone has no variance
+        ((1, 8, 8), [9, 8]),
+        ((20, 3), [20, 3]),
+        ((), []),
+    ],
+)
+def test_small_batches_are_joined(sizes, joined):
+    parts = join_batches(batches_of(*sizes) if sizes else [], 8)
+    assert [len(part[1]) for part in parts] == joined
+    assert [i for part in parts for i in part[1].tolist()] == list(range(sum(sizes)))
+    assert all(torch.equal(part[0][:, 0], part[1].float() * 10) for part in parts)
+
+
+def test_batches_that_differ_stay_apart():
+    ragged = [(torch.zeros(2, length), torch.zeros(2)) for length in (3, 4, 4)]
+    assert [part[0].shape for part in join_batches(ragged, 8)] == [(2, 3), (4, 4)]
+    kinds = [torch.zeros(2), torch.zeros(2).long(), {"a": torch.zeros(2)}, {"b": torch.zeros(2)}, [torch.zeros(2)]]
+    assert len(join_batches(kinds, 8)) == 5
+    named = [Pair(torch.zeros(2), torch.ones(2))] * 2
+    (one,) = join_batches(named, 8)
+    assert isinstance(one, Pair) and one.y.tolist() == [1.0] * 4
+    assert join_batches(["text", "text"], 8) == ["text", "text"]
+
+
+@pytest.mark.parametrize(("size", "parts"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1]), (5, [5])])
+def test_no_sample_is_split_off_alone(size, parts):
+    assert [batch_size(part) for part in split_batches(batches_of(size), 4, least=2)] == parts
+
+
+@pytest.mark.parametrize("data", [[None], [batches_of(3)[0], None, batches_of(3)[0]]])
+def test_none_is_no_batch(data):
+    with pytest.raises(ValueError, match="gave None for a batch"):
+        stream(data).draw(5)
+
+
+def test_a_loader_that_shuffles_gives_the_same_samples_and_leaves_the_global_random_state():
+    whole = TensorDataset(*batches_of(50)[0])
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = drawn(stream(DataLoader(whole, batch_size=8, shuffle=True)), 40)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert drawn(stream(DataLoader(whole, batch_size=8, shuffle=True)), 40) == first != list(range(40))
+    assert drawn(stream(DataLoader(whole, batch_size=8, shuffle=True), seed=1), 40) != first
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise KeyError("label")
+
+
+class Endless(Dataset):
+    def __getitem__(self, index):
+        return torch.zeros(1), 0
+
+
+def failing():
+    yield batches_of(2)[0]
+    raise RuntimeError("disk gone")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(Broken(), "KeyError: 'label'"), (Endless(), "needs a length"), (failing(), "RuntimeError: disk gone")],
+    ids=["broken", "endless", "failing"],
+)
+def test_data_that_fail_are_one_value_error(data, message):
+    with pytest.raises(ValueError, match=message):
+        stream(data).draw(3)
+
+
+def test_what_is_held_out_is_never_drawn_again():
+    source = stream(TensorDataset(*batches_of(20)[0]))
+    own = [int(i) for batch in source.hold_out(7) for i in batch[1]]
+    assert len(own) == 4  # a fifth
+    rest = set(range(20)) - set(own)
+    for _ in range(3):
+        assert set(drawn(source, 20)) == rest
+    fitting, apart = source.draw_apart(20, 8)
+    assert {int(i) for batch in [*fitting, *apart] for i in batch[1]} == rest
+    passed = {int(i) for _, batch in source.read_pass(5, generator(0)) for i in batch[1]}
+    assert passed == rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from swap_prune import EWR, LR
+from swap_prune import EWR, LR, prune
 from swap_prune.calibration import CalibrationStream, batch_size
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import polyak_length
@@ -107,6 +108,7 @@ def test_the_first_step_is_no_longer_than_the_loss_can_fall() -> None:
     assert polyak_length(slope, direction, 13.0) == pytest.approx(0.5)  # 13 / 26
     assert polyak_length(slope, -direction, 13.0) == math.inf
     assert polyak_length(slope, 0 * direction, 13.0) == math.inf
+    assert polyak_length(slope, direction, -13.0) == math.inf  # a loss below 0 bounds nothing
 
     def held_out(w: Tensor, kept: Tensor) -> Tensor:
         return (w - goal).square() / 1e2  # so low a loss that a step of 0.3 would promise far more than all of it
@@ -182,3 +184,29 @@ def test_settings_out_of_range(name: str) -> None:
         for value in (-1, float("nan"), "much", None, True):
             with pytest.raises(ValueError, match=name):
                 config(**{name: value})
+
+
+def test_a_loss_less_a_constant_is_stepped_down_alike() -> None:
+    inputs = torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
+    targets = inputs[:, :2].tanh() + inputs[:, 2:4]
+    torch.manual_seed(0)
+    dense = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 2))
+
+    def error(model: torch.nn.Module, batch: list[Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean(1)
+
+    found = []
+    for constant in (0.0, 100.0):
+        model = copy.deepcopy(dense)
+        report = prune(
+            model,
+            TensorDataset(inputs, targets),
+            0.7,
+            "lr",
+            loss_fn=lambda net, batch, c=constant: error(net, batch) - c,
+            progress=False,
+        )
+        steps = report.stages[0].evidence["first_order"]
+        found.append((len(steps), error(model, [inputs, targets]).mean().item()))
+    (steps, plain), (shifted_steps, shifted) = found
+    assert steps > 0 and shifted_steps > 0 and shifted < 2 * plain

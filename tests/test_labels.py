@@ -60,3 +60,5 @@ def test_where_labels_are_no_single_classes_there_is_no_doubt() -> None:
     assert doubt_labels(CrossEntropy(), [logits], [(logits, soft)]) is None
     assert doubt_labels(lambda model, batch: wrong, [logits], [(logits, wrong)]) is None
     assert doubt_labels(CrossEntropy(), [], []) is None
+    tokens = [(torch.zeros(2, n), torch.zeros(2, n).long()) for n in (3, 5)]  # of several lengths
+    assert doubt_labels(CrossEntropy(), [torch.zeros(2, CLASSES, n) for n in (3, 5)], tokens) is None

@@ -233,6 +233,19 @@ def test_noise_changes_the_answer_and_is_recorded() -> None:
     assert not torch.equal(clean[4].weight, noisy[4].weight)
 
 
+def filled(value: float) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        model[1].weight[2, 5] = value
+    return model
+
+
+def late_nan() -> torch.Tensor:
+    inputs = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs[7] = torch.nan
+    return inputs
+
+
 BAD = {
     "sparsity above": ({"sparsity": 1.0}, "sparsity"),
     "sparsity below": ({"sparsity": -0.1}, "sparsity"),
@@ -261,6 +274,19 @@ BAD = {
     "negative labels": ({"data": [(torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]))]}, "labels out of range"),
     "not pairs": ({"data": [torch.zeros(4, 1, 8, 8)]}, "inputs, targets"),
     "wrong shape": ({"data": [(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())]}, "failed on a calibration batch"),
+    "one output": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1))}, "the model has one output: pass loss_fn="),
+    "regression": ({"data": [(torch.zeros(4, 1, 8, 8), torch.randn(4, 3))]}, "are not: pass loss_fn="),
+    "floats": ({"data": [(torch.zeros(4, 1, 8, 8), torch.zeros(4))]}, "are not: pass loss_fn="),
+    "detached loss": ({"loss_fn": lambda net, b: net(b[0]).sum(1).detach(), "method": "obd"}, "does not depend on"),
+    "weights nan": ({"model": filled(torch.nan), "method": "magnitude"}, "must be finite; '1.weight'"),
+    "weights inf": ({"model": filled(torch.inf), "method": "wanda"}, "must be finite; '1.weight'"),
+    "inputs nan": ({"data": [(torch.full((9, 1, 8, 8), torch.nan), torch.arange(9) % 3)], "method": "wanda"}, "finite"),
+    "late nan": ({"data": [(late_nan(), torch.arange(9) % 3)], "method": "sparsegpt"}, "inputs of '.*' are not finite"),
+    "device": ({"device": "cuda:97"}, "device 'cuda:97' cannot be used"),
+    "device name": ({"device": "abacus"}, "device 'abacus' cannot be used"),
+    "no targets": ({"targets": None}, "targets must be a string or a sequence of strings"),
+    "a number ignored": ({"ignore": 5}, "ignore must be a string or a sequence of strings"),
+    "schedule list": ({"schedule": []}, "schedule must be one of"),
     "scalar loss": ({"loss_fn": lambda net, b: net(b[0]).mean()}, "one loss a sample"),
     "infinite loss": ({"loss_fn": lambda net, b: net(b[0]).sum(1) / 0}, "not finite"),
     "loss not a tensor": ({"loss_fn": lambda net, b: [1.0]}, "tensor"),
@@ -271,13 +297,14 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_value_error_and_changes_nothing(case: str) -> None:
     changes, message = BAD[case]
-    model = small_network()
+    model = changes.get("model", small_network())
     before = copy.deepcopy(model.state_dict())
+    changes = {name: value for name, value in changes.items() if name != "model"}
     arguments = {"data": small_data(), "method": "lr", "samples": 20, "recalibrate_batchnorm": False} | changes
     with pytest.raises(ValueError, match=message):
         prune(model, **arguments)
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_exhausted_generator_is_refused_and_a_fresh_one_is_remembered() -> None:
@@ -354,3 +381,49 @@ def test_a_failure_after_a_fine_tuned_stage_gives_every_parameter_back() -> None
         )
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_model_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got a dict"):
+        prune({}, small_data())
+
+
+@pytest.mark.parametrize("size", [1, 2, 25])
+def test_how_samples_are_batched_does_not_matter(size: int) -> None:
+    """BatchNorm's statistics are those of many samples, however few the loader gives at a time."""
+    inputs, labels = small_data(250)[:]
+    losses = []
+    for part in (size, 250):
+        model = small_network()
+        batches = list(zip(inputs.split(part), labels.split(part), strict=True))
+        prune(model, batches, 0.6, "lr", samples=129, progress=False)
+        losses.append(torch.nn.functional.cross_entropy(model(inputs), labels).item())
+        assert int(model[1].num_batches_tracked) > 0
+    assert losses[0] == pytest.approx(losses[1], rel=0.25)
+
+
+def test_one_sample_too_many_changes_little() -> None:
+    """257 samples leave one alone in a batch of 128, and it must not switch the statistics of all others off."""
+    inputs, labels = small_data(400)[:]
+    losses = []
+    for samples in (256, 257):
+        model = small_network()
+        prune(model, TensorDataset(inputs, labels), 0.6, "lr", samples=samples, progress=False)
+        losses.append(torch.nn.functional.cross_entropy(model(inputs), labels).item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.25)
+
+
+def test_a_loss_may_take_its_dict_apart() -> None:
+    inputs, labels = small_data()[:]
+
+    def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        wanted = batch.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**batch), wanted, reduction="none")
+
+    class Net(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images)
+
+    model = Net(nn.Flatten(), nn.Linear(64, 3))
+    report = prune(model, [{"images": inputs, "labels": labels}] * 2, 0.5, "lr", loss_fn=loss_fn, progress=False)
+    assert report.kept == 96

@@ -47,6 +47,9 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
             "the model no longer has the sparsity reported (it was changed after pruning); save right after "
             "pruning, or prune again"
         )
+    odd = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(f"the model's state_dict holds more than tensors, which is not saved: {_some(odd)}")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     data = safetensors.torch.save(state)
     content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
@@ -134,21 +137,23 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         model: Its state_dict must have the file's keys and shapes. BatchNorm's ``num_batches_tracked`` may be
-            missing.
+            missing, and a ``module.`` before every name, as DataParallel writes it, is dropped.
         path: ``.safetensors``, or ``.pt``, ``.pth`` or ``.bin`` holding tensors only.
 
     Raises:
         ValueError: If the file is missing, damaged, would run code, or does not fit.
     """
-    _load_state(model, read_weights(path), Path(path))
+    state = read_weights(path)
+    if all(name.startswith("module.") for name in state) and not state.keys() & model.state_dict().keys():
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    _load_state(model, state, Path(path))
     return model
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint's tensors without executing code.
 
-    A training checkpoint that holds the weights under ``state_dict`` or ``model`` is unwrapped, and a
-    ``module.`` before every name is dropped.
+    A training checkpoint that holds the weights under ``state_dict`` or ``model`` is unwrapped.
 
     Raises:
         ValueError: If the file is missing, damaged, or holds anything but tensors.
@@ -179,8 +184,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights file {path} must hold a state_dict of tensors, got a {type(state).__name__}")
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): value for name, value in state.items()}
+    if not all(isinstance(name, str) for name in state):
+        raise ValueError(f"weights file {path} must hold a state_dict of tensors by name; its keys are no names")
     return dict(state)
 
 

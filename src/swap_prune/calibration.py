@@ -12,15 +12,27 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-__all__ = ["CalibrationStream", "batch_size", "is_sliceable", "map_tensors", "peek", "slice_batch", "split_batches"]
+__all__ = [
+    "CalibrationStream",
+    "batch_size",
+    "in_own_containers",
+    "is_sliceable",
+    "join_batches",
+    "map_tensors",
+    "peek",
+    "slice_batch",
+    "split_batches",
+]
 
 _COLLATE = 128  # samples a batch, where the stream makes the batches itself
+_END = object()  # of a pass over the data
 
 
 class CalibrationStream:
@@ -48,6 +60,7 @@ class CalibrationStream:
         self._generator = generator
         self._device = device
         self._indexed = isinstance(data, Dataset)
+        self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
         self._reserved: list[int] = []  # indices of a Dataset that are held out of what is fitted
         self._barred: frozenset[int] = frozenset()  # indices of a Dataset that are never drawn again
@@ -62,7 +75,7 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
-        batches = self._draw_indexed(samples) if self._indexed else self._draw_iterated(samples)
+        batches = self._draw_indexed(samples) if self._indexed else join_batches(self._draw_iterated(samples), _COLLATE)
         return [self._placed(batch) for batch in batches]
 
     def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
@@ -123,7 +136,7 @@ class CalibrationStream:
                 fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
                 apart.append(slice_batch(batch, max(missing, 0), size))
             missing -= size
-        return fitting, apart
+        return join_batches(fitting, _COLLATE), join_batches(apart, _COLLATE)
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
         """Do the same from a Dataset; what is held out is drawn once and never fitted."""
@@ -163,6 +176,8 @@ class CalibrationStream:
         return map_tensors(lambda t: t.to(self._device), batch)
 
     def _count(self) -> int:
+        if not hasattr(self._data, "__len__"):
+            raise ValueError(f"a Dataset needs a length (__len__), and {type(self._data).__name__} has none")
         size = len(self._data)
         if size == 0:
             raise ValueError("the calibration data set is empty: at least one sample is needed")
@@ -170,7 +185,14 @@ class CalibrationStream:
 
     def _collate(self, indices: list[int]) -> Any:
         fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
-        return default_collate(fetch(indices))
+        try:
+            with self._own_randomness():
+                return default_collate(fetch(indices))
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"the data set failed to give a batch of samples: {reason}") from error
 
     def _draw_indexed(self, samples: int, barred: Set[int] = frozenset()) -> list[Any]:
         barred = barred | self._barred
@@ -184,13 +206,14 @@ class CalibrationStream:
         return self._in_batches(indices)
 
     def _in_batches(self, indices: list[int]) -> list[Any]:
-        return [self._collate(indices[i : i + _COLLATE]) for i in range(0, len(indices), _COLLATE)]
+        parts = [self._collate(indices[i : i + _COLLATE]) for i in range(0, len(indices), _COLLATE)]
+        return join_batches(parts, _COLLATE)
 
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
         got = 0
         while got < min(samples, self._pass_size or samples):
             batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
-            if batch is None:
+            if batch is _END:
                 self._pass_size = self._read
                 if self._pass_size == 0:
                     raise ValueError(
@@ -208,10 +231,12 @@ class CalibrationStream:
 
     def _read_passes(self) -> Iterator[Any]:
         """Yield batch after batch for ever, None at the end of each pass."""
-        one_shot = iter(self._data) is self._data
+        one_shot = isinstance(self._data, Iterator)
         source, remembered = self._data, []
         for passes in itertools.count():
-            for batch in source:
+            for batch in self._guarded(source):
+                if batch is None:
+                    raise ValueError("the calibration data gave None for a batch; leave it out in the loader")
                 if batch_size(batch) == 0:
                     continue
                 if passes == 0:
@@ -221,7 +246,31 @@ class CalibrationStream:
                 yield dict(batch) if isinstance(batch, Mapping) else batch
             if one_shot:
                 source = remembered
-            yield None
+            yield _END
+
+    def _guarded(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Yield what an iterable gives; loaders that shuffle draw from a random state of the stream's own."""
+        with self._own_randomness():
+            batches = iter(source)
+        while True:
+            with self._own_randomness():
+                try:
+                    batch = next(batches, _END)
+                except (ValueError, OSError):
+                    raise
+                except Exception as error:
+                    raise ValueError(f"the calibration data failed: {type(error).__name__}: {error}") from error
+            if batch is _END:
+                return
+            yield batch
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Let what reads torch's global random state read one of the stream's own, and leave the global one."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._reading)
+            yield
+            self._reading = torch.get_rng_state()
 
 
 def peek(data: Any) -> Any:
@@ -255,19 +304,75 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch
 
 
+def in_own_containers(batch: Any) -> Any:
+    """Return a batch that a loss may take apart: the same tensors, in containers of its own."""
+    return map_tensors(lambda t: t, batch)
+
+
 def slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples ``start`` to ``stop`` of a batch."""
     size = batch_size(batch)
     return map_tensors(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, batch)
 
 
-def split_batches(batches: Iterable[Any], size: int) -> list[Any]:
-    """Return batches of ``size`` samples at the most; a batch that cannot be sliced stays whole."""
-    return [
-        slice_batch(batch, start, min(start + size, batch_size(batch))) if is_sliceable(batch) else batch
-        for batch in batches
-        for start in (range(0, batch_size(batch), size) if is_sliceable(batch) else (0,))
-    ]
+def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any]:
+    """Return batches of ``size`` samples at the most; a batch that cannot be sliced stays whole.
+
+    Args:
+        batches: Batches.
+        size: At least ``least``.
+        least: What would be left of a batch with fewer samples goes to the part before it.
+    """
+    parts = []
+    for batch in batches:
+        if not is_sliceable(batch):
+            parts.append(batch)
+            continue
+        whole = batch_size(batch)
+        starts = [start for start in range(0, whole, size) if start == 0 or whole - start >= least]
+        parts += [slice_batch(batch, start, stop) for start, stop in itertools.pairwise([*starts, whole])]
+    return parts
+
+
+def join_batches(batches: Iterable[Any], size: int) -> list[Any]:
+    """Return the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
+
+    A single sample joins a batch that is full: BatchNorm finds no variance in one. Batches that cannot be sliced, or
+    whose samples differ in shape, stay as they are.
+    """
+    groups: list[list[Any]] = []
+    for batch in batches:
+        if groups and _are_alike(groups[-1][-1], batch):
+            sizes = sum(map(batch_size, groups[-1])), batch_size(batch)
+            if sum(sizes) <= size or min(sizes) == 1:
+                groups[-1].append(batch)
+                continue
+        groups.append([batch])
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+
+
+def _are_alike(first: Any, second: Any) -> bool:
+    """Whether two batches can be one: the same structure, and samples of the same shapes and dtypes."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.ndim > 0 and first.shape[1:] == second.shape[1:] and first.dtype == second.dtype
+    if type(first) is not type(second) or not (is_sliceable(first) and is_sliceable(second)):
+        return False
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_are_alike(part, second[key]) for key, part in first.items())
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(_are_alike, first, second))
+    return False
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Return batches that are alike as one."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(batches)
+    if isinstance(first, Mapping):
+        return {key: _joined([batch[key] for batch in batches]) for key in first}
+    parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 
 
 def batch_size(batch: Any) -> int:

@@ -21,9 +21,9 @@ from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
 from swap_prune.calibration import CalibrationStream
+from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
-from swap_prune.experiments.bench import usable_device
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model

@@ -67,10 +67,9 @@ def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[A
     """
     if not isinstance(loss_fn, CrossEntropy) or not outputs:
         return None
-    targets = torch.cat([batch[1] for batch in batches])
-    logits = torch.cat(list(outputs))
-    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+    if any(z.ndim != 2 for z in outputs) or any(b[1].ndim != 1 or b[1].is_floating_point() for b in batches):
         return None
+    targets, logits = torch.cat([batch[1] for batch in batches]), torch.cat(list(outputs))
     likelihood = _likelihood(logits, targets)
     rates = torch.arange(_RATES, dtype=likelihood.dtype, device=likelihood.device).unsqueeze(1) / _RATES
     evidence = ((1 - rates) * likelihood + rates / logits.shape[1]).log().sum(1)

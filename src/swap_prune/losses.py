@@ -161,6 +161,30 @@ def check_labels(targets: Tensor, classes: int) -> None:
         )
 
 
+def check_shares(targets: Tensor, classes: int) -> None:
+    """Check that targets which are no class indices are the classes' probabilities.
+
+    Raises:
+        ValueError: If there is but one class, or floating-point targets are something else, as in a regression.
+    """
+    if classes < 2:
+        raise ValueError(
+            "the default loss is the cross-entropy of two classes or more, and the model has one output: pass loss_fn="
+        )
+    if not targets.is_floating_point():
+        return
+    shares = targets.ndim > 1 and targets.shape[1] == classes
+    if (
+        not shares
+        or bool((targets < 0).any())
+        or not torch.allclose(targets.sum(1), torch.ones((), dtype=targets.dtype, device=targets.device), atol=1e-2)
+    ):
+        raise ValueError(
+            f"the default loss is the cross-entropy, whose floating-point targets are probabilities of {classes} "
+            f"classes, got {describe(targets)} that are not: pass loss_fn= for another loss"
+        )
+
+
 def check_losses(losses: Any, expected: int | None) -> Tensor:
     """Check what a loss function returned.
 
@@ -219,7 +243,8 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
                     check_pair(batch)
                     if classes is None:
                         logits = model(batch[0][:1])
-                        classes = logits.shape[1]
+                        classes = logits.shape[1] if logits.ndim > 1 else 1
+                    check_shares(batch[1], classes)
                     check_labels(batch[1], classes)
                 if known is None:
                     known = len(check_losses(loss_fn(model, batch), None))

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, map_tensors, peek
+from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, local_count, process_count, team_of
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune
@@ -134,6 +135,7 @@ def prune(
         raise ValueError(f"seed must be below 2**63, got {seed}")
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
+    _check_finite(model, selection)
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     floors = layer_floors(min_keep, sizes, keep_count(selection.total, sparsity))
     loss = cross_entropy if loss_fn is None else loss_fn
@@ -147,7 +149,7 @@ def prune(
         if held != memory_plan.forecasts[0].storage:
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     place = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     calibration = CalibrationStream(data, generator, place)
@@ -356,6 +358,14 @@ def _report(
         versions=versions(),
         notes=notes,
     ).bind(partial(save_artifact, model))
+
+
+def _check_finite(model: nn.Module, selection: Selection) -> None:
+    """Refuse weights that no method can rank."""
+    parameters = dict(model.named_parameters())
+    bad = [name for name in selection.names if not bool(parameters[name].isfinite().all())]
+    if bad:
+        raise ValueError(f"weights to prune must be finite; {bad[0]!r} holds NaN or infinity: check the checkpoint")
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

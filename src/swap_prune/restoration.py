@@ -51,6 +51,8 @@ def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Seq
     if not _can_be_asked(loss_fn, batches) or any(z.ndim != 2 for z in outputs):
         return False
     surplus = _surplus(torch.cat(list(outputs)), torch.cat([batch[1] for batch in batches]))
+    if len(surplus) < 2:
+        return False
     return float(surplus.mean()) < -_LEAST_EVIDENCE * float(surplus.std()) / math.sqrt(len(surplus))
 
 
@@ -100,7 +102,9 @@ def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
         classes = labels.ndim == 1 and not labels.is_floating_point() and bool((labels >= 0).all())  # -100: no label
         return inputs.is_floating_point() and classes
 
-    return isinstance(loss_fn, CrossEntropy) and len(batches) > 0 and all(map(is_pair, batches))
+    if not isinstance(loss_fn, CrossEntropy) or not batches or not all(map(is_pair, batches)):
+        return False
+    return len({batch[0].shape[1:] for batch in batches}) == 1
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
         raise ValueError(f"sparsity must lie in [0, 1), got {target!r}")
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise ValueError(f"stages must be a whole number of at least 1 or 'auto', got {stages!r}")
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     early = (SCHEDULES[schedule](t, stages, float(target)) for t in range(1, stages))
     return (*early, float(target))

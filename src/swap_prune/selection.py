@@ -126,6 +126,8 @@ def select_parameters(
 def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
         return (patterns,)
+    if not isinstance(patterns, Iterable):
+        raise ValueError(f"{parameter} must be a string or a sequence of strings, got {patterns!r}")
     result = tuple(patterns)
     for pattern in result:
         if not isinstance(pattern, str) or not pattern:
@@ -136,6 +138,8 @@ def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tup
 
 
 def _collect(model: nn.Module) -> list[_Candidate]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     aliases: dict[int, list[str]] = {}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):

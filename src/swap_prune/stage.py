@@ -267,7 +267,7 @@ class StageRunner:
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
         teach = (lambda batches: list(map(Taught, batches))) if self.teacher is None else self.teacher.teach
-        taught, held_out = teach(split_batches(fitting, SLOPE_BATCH)), teach(spare)
+        taught, held_out = teach(split_batches(fitting, SLOPE_BATCH, least=2)), teach(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.calibration import CalibrationStream, batch_size, in_own_containers
 from swap_prune.losses import LossFn, check_calibration
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
@@ -164,7 +164,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
                 layer.reset_running_stats()  # type: ignore[operator]
                 layer.momentum = None  # type: ignore[assignment]
             for batch in usable:
-                loss_fn(model, batch)
+                loss_fn(model, in_own_containers(batch))
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
@@ -188,10 +188,10 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
         return 0.0, 0.0
     with torch.no_grad():
         with eval_mode(model):
-            stored = torch.cat([loss_fn(model, batch) for batch in usable]).mean()
+            stored = torch.cat([loss_fn(model, in_own_containers(batch)) for batch in usable]).mean()
         before = [(b, b.clone()) for layer in layers for b in layer.buffers()]
         with _batch_statistics(model, layers):
-            own = torch.cat([loss_fn(model, batch) for batch in usable]).mean()
+            own = torch.cat([loss_fn(model, in_own_containers(batch)) for batch in usable]).mean()
         for buffer, values in before:
             buffer.copy_(values)
     return float(stored), float(own)

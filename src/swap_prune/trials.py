@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from swap_prune.bound import Bound, flat_gradient
-from swap_prune.calibration import batch_size
+from swap_prune.calibration import batch_size, in_own_containers
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
@@ -71,7 +71,7 @@ class Teacher:
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
         """Return the dense network's outputs on batches, in eval mode."""
         with eval_mode(self._bound.model), torch.no_grad():
-            return [functional_call(self._bound, self._state, (batch,)) for batch in batches]
+            return [functional_call(self._bound, self._state, (in_own_containers(batch),)) for batch in batches]
 
     def teach(self, batches: Sequence[Any]) -> list[Taught]:
         """Return batches with these outputs."""
@@ -115,7 +115,7 @@ class Trials:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
         write_weights(self.model, self.selection, weights, kept)
         own = range(len(self.held_out)) if self.team is None else self.team.owned(len(self.held_out))
-        with self._mode(self.held_out), torch.no_grad():
+        with self._mode(), torch.no_grad():
             found = [self._objective(self.model, self.held_out[number]) for number in own]
         if self.team is None:
             return torch.cat(found)
@@ -144,7 +144,7 @@ class Trials:
         if self.lean:
             return self._added_up(weights, shares)
         rows = weights.new_empty(len(self.fitting), len(weights))
-        with self._mode(self.fitting), torch.enable_grad():
+        with self._mode(), torch.enable_grad():
             for row, one in zip(rows, self.fitting, strict=True):
                 self._write_gradient(row, one, weights)
         factor = self.noisy(DenseFactor(rows))
@@ -159,7 +159,7 @@ class Trials:
         own = range(1) if self.team is None else self.team.owned(parts)
         totals, row = weights.new_zeros(len(own), len(weights)), torch.empty_like(weights)
         most = len(own) if self.team is None else -(-parts // self.team.size)
-        with self._mode(self.fitting), torch.enable_grad():
+        with self._mode(), torch.enable_grad():
             for turn in range(most):
                 part = own[turn] if turn < len(own) else parts  # nothing is left
                 for number in range(part * count // parts, min(part + 1, parts) * count // parts):
@@ -174,9 +174,9 @@ class Trials:
         losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
         flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
 
-    def _mode(self, batches: Sequence[Taught]) -> AbstractContextManager[None]:
-        """Return the mode in which the network is asked: one sample alone has no variance."""
-        alone = min(_sizes(batches)) < 2
+    def _mode(self) -> AbstractContextManager[None]:
+        """Return the mode in which the network is asked, always the same: one sample alone has no variance."""
+        alone = min(_sizes([*self.fitting, *self.held_out])) < 2
         return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
 
     def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
@@ -188,7 +188,7 @@ def taught_losses(loss_fn: LossFn, model: nn.Module, taught: Taught) -> Tensor:
 
     The divergence has the share of what is not trusted too.
     """
-    batch, teacher, trust = taught
+    batch, teacher, trust = in_own_containers(taught.batch), taught.teacher, taught.trust
     if teacher is None:
         return loss_fn(model, batch)
     assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"

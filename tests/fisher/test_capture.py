@@ -427,3 +427,8 @@ def test_a_batch_that_does_not_fit(backend, batch):
 def test_a_batch_that_does_not_fit_after_one_that_does(backend):
     inputs, labels = images(6)
     refused([(inputs, labels), (inputs[:, :5], labels)], cross_entropy, "batch", backend)
+
+
+@BACKENDS
+def test_a_loss_that_is_cut_off_from_the_weights(backend):
+    refused([images(6)], lambda model, batch: cross_entropy(model, batch).detach(), "does not depend", backend)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import random_unstructured
 from torch.utils.data import TensorDataset
 
 from swap_prune import prune
@@ -134,3 +135,36 @@ def test_a_defence_that_is_not_known() -> None:
     model, _, batch = perceptron()
     with pytest.raises(ValueError, match="defence must be 'auto', 'none' or None, got 'shield'"):
         prune(model, TensorDataset(*batch), 0.5, defence="shield")
+
+
+class Flattened(nn.Module):
+    """A Linear layer over tokens that come as rows of a matrix, and one that is called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.tokens(x.reshape(-1, 6)).tanh()
+        return self.head(input=hidden.reshape(len(x), -1, 8).mean(1))
+
+
+def test_tokens_in_rows_are_not_taken_for_samples() -> None:
+    torch.manual_seed(0)
+    model, batch = Flattened(), (torch.randn(9, 5, 6), torch.randint(3, (9,)))
+    selection = select_parameters(model, ("Linear",), ())
+    assert outer_product_layers(model, selection, cross_entropy, batch) == ("head.weight",)
+    for method in ("lr", "wanda", "sparsegpt", "cbs"):
+        report = prune(copy.deepcopy(model), TensorDataset(*batch), 0.5, method, progress=False)
+        assert "noise_seen" not in report.stages[0].evidence
+
+
+def test_weights_that_hooks_make_from_others_and_biases_have_no_such_rows() -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (torch.randn(9, 6), torch.arange(9) % 3)
+    random_unstructured(model[0], "weight", 0.5)
+    selection = select_parameters(model, ("Linear", "2.bias"), ())
+    assert outer_product_layers(model, selection, cross_entropy, batch) == ("2.weight",)
+    report = prune(model, TensorDataset(*batch), 0.5, "lr", targets=("2.weight", "2.bias"), progress=False)
+    assert report.total == 27 and "noise_seen" not in report.stages[0].evidence

@@ -25,7 +25,7 @@ from swap_prune.losses import cross_entropy
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
 
-__all__ = ["Bench", "prepare", "seeded", "usable_device"]
+__all__ = ["Bench", "prepare", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def usable_device(name: str) -> torch.device:
-    """Return a device that can be used.
-
-    Raises:
-        ValueError: If it cannot.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return device
 
 
 def _find_weights(name: str | None, folder: Path, data_dir: Path | None) -> Path | None:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from swap_prune.experiments.bench import prepare, usable_device
+from swap_prune.device import usable_device
+from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
 
 __all__ = ["experiment", "report"]

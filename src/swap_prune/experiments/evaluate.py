@@ -44,7 +44,8 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     Raises:
         ValueError: If the data is empty or does not fit the model, or a label is out of range.
     """
-    device = next(model.parameters()).device
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
     correct, total, loss = 0, 0, 0.0
     with eval_mode(model), torch.no_grad():
         for batch in iterate(dataset, batch_size=batch_size):

@@ -89,7 +89,7 @@ def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation)
     try:
         with seeded(run.seed):
             return RunResult(**line, **_figures(bench, run, dense_network))
-    except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch is out of memory, or LAPACK fails
+    except Exception as error:  # out of memory, LAPACK, the user's data or model: the other runs are still worth doing
         return RunResult(**line, error=" ".join(str(error).split()) or type(error).__name__)
 
 

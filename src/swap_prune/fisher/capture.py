@@ -262,7 +262,7 @@ class _Capturer:
     def _fill_loop(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         weights = {name: w.clone().requires_grad_() for name, w in self._weights.items()}
         values = functional_call(self._module, {**self._rest, **weights}, (batch,))
-        check_losses(values, None)
+        check_dependence(check_losses(values, None))
         if len(values) > len(rows):
             raise ValueError(f"loss_fn returned {len(values)} losses for {len(rows)} samples")
         places = self._selection.slices()
@@ -280,10 +280,27 @@ class _Capturer:
         """Count the bytes that one sample keeps for its backward pass, and fit a chunk to the budget."""
         weights = {name: w.detach().requires_grad_() for name, w in self._weights.items()}
         state = {**self._rest, **weights}
-        kept = saved_bytes(lambda: functional_call(self._module, state, (sample,)), state.values())
+
+        def run() -> None:
+            check_dependence(functional_call(self._module, state, (sample,)))
+
+        kept = saved_bytes(run, state.values())
         gradient = 4 * self._selection.total
         budget = self._chunk_bytes - (PIECE_BYTES if self.backend == "hooks" else 0)
         return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
+
+
+def check_dependence(losses: Tensor) -> None:
+    """Check that losses, computed where gradients are, can be differentiated.
+
+    Raises:
+        ValueError: If they depend on none of the selected weights.
+    """
+    if not losses.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the selected weights: check that neither the model nor loss_fn detaches them, "
+            "or works under torch.no_grad()"
+        )
 
 
 def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> int:

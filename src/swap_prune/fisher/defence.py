@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.calibration import batch_size, in_own_containers
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
@@ -120,20 +122,30 @@ def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn
         for parameter in module.parameters(recurse=False):
             if id(parameter) in names:
                 users.setdefault(names[id(parameter)], []).append(module)
-    single = {name: used[0] for name, used in users.items() if len(used) == 1 and type(used[0]) is nn.Linear}
+    single = {name: used[0] for name, used in users.items() if len(used) == 1 and _is_plain(used[0], weights[name])}
     calls: dict[str, list[bool]] = {name: [] for name in single}
+    size = batch_size(batch)
 
     def watch(name: str) -> Any:
-        return lambda _module, inputs: calls[name].append(inputs[0].ndim == 2)
+        def see(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            shape = layer_input(inputs, named).shape
+            calls[name].append(len(shape) == 2 and shape[0] == size)  # more vectors than samples are tokens
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in single.items()]
+        return see
+
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in single.items()]
     try:
         with eval_mode(model), torch.no_grad():
-            loss_fn(model, batch)
+            loss_fn(model, in_own_containers(batch))
     finally:
         for handle in handles:
             handle.remove()
     return tuple(name for name, seen in calls.items() if seen == [True])
+
+
+def _is_plain(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is the very weight that a Linear layer multiplies with; hooks may make another from it."""
+    return type(module) is nn.Linear and module.weight is parameter and not module._forward_pre_hooks
 
 
 def low_rank_rows(rows: Tensor, rank: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from swap_prune.bound import Bound
 from swap_prune.calibration import batch_size, map_tensors
-from swap_prune.fisher.layers import UnsupportedLayerError, is_supported, put_weight_gradients
+from swap_prune.fisher.layers import UnsupportedLayerError, is_supported, layer_input, put_weight_gradients
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.selection import Selection
 
@@ -151,7 +151,7 @@ class OutputGradients:
             output = replaced = start.clone()  # a layer that works in place cannot do so on the start itself
         if self._recording:  # else a checkpointed block, computed again
             output.register_hook(  # type: ignore[no-untyped-call]
-                self._receiver(layer, arguments[0] if arguments else named["input"])
+                self._receiver(layer, layer_input(arguments, named))
             )
         return replaced
 

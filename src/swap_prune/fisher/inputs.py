@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from swap_prune.calibration import in_own_containers
+from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn, check_calibration
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
@@ -73,14 +75,18 @@ class LayerInputs:
         with eval_mode(self.model), torch.no_grad(), ExitStack() as hooks:
             check_calibration(self.model, self.loss_fn, self.batches)
             for name, layer in self._layers():
-                hooks.callback(layer.register_forward_hook(sums[name].add).remove)
+                hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
             for batch in self.batches:
-                self.loss_fn(self.model, batch)
+                self.loss_fn(self.model, in_own_containers(batch))
         for name, total in sums.items():
             if total.count == 0:
                 raise ValueError(
                     f"no inputs of {name!r} were seen: its layer does not run as a module of its own; "
                     "leave it out with ignore=, or use a method that works on gradients"
+                )
+            if not bool(total.value.isfinite().all()):
+                raise ValueError(
+                    f"the inputs of {name!r} are not finite: check the calibration data and the weights before it"
                 )
         return {name: total.value / total.count for name, total in sums.items()}
 
@@ -109,9 +115,9 @@ class _Sum:
     value: Tensor = field(default_factory=lambda: torch.zeros(()))
     count: int = 0
 
-    def add(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         """Add the inputs of one call."""
-        for x in _as_rows(layer, arguments[0].detach()):
+        for x in _as_rows(layer, layer_input(arguments, named).detach()):
             self.value = self.value.to(x.device) + self.reduce(x)
             self.count += x.shape[1]
 

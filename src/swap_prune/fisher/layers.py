@@ -17,7 +17,7 @@ Tramel (arXiv 1912.06015, 2019) for convolutions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "UnsupportedLayerError",
     "as_samples",
     "is_supported",
+    "layer_input",
     "put_weight_gradients",
     "unfold_inputs",
     "unfolded_bytes",
@@ -46,6 +47,12 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
 
 class UnsupportedLayerError(RuntimeError):
     """A network that gradients cannot be taken of from the outputs of its layers."""
+
+
+def layer_input(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """Return what a layer was called with, by place or by name."""
+    given: Tensor = arguments[0] if arguments else named["input"]
+    return given
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -170,8 +170,8 @@ def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mini_batches(batches: Sequence[Any]) -> list[Any]:
-    """Return batches of at most ``MINI_BATCH`` samples, without those of one sample where there are others."""
-    parts = split_batches(batches, MINI_BATCH)
+    """Return batches of about ``MINI_BATCH`` samples, without those of one sample where there are others."""
+    parts = split_batches(batches, MINI_BATCH, least=2)
     return [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
 
 

@@ -67,7 +67,7 @@ def _descend(problem: PruningProblem, descent: NaturalGradient, fit: SparseFit) 
             break
         fit = replace(fit, weights=fit.weights + step * direction)
         taken.append(step)
-        if reached > (1 - _LEAST_GAIN) * least:
+        if least - reached < _LEAST_GAIN * abs(least):
             break
         least = reached
     return fit, taken
@@ -77,14 +77,15 @@ def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:
     """Return the length at which a linear model says that the whole loss is gone (Polyak, 1969).
 
     No step need start with a longer one. It is far below 1 where pruning has left the region that the Fisher describes.
+    A loss that is not above 0, as the negative log of a density may be, bounds nothing.
 
     Args:
         slope: s, (p,).
         direction: d, (p,).
-        loss: Mean loss at length 0, at least 0.
+        loss: Mean loss at length 0.
     """
     fall = -float(slope @ direction)
-    return loss / fall if fall > 0 else math.inf
+    return loss / fall if fall > 0 and loss > 0 else math.inf
 
 
 def line_search(
@@ -138,7 +139,7 @@ def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
 
 def is_significant(gain: Tensor) -> bool:
     """Whether the mean of paired gains on held-out samples, (n_v,), is above its standard error."""
-    return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
+    return len(gain) > 1 and bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 
 def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:

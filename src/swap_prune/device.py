@@ -1,0 +1,22 @@
+"""Where to compute: a device by its name, tried before any work."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["usable_device"]
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """Return a device that can be used.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
+    return device
