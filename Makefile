@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $(STAMP)
 
-demo: setup  ## prune the embedded network; report in demo-report/
+demo: setup  ## prune the embedded network, clean and noisy; report in demo-report/
 	rm -rf demo-report
 	$(BIN)/swap-prune demo --out demo-report
 

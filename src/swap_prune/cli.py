@@ -79,7 +79,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Prune an embedded MNIST network with every method, clean and noisy, and write a report."""
+    """Prune an embedded MNIST network with magnitude, LR and EWR, clean and noisy, and write a report."""
     from swap_prune.experiments.demo import run_demo  # matplotlib is slow to import
 
     target = check_output_directory(out)
@@ -114,7 +114,7 @@ def prune(
     ignore: Ignore = None,
     noise: Noise = None,
     defence: Annotated[
-        str, typer.Option(help="auto: hold against noise that is seen in gradients and labels; or none")
+        str, typer.Option(help="auto: hold against noise that is seen in gradients, labels and inputs; or none")
     ] = "auto",
     recalibrate: Recalibrate = True,
     finetune: Annotated[

@@ -103,7 +103,8 @@ def prune(
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true
             gradients have; clean gradients are left alone. It scales rows down that stand out, and lets the network's
-            own predictions stand for labels that they contradict too often. None or ``"none"`` does not look.
+            own predictions stand for labels that they contradict too often, and shifts attacked inputs back. None or
+            ``"none"`` does not look.
         memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what the machine has
             free. A run that would need more is refused before any work; see :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``

@@ -1,4 +1,4 @@
-"""The demo: an embedded MNIST network pruned with every method, with clean and with noisy gradients.
+"""The demo: an embedded MNIST network pruned with magnitude, LR and EWR, with clean and with noisy gradients.
 
 Everything it needs is in the package. It writes a self-contained page with a picture, and the figures as JSON.
 """
