@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -36,3 +38,11 @@ def test_links_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if "://" not in link:
             assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_constants_are_those_of_the_code() -> None:
+    table = (ROOT / "docs/method.md").read_text(encoding="utf-8").split("## Constants")[1]
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \| `(.*?)` \|", table, re.MULTILINE)
+    assert len(rows) > 30
+    for name, module, value in rows:
+        assert getattr(importlib.import_module(f"swap_prune.{module}"), name) == ast.literal_eval(value), name
