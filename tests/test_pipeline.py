@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -427,3 +429,14 @@ def test_a_loss_may_take_its_dict_apart() -> None:
     model = Net(nn.Flatten(), nn.Linear(64, 3))
     report = prune(model, [{"images": inputs, "labels": labels}] * 2, 0.5, "lr", loss_fn=loss_fn, progress=False)
     assert report.kept == 96
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+@pytest.mark.parametrize("data", [small_data, lambda: [small_data()[:]]])
+def test_what_is_set_around_changes_nothing(around: Callable[[], Any], data: Callable[[], Any]) -> None:
+    inside, outside = small_network(), small_network()
+    with around():
+        prune(inside, data(), 0.7, "ewr", samples=40, progress=False)
+    prune(outside, data(), 0.7, "ewr", samples=40, progress=False)
+    for name, value in inside.state_dict().items():
+        assert torch.equal(value, outside.state_dict()[name]), name

@@ -173,7 +173,7 @@ class CalibrationStream:
         return self._count() - len(self._barred)
 
     def _placed(self, batch: Any) -> Any:
-        return map_tensors(lambda t: t.to(self._device), batch)
+        return map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
 
     def _count(self) -> int:
         if not hasattr(self._data, "__len__"):

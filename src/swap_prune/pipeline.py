@@ -178,6 +178,8 @@ def prune(
     )
     changing = selection if finetune is None else None  # fine-tuning changes every parameter
     with (
+        torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
+        torch.autocast(place.type, enabled=False),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing),
