@@ -14,7 +14,7 @@ import argparse
 import torch
 from timing import best_time
 
-from swap_prune.calibration import split_batches
+from swap_prune.batches import split_batches
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.sketch import sketch_curvature

@@ -123,3 +123,9 @@ AWKWARD = (
     "one row dominates",
     "layers of different scale",
 )
+
+
+def batches_of(*sizes):
+    """Batches (inputs, targets) whose targets number the samples."""
+    numbers = torch.arange(sum(sizes))
+    return [(part[:, None].float() * 10, part) for part in numbers.split(list(sizes))]

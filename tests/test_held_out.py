@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR, prune
-from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.batches import batch_size
+from swap_prune.calibration import CalibrationStream
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import polyak_length
 from swap_prune.methods.lr import candidates_of

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import swap_prune
 from swap_prune import METHODS, SelfDistillation, TokenCrossEntropy, prune
-from swap_prune.calibration import slice_batch
+from swap_prune.batches import slice_batch
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.sketch import sketch_curvature
 from swap_prune.losses import GaussNewtonLoss

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.calibration import map_tensors
+from swap_prune.batches import map_tensors
 from swap_prune.losses import describe
 from swap_prune.modes import eval_mode
 from swap_prune.tokens import call_model

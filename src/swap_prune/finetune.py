@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swap_prune.calibration import CalibrationStream, batch_size
+from swap_prune.batches import batch_size
+from swap_prune.calibration import CalibrationStream
 from swap_prune.losses import LossFn, check_calibration, cross_entropy
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.modes import eval_mode, training_mode

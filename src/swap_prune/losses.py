@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.calibration import batch_size, is_sliceable, slice_batch
+from swap_prune.batches import batch_size, is_sliceable, slice_batch
 
 __all__ = ["CrossEntropy", "GaussNewtonLoss", "LossFn", "check_calibration", "check_losses", "cross_entropy"]
 

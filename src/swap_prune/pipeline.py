@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
-from swap_prune.calibration import CalibrationStream, map_tensors, peek
+from swap_prune.batches import map_tensors
+from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, local_count, process_count, team_of
 from swap_prune.doubts import Doubts

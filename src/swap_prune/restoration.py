@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from swap_prune.calibration import split_batches
+from swap_prune.batches import split_batches
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.modes import eval_mode
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swap_prune.calibration import CalibrationStream, batch_size, split_batches
+from swap_prune.batches import batch_size, split_batches
+from swap_prune.calibration import CalibrationStream
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune, train
 from swap_prune.fisher.capture import Capture, capture_gradients

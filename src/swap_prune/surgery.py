@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swap_prune.calibration import CalibrationStream, batch_size, in_own_containers
+from swap_prune.batches import batch_size, in_own_containers
+from swap_prune.calibration import CalibrationStream
 from swap_prune.losses import LossFn, check_calibration
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from swap_prune.batches import batch_size, in_own_containers
 from swap_prune.bound import Bound, flat_gradient
-from swap_prune.calibration import batch_size, in_own_containers
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor

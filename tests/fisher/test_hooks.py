@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from swap_prune.calibration import slice_batch
+from swap_prune.batches import slice_batch
 from swap_prune.fisher import capture as capture_module
 from swap_prune.fisher import layers as layers_module
 from swap_prune.fisher.capture import Capture, capture_gradients

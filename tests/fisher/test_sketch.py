@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional
 
-from swap_prune.calibration import batch_size, slice_batch
+from swap_prune.batches import batch_size, slice_batch
 from swap_prune.fisher import sketch
 from swap_prune.fisher.sketch import CurvatureSketch, sketch_curvature, sketch_rows
 from swap_prune.losses import CrossEntropy, GaussNewtonLoss, cross_entropy

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from swap_prune.batches import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.bound import Bound
-from swap_prune.calibration import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.calibration import batch_size, in_own_containers
+from swap_prune.batches import batch_size, in_own_containers
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from swap_prune.calibration import in_own_containers
+from swap_prune.batches import in_own_containers
 from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn, check_calibration
 from swap_prune.modes import eval_mode

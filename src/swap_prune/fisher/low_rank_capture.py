@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from swap_prune.calibration import batch_size, is_sliceable, slice_batch, split_batches
+from swap_prune.batches import batch_size, is_sliceable, slice_batch, split_batches
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.hooks import OutputGradients, check_against, hooked_layers
 from swap_prune.fisher.layers import UnsupportedLayerError

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.calibration import is_sliceable, map_tensors, split_batches
+from swap_prune.batches import is_sliceable, map_tensors, split_batches
 from swap_prune.fisher.blocked import SubFactor, column_limit
 from swap_prune.fisher.capture import Capture, Passed
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns

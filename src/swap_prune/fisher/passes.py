@@ -28,8 +28,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from swap_prune.batches import batch_size, is_sliceable
 from swap_prune.bound import Bound
-from swap_prune.calibration import batch_size, is_sliceable
 from swap_prune.fisher.capture import Backend, Passed, pass_rows
 from swap_prune.fisher.hooks import without_gradient
 from swap_prune.fisher.source import RowSource, joined_gradients

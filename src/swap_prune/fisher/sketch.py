@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.calibration import batch_size, split_batches
+from swap_prune.batches import batch_size, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.source import RowSource, joined_gradients

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.calibration import map_tensors
+from swap_prune.batches import map_tensors
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_choice, check_number
 from swap_prune.fisher.noise.data import choose, inputs_of, replace_part
 from swap_prune.fisher.noise.rows import RowNoise

@@ -1,0 +1,124 @@
+"""Batches as data sets and loaders give them: tensors in tuples, lists and mappings, with the samples in front.
+
+Counted, cut, joined and moved, whatever they hold. What has no tensors in sight is one piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "batch_size",
+    "in_own_containers",
+    "is_sliceable",
+    "join_batches",
+    "map_tensors",
+    "slice_batch",
+    "split_batches",
+]
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Apply a function to every tensor of a batch (nested tuples, lists and mappings), the rest unchanged."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, part) for part in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, part) for part in batch)
+    return batch
+
+
+def in_own_containers(batch: Any) -> Any:
+    """Return a batch that a loss may take apart: the same tensors, in containers of its own."""
+    return map_tensors(lambda t: t, batch)
+
+
+def slice_batch(batch: Any, start: int, stop: int) -> Any:
+    """Return samples ``start`` to ``stop`` of a batch."""
+    size = batch_size(batch)
+    return map_tensors(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, batch)
+
+
+def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any]:
+    """Return batches of ``size`` samples at the most; a batch that cannot be sliced stays whole.
+
+    Args:
+        batches: Batches.
+        size: At least ``least``.
+        least: What would be left of a batch with fewer samples goes to the part before it.
+    """
+    parts = []
+    for batch in batches:
+        if not is_sliceable(batch):
+            parts.append(batch)
+            continue
+        whole = batch_size(batch)
+        starts = [start for start in range(0, whole, size) if start == 0 or whole - start >= least]
+        parts += [slice_batch(batch, start, stop) for start, stop in itertools.pairwise([*starts, whole])]
+    return parts
+
+
+def join_batches(batches: Iterable[Any], size: int) -> list[Any]:
+    """Return the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
+
+    A single sample joins a batch that is full: BatchNorm finds no variance in one. Batches that cannot be sliced, or
+    whose samples differ in shape, stay as they are.
+    """
+    groups: list[list[Any]] = []
+    for batch in batches:
+        if groups and _are_alike(groups[-1][-1], batch):
+            sizes = sum(map(batch_size, groups[-1])), batch_size(batch)
+            if sum(sizes) <= size or min(sizes) == 1:
+                groups[-1].append(batch)
+                continue
+        groups.append([batch])
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+
+
+def _are_alike(first: Any, second: Any) -> bool:
+    """Whether two batches can be one: the same structure, and samples of the same shapes and dtypes."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.ndim > 0 and first.shape[1:] == second.shape[1:] and first.dtype == second.dtype
+    if type(first) is not type(second) or not (is_sliceable(first) and is_sliceable(second)):
+        return False
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(_are_alike(part, second[key]) for key, part in first.items())
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(_are_alike, first, second))
+    return False
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Return batches that are alike as one."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(batches)
+    if isinstance(first, Mapping):
+        return {key: _joined([batch[key] for batch in batches]) for key in first}
+    parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples of a batch: the leading dimension of its first tensor.
+
+    An object without tensors in sight counts as its ``len``, or as one sample.
+    """
+    sizes: list[int] = []
+    map_tensors(lambda t: sizes.append(t.shape[0]) if t.ndim else None, batch)
+    if sizes:
+        return sizes[0]
+    return len(batch) if hasattr(batch, "__len__") else 1
+
+
+def is_sliceable(batch: Any) -> bool:
+    """Whether the samples of a batch can be told apart: its tensors share a leading dimension."""
+    return batch_size(slice_batch(batch, 0, 0)) == 0

@@ -1,0 +1,73 @@
+"""Batches counted, cut, joined and mapped."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+
+from swap_prune.batches import batch_size, is_sliceable, join_batches, map_tensors, slice_batch, split_batches
+from tests.cases import batches_of
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+def test_map_tensors_keeps_the_structure():
+    batch = {"a": [torch.ones(2), "text"], "b": Pair(torch.ones(1), (None, torch.zeros(3)))}
+    doubled = map_tensors(lambda t: t * 2, batch)
+    assert doubled["a"][0].tolist() == [2, 2] and doubled["a"][1] == "text"
+    assert isinstance(doubled["b"], Pair) and doubled["b"].x.tolist() == [2] and doubled["b"].y[0] is None
+    assert batch["a"][0].tolist() == [1, 1]
+
+
+def test_slicing_and_sizes():
+    batch = (torch.arange(6).view(3, 2), {"y": torch.arange(3), "scale": torch.tensor(2.0), "table": torch.zeros(5)})
+    part = slice_batch(batch, 1, 3)
+    assert part[0].tolist() == [[2, 3], [4, 5]] and part[1]["y"].tolist() == [1, 2]
+    assert part[1]["scale"].item() == 2 and part[1]["table"].shape == (5,)
+    assert batch_size(batch) == 3 and batch_size(part) == 2 and batch_size([1, 2, 3, 4]) == 4
+    assert batch_size(object()) == 1
+    assert is_sliceable(batch) and not is_sliceable(object())
+
+
+def test_split_batches_keeps_every_sample_in_order():
+    batches = [(torch.arange(7), torch.arange(7)), (torch.arange(7, 10), torch.arange(7, 10))]
+    parts = split_batches(batches, 3)
+    assert [batch_size(part) for part in parts] == [3, 3, 1, 3]
+    assert torch.cat([part[1] for part in parts]).tolist() == list(range(10))
+    whole = [object()]
+    assert split_batches(whole, 1)[0] is whole[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [
+        ((2, 2, 2), [6]),
+        ((5, 5, 5), [5, 5, 5]),
+        ((4, 4, 4), [8, 4]),
+        ((8, 1), [9]),  # one alone has no variance
+        ((1, 8, 8), [9, 8]),
+        ((20, 3), [20, 3]),
+        ((), []),
+    ],
+)
+def test_small_batches_are_joined(sizes, joined):
+    parts = join_batches(batches_of(*sizes) if sizes else [], 8)
+    assert [len(part[1]) for part in parts] == joined
+    assert [i for part in parts for i in part[1].tolist()] == list(range(sum(sizes)))
+    assert all(torch.equal(part[0][:, 0], part[1].float() * 10) for part in parts)
+
+
+def test_batches_that_differ_stay_apart():
+    ragged = [(torch.zeros(2, length), torch.zeros(2)) for length in (3, 4, 4)]
+    assert [part[0].shape for part in join_batches(ragged, 8)] == [(2, 3), (4, 4)]
+    kinds = [torch.zeros(2), torch.zeros(2).long(), {"a": torch.zeros(2)}, {"b": torch.zeros(2)}, [torch.zeros(2)]]
+    assert len(join_batches(kinds, 8)) == 5
+    named = [Pair(torch.zeros(2), torch.ones(2))] * 2
+    (one,) = join_batches(named, 8)
+    assert isinstance(one, Pair) and one.y.tolist() == [1.0] * 4
+    assert join_batches(["text", "text"], 8) == ["text", "text"]
+
+
+@pytest.mark.parametrize(("size", "parts"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1]), (5, [5])])
+def test_no_sample_is_split_off_alone(size, parts):
+    assert [batch_size(part) for part in split_batches(batches_of(size), 4, least=2)] == parts
