@@ -440,3 +440,12 @@ def test_what_is_set_around_changes_nothing(around: Callable[[], Any], data: Cal
     prune(outside, data(), 0.7, "ewr", samples=40, progress=False)
     for name, value in inside.state_dict().items():
         assert torch.equal(value, outside.state_dict()[name]), name
+
+
+def test_statistics_that_cannot_be_estimated_are_noted() -> None:
+    model = small_network()
+    before = copy.deepcopy(model[1].state_dict())
+    report = prune(model, [small_data()[:1]], 0.5, "magnitude", progress=False)
+    assert "BatchNorm's statistics are the old ones: no batch of the data holds two samples" in report.notes
+    assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
+    assert not any("old ones" in note for note in prune(model, [small_data()[:2]], 0.6, "magnitude").notes)

@@ -346,6 +346,8 @@ def _report(
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
     if 0 < stages[-1].samples < settings["samples"]:
         notes.append(f"{stages[-1].samples} samples a stage were used, fewer than the {settings['samples']} asked for")
+    if "not_recalibrated" in stages[-1].evidence:
+        notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
     emptied = [name for name, layer in layers.items() if layer.kept == 0]
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")
