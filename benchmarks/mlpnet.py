@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "lr", "ewr"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.9, 0.95, 0.98])
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--stages", type=int, default=15)
+    parser.add_argument("--stages", type=lambda text: text if text == "auto" else int(text), default=15)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--noise")
@@ -61,7 +61,7 @@ def main() -> None:
                 seconds.append(report.seconds)
                 run = {"method": method, "sparsity": sparsity, "seed": seed, "accuracy": accuracies[-1]}
                 run |= {
-                    "stages": options.stages,
+                    "stages": len(report.stages),
                     "samples": options.samples,
                     "noise": options.noise,
                     "defence": options.defence,
