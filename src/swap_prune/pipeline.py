@@ -89,8 +89,8 @@ def prune(
         ignore: The same, for what is not.
         samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
             settings by the loss on held-out samples draws up to 512 more, or a fifth of data that hold fewer.
-        stages: Number of prune-and-recapture stages; ``"auto"`` doubles it, from one to sixteen, as long as the loss on
-            up to 1,024 more samples, which no stage sees, falls.
+        stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
+            on up to 1,024 more samples, which no stage sees, falls.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up. By default
             weights are compared over all layers, and a layer may be emptied; the report's notes say so.

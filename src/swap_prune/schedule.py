@@ -20,7 +20,7 @@ __all__ = [
     "stage_schedules",
 ]
 
-STAGE_COUNTS = (1, 2, 4, 8, 16)  # tried in this order, where the number of stages is to be found
+STAGE_COUNTS = (1, 4, 16)  # tried in this order, where the number is to be found; from 1 to 2 little changes
 
 
 def _exponential(t: int, stages: int, target: float) -> float:

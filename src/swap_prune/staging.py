@@ -1,8 +1,8 @@
 """How many stages? As many as held-out samples favour.
 
 More stages cost time, and gain where much is removed: each starts from gradients of a network closer to the last one.
-So their number is doubled, each time from the dense network, as long as the loss on samples that no stage has seen
-falls.
+So their number is raised fourfold, each time from the dense network, as long as the loss on samples that no stage has
+seen falls.
 
 Place in the pipeline: around the stages.
 """
