@@ -34,7 +34,7 @@ from swap_prune.report import PruningReport
 __all__ = ["embedded_data", "embedded_network", "run_demo"]
 
 SPARSITY = 0.95
-SAMPLES = 500
+SAMPLES = 400
 STAGES = 5
 NOISE = "gradient:std=4,fraction=0.25"
 _ORDER = ("magnitude", "lr", "ewr")
