@@ -189,6 +189,10 @@ class StageRunner:
         """Return a function at whose calls all processes that share G wait for each other, where there are any."""
         return function if self.storage.team is None else self.storage.team.paced(function)
 
+    def taught(self, batches: list[Any]) -> list[Taught]:
+        """Return batches with what the network before pruning says of them, where there is one to ask."""
+        return list(map(Taught, batches)) if self.teacher is None else self.teacher.teach(batches)
+
     def corrupt(self, batches: list[Any]) -> list[Any]:
         """Return batches with the noise of the run."""
         return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
@@ -268,8 +272,7 @@ class StageRunner:
         evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
-        teach = (lambda batches: list(map(Taught, batches))) if self.teacher is None else self.teacher.teach
-        taught, held_out = teach(split_batches(fitting, SLOPE_BATCH, least=2)), teach(spare)
+        taught, held_out = self.taught(split_batches(fitting, SLOPE_BATCH, least=2)), self.taught(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}

@@ -52,7 +52,7 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
     Returns:
         What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
     """
-    judged = _hold_out(runner)
+    judged = runner.taught(runner.corrupt(runner.calibration.hold_out(_JUDGED)))
     changing = None if runner.finetune is not None else runner.selection
     dense = Snapshot(runner.model, changing)
     best: _Outcome | None = None
@@ -69,12 +69,6 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
     assert best is not None, "there is at least one schedule"
     *before, last = best.records
     return [*before, last.model_copy(update={"evidence": last.evidence | {"stages_tried": tried}})]
-
-
-def _hold_out(runner: StageRunner) -> list[Taught]:
-    """Draw samples that no stage will see, with the noise of the run."""
-    batches = runner.corrupt(runner.calibration.hold_out(_JUDGED))
-    return list(map(Taught, batches)) if runner.teacher is None else runner.teacher.teach(batches)
 
 
 def _loss(runner: StageRunner, judged: Sequence[Taught]) -> float:

@@ -53,7 +53,7 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str
         axis.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
     figure.suptitle(summary.title, fontsize=12)
     return figure
 
