@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from swap_prune.batches import batch_size, is_sliceable, join_batches, map_tensors, slice_batch, split_batches
+from swap_prune.layout import lay_out
 
 __all__ = ["CalibrationStream", "peek"]
 
@@ -34,12 +35,19 @@ class CalibrationStream:
         data: Dataset, iterable of batches, or iterator of batches.
         generator: Random state for drawing from a Dataset (CPU).
         device: Where the drawn batches are put.
+        layout: How images lie in them (:mod:`swap_prune.layout`).
 
     Raises:
         ValueError: If ``data`` is neither.
     """
 
-    def __init__(self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        data: Any,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        layout: torch.memory_format = torch.preserve_format,
+    ) -> None:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
         ):
@@ -51,6 +59,7 @@ class CalibrationStream:
         self._data = data
         self._generator = generator
         self._device = device
+        self._layout = layout
         self._indexed = isinstance(data, Dataset)
         self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
@@ -165,7 +174,8 @@ class CalibrationStream:
         return self._count() - len(self._barred)
 
     def _placed(self, batch: Any) -> Any:
-        return map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
+        placed = map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
+        return lay_out(placed, self._layout)
 
     def _count(self) -> int:
         if not hasattr(self._data, "__len__"):
@@ -265,11 +275,19 @@ class CalibrationStream:
             self._reading = torch.get_rng_state()
 
 
-def peek(data: Any) -> Any:
+def peek(data: Any, device: torch.device | str = "cpu") -> Any:
     """Return one sample as a batch, or None; reads nothing away, and leaves torch's random state.
 
     A Dataset and a sequence of batches can be looked at, a DataLoader through its Dataset. Iterators are left alone.
+
+    Args:
+        data: As for :class:`CalibrationStream`.
+        device: Where the sample is put.
     """
+    return map_tensors(lambda t: t.to(device), _first(data))
+
+
+def _first(data: Any) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             if isinstance(data, DataLoader) and data.collate_fn is not None:

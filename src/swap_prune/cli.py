@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
-from swap_prune.calibration import CalibrationStream
+from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
@@ -28,6 +28,7 @@ from swap_prune.experiments.datasets import ImageData, calibration_data, load_da
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.finetune import parse_finetune
+from swap_prune.layout import suited_layout
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import METHODS, resolve_method
 from swap_prune.pipeline import plan as plan_run
@@ -258,7 +259,8 @@ def evaluate_model(
     notes: list[str] = []
     if pruned is None and recalibrate:
         source = recalibration_data(images, seed) or images.train
-        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
+        layout = suited_layout(network, cross_entropy, peek(source, place))
+        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place, layout)
         notes = repair_batchnorm(network, stream, cross_entropy)
     for note in notes:
         _say(f"note: {note}")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swap_prune.batches import batch_size
-from swap_prune.calibration import CalibrationStream
+from swap_prune.calibration import CalibrationStream, peek
+from swap_prune.layout import suited_layout
 from swap_prune.losses import LossFn, check_calibration, cross_entropy
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.modes import eval_mode, training_mode
@@ -157,11 +158,11 @@ def finetune(
     kept = resolve_masks(model, masks, targets, ignore)
     if device is not None:
         model.to(device)
-    generator = forked_generator(seed, "fine-tuning")
-    stream = CalibrationStream(data, generator, next(model.parameters()).device)
+    loss = cross_entropy if loss_fn is None else loss_fn
+    generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
+    stream = CalibrationStream(data, generator, place, suited_layout(model, loss, peek(data, place)))
     with restored_on_error(model), StageProgress(progress) as shown:
         shown.train(settings.epochs)
-        loss = cross_entropy if loss_fn is None else loss_fn
         return train(model, stream, settings, loss, kept, generator, shown.reach)
 
 

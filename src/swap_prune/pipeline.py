@@ -22,7 +22,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
-from swap_prune.batches import map_tensors
 from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, local_count, process_count, team_of
@@ -33,6 +32,7 @@ from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.fisher.storage import Storage
+from swap_prune.layout import suited_layout
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import memory_limit, resident_memory
 from swap_prune.methods import Method, resolve_method
@@ -154,7 +154,8 @@ def prune(
         model.to(usable_device(device))
     place = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    calibration = CalibrationStream(data, generator, place)
+    layout = suited_layout(model, loss, peek(data, place))
+    calibration = CalibrationStream(data, generator, place, layout)
     runner = StageRunner(
         model=model,
         selection=selection,
@@ -170,7 +171,7 @@ def prune(
         calibration=calibration,
         recalibration=calibration
         if recalibration_data is None
-        else CalibrationStream(recalibration_data, generator, place),
+        else CalibrationStream(recalibration_data, generator, place, layout),
         normalised=normalised,
         defended=defence == "auto",
         finetune=finetune,
@@ -267,8 +268,7 @@ def _workload(
     """Count what the need of a run depends on."""
     drawn = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
     in_batches = normalised and _curvature(solver, loss) is not None
-    device = next(model.parameters()).device
-    sample = map_tensors(lambda t: t.to(device), peek(data))
+    sample = peek(data, next(model.parameters()).device)
     row_numbers, unsuited = 0, ""
     try:
         row_numbers = numbers_of_a_row(model, selection, joined=in_batches)

@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import load_weights
-from swap_prune.calibration import CalibrationStream
+from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.experiments.config import Experiment
 from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation, evaluate
 from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.layout import suited_layout
 from swap_prune.losses import cross_entropy
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
@@ -76,7 +77,8 @@ class Bench:
         network = copy.deepcopy(self.network)
         images, seed = self.data(), self.experiment.seeds[0]
         source = recalibration_data(images, seed) or images.train
-        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device)
+        layout = suited_layout(network, cross_entropy, peek(source, self.device))
+        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device, layout)
         repair_batchnorm(network, stream, cross_entropy)
         return network
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from swap_prune.experiments.images import iterate
+from swap_prune.layout import lay_out, suited_layout
 from swap_prune.losses import check_labels, check_pair, describe
 from swap_prune.modes import eval_mode
 
@@ -47,10 +48,14 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     correct, total, loss = 0, 0, 0.0
+    layout: torch.memory_format | None = None
     with eval_mode(model), torch.no_grad():
         for batch in iterate(dataset, batch_size=batch_size):
             check_pair(batch)
             inputs, targets = (part.to(device) for part in batch)
+            if layout is None:
+                layout = suited_layout(model, lambda network, images: network(images), inputs[:1])
+            inputs = lay_out(inputs, layout)
             try:
                 logits = model(inputs)
             except Exception as error:  # whatever the caller's model raises

@@ -46,31 +46,42 @@ def step_down(
         descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
-    own = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
-    fit, taken = _descend(problem, own, fit)
     damped = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), _STEP_METRIC))
-    fit, further = _descend(problem, NaturalGradient.on(damped, fit.support, _STEP_RIDGE), fit)
+    fit, taken, slope = _descend(problem, NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit), fit)
+    fit, further, _ = _descend(problem, NaturalGradient.on(damped, fit.support, _STEP_RIDGE), fit, slope)
     return fit, taken + further
 
 
-def _descend(problem: PruningProblem, descent: NaturalGradient, fit: SparseFit) -> tuple[SparseFit, list[float]]:
-    """Take steps as long as held-out samples gain; return the fit and the lengths."""
+def _descend(
+    problem: PruningProblem, descent: NaturalGradient, fit: SparseFit, slope: Tensor | None = None
+) -> tuple[SparseFit, list[float], Tensor | None]:
+    """Take steps as long as held-out samples gain.
+
+    Args:
+        problem: The pruning problem, with held-out samples.
+        descent: Where to go for a slope.
+        fit: Where the steps start.
+        slope: s there, (p,), where it is known.
+
+    Returns:
+        Where they end, their lengths, and s there, where it is known: when no length gained.
+    """
     assert problem.slope is not None, "the caller checks"
     least = held_out_loss(problem, fit)
     taken: list[float] = []
     for _ in range(_STEPS):
-        slope = problem.slope(fit.weights, kept_set(fit))
+        slope = problem.slope(fit.weights, kept_set(fit)) if slope is None else slope
         direction = descent.direction(slope)
         start = min(taken[-1] if taken else _FIRST_LENGTH, polyak_length(slope, direction, least))
         step, reached = line_search(problem, fit, direction, start, least)
         if step == 0:
             break
-        fit = replace(fit, weights=fit.weights + step * direction)
+        fit, slope = replace(fit, weights=fit.weights + step * direction), None
         taken.append(step)
         if least - reached < _LEAST_GAIN * abs(least):
             break
         least = reached
-    return fit, taken
+    return fit, taken, slope
 
 
 def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:
