@@ -105,3 +105,17 @@ def test_text_to_judge_by_comes_from_other_modules(monkeypatch: pytest.MonkeyPat
     assert docstrings.split_sentences(3, 5, 4) == (first, second)
     with pytest.raises(ValueError, match="give 5 sentences, 6 were asked for"):
         docstrings.split_sentences(3, 6, 1)
+
+
+def test_solutions_are_compared_by_their_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("public_lr", monkeypatch)
+    state = torch.Generator().manual_seed(0)
+    matrix, w_bar = torch.randn(20, 60, generator=state), torch.randn(60, generator=state)
+    values = {}
+    for solve in (module.refit, module.ours):
+        w = solve(matrix, w_bar, 12, 1e-2)
+        assert int(w.count_nonzero()) == 12
+        values[solve] = module.objective(matrix, w_bar, w, 1e-2)
+        expected = ((matrix @ (w - w_bar)) ** 2).sum() / 2 + 20 * 1e-2 / 2 * ((w - w_bar) ** 2).sum()
+        assert values[solve] == pytest.approx(float(expected), rel=1e-5)
+    assert values[module.ours] < values[module.refit]
