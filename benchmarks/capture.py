@@ -3,8 +3,9 @@
     python benchmarks/capture.py [--samples 256] [--networks mlpnet resnet20 mobilenetv1]
 
 A sample of mobilenetv1 is far larger than one of resnet20: it gets at most 32. Random weights and random
-images: the time does not depend on them. The plain pass works on batches of 64. Per-sample rows are those of the
-empirical Fisher; mini-batch rows those that the default takes where BatchNorm is recalibrated.
+images, channels last, as `prune` lays them out: the time does not depend on their values. The plain pass works on
+batches of 64. Per-sample rows are those of the empirical Fisher; mini-batch rows those that the default takes where
+BatchNorm is recalibrated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from swap_prune.batches import split_batches
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.layout import lay_out
 from swap_prune.losses import cross_entropy
 from swap_prune.modes import eval_mode
 from swap_prune.selection import select_parameters
@@ -33,10 +35,8 @@ def measure(name: str, samples: int) -> tuple[float, float, float]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, _ = build_model(name)
-    batch = (
-        torch.randn(samples, channels, side, side, generator=state),
-        torch.randint(classes, (samples,), generator=state),
-    )
+    images = torch.randn(samples, channels, side, side, generator=state)
+    batch = lay_out((images, torch.randint(classes, (samples,), generator=state)), torch.channels_last)
     selection = select_parameters(model)
 
     def plain() -> None:

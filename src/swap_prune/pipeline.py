@@ -210,6 +210,7 @@ def prune(
         "noise": noise_model.settings(),
         "defence": defence if defence is not None else "none",
         "device": str(place),
+        "channels_last": layout is torch.channels_last,
         "memory": memory,
         "storage": {"asked": storage, "used": held.kind, "lean": held.lean} if solver.needs_gradients else None,
     } | ({} if finetune is None else {"finetune": asdict(finetune)})
