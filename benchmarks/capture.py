@@ -2,8 +2,8 @@
 
     python benchmarks/capture.py [--samples 256] [--networks mlpnet resnet20 mobilenetv1]
 
-A sample of mobilenetv1 is far larger than one of resnet20: it gets at most 32. Random weights and random
-images, channels last, as `prune` lays them out: the time does not depend on their values. The plain pass works on
+A sample of mobilenetv1 is far larger than one of resnet20: it gets at most 32. Random weights and random images, which
+the network sees channels last, as in ``prune``: the time does not depend on their values. The plain pass works on
 batches of 64. Per-sample rows are those of the empirical Fisher; mini-batch rows those that the default takes where
 BatchNorm is recalibrated.
 """
@@ -19,7 +19,7 @@ from swap_prune.batches import split_batches
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.sketch import sketch_curvature
-from swap_prune.layout import lay_out
+from swap_prune.layout import images_laid_out
 from swap_prune.losses import cross_entropy
 from swap_prune.modes import eval_mode
 from swap_prune.selection import select_parameters
@@ -36,7 +36,7 @@ def measure(name: str, samples: int) -> tuple[float, float, float]:
         torch.default_generator.manual_seed(0)
         model, _ = build_model(name)
     images = torch.randn(samples, channels, side, side, generator=state)
-    batch = lay_out((images, torch.randint(classes, (samples,), generator=state)), torch.channels_last)
+    batch = (images, torch.randint(classes, (samples,), generator=state))
     selection = select_parameters(model)
 
     def plain() -> None:
@@ -47,11 +47,12 @@ def measure(name: str, samples: int) -> tuple[float, float, float]:
     def mini_batches() -> None:
         sketch_curvature(model, selection, [batch], cross_entropy, torch.Generator(), in_batches=True)
 
-    return (
-        best_time(plain),
-        best_time(lambda: capture_gradients(model, selection, [batch], cross_entropy)),
-        best_time(mini_batches),
-    )
+    with images_laid_out(model):
+        return (
+            best_time(plain),
+            best_time(lambda: capture_gradients(model, selection, [batch], cross_entropy)),
+            best_time(mini_batches),
+        )
 
 
 def main() -> None:

@@ -96,9 +96,18 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     assert status == 0 and planned["storage"] == "float32" and planned["limit"] == 20 * 10**9
     assert [one["storage"] for one in planned["forecasts"]][-3:] == ["mapped", "matrix-free", "low-rank"]
     assert all(set(one["phases"]) == {"capture", "defend", "solve", "trials"} for one in planned["forecasts"])
-    whole = ("--weights", "none.pt", "--out", "nowhere", "--min-keep", "0.1", "--seed", "3", "--defence", "none")
+    whole = ("--weights", "none.pt", "--out", "nowhere", "--min-keep", "0.05", "--seed", "3", "--defence", "none")
     status, again, _ = call("plan", *arguments, *whole, "--json")
     assert status == 0 and json.loads(again)["storage"] == "float32"
+    refusals = {
+        "--min-keep 0.1": "min_keep=0.1 keeps at least",
+        "--seed -1": "seed must be",
+        "--defence some": "defence must be",
+        "--finetune epochs=0": "epochs of fine-tuning must be",
+    }
+    for options, message in refusals.items():
+        status, text, error = call("plan", *arguments, *options.split(), "--json")
+        assert (status, text) == (2, "") and message in error
     assert call("plan", *arguments, "--wights", "none.pt")[0] == 2
     status, text, _ = call("plan", *arguments, "--storage", "mapped")
     assert status == 0 and "taken" in text and "float16" not in text

@@ -1,4 +1,4 @@
-"""Imports go one way: numerics <- methods <- stage <- staging <- pipeline <- experiments <- cli."""
+"""Imports go one way: numerics <- methods <- request, stage <- staging <- pipeline <- experiments <- cli."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ LAYERS = {
     "transport": 0,
     "regression": 1,
     "methods": 2,
+    "request": 3,
     "stage": 3,
     "staging": 4,
     "pipeline": 5,

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from swap_prune.batches import batch_size, is_sliceable, join_batches, map_tensors, slice_batch, split_batches
-from swap_prune.layout import lay_out
 
 __all__ = ["CalibrationStream", "peek"]
 
@@ -35,19 +34,12 @@ class CalibrationStream:
         data: Dataset, iterable of batches, or iterator of batches.
         generator: Random state for drawing from a Dataset (CPU).
         device: Where the drawn batches are put.
-        layout: How images lie in them (:mod:`swap_prune.layout`).
 
     Raises:
         ValueError: If ``data`` is neither.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        generator: torch.Generator,
-        device: torch.device | str = "cpu",
-        layout: torch.memory_format = torch.preserve_format,
-    ) -> None:
+    def __init__(self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu") -> None:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
         ):
@@ -59,7 +51,6 @@ class CalibrationStream:
         self._data = data
         self._generator = generator
         self._device = device
-        self._layout = layout
         self._indexed = isinstance(data, Dataset)
         self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
@@ -174,8 +165,7 @@ class CalibrationStream:
         return self._count() - len(self._barred)
 
     def _placed(self, batch: Any) -> Any:
-        placed = map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
-        return lay_out(placed, self._layout)
+        return map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
 
     def _count(self) -> int:
         if not hasattr(self._data, "__len__"):

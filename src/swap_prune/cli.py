@@ -28,7 +28,7 @@ from swap_prune.experiments.datasets import ImageData, calibration_data, load_da
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.finetune import parse_finetune
-from swap_prune.layout import suited_layout
+from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import METHODS, resolve_method
 from swap_prune.pipeline import plan as plan_run
@@ -199,6 +199,9 @@ def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., Non
     return given
 
 
+_PASSED_ON = ("samples", "schedule", "min_keep", "noise", "defence", "memory", "storage", "scratch", "seed")
+
+
 @app.command()
 @with_options_of(prune)
 def plan(**given: Any) -> None:
@@ -214,7 +217,8 @@ def plan(**given: Any) -> None:
         ignore=given["ignore"] or (),
         recalibrate_batchnorm=given["recalibrate"],
         stages=_parse_stages(given["stages"]),
-        **{name: given[name] for name in ("samples", "schedule", "noise", "memory", "storage", "scratch")},
+        finetune=None if given["finetune"] is None else parse_finetune(given["finetune"]),
+        **{name: given[name] for name in _PASSED_ON},
     )
     if given["as_json"]:
         _print_json(forecast.to_dict())
@@ -259,9 +263,10 @@ def evaluate_model(
     notes: list[str] = []
     if pruned is None and recalibrate:
         source = recalibration_data(images, seed) or images.train
-        layout = suited_layout(network, cross_entropy, peek(source, place))
-        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place, layout)
-        notes = repair_batchnorm(network, stream, cross_entropy)
+        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
+        laid = takes_channels_last(network, cross_entropy, peek(source, place), backwards=False)
+        with images_laid_out(network, laid):
+            notes = repair_batchnorm(network, stream, cross_entropy)
     for note in notes:
         _say(f"note: {note}")
     measured = evaluate(network, images.test)

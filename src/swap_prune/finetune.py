@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from swap_prune.batches import batch_size
 from swap_prune.calibration import CalibrationStream, peek
-from swap_prune.layout import suited_layout
+from swap_prune.device import usable_device
+from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import LossFn, check_calibration, cross_entropy
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.modes import eval_mode, training_mode
@@ -157,11 +158,12 @@ def finetune(
         raise ValueError(f"seed must be a whole number in [0, 2**63), got {seed!r}")
     kept = resolve_masks(model, masks, targets, ignore)
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     loss = cross_entropy if loss_fn is None else loss_fn
     generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
-    stream = CalibrationStream(data, generator, place, suited_layout(model, loss, peek(data, place)))
-    with restored_on_error(model), StageProgress(progress) as shown:
+    stream = CalibrationStream(data, generator, place)
+    laid = takes_channels_last(model, loss, peek(data, place))
+    with restored_on_error(model), images_laid_out(model, laid), StageProgress(progress) as shown:
         shown.train(settings.epochs)
         return train(model, stream, settings, loss, kept, generator, shown.reach)
 

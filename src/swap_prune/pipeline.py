@@ -19,32 +19,27 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.device import usable_device
-from swap_prune.distributed import is_first, local_count, process_count, team_of
+from swap_prune.distributed import is_first, local_count, team_of
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune
-from swap_prune.fisher.layers import UnsupportedLayerError
-from swap_prune.fisher.low_rank_capture import numbers_of_a_row
-from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
-from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.fisher.storage import Storage
-from swap_prune.layout import suited_layout
-from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory import memory_limit, resident_memory
-from swap_prune.methods import Method, resolve_method
-from swap_prune.planning import MemoryPlan, Workload, check_storage, plan_memory, sample_bytes, scratch_directory
+from swap_prune.layout import images_laid_out, takes_channels_last
+from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.memory import memory_limit
+from swap_prune.methods import Method
+from swap_prune.planning import MemoryPlan, plan_memory, scratch_directory
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.schedule import keep_count, layer_floors, stage_schedules
-from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
+from swap_prune.request import check_run, workload
+from swap_prune.selection import DEFAULT_TARGETS, Selection
 from swap_prune.stage import StageRunner
 from swap_prune.staging import search_stages
-from swap_prune.surgery import batchnorm_layers, repair_batchnorm, restored_on_error
+from swap_prune.surgery import repair_batchnorm, restored_on_error
 from swap_prune.trials import Teacher
 
 __all__ = ["plan", "prune"]
@@ -125,28 +120,28 @@ def prune(
             was received and what to do.
     """
     started = time.perf_counter()
-    solver, noise_model = resolve_method(method), parse_noise(noise)
-    schedules = stage_schedules(sparsity, stages, schedule)
-    if defence not in ("auto", "none", None):
-        raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
-    if finetune is not None and not isinstance(finetune, FineTune):
-        raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
-    _check_whole("samples", samples, 1)
-    _check_whole("seed", seed, 0)
-    if seed >= 2**63:
-        raise ValueError(f"seed must be below 2**63, got {seed}")
-    check_storage(storage)
-    selection = select_parameters(model, targets, ignore)
-    _check_finite(model, selection)
-    sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
-    floors = layer_floors(min_keep, sizes, keep_count(selection.total, sparsity))
-    loss = cross_entropy if loss_fn is None else loss_fn
-    curvature = _curvature(solver, loss)
-    normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
+    run = check_run(
+        model,
+        sparsity=sparsity,
+        method=method,
+        loss_fn=loss_fn,
+        targets=targets,
+        ignore=ignore,
+        samples=samples,
+        stages=stages,
+        schedule=schedule,
+        min_keep=min_keep,
+        recalibrate_batchnorm=recalibrate_batchnorm,
+        finetune=finetune,
+        noise=noise,
+        defence=defence,
+        storage=storage,
+        seed=seed,
+    )
+    solver, selection, loss = run.solver, run.selection, run.loss
     held, notes = Storage(), []
     if solver.needs_gradients:
-        load = _workload(model, data, selection, solver, loss, normalised, schedules[-1], samples, noise_model)
-        memory_plan = plan_memory(load, memory_limit(memory, local_count()), _kind(storage), scratch)
+        memory_plan = plan_memory(workload(model, data, run), memory_limit(memory, local_count()), run.storage, scratch)
         held = memory_plan.require().storage
         if held != memory_plan.forecasts[0].storage:
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
@@ -154,41 +149,51 @@ def prune(
         model.to(usable_device(device))
     place = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    layout = suited_layout(model, loss, peek(data, place))
-    calibration = CalibrationStream(data, generator, place, layout)
+    calibration = CalibrationStream(data, generator, place)
     runner = StageRunner(
         model=model,
         selection=selection,
         solver=solver,
-        noise=noise_model,
+        noise=run.noise,
         noise_generator=forked_generator(seed, "noise"),
         seed=seed,
         loss_fn=loss,
-        curvature=curvature,
+        curvature=run.curvature,
         samples=samples,
-        stages=sum(map(len, schedules)),
+        stages=sum(map(len, run.schedules)),
         generator=generator,
         calibration=calibration,
         recalibration=calibration
         if recalibration_data is None
-        else CalibrationStream(recalibration_data, generator, place, layout),
-        normalised=normalised,
+        else CalibrationStream(recalibration_data, generator, place),
+        normalised=run.normalised,
         defended=defence == "auto",
         finetune=finetune,
         storage=held,
-        floors=floors,
+        floors=run.floors,
     )
     changing = selection if finetune is None else None  # fine-tuning changes every parameter
+    laid = takes_channels_last(model, loss, peek(data, place), backwards=solver.needs_gradients or finetune is not None)
     with (
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
         torch.autocast(place.type, enabled=False),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing),
+        images_laid_out(model, laid),
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
-            arguments = (schedules, solver, dict(selection.shapes), samples, seed, defence, finetune, normalised)
+            arguments = (
+                run.schedules,
+                solver,
+                dict(selection.shapes),
+                samples,
+                seed,
+                defence,
+                finetune,
+                run.normalised,
+            )
             placed.team.agree("settings", repr(arguments))
             placed.team.agree("weights", model.state_dict())
         runner = replace(runner, storage=placed)
@@ -196,7 +201,10 @@ def prune(
         if solver.needs_held_out and isinstance(loss, GaussNewtonLoss):
             teacher = Teacher(model, changing, loss)
             runner = replace(runner, teacher=teacher, doubts=Doubts(teacher, loss) if runner.defended else None)
-        records = search_stages(runner, schedules, shown) if stages == "auto" else runner.run_all(schedules[0], shown)
+        if stages == "auto":
+            records = search_stages(runner, run.schedules, shown)
+        else:
+            records = runner.run_all(run.schedules[0], shown)
     settings = {
         "sparsity": sparsity,
         "method": {"name": solver.name, **asdict(solver)},  # type: ignore[call-overload]
@@ -207,10 +215,10 @@ def prune(
         "schedule": schedule,
         "min_keep": min_keep,
         "recalibrate_batchnorm": recalibrate_batchnorm,
-        "noise": noise_model.settings(),
+        "noise": run.noise.settings(),
         "defence": defence if defence is not None else "none",
         "device": str(place),
-        "channels_last": layout is torch.channels_last,
+        "channels_last": laid,
         "memory": memory,
         "storage": {"asked": storage, "used": held.kind, "lean": held.lean} if solver.needs_gradients else None,
     } | ({} if finetune is None else {"finetune": asdict(finetune)})
@@ -229,11 +237,15 @@ def plan(
     samples: int = 1024,
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
+    min_keep: float = 0.0,
     recalibrate_batchnorm: bool = True,
+    finetune: FineTune | None = None,
     noise: Any = None,
+    defence: str | None = "auto",
     memory: str | int | None = None,
     storage: str = "auto",
     scratch: str | Path | None = None,
+    seed: int = 0,
 ) -> MemoryPlan:
     """Say how much memory :func:`prune` with the same arguments would need, and how it would hold G.
 
@@ -242,60 +254,28 @@ def plan(
     Raises:
         ValueError: If an argument cannot be used. That nothing fits is an answer here, not an error.
     """
-    solver, noise_model = resolve_method(method), parse_noise(noise)
-    schedules = stage_schedules(sparsity, stages, schedule)
-    _check_whole("samples", samples, 1)
-    selection = select_parameters(model, targets, ignore)
-    loss, limit = cross_entropy if loss_fn is None else loss_fn, memory_limit(memory, local_count())
-    check_storage(storage)
-    if not solver.needs_gradients:
-        return MemoryPlan(limit, (), None, f"{solver.name} takes no gradients: there is no G to hold")
-    normalised = recalibrate_batchnorm and bool(batchnorm_layers(model))
-    load = _workload(model, data, selection, solver, loss, normalised, schedules[-1], samples, noise_model)
-    return plan_memory(load, limit, _kind(storage), scratch)
-
-
-def _workload(
-    model: nn.Module,
-    data: Any,
-    selection: Selection,
-    solver: Method,
-    loss: LossFn,
-    normalised: bool,
-    sparsities: Sequence[float],
-    samples: int,
-    noise: NoiseChain,
-) -> Workload:
-    """Count what the need of a run depends on."""
-    drawn = min(samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else samples
-    in_batches = normalised and _curvature(solver, loss) is not None
-    sample = peek(data, next(model.parameters()).device)
-    row_numbers, unsuited = 0, ""
-    try:
-        row_numbers = numbers_of_a_row(model, selection, joined=in_batches)
-    except UnsupportedLayerError as error:
-        unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
-    hooks = [(type(one).apply, type(one).apply_) for one in noise.models]
-    return Workload(
-        rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
-        samples=max(1, drawn),
-        weights=selection.total,
-        kept=keep_count(selection.total, sparsities[0]),
-        method=solver.name,
-        itemsize=selection.read(model).element_size(),
-        kept_bytes=0 if sample is None else sample_bytes(model, loss, sample),
-        mini_batches=in_batches,
-        row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
-        held=resident_memory(),
-        processes=max(1, process_count()),
-        row_numbers=row_numbers,
-        unsuited=unsuited,
+    run = check_run(
+        model,
+        sparsity=sparsity,
+        method=method,
+        loss_fn=loss_fn,
+        targets=targets,
+        ignore=ignore,
+        samples=samples,
+        stages=stages,
+        schedule=schedule,
+        min_keep=min_keep,
+        recalibrate_batchnorm=recalibrate_batchnorm,
+        finetune=finetune,
+        noise=noise,
+        defence=defence,
+        storage=storage,
+        seed=seed,
     )
-
-
-def _kind(storage: str) -> str:
-    """Return the storage to plan for: processes that run together share G, unless another one is asked for."""
-    return "sharded" if storage == "auto" and process_count() > 0 else storage
+    limit = memory_limit(memory, local_count())
+    if not run.solver.needs_gradients:
+        return MemoryPlan(limit, (), None, f"{run.solver.name} takes no gradients: there is no G to hold")
+    return plan_memory(workload(model, data, run), limit, run.storage, scratch)
 
 
 @contextmanager
@@ -306,28 +286,6 @@ def _shared(storage: Storage, device: torch.device) -> Iterator[Storage]:
         return
     with team_of(device) as team:
         yield replace(storage, team=team)
-
-
-def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
-    """Return the loss as one that knows its curvature, where it does and the method wants it.
-
-    Raises:
-        ValueError: If the method insists and the loss does not, or if it wants gradients that are zero.
-    """
-    wanted = getattr(solver, "fisher", "empirical")
-    if wanted == "gauss-newton" and not isinstance(loss_fn, GaussNewtonLoss):
-        raise ValueError(
-            "fisher='gauss-newton' needs a loss that knows its curvature (swap_prune.losses.GaussNewtonLoss), got "
-            f"{loss_fn!r}; use fisher='empirical'"
-        )
-    if wanted != "empirical" and isinstance(loss_fn, GaussNewtonLoss):
-        return loss_fn
-    if solver.needs_gradients and getattr(loss_fn, "stationary", False):
-        raise ValueError(
-            f"{solver.name} works on gradients of the loss here, and those of {type(loss_fn).__name__} are zero at the "
-            "dense network; use a method on Gauss-Newton rows (ewr or lr with fisher='auto'), or one without gradients"
-        )
-    return None
 
 
 def _report(
@@ -365,16 +323,3 @@ def _report(
         versions=versions(),
         notes=notes,
     ).bind(partial(save_artifact, model))
-
-
-def _check_finite(model: nn.Module, selection: Selection) -> None:
-    """Refuse weights that no method can rank."""
-    parameters = dict(model.named_parameters())
-    bad = [name for name in selection.names if not bool(parameters[name].isfinite().all())]
-    if bad:
-        raise ValueError(f"weights to prune must be finite; {bad[0]!r} holds NaN or infinity: check the checkpoint")
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -113,6 +113,19 @@ def test_versions_that_differ_are_told() -> None:
     assert "Made with different versions: torch 2; torch 3" in summarise(mixed).notes
 
 
+def test_notes_that_differ_in_their_numbers_are_one() -> None:
+    runs = [
+        result("lr", seed, 90.0, notes=[f"loss 1.{seed}e-3, against 0.{seed}", "layer a is empty"])
+        for seed in (0, 1, 2)
+    ]
+    notes = summarise([*runs, result("ewr", 0, 90.0, notes=["loss 5, against 6"])]).notes
+    assert notes[-3:] == [
+        "ewr: loss 5, against 6",
+        "lr: layer a is empty (likewise in 2 more runs)",
+        "lr: loss 1.0e-3, against 0.0 (likewise in 2 more runs)",
+    ]
+
+
 def test_csv_holds_the_same_figures() -> None:
     rows = list(csv.DictReader(io.StringIO(as_csv(summarise(RESULTS)))))
     assert len(rows) == 4

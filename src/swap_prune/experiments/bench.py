@@ -21,7 +21,7 @@ from swap_prune.experiments.datasets import ImageData, load_dataset, recalibrati
 from swap_prune.experiments.evaluate import Evaluation, evaluate
 from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
-from swap_prune.layout import suited_layout
+from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import cross_entropy
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
@@ -77,9 +77,10 @@ class Bench:
         network = copy.deepcopy(self.network)
         images, seed = self.data(), self.experiment.seeds[0]
         source = recalibration_data(images, seed) or images.train
-        layout = suited_layout(network, cross_entropy, peek(source, self.device))
-        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device, layout)
-        repair_batchnorm(network, stream, cross_entropy)
+        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device)
+        laid = takes_channels_last(network, cross_entropy, peek(source, self.device), backwards=False)
+        with images_laid_out(network, laid):
+            repair_batchnorm(network, stream, cross_entropy)
         return network
 
 
@@ -112,9 +113,7 @@ def prepare(
     mean, std = (entry.mean, entry.std) if entry is not None and own else (None, None)
     with seeded(0):
         images = load_dataset(experiment.data, data_dir, mean=mean, std=std)
-    network = network.to(device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what convolutions are fastest in
-    return Bench(experiment, network, data_dir, device, None if ":" in experiment.data else images)
+    return Bench(experiment, network.to(device), data_dir, device, None if ":" in experiment.data else images)
 
 
 @contextmanager

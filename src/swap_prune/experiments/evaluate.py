@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.experiments.images import iterate
-from swap_prune.layout import lay_out, suited_layout
+from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import check_labels, check_pair, describe
 from swap_prune.modes import eval_mode
 
@@ -48,29 +49,40 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     correct, total, loss = 0, 0, 0.0
-    layout: torch.memory_format | None = None
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad(), ExitStack() as layout:
         for batch in iterate(dataset, batch_size=batch_size):
             check_pair(batch)
             inputs, targets = (part.to(device) for part in batch)
-            if layout is None:
-                layout = suited_layout(model, lambda network, images: network(images), inputs[:1])
-            inputs = lay_out(inputs, layout)
+            if total == 0:
+                laid = takes_channels_last(model, _forward, inputs[:1], backwards=False)
+                layout.enter_context(images_laid_out(model, laid))
             try:
                 logits = model(inputs)
             except Exception as error:  # whatever the caller's model raises
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise ValueError(f"the model failed on test images {describe(inputs)}: {reason}") from error
+            if not isinstance(logits, Tensor):
+                raise ValueError(
+                    f"evaluation needs a model that returns logits (n, classes), got a {type(logits).__name__}: "
+                    "wrap it in one that does"
+                )
             if logits.ndim != 2 or targets.shape != logits.shape[:1]:
                 raise ValueError(
                     f"evaluation needs logits (n, classes) and labels (n,), got {tuple(logits.shape)} and "
                     f"{tuple(targets.shape)}"
                 )
+            if targets.is_floating_point():
+                raise ValueError(f"evaluation needs class indices for labels, got {targets.dtype}: convert them")
             check_labels(targets, logits.shape[1])
             correct += int((logits.argmax(1) == targets).sum())
-            loss += float(functional.cross_entropy(logits.double(), targets, reduction="sum"))
+            loss += float(functional.cross_entropy(logits.double(), targets.long(), reduction="sum"))
             total += len(targets)
     if total == 0:
         raise ValueError("the test data is empty: nothing to evaluate on")
     mean = loss / total
     return Evaluation(100 * correct / total, mean if math.isfinite(mean) else None, total)
+
+
+def _forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    outputs: Tensor = model(inputs)
+    return outputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -191,7 +192,19 @@ def _notes(results: Sequence[RunResult], first: RunResult) -> list[str]:
         notes.append(f"{len(failed)} runs failed and are left out; the first: {failed[0].label}: {failed[0].error}")
     versions = sorted({", ".join(f"{k} {v}" for k, v in result.versions.items()) for result in results})
     notes.append(("Made with " if len(versions) == 1 else "Made with different versions: ") + "; ".join(versions))
-    return notes + sorted({f"{result.label}: {note}" for result in results for note in result.notes})
+    return notes + sorted(_gathered(results))
+
+
+def _gathered(results: Sequence[RunResult]) -> list[str]:
+    """Return the notes of the runs; of those that differ in their numbers alone the first, and how many there are."""
+    alike: dict[str, list[str]] = {}
+    for result in results:
+        for note in dict.fromkeys(result.notes):
+            line = f"{result.label}: {note}"
+            alike.setdefault(re.sub(r"\d[\d.e+-]*", "#", line), []).append(line)
+    return [
+        lines[0] + (f" (likewise in {len(lines) - 1} more runs)" if len(lines) > 1 else "") for lines in alike.values()
+    ]
 
 
 def _settings(result: RunResult) -> str:

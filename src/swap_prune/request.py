@@ -1,0 +1,175 @@
+"""What a run is asked for, checked before any work, and what its need of memory depends on.
+
+Place in the pipeline: before it. Nothing is changed here, and no data is used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from swap_prune.calibration import peek
+from swap_prune.distributed import process_count
+from swap_prune.finetune import FineTune
+from swap_prune.fisher.layers import UnsupportedLayerError
+from swap_prune.fisher.low_rank_capture import numbers_of_a_row
+from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
+from swap_prune.fisher.sketch import sketch_rows
+from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
+from swap_prune.memory import resident_memory
+from swap_prune.methods import Method, resolve_method
+from swap_prune.planning import Workload, check_storage, sample_bytes
+from swap_prune.schedule import keep_count, layer_floors, stage_schedules
+from swap_prune.selection import Selection, select_parameters
+from swap_prune.surgery import batchnorm_layers
+
+__all__ = ["Run", "check_run", "workload"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked for, checked before any work.
+
+    Attributes:
+        solver: The method.
+        noise: What disturbs samples, weights and gradients.
+        schedules: Sparsity after each stage; several of them where their number is to be found.
+        selection: Where the p weights lie.
+        floors: How many weights of a layer are kept at the least, by its name.
+        loss: Per-sample loss.
+        curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
+        normalised: Whether BatchNorm is recalibrated.
+        samples: Calibration samples a stage.
+        storage: The storage asked for; processes that run together share G, unless another one is.
+    """
+
+    solver: Method
+    noise: NoiseChain
+    schedules: Sequence[Sequence[float]]
+    selection: Selection
+    floors: Mapping[str, int]
+    loss: LossFn
+    curvature: GaussNewtonLoss | None
+    normalised: bool
+    samples: int
+    storage: str
+
+
+def check_run(
+    model: nn.Module,
+    *,
+    sparsity: float,
+    method: str | Method,
+    loss_fn: LossFn | None,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    samples: int,
+    stages: int | Literal["auto"],
+    schedule: str,
+    min_keep: float,
+    recalibrate_batchnorm: bool,
+    finetune: FineTune | None,
+    noise: Any,
+    defence: str | None,
+    storage: str,
+    seed: int,
+) -> Run:
+    """Check the arguments of :func:`swap_prune.prune` against each other and the model.
+
+    Raises:
+        ValueError: If one cannot be used.
+    """
+    solver, noise_model = resolve_method(method), parse_noise(noise)
+    schedules = stage_schedules(sparsity, stages, schedule)
+    if defence not in ("auto", "none", None):
+        raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
+    if finetune is not None and not isinstance(finetune, FineTune):
+        raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
+    _check_whole("samples", samples, 1)
+    _check_whole("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {seed}")
+    check_storage(storage)
+    selection = select_parameters(model, targets, ignore)
+    _check_finite(model, selection)
+    sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
+    loss = cross_entropy if loss_fn is None else loss_fn
+    return Run(
+        solver=solver,
+        noise=noise_model,
+        schedules=schedules,
+        selection=selection,
+        floors=layer_floors(min_keep, sizes, keep_count(selection.total, sparsity)),
+        loss=loss,
+        curvature=_curvature(solver, loss),
+        normalised=recalibrate_batchnorm and bool(batchnorm_layers(model)),
+        samples=samples,
+        storage="sharded" if storage == "auto" and process_count() > 0 else storage,
+    )
+
+
+def workload(model: nn.Module, data: Any, run: Run) -> Workload:
+    """Count what the need of a run depends on."""
+    drawn = min(run.samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else run.samples
+    in_batches = run.normalised and run.curvature is not None
+    sample = peek(data, next(model.parameters()).device)
+    row_numbers, unsuited = 0, ""
+    try:
+        row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
+    except UnsupportedLayerError as error:
+        unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
+    hooks = [(type(one).apply, type(one).apply_) for one in run.noise.models]
+    return Workload(
+        rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
+        samples=max(1, drawn),
+        weights=run.selection.total,
+        kept=keep_count(run.selection.total, run.schedules[-1][0]),
+        method=run.solver.name,
+        itemsize=run.selection.read(model).element_size(),
+        kept_bytes=0 if sample is None else sample_bytes(model, run.loss, sample),
+        mini_batches=in_batches,
+        row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
+        held=resident_memory(),
+        processes=max(1, process_count()),
+        row_numbers=row_numbers,
+        unsuited=unsuited,
+    )
+
+
+def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
+    """Return the loss as one that knows its curvature, where it does and the method wants it.
+
+    Raises:
+        ValueError: If the method insists and the loss does not, or if it wants gradients that are zero.
+    """
+    wanted = getattr(solver, "fisher", "empirical")
+    if wanted == "gauss-newton" and not isinstance(loss_fn, GaussNewtonLoss):
+        raise ValueError(
+            "fisher='gauss-newton' needs a loss that knows its curvature (swap_prune.losses.GaussNewtonLoss), got "
+            f"{loss_fn!r}; use fisher='empirical'"
+        )
+    if wanted != "empirical" and isinstance(loss_fn, GaussNewtonLoss):
+        return loss_fn
+    if solver.needs_gradients and getattr(loss_fn, "stationary", False):
+        raise ValueError(
+            f"{solver.name} works on gradients of the loss here, and those of {type(loss_fn).__name__} are zero at the "
+            "dense network; use a method on Gauss-Newton rows (ewr or lr with fisher='auto'), or one without gradients"
+        )
+    return None
+
+
+def _check_finite(model: nn.Module, selection: Selection) -> None:
+    """Refuse weights that no method can rank."""
+    parameters = dict(model.named_parameters())
+    bad = [name for name in selection.names if not bool(parameters[name].isfinite().all())]
+    if bad:
+        raise ValueError(f"weights to prune must be finite; {bad[0]!r} holds NaN or infinity: check the checkpoint")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
