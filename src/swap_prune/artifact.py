@@ -104,7 +104,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
         ValueError: If a file is missing, damaged or altered, keys or shapes do not match, or the weights do
             not have the zeros that the report states. The model is then as it was.
     """
-    directory = Path(directory)
+    directory = _folder(directory)
     report, digest = _read_report(directory)
     path = directory / _WEIGHTS
     state = read_weights(path)
@@ -119,8 +119,21 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
                 f"{name!r} in {path} has {found.kept} of {found.total} weights, but the report says "
                 f"{layer.kept} of {layer.total}"
             )
+    own = model.state_dict()
+    for name, layer in report.layers.items():
+        if name in own and int(state[name].to(own[name].dtype).count_nonzero()) != layer.kept:
+            raise ValueError(
+                f"{name!r} would lose weights, which {own[name].dtype} rounds to zero: load it into a model of "
+                f"{state[name].dtype}"
+            )
     _load_state(model, state, path)
     return model
+
+
+def _folder(directory: str | Path) -> Path:
+    if not isinstance(directory, str | Path):
+        raise ValueError(f"directory must be a path, got {directory!r}")
+    return Path(directory).expanduser()
 
 
 def load_report(directory: str | Path) -> PruningReport:
@@ -129,7 +142,7 @@ def load_report(directory: str | Path) -> PruningReport:
     Raises:
         ValueError: If it is missing or not a report.
     """
-    return _read_report(Path(directory))[0]
+    return _read_report(_folder(directory))[0]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -158,7 +171,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file is missing, damaged, or holds anything but tensors.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"weights file {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:

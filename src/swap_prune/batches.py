@@ -28,12 +28,24 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
+        return _like(batch, {key: map_tensors(function, value) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, part) for part in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(map_tensors(function, part) for part in batch)
     return batch
+
+
+def _like(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return values in a mapping of a batch's own class, which may have attributes for its keys; else as a dict."""
+    if type(batch) is not dict:
+        try:
+            made = type(batch)(values)  # type: ignore[call-arg]
+            if made.keys() == values.keys():
+                return made
+        except Exception:  # its constructor takes something else
+            return values
+    return values
 
 
 def in_own_containers(batch: Any) -> Any:
@@ -102,7 +114,7 @@ def _joined(batches: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(batches)
     if isinstance(first, Mapping):
-        return {key: _joined([batch[key] for batch in batches]) for key in first}
+        return _like(first, {key: _joined([batch[key] for batch in batches]) for key in first})
     parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
     return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 

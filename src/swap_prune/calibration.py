@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from swap_prune.batches import batch_size, is_sliceable, join_batches, map_tensors, slice_batch, split_batches
+from swap_prune.batches import (
+    batch_size,
+    in_own_containers,
+    is_sliceable,
+    join_batches,
+    map_tensors,
+    slice_batch,
+    split_batches,
+)
 
 __all__ = ["CalibrationStream", "peek"]
 
@@ -235,7 +243,7 @@ class CalibrationStream:
                     self._read += batch_size(batch)
                     if one_shot:
                         remembered.append(batch)
-                yield dict(batch) if isinstance(batch, Mapping) else batch
+                yield in_own_containers(batch) if isinstance(batch, Mapping) else batch
             if one_shot:
                 source = remembered
             yield _END

@@ -165,6 +165,8 @@ def prune(
         return
     for note in report.notes:
         _say(f"note: {note}")
+    if target is not None:
+        report.save(target)
     measured = evaluate(network, images.test)
     result = {
         "model": model,
@@ -183,7 +185,6 @@ def prune(
         "layers": {name: layer.kept for name, layer in report.layers.items()},
     }
     if target is not None:
-        report.save(target)
         result["out"] = str(target)
     _print_result(result, as_json)
 

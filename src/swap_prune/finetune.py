@@ -28,7 +28,7 @@ from swap_prune.losses import LossFn, check_calibration, cross_entropy
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.modes import eval_mode, training_mode
 from swap_prune.progress import StageProgress
-from swap_prune.randomness import forked_generator
+from swap_prune.randomness import forked_generator, seeded
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.surgery import batchnorm_layers, fill_lost, restored_on_error
 
@@ -264,14 +264,9 @@ class _Course:
 @contextmanager
 def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
     """Run a block in training mode, with PyTorch's random state seeded; give modes, gradients and states back."""
-    place = trained[0].device
     gradients = [parameter.grad for parameter in trained]
-    with torch.random.fork_rng([place] if place.type == "cuda" else []), training_mode(model), torch.enable_grad():
-        seed = int(torch.randint(2**62, (), generator=generator))
-        torch.default_generator.manual_seed(seed)
-        if place.type == "cuda":
-            with torch.cuda.device(place):
-                torch.cuda.manual_seed(seed)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with seeded(seed, trained[0].device), training_mode(model), torch.enable_grad():
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.batches import batch_size, is_sliceable, slice_batch
+from swap_prune.batches import batch_size, in_own_containers, is_sliceable, slice_batch
 
 __all__ = ["CrossEntropy", "GaussNewtonLoss", "LossFn", "check_calibration", "check_losses", "cross_entropy"]
 
@@ -242,7 +242,12 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
                 if isinstance(loss_fn, CrossEntropy):
                     check_pair(batch)
                     if classes is None:
-                        logits = model(batch[0][:1])
+                        logits = model(batch[0][:2])
+                        if not isinstance(logits, Tensor):
+                            raise ValueError(
+                                "the default loss needs a model that returns logits (n, classes), got a "
+                                f"{type(logits).__name__}: pass loss_fn="
+                            )
                         classes = logits.shape[1] if logits.ndim > 1 else 1
                     check_shares(batch[1], classes)
                     check_labels(batch[1], classes)
@@ -259,6 +264,44 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
             ) from error
         sizes.append(known)
     return sizes
+
+
+def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> None:
+    """Check on two samples that the loss of one does not depend on the other, as gradients of single samples need.
+
+    A network that is random, and has another loss each time, is not judged.
+
+    Args:
+        model: The network, in the mode that the caller wants.
+        loss_fn: Per-sample loss.
+        batches: Batches that passed :func:`check_calibration`.
+
+    Raises:
+        ValueError: If it does.
+    """
+    larger = (batch for batch in batches if is_sliceable(batch) and batch_size(batch) > 1)
+    first = next(larger, None)
+    if first is None:
+        return
+    pair = slice_batch(first, 0, 2)
+    with torch.no_grad():
+        together, again = (loss_fn(model, in_own_containers(pair)) for _ in range(2))
+        try:
+            alone = torch.cat([loss_fn(model, slice_batch(pair, i, i + 1)) for i in range(2)])
+        except Exception as error:  # whatever the caller's model or loss raises
+            raise ValueError(
+                f"the network failed on a single sample {describe(slice_batch(pair, 0, 1))}: {_first_line(error)}; "
+                "gradients are taken of single samples, so give BatchNorm running statistics"
+            ) from error
+    check_losses(torch.cat([together, alone]), None)
+    dtype = min((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: -torch.finfo(d).eps)
+    digits = torch.finfo(dtype).eps ** 0.5
+    if torch.equal(together, again) and not torch.allclose(together, alone, rtol=digits, atol=digits):
+        raise ValueError(
+            f"the loss of a sample depends on the others in its batch ({float(alone[0]):.4g} alone, "
+            f"{float(together[0]):.4g} beside another): gradients of single samples need a loss_fn, and a network, "
+            "that do not mix them"
+        )
 
 
 def describe(batch: Any) -> str:

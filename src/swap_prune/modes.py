@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "eval_mode", "training_mode"]
+__all__ = ["batch_statistics", "eval_mode", "slow_attention", "training_mode"]
 
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
@@ -45,3 +46,17 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         finally:
             for layer, tracked in zip(layers, tracking, strict=True):
                 layer.track_running_stats = tracked
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Run a block in which torch's transformer layers call the layers that they are made of, also in eval mode.
+
+    Their fast path goes round these, or gives them nested tensors, where nothing can be seen by hooks.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

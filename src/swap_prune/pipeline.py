@@ -31,9 +31,10 @@ from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory import memory_limit
 from swap_prune.methods import Method
+from swap_prune.modes import slow_attention
 from swap_prune.planning import MemoryPlan, plan_memory, scratch_directory
 from swap_prune.progress import StageProgress
-from swap_prune.randomness import forked_generator
+from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import check_run, workload
 from swap_prune.selection import DEFAULT_TARGETS, Selection
@@ -180,6 +181,8 @@ def prune(
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing),
+        seeded(seed, place),  # for a network that draws from it
+        slow_attention(),
         images_laid_out(model, laid),
         StageProgress(progress and is_first()) as shown,
     ):

@@ -24,6 +24,7 @@ from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.forecast import Workload, memory_phases
 from swap_prune.losses import LossFn
 from swap_prune.modes import eval_mode
+from swap_prune.randomness import seeded
 
 __all__ = [
     "Forecast",
@@ -137,7 +138,7 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> int:
     """
     own = (*model.parameters(), *model.buffers())
     try:
-        with eval_mode(model):
+        with eval_mode(model), seeded(0):
             return saved_bytes(lambda: loss_fn(model, sample), own)
     except Exception:  # whatever the caller's model or loss raises
         return 0

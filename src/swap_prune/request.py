@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.loss import _Loss
 from torch.utils.data import Dataset
 
 from swap_prune.calibration import peek
@@ -83,6 +84,13 @@ def check_run(
     Raises:
         ValueError: If one cannot be used.
     """
+    if loss_fn is not None and (isinstance(loss_fn, _Loss) or not callable(loss_fn)):
+        raise ValueError(
+            f"loss_fn must be a function (model, batch) -> losses (n,), got {loss_fn!r}; for a loss module L: "
+            "lambda model, batch: L(model(batch[0]), batch[1]), with reduction='none'"
+        )
+    if not isinstance(recalibrate_batchnorm, bool):
+        raise ValueError(f"recalibrate_batchnorm must be True or False, got {recalibrate_batchnorm!r}")
     solver, noise_model = resolve_method(method), parse_noise(noise)
     schedules = stage_schedules(sparsity, stages, schedule)
     if defence not in ("auto", "none", None):

@@ -127,7 +127,10 @@ def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float) -
         shift = torch.zeros_like(part)
         for _ in range(_STEPS):
             moved = (part + shift).requires_grad_()
-            (slope,) = torch.autograd.grad(cross_entropy(model(moved), goal, reduction="sum"), moved)
+            loss = cross_entropy(model(moved), goal, reduction="sum")
+            slope = torch.autograd.grad(loss, moved, allow_unused=True)[0] if loss.requires_grad else None
+            if slope is None:  # what comes first in the network is detached: nobody attacked it by gradients
+                break
             shift = (shift - radius / 4 * slope.sign()).clamp_(-radius, radius)
         parts.append(part + shift)
     return torch.cat(parts)

@@ -15,9 +15,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters"]
 
+_REPARAMETRISED = (WeightNorm, SpectralNorm)  # the old way, by hooks
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
 
@@ -107,6 +111,7 @@ def select_parameters(
         if not hits:
             raise ValueError(_unmatched("ignore", pattern, model))
         chosen -= hits
+    _check_parametrized(model, targets, ignore)
     shapes: dict[str, torch.Size] = {}
     for candidate in candidates:
         if candidate.name not in chosen:
@@ -121,6 +126,32 @@ def select_parameters(
             f"leaves no floating-point weight in {type(model).__name__}"
         )
     return Selection(shapes)
+
+
+def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> None:
+    """Refuse modules whose weight is computed from other parameters: zeros in those are none in it, or too many.
+
+    ``torch.nn.utils.prune``, which multiplies by a mask, is no such thing.
+
+    Raises:
+        ValueError: If one is selected by a class or by its own name.
+    """
+    for name, module in model.named_modules():
+        old = [type(hook).__name__ for hook in module._forward_pre_hooks.values() if isinstance(hook, _REPARAMETRISED)]
+        if not (old or parametrize.is_parametrized(module)):
+            continue
+        own = _Candidate(name, nn.Parameter(), (), ((name, module),))
+        if any(_matches(pattern, own, model) for pattern in targets) and not any(
+            _matches(pattern, own, model) for pattern in ignore
+        ):
+            how = "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            if old:
+                how = f"torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm(module)"
+            raise ValueError(
+                f"the weight of {name or 'the model'!r} is computed from other parameters (weight norm, spectral norm "
+                f"or another parametrisation), and zeros in these are not zeros in it: fold it in by {how}, or leave "
+                f"it out by ignore=[{name!r}]"
+            )
 
 
 def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tuple[str, ...]:

@@ -35,7 +35,6 @@ LAYERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the case whose padding is lopsided
 @pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
 def test_moments_give_the_power_of_any_output(layer, shape):
     """The mean square of output o is ``w_o^T M w_o``, for any weights."""

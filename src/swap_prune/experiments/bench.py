@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +21,11 @@ from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import cross_entropy
+from swap_prune.randomness import seeded
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
 
-__all__ = ["Bench", "prepare", "seeded"]
+__all__ = ["Bench", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,6 @@ def prepare(
     with seeded(0):
         images = load_dataset(experiment.data, data_dir, mean=mean, std=std)
     return Bench(experiment, network.to(device), data_dir, device, None if ":" in experiment.data else images)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Give a user's factory or loader, which may draw from PyTorch's own random state, the same state each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _find_weights(name: str | None, folder: Path, data_dir: Path | None) -> Path | None:

@@ -20,12 +20,13 @@ from typing import Any
 
 from torch import nn
 
-from swap_prune.experiments.bench import Bench, seeded
+from swap_prune.experiments.bench import Bench
 from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import RunResult, open_results
 from swap_prune.pipeline import prune
+from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport, versions
 from swap_prune.surgery import batchnorm_layers
 

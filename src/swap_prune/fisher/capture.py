@@ -31,7 +31,7 @@ from swap_prune.fisher.hooks import OutputGradients, check_against, without_grad
 from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import RowSink, RowStore, Storage, check_rows
-from swap_prune.losses import LossFn, check_calibration, check_losses, describe
+from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -108,6 +108,7 @@ def capture_gradients(
     """
     with eval_mode(model):
         sizes = check_calibration(model, loss_fn, batches)
+        check_independence(model, loss_fn, batches)
     device = next(model.parameters()).device
     plan = Storage() if storage is None else storage
     store = plan.open(sum(sizes), selection, selection.read(model).dtype, device) if isinstance(plan, Storage) else plan

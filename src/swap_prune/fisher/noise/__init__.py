@@ -48,7 +48,7 @@ def parse_noise(noise: Any) -> NoiseChain:
 
     Args:
         noise: Text such as ``"gradient"`` or ``"gradient:std=4,fraction=0.25"``, several joined with ``+``; a noise
-            model; any object with ``apply(factor, generator)``; a list of these; or None.
+            model; any object with ``apply(factor, generator)``; a list of these; or None or ``"none"``.
 
     Returns:
         The chain, empty for None.
@@ -56,7 +56,7 @@ def parse_noise(noise: Any) -> NoiseChain:
     Raises:
         ValueError: If the name, a setting or a value is not understood.
     """
-    if noise is None:
+    if noise is None or noise == "none":
         return NoiseChain()
     if isinstance(noise, str):
         return NoiseChain(tuple(_wrap(_parse_one(spec.strip())) for spec in _JOIN.split(noise)))
