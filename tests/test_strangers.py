@@ -165,6 +165,16 @@ def test_batches_that_have_attributes() -> None:
     assert report.stages[0].samples == 40
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which compiling imports
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_an_artifact_of_a_wrapped_network(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = perceptron()
+    prune(wrap(model), DATA, 0.5, "magnitude", progress=False).save(tmp_path / "out")
+    other = load_pruned(drawn(perceptron), tmp_path / "out")
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_an_artifact_in_a_narrower_model(tmp_path: Path) -> None:
     model = perceptron()
     with torch.no_grad():

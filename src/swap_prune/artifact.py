@@ -94,7 +94,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load an artifact into a model of the same architecture, in place, and verify it.
 
     Args:
-        model: A model whose state_dict has the artifact's keys and shapes.
+        model: A model whose state_dict has the artifact's keys and shapes, or that a wrapper pruned.
         directory: What ``report.save`` wrote.
 
     Returns:
@@ -119,14 +119,15 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
                 f"{name!r} in {path} has {found.kept} of {found.total} weights, but the report says "
                 f"{layer.kept} of {layer.total}"
             )
-    own = model.state_dict()
-    for name, layer in report.layers.items():
-        if name in own and int(state[name].to(own[name].dtype).count_nonzero()) != layer.kept:
-            raise ValueError(
-                f"{name!r} would lose weights, which {own[name].dtype} rounds to zero: load it into a model of "
-                f"{state[name].dtype}"
-            )
-    _load_state(model, state, path)
+    own, fitting = model.state_dict(), _unwrapped(state, model)
+    for (name, tensor), there in zip(state.items(), fitting, strict=True):
+        if name in report.layers and there in own:
+            dtype = own[there].dtype
+            if int(tensor.to(dtype).count_nonzero()) != report.layers[name].kept:
+                raise ValueError(
+                    f"{name!r} would lose weights, which {dtype} rounds to zero: load it into a model of {tensor.dtype}"
+                )
+    _load_state(model, fitting, path)
     return model
 
 
@@ -150,17 +151,23 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         model: Its state_dict must have the file's keys and shapes. BatchNorm's ``num_batches_tracked`` may be
-            missing, and a ``module.`` before every name, as DataParallel writes it, is dropped.
+            missing, and what DataParallel and torch.compile write before every name is dropped.
         path: ``.safetensors``, or ``.pt``, ``.pth`` or ``.bin`` holding tensors only.
 
     Raises:
         ValueError: If the file is missing, damaged, would run code, or does not fit.
     """
-    state = read_weights(path)
-    if all(name.startswith("module.") for name in state) and not state.keys() & model.state_dict().keys():
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    _load_state(model, state, Path(path))
+    _load_state(model, _unwrapped(read_weights(path), model), Path(path))
     return model
+
+
+def _unwrapped(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors by the names that they have in a model, where they were written by a wrapper of it."""
+    own = model.state_dict().keys()
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(name.startswith(prefix) for name in state) and not state.keys() & own:
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
