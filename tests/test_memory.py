@@ -129,3 +129,24 @@ def test_more_memory_is_not_the_remedy_where_memory_is_not_short() -> None:
     with pytest.raises(ValueError, match="name another scratch") as caught:
         plan.require()
     assert "memory" not in str(caught.value) and "samples" not in str(caught.value)
+
+
+def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
+    """What ResNet50 keeps of an image, and 256 of them as sixteen rows of mini-batches."""
+    work = Workload(
+        rows=16, samples=256, weights=25_500_000, kept=2_550_000, method="lr", kept_bytes=88 * 10**6,
+        largest_bytes=3_200_000, mini_batches=True, held=500 * 2**20, row_numbers=1_300_000,
+    )  # fmt: skip
+    plans = {budget: plan_memory(work, budget * GB, "low-rank") for budget in (100, 8, 6)}
+    assert [plan.require().storage.at_once for plan in plans.values()] == [64, 32, 16]
+    assert all(plan.require().need <= budget * GB for budget, plan in plans.items())
+    assert plan_memory(work, None, "low-rank").require().storage.at_once == 64
+    refused = plan_memory(work, 3 * GB, "low-rank")
+    assert refused.chosen is None and refused.forecasts[0].storage.at_once == 16
+
+
+def test_what_a_pass_holds_is_bounded_by_what_is_kept() -> None:
+    """Where one tensor is all that a sample keeps, counting large tensors would overstate it."""
+    shallow = replace(load(300, 10_000), kept_bytes=10**6)
+    needs = [plan_memory(replace(shallow, largest_bytes=b), None).require().phases["trials"] for b in (0, 10**6, 10**4)]
+    assert needs[0] == needs[1] > needs[2] > 64 * 10**6

@@ -143,7 +143,7 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
     budget = (needs["matrix-free"] + 3 * needs["float16"]) // 4
     assert needs["low-rank"] < budget, "it would fit"
     report = prune(model, data, 0.5, "obd", samples=176, memory=budget, scratch=tmp_path / "nowhere", progress=False)
-    assert report.settings["storage"] == {"asked": "auto", "used": "matrix-free", "lean": True}
+    assert report.settings["storage"] == {"asked": "auto", "used": "matrix-free", "lean": True, "at_once": 64}
     assert any("storage matrix-free (float32: " in note and "mapped: " in note for note in report.notes)
 
 
@@ -157,7 +157,7 @@ def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkey
     assert needs["float16"] < dense
     budget = (needs["float16"] + dense) // 2
     report = prune(model, data, 0.5, "lr", samples=176, memory=budget, progress=False)
-    assert report.settings["storage"] == {"asked": "auto", "used": "float16", "lean": True}
+    assert report.settings["storage"] == {"asked": "auto", "used": "float16", "lean": True, "at_once": 64}
     assert report.kept == math.floor(report.total / 2)
     assert any("storage float16 (float32: " in note and "memory allows" in note for note in report.notes)
 
@@ -169,7 +169,7 @@ def test_noise_on_gradients_is_refused_and_noise_on_data_is_not() -> None:
     report = prune(
         small_network(), small_data(), 0.5, "lr", samples=30, storage="float16", noise="input", progress=False
     )
-    assert report.settings["storage"] == {"asked": "float16", "used": "float16", "lean": True}
+    assert report.settings["storage"] == {"asked": "float16", "used": "float16", "lean": True, "at_once": 64}
 
 
 def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
@@ -189,3 +189,19 @@ def test_a_plan_leaves_the_model_and_the_random_state() -> None:
     assert taken.to_dict()["storage"] == "float32" and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert plan(model, small_data(), 0.9, "magnitude").forecasts == ()
+
+
+@pytest.mark.parametrize("storage", ["float32", "low-rank", "matrix-free"])
+def test_no_more_samples_than_planned_run_at_once(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.planning._AT_ONCE", (16,))
+    seen: dict[bool, int] = {False: 0, True: 0}
+
+    class Watched(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen[torch.is_grad_enabled()] = max(seen[torch.is_grad_enabled()], len(x))
+            return super().forward(x)
+
+    model = Watched(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+    report = prune(model, small_data(300), 0.5, "lr", samples=150, storage=storage, progress=False)
+    assert report.settings["storage"]["at_once"] == 16
+    assert 2 <= seen[True] <= 17 and seen[False] <= 33  # one sample left over joins the batch before it

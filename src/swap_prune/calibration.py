@@ -31,7 +31,7 @@ from swap_prune.batches import (
 
 __all__ = ["CalibrationStream", "peek"]
 
-_COLLATE = 128  # samples a batch, where the stream makes the batches itself
+_BATCH = 128  # samples, where the stream makes the batches itself
 _END = object()  # of a pass over the data
 
 
@@ -42,12 +42,15 @@ class CalibrationStream:
         data: Dataset, iterable of batches, or iterator of batches.
         generator: Random state for drawing from a Dataset (CPU).
         device: Where the drawn batches are put.
+        size: Samples of a batch that the stream makes itself, or joins.
 
     Raises:
         ValueError: If ``data`` is neither.
     """
 
-    def __init__(self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu", size: int = _BATCH
+    ) -> None:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
         ):
@@ -55,10 +58,11 @@ class CalibrationStream:
                 f"data must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
             )
         if isinstance(data, IterableDataset):
-            data = DataLoader(data, batch_size=_COLLATE)
+            data = DataLoader(data, batch_size=size)
         self._data = data
         self._generator = generator
         self._device = device
+        self._size = size
         self._indexed = isinstance(data, Dataset)
         self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
@@ -75,8 +79,9 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
-        batches = self._draw_indexed(samples) if self._indexed else join_batches(self._draw_iterated(samples), _COLLATE)
-        return [self._placed(batch) for batch in batches]
+        if self._indexed:
+            return list(map(self._placed, self._draw_indexed(samples)))
+        return list(map(self._placed, join_batches(self._draw_iterated(samples), self._size)))
 
     def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
         """Yield as many samples as the data holds, batch by batch, to train on.
@@ -136,7 +141,7 @@ class CalibrationStream:
                 fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
                 apart.append(slice_batch(batch, max(missing, 0), size))
             missing -= size
-        return join_batches(fitting, _COLLATE), join_batches(apart, _COLLATE)
+        return join_batches(fitting, self._size), join_batches(apart, self._size)
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
         """Do the same from a Dataset; what is held out is drawn once and never fitted."""
@@ -206,8 +211,8 @@ class CalibrationStream:
         return self._in_batches(indices)
 
     def _in_batches(self, indices: list[int]) -> list[Any]:
-        parts = [self._collate(indices[i : i + _COLLATE]) for i in range(0, len(indices), _COLLATE)]
-        return join_batches(parts, _COLLATE)
+        parts = [self._collate(indices[i : i + self._size]) for i in range(0, len(indices), self._size)]
+        return join_batches(parts, self._size)
 
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
         got = 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import BLOCK_BYTES
 from swap_prune.fisher.layers import PIECE_BYTES
-from swap_prune.fisher.matrix_free import BLOCK_VECTORS, PART
-from swap_prune.fisher.storage import HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
+from swap_prune.fisher.matrix_free import BLOCK_VECTORS
+from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
 
 __all__ = ["Workload", "memory_phases"]
 
@@ -23,9 +23,9 @@ _CHUNK = 512 * 2**20  # of samples at capture; a quarter of a GiB of columns is 
 _GRAM = 512 * 2**20  # two copies of a block of columns
 _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
-_BACKWARD = 2  # what a backward pass holds, in units of what was kept for it
-_FORWARD = 0.5  # what a forward pass alone holds, in the same unit
-_BATCH, _SLOPE_BATCH, _MINI_BATCH = 128, 64, 16  # samples: of a batch drawn, of a slope, of a row with statistics
+_BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
+_FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
+_BATCH, _MINI_BATCH = 128, 16  # samples: of a chunk at capture, of a row with statistics
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _PROBE, _PIECE = 32, 4  # rows that the defence looks at, and those that it has copies of
 _EXCHANGE = 0.08 * 28  # swaps copy so many bytes a row and kept weight: 4 x 2 % of the columns, in float64 thrice
@@ -45,6 +45,7 @@ class Workload:
         method: Name of the method.
         itemsize: Bytes of an entry of a gradient.
         kept_bytes: Bytes that one sample keeps for its backward pass.
+        largest_bytes: Bytes of the largest tensor among them; 0: not known.
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         held: Bytes that the process holds already, the model included.
@@ -60,6 +61,7 @@ class Workload:
     method: str
     itemsize: int = 4
     kept_bytes: int = 0
+    largest_bytes: int = 0
     mini_batches: bool = False
     row_noise: bool = False
     held: int = 0
@@ -68,8 +70,15 @@ class Workload:
     unsuited: str = ""
 
 
-def memory_phases(load: Workload, kind: StorageKind, *, lean: bool) -> dict[str, int]:
-    """Return the bytes that the process holds in each phase."""
+def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int = AT_ONCE) -> dict[str, int]:
+    """Return the bytes that the process holds in each phase.
+
+    Args:
+        load: The run.
+        kind: How G is held.
+        lean: Whether the solver does without copies of many columns.
+        at_once: Samples that run through the network forwards and backwards at once.
+    """
     vector, n = load.itemsize * load.weights, load.rows
     factor = _held_of_g(load, kind)
     common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
@@ -80,17 +89,29 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool) -> dict[str,
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
     if not lean:
         copies = _column_copies(load)
-        slopes = -(-load.samples // _SLOPE_BATCH) * vector
+        slopes = -(-load.samples // at_once) * vector
     step = min(copies, n * load.kept * load.itemsize)  # a natural-gradient step keeps its columns during trials
-    forward = int(_FORWARD * min(_BATCH, load.samples) * load.kept_bytes)
-    backward = _BACKWARD * min(_SLOPE_BATCH, load.samples) * load.kept_bytes
-    passes = _passes(load) if kind == "matrix-free" else 0
+    forward = min(2 * at_once, load.samples) * _forward_bytes(load)
+    backward = min(at_once, load.samples) * _backward_bytes(load)
+    passes = _passes(load, at_once) if kind == "matrix-free" else 0
     return {
         "capture": common + _capture(load, kind, lean) + forward,
         "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
     }
+
+
+def _forward_bytes(load: Workload) -> int:
+    """Return what a forward pass alone holds of a sample: a few large tensors, or half of what it would keep."""
+    half = int(_FORWARD * load.kept_bytes)
+    return min(half, _FORWARD_TENSORS * load.largest_bytes) if load.largest_bytes else half
+
+
+def _backward_bytes(load: Workload) -> int:
+    """Return what a backward pass holds of a sample: what was kept, and a few large tensors or as much again."""
+    twice = _BACKWARD * load.kept_bytes
+    return min(twice, load.kept_bytes + _BACKWARD_TENSORS * load.largest_bytes) if load.largest_bytes else twice
 
 
 def _held_of_g(load: Workload, kind: StorageKind) -> int:
@@ -117,23 +138,23 @@ def _capture(load: Workload, kind: StorageKind, lean: bool) -> int:
         chunk = max(1, min(_BATCH, load.rows, _CHUNK // (load.kept_bytes + vector)) // 2)
         chunk = _MINI_BATCH if load.mini_batches else chunk
         layer = _held_of_g(load, kind)
-        return (_BACKWARD + 1) * chunk * load.kept_bytes + 6 * vector + 4 * PIECE_BYTES + layer
+        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * PIECE_BYTES + layer
     if load.mini_batches:
-        return _BACKWARD * _MINI_BATCH * load.kept_bytes + 3 * vector
+        return _MINI_BATCH * _backward_bytes(load) + 3 * vector
     budget = LEAN_CHUNK_BYTES if lean else _CHUNK
     chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
-    return chunk * (_BACKWARD * load.kept_bytes + (1 + buffered) * vector) + 2 * vector
+    return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector
 
 
-def _passes(load: Workload) -> int:
+def _passes(load: Workload, at_once: int) -> int:
     """Return what products hold that pass through the network: columns, and a chunk of rows that they are cut out of.
 
     A pass along a direction, or back, holds less than the chunk or what a trial does.
     """
     vector = load.itemsize * load.weights
     columns = 2 * max(BLOCK_BYTES, BLOCK_VECTORS * vector)
-    part = _BACKWARD * min(PART, load.samples) * load.kept_bytes
+    part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
     return columns + max(part, _capture(load, "matrix-free", True)) + _PASS_VECTORS * vector
 
 

@@ -150,7 +150,7 @@ def prune(
         model.to(usable_device(device))
     place = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    calibration = CalibrationStream(data, generator, place)
+    calibration = CalibrationStream(data, generator, place, 2 * held.at_once)
     runner = StageRunner(
         model=model,
         selection=selection,
@@ -166,7 +166,7 @@ def prune(
         calibration=calibration,
         recalibration=calibration
         if recalibration_data is None
-        else CalibrationStream(recalibration_data, generator, place),
+        else CalibrationStream(recalibration_data, generator, place, 2 * held.at_once),
         normalised=run.normalised,
         defended=defence == "auto",
         finetune=finetune,
@@ -223,7 +223,9 @@ def prune(
         "device": str(place),
         "channels_last": laid,
         "memory": memory,
-        "storage": {"asked": storage, "used": held.kind, "lean": held.lean} if solver.needs_gradients else None,
+        "storage": {"asked": storage, "used": held.kind, "lean": held.lean, "at_once": held.at_once}
+        if solver.needs_gradients
+        else None,
     } | ({} if finetune is None else {"finetune": asdict(finetune)})
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
 

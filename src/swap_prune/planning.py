@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from swap_prune.fisher.capture import saved_bytes
-from swap_prune.fisher.storage import Storage, StorageKind
+from swap_prune.fisher.capture import SavedBytes, saved_bytes
+from swap_prune.fisher.storage import AT_ONCE, Storage, StorageKind
 from swap_prune.forecast import Workload, memory_phases
 from swap_prune.losses import LossFn
 from swap_prune.modes import eval_mode
@@ -49,6 +49,7 @@ _ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
     ("low-rank", True),
     ("sharded", True),  # never by itself: the pipeline asks for it where there are processes
 )
+_AT_ONCE = (AT_ONCE, AT_ONCE // 2, AT_ONCE // 4)  # samples; the most that fit
 _BY_NAME = "approximates G, and is taken only where it is asked for"
 
 
@@ -114,7 +115,14 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types."""
         rows = [
-            {"storage": f.name, "need": f.need, "phases": f.phases, "disk": f.disk, "obstacle": f.obstacle}
+            {
+                "storage": f.name,
+                "at_once": f.storage.at_once,
+                "need": f.need,
+                "phases": f.phases,
+                "disk": f.disk,
+                "obstacle": f.obstacle,
+            }
             for f in self.forecasts
         ]
         chosen = None if self.chosen is None else self.chosen.name
@@ -131,8 +139,8 @@ def check_storage(storage: str) -> None:
         raise ValueError(f"storage must be one of {', '.join(get_args(StorageName))}, got {storage!r}")
 
 
-def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> int:
-    """Return the bytes that a batch of one sample keeps for its backward pass, parameters apart.
+def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
+    """Return what a batch of one sample keeps for its backward pass, parameters apart.
 
     What cannot be run counts as nothing: the run itself will say what is wrong.
     """
@@ -141,7 +149,7 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> int:
         with eval_mode(model), seeded(0):
             return saved_bytes(lambda: loss_fn(model, sample), own)
     except Exception:  # whatever the caller's model or loss raises
-        return 0
+        return SavedBytes(0, 0)
 
 
 @contextmanager
@@ -195,7 +203,12 @@ def plan_memory(
 
 def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, directory: Path) -> Forecast:
     disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
-    forecast = Forecast(Storage(kind, lean, directory), memory_phases(load, kind, lean=lean), disk, "")
+    tried = [
+        Forecast(Storage(kind, lean, directory, at_once=n), memory_phases(load, kind, lean=lean, at_once=n), disk, "")
+        for n in _AT_ONCE
+    ]
+    fitting = (one for one in tried if limit is None or one.need <= limit)
+    forecast = next(fitting, min(tried, key=lambda one: one.need))
     if load.row_noise and kind != "float32":
         return replace(forecast, obstacle="noise on gradients needs them in float32")
     if load.unsuited and kind == "low-rank":

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from swap_prune.calibration import peek
 from swap_prune.distributed import process_count
 from swap_prune.finetune import FineTune
+from swap_prune.fisher.capture import SavedBytes
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
@@ -125,6 +126,7 @@ def workload(model: nn.Module, data: Any, run: Run) -> Workload:
     drawn = min(run.samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else run.samples
     in_batches = run.normalised and run.curvature is not None
     sample = peek(data, next(model.parameters()).device)
+    kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
     row_numbers, unsuited = 0, ""
     try:
         row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
@@ -138,7 +140,8 @@ def workload(model: nn.Module, data: Any, run: Run) -> Workload:
         kept=keep_count(run.selection.total, run.schedules[-1][0]),
         method=run.solver.name,
         itemsize=run.selection.read(model).element_size(),
-        kept_bytes=0 if sample is None else sample_bytes(model, run.loss, sample),
+        kept_bytes=kept.total,
+        largest_bytes=kept.largest,
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=resident_memory(),

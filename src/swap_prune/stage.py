@@ -41,7 +41,7 @@ from swap_prune.report import StageReport
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
-from swap_prune.trials import SLOPE_BATCH, Taught, Teacher, Trials
+from swap_prune.trials import Taught, Teacher, Trials
 
 __all__ = ["StageRunner"]
 
@@ -233,7 +233,7 @@ class StageRunner:
         if self.curvature is not None:
             source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=self.normalised)
         if self.storage.kind == "matrix-free":
-            return capture_matrix_free(self.model, self.selection, source, advance)
+            return capture_matrix_free(self.model, self.selection, source, advance, self.storage.at_once)
         low = capture_low_rank(
             self.model, self.selection, source.batches, source.function, joined=source.joined, advance=advance
         )
@@ -272,7 +272,7 @@ class StageRunner:
         evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
-        taught, held_out = self.taught(split_batches(fitting, SLOPE_BATCH, least=2)), self.taught(spare)
+        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once, least=2)), self.taught(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}

@@ -31,9 +31,8 @@ from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 from swap_prune.surgery import batchnorm_layers, temporary_weights, write_weights
 
-__all__ = ["SLOPE_BATCH", "Taught", "Teacher", "Trials", "taught_losses"]
+__all__ = ["Taught", "Teacher", "Trials", "taught_losses"]
 
-SLOPE_BATCH = 64  # samples in one backward pass: it bounds the memory
 _TEACHER_SHARE = 0.75  # of the divergence from the dense network, in slopes and in held-out losses
 
 
@@ -86,7 +85,7 @@ class Trials:
         model: The network; a candidate's weights stay in it.
         selection: Where the p weights lie.
         loss_fn: Per-sample loss.
-        fitting: The samples that G was captured on, in batches of ``SLOPE_BATCH`` at the most.
+        fitting: The samples that G was captured on, in batches that run backwards at once.
         held_out: Batches that were not.
         normalised: Whether BatchNorm will be recalibrated.
         disturb: What noise does to the weights (p,) that gradients are taken at.

@@ -16,6 +16,7 @@ from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
 from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
+from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import cross_entropy
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.selection import Selection, select_parameters
@@ -135,7 +136,11 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def both(
-    model: nn.Module, shape: tuple[int, ...], rows: str, targets: tuple[str, ...] = ("Linear", "Conv2d")
+    model: nn.Module,
+    shape: tuple[int, ...],
+    rows: str,
+    targets: tuple[str, ...] = ("Linear", "Conv2d"),
+    at_once: int = AT_ONCE,
 ) -> tuple[MatrixFreeFactor, Tensor, Selection]:
     """The factor, and G captured from the same samples and signs."""
     selection = select_parameters(model, tuple(t for t in targets if t != "Conv2d" or len(shape) == 3))
@@ -148,7 +153,7 @@ def both(
         joined = rows == "mini-batch"
         dense = sketch_curvature(model, selection, batches, cross_entropy, generator(3), in_batches=joined)
         source = draw_sketch(model, batches, cross_entropy, generator(3), in_batches=joined)
-    free = capture_matrix_free(model, selection, source)
+    free = capture_matrix_free(model, selection, source, at_once=at_once)
     torch.testing.assert_close(free.losses, dense.losses)
     assert isinstance(free.factor, MatrixFreeFactor) and isinstance(dense.factor, DenseFactor)
     return free.factor, dense.factor.matrix, selection
@@ -170,10 +175,9 @@ def assert_products(factor: Any, G: Tensor) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_product(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_free, "PART", 7)  # several parts a batch
+def test_every_product(name: str, rows: str) -> None:
     make, shape, way = NETWORKS[name]
-    factor, G, _ = both(build(make), shape, rows)
+    factor, G, _ = both(build(make), shape, rows, at_once=7)  # several parts a batch
     assert factor.passes.way == way
     assert len(G) == (3 if rows == "mini-batch" else N)
     assert_products(factor, G)

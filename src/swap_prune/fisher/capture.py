@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -285,7 +285,7 @@ class _Capturer:
         def run() -> None:
             check_dependence(functional_call(self._module, state, (sample,)))
 
-        kept = saved_bytes(run, state.values())
+        kept = saved_bytes(run, state.values()).total
         gradient = 4 * self._selection.total
         budget = self._chunk_bytes - (PIECE_BYTES if self.backend == "hooks" else 0)
         return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
@@ -304,8 +304,20 @@ def check_dependence(losses: Tensor) -> None:
         )
 
 
-def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> int:
-    """Return the bytes that a forward pass keeps for its backward pass.
+class SavedBytes(NamedTuple):
+    """What a forward pass keeps for its backward pass.
+
+    Attributes:
+        total: Bytes of all tensors.
+        largest: Bytes of the largest.
+    """
+
+    total: int
+    largest: int
+
+
+def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> SavedBytes:
+    """Count what a forward pass keeps for its backward pass.
 
     Args:
         run: The forward pass.
@@ -322,4 +334,4 @@ def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
-    return sum(kept.values())
+    return SavedBytes(sum(kept.values()), max(kept.values(), default=0))

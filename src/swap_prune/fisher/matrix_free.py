@@ -27,12 +27,12 @@ from swap_prune.fisher.capture import Capture, Passed
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 from swap_prune.fisher.passes import NetworkPasses, Way
 from swap_prune.fisher.source import RowSource
+from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import check_calibration
 from swap_prune.selection import Selection
 
-__all__ = ["BLOCK_VECTORS", "PART", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]
+__all__ = ["BLOCK_VECTORS", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]
 
-PART = 64  # samples that run through the network at once
 BLOCK_VECTORS = 12  # vectors of p that a block of columns may take
 _WAYS: tuple[Way, ...] = ("forward", "double backward")  # in the order of their cost; rows always do
 _REMEMBERED = 3  # products G w; solvers ask for some of them again
@@ -186,6 +186,7 @@ def capture_matrix_free(
     selection: Selection,
     source: RowSource,
     advance: Callable[[int], None] = lambda _count: None,
+    at_once: int = AT_ONCE,
 ) -> Capture:
     """Take G at the model's current weights as it comes, and find out how products with it are to be had.
 
@@ -194,6 +195,7 @@ def capture_matrix_free(
         selection: The p weights.
         source: What the rows are gradients of.
         advance: Called with the number of samples that were done, for progress.
+        at_once: Samples that run through the network at once.
 
     Returns:
         G, and the loss of each sample.
@@ -201,7 +203,7 @@ def capture_matrix_free(
     Raises:
         ValueError: As for ``capture_gradients``.
     """
-    batches = list(source.batches) if source.joined else split_batches(source.batches, PART)
+    batches = list(source.batches) if source.joined else split_batches(source.batches, at_once)
     if source.joined:
         counts = [1] * len(batches)
     else:
@@ -215,7 +217,7 @@ def capture_matrix_free(
     passes = replace(passes, backend="auto" if seen is None else seen.backend)
     tries = (replace(passes, way=way) for way in _WAYS)
     passed.passes = next((one for one in tries if one.holds(batches[0], counts[0])), replace(passes, way="rows"))
-    return Capture(passed, losses, "mini-batch" if seen is None else seen.backend, PART)
+    return Capture(passed, losses, "mini-batch" if seen is None else seen.backend, at_once)
 
 
 def _pick(batch: Any, size: int, index: Tensor) -> Any:

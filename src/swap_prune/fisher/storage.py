@@ -24,6 +24,7 @@ from swap_prune.fisher.mapped import MappedWriter
 from swap_prune.selection import Selection
 
 __all__ = [
+    "AT_ONCE",
     "HOLDING_NO_ROWS",
     "LEAN_CHUNK_BYTES",
     "RowSink",
@@ -39,6 +40,7 @@ StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded", "lo
 HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+AT_ONCE = 64  # samples, where memory allows
 LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
 
 
@@ -50,6 +52,8 @@ class Storage:
         kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
         lean: Whether the solver does without copies of many columns. All but float32 are lean.
         scratch: Directory of the file, for ``mapped``.
+        at_once: Samples that run through the network forwards and backwards at once, at the most; forwards alone twice
+            as many. Mini-batches that make a row keep their own size.
         team: The processes that share G, for ``sharded``; None until the run has them.
     """
 
@@ -57,6 +61,7 @@ class Storage:
     lean: bool = False
     scratch: Path | None = None
     team: Team | None = None
+    at_once: int = AT_ONCE
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(StorageKind):

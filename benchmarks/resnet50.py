@@ -1,0 +1,78 @@
+"""Does ResNet50 go through the default method within a budget of memory?
+
+    python benchmarks/resnet50.py --storage low-rank --memory 6GB
+    python benchmarks/resnet50.py --storage matrix-free --memory 3GB
+
+25.5 million weights in Linear and Conv layers, to 0.9 in one stage. Random weights and random images of 224 x 224, a
+little brighter in the middle for half of the classes: what is measured is time and memory, not accuracy. One JSON
+object with the forecast and the most memory that the process held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from swap_prune import prune
+from swap_prune.experiments.zoo import build_model
+from swap_prune.pipeline import plan
+
+
+class RandomImages(Dataset[tuple[Tensor, int]]):
+    """Images of 1000 classes, drawn when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one image (3, 224, 224) and its class."""
+        image = torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(index))
+        image[:, 56:168, 56:168] += index % 2
+        return image, index % 1000
+
+
+def measure(storage: str, memory: str, samples: int, method: str) -> dict[str, Any]:
+    """Prune in this process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, _ = build_model("resnet50")
+    data = RandomImages(samples + samples // 4)
+    options: dict[str, Any] = {"samples": samples, "storage": storage, "memory": memory}
+    forecast = plan(model, data, 0.9, method, **options).require()
+    report = prune(model, data, 0.9, method, **options)
+    return {
+        "storage": storage,
+        "memory": memory,
+        "method": method,
+        "samples": report.stages[0].samples,
+        "kept": report.kept,
+        "total": report.total,
+        "seconds": round(report.seconds, 1),
+        "steps": len(report.stages[0].evidence.get("first_order", [])),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # kilobytes on Linux
+        "forecast_gb": forecast.need / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", default="low-rank")
+    parser.add_argument("--memory", default="6GB")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--method", default="ewr")
+    options = parser.parse_args()
+    print(json.dumps(measure(options.storage, options.memory, options.samples, options.method)))
+
+
+if __name__ == "__main__":
+    main()
