@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from swap_prune.artifact import load_report
 from swap_prune.cli import app, run
 from swap_prune.experiments.demo import embedded_data, embedded_network
 
@@ -281,3 +282,12 @@ def test_processes_of_torchrun_write_one_model_and_its_bits_do_not_depend_on_the
     failed = started(2, *PRUNE, "--sparsity", "2")
     assert failed.returncode != 0 and failed.stdout == ""
     assert failed.stderr.count("swap-prune: error: process") == 1 and "sparsity must lie in [0, 1)" in failed.stderr
+
+
+def test_what_cannot_be_measured_is_saved_all_the_same(call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, _, error = call(
+        "prune", "--model", "tests.tiny:network", "--data", "tests.tiny:untestable", "--samples", "40", "--out", str(out)
+    )
+    assert status == 2 and "the test data is empty" in error
+    assert load_report(out).sparsity == pytest.approx(0.9, abs=0.02)

@@ -34,6 +34,11 @@ def shuffled() -> tuple[object, object]:
     return DataLoader(train, batch_size=20, shuffle=True), test
 
 
+def untestable() -> tuple[object, object]:
+    """Data without test samples."""
+    return data()[0], []
+
+
 def experiment(**changes: object) -> Experiment:
     table: dict[str, object] = {
         "model": "tests.tiny:network",
