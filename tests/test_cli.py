@@ -286,8 +286,7 @@ def test_processes_of_torchrun_write_one_model_and_its_bits_do_not_depend_on_the
 
 def test_what_cannot_be_measured_is_saved_all_the_same(call, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status, _, error = call(
-        "prune", "--model", "tests.tiny:network", "--data", "tests.tiny:untestable", "--samples", "40", "--out", str(out)
-    )
+    named = ("--model", "tests.tiny:network", "--data", "tests.tiny:untestable")
+    status, _, error = call("prune", *named, "--samples", "40", "--out", str(out))
     assert status == 2 and "the test data is empty" in error
     assert load_report(out).sparsity == pytest.approx(0.9, abs=0.02)
