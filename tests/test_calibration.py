@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from swap_prune.calibration import CalibrationStream
+from swap_prune.calibration import CalibrationStream, peek
+from swap_prune.experiments.images import ImageTensors
 from tests.cases import batches_of, generator
 
 
@@ -313,3 +314,14 @@ def test_what_is_held_out_is_never_drawn_again():
     assert {int(i) for batch in [*fitting, *apart] for i in batch[1]} == rest
     passed = {int(i) for _, batch in source.read_pass(5, generator(0)) for i in batch[1]}
     assert passed == rest
+
+
+def test_a_look_at_augmented_images_draws_nothing() -> None:
+    pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=generator(1))
+    images = ImageTensors(pixels, torch.arange(40), (0.5,) * 3, (0.2,) * 3)
+    drawn = []
+    for looks in (0, 1, 2):
+        augmented = Subset(images.augmented(3), range(40))
+        assert all(peek(augmented)[0].shape == (1, 3, 8, 8) for _ in range(looks))
+        drawn.append(CalibrationStream(augmented, generator(0)).draw(20)[0][0])
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])

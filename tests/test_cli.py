@@ -290,3 +290,20 @@ def test_what_cannot_be_measured_is_saved_all_the_same(call, tmp_path: Path) -> 
     status, _, error = call("prune", *named, "--samples", "40", "--out", str(out))
     assert status == 2 and "the test data is empty" in error
     assert load_report(out).sparsity == pytest.approx(0.9, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [(KeyboardInterrupt, 130, "interrupted"), (EOFError, 2, "a file ended too early")],
+)
+def test_interruptions_are_told(
+    raised: type[BaseException], status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("swap_prune.cli.load_dataset", stopped)
+    command = ["plan", "--model", "mlpnet", "--data", "mnist"]
+    assert run(lambda: app(args=command, standalone_mode=False)) == status
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and "Traceback" not in err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import TensorDataset
 
 from swap_prune import load_pruned, prune
@@ -42,10 +42,44 @@ def perceptron() -> nn.Module:
 )
 def test_weights_that_are_computed_from_others(wrap: Callable[[nn.Module], nn.Module], remedy: str) -> None:
     model = drawn(lambda: nn.Sequential(wrap(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 3)))
-    with pytest.raises(ValueError, match=rf"'0' is computed from other parameters.*{remedy}.*ignore=\['0'\]"):
+    with pytest.raises(
+        ValueError, match=rf"'weight' of '0' is computed from other parameters.*{remedy}.*ignore=\['0'\]"
+    ):
         prune(model, DATA, 0.5, samples=32, progress=False)
     report = prune(model, DATA, 0.5, samples=32, progress=False, ignore=["0"])
     assert report.total == 48 and report.kept == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_parametrisations_that_are_left_alone() -> None:
+    class Half(nn.Module):
+        def forward(self, bias: Tensor) -> Tensor:
+            return bias / 2
+
+    model = perceptron()
+    parametrize.register_parametrization(model[0], "bias", Half())  # type: ignore[index]
+    assert prune(model, DATA, 0.5, samples=32, progress=False).total == 8 * 16 + 48
+    old = drawn(lambda: nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 3)))
+    for ignore in (["0.weight_g", "0.weight_v"], [r"re:0\..*"]):
+        assert prune(old, DATA, 0.5, samples=32, progress=False, ignore=ignore).total == 48
+
+
+def test_a_loss_on_another_network_is_not_tried_on_a_copy() -> None:
+    net = drawn(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Viewing(), nn.Linear(4, 3)))
+    net.train()
+    images = torch.randn(80, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    report = prune(
+        net, TensorDataset(images, LABELS), 0.5, "magnitude", recalibrate_batchnorm=False, progress=False,
+        loss_fn=lambda _, batch: functional.cross_entropy(net(batch[0]), batch[1], reduction="none"),
+    )  # fmt: skip
+    assert not report.settings["channels_last"]
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+class Viewing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
 
 
 @pytest.mark.parametrize("method", ["ewr", "obd", "wanda"])
@@ -99,16 +133,17 @@ def contrastive(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(z @ z.T * 5, torch.arange(len(z)), reduction="none")
 
 
+@pytest.mark.parametrize("storage", ["float32", "low-rank", "matrix-free"])
 @pytest.mark.parametrize("method", ["ewr", "obd"])
-def test_a_loss_that_mixes_samples(method: str) -> None:
+def test_a_loss_that_mixes_samples(method: str, storage: str) -> None:
     with pytest.raises(ValueError, match=r"depends on the others in its batch.*do not mix them"):
-        prune(perceptron(), DATA, 0.5, method, loss_fn=contrastive, samples=32, progress=False)
+        prune(perceptron(), DATA, 0.5, method, loss_fn=contrastive, samples=32, storage=storage, progress=False)
 
 
 def test_batchnorm_without_running_statistics() -> None:
     norm = nn.BatchNorm1d(16, track_running_stats=False)
     model = drawn(lambda: nn.Sequential(nn.Linear(8, 16), norm, nn.ReLU(), nn.Linear(16, 3)))
-    with pytest.raises(ValueError, match=r"single sample.*give BatchNorm running statistics"):
+    with pytest.raises(ValueError, match=r"single sample.*BatchNorm needs running statistics"):
         prune(model, DATA, 0.5, samples=32, progress=False)
 
 

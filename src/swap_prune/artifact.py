@@ -164,9 +164,12 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 def _unwrapped(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return tensors by the names that they have in a model, where they were written by a wrapper of it."""
     own = model.state_dict().keys()
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(name.startswith(prefix) for name in state) and not state.keys() & own:
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while state and not state.keys() & own:
+        first = next(iter(state))
+        prefix = next((known for known in ("module.", "_orig_mod.") if first.startswith(known)), None)
+        if prefix is None or not all(name.startswith(prefix) for name in state):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 

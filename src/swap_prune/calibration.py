@@ -287,7 +287,19 @@ def peek(data: Any, device: torch.device | str = "cpu") -> Any:
         data: As for :class:`CalibrationStream`.
         device: Where the sample is put.
     """
-    return map_tensors(lambda t: t.to(device), _first(data))
+    drawn_from = [(generator, generator.get_state()) for generator in _generators(data)]
+    try:
+        return map_tensors(lambda t: t.to(device), _first(data))
+    finally:
+        for generator, state in drawn_from:
+            generator.set_state(state)
+
+
+def _generators(data: Any) -> Iterator[torch.Generator]:
+    """Yield the random states that a data set, or one that it is a part of, keeps for its augmentation."""
+    while isinstance(data, Dataset | DataLoader):
+        yield from (value for value in vars(data).values() if isinstance(value, torch.Generator))
+        data = getattr(data, "dataset", None)
 
 
 def _first(data: Any) -> Any:

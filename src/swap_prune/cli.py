@@ -167,7 +167,12 @@ def prune(
         _say(f"note: {note}")
     if target is not None:
         report.save(target)
-    measured = evaluate(network, images.test)
+    try:
+        measured = evaluate(network, images.test)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (the pruned network is in {target})" if target is not None else str(error)
+        ) from error
     result = {
         "model": model,
         "data": data,
@@ -300,16 +305,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(run(lambda: app(args=arguments, standalone_mode=False)))
 
 
+_INTERRUPTED = "interrupted; a file that was written is whole"
+
+
 def run(command: Callable[[], Any]) -> int:
     """Run a command and return its exit status."""
     try:
         status = command()
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+    except (KeyboardInterrupt, InterruptedError) as stop:
+        return _fail(str(stop) or _INTERRUPTED, 130)
     except typer.Exit as leave:
         return leave.exit_code
-    except typer.Abort:
-        return _fail("interrupted; nothing was written", 130)
+    except typer.Abort as stop:
+        cause = stop.__cause__ or stop.__context__
+        if isinstance(cause, EOFError):
+            return _fail(f"a file ended too early: {cause or 'EOFError'}", 2)
+        return _fail(_INTERRUPTED, 130)
     except (ValueError, OSError) as error:
         return _fail(str(error) or type(error).__name__, 2)
     except Exception as error:
@@ -319,6 +330,8 @@ def run(command: Callable[[], Any]) -> int:
             print(error.format_message())
             return 2
         return _fail(error.format_message(), 2) if is_first() else 2
+    if status == 130:  # what typer makes of Ctrl-C
+        return _fail(_INTERRUPTED, 130)
     return status if isinstance(status, int) else 0
 
 

@@ -43,7 +43,7 @@ def takes_channels_last(
         return False
     two = map_tensors(lambda t: t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim else t.clone(), sample)
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), eval_mode(model):
             usual, other = (_answer(copy.deepcopy(model), function, two, laid, backwards) for laid in (False, True))
     except Exception:  # a network may refuse in many ways; what is wrong with the data is said where it is used
         return False
@@ -99,7 +99,13 @@ def _is_image(tensor: Tensor) -> bool:
 def _answer(
     model: nn.Module, function: Callable[[nn.Module, Any], Tensor], batch: Any, laid: bool, backwards: bool
 ) -> Tensor:
-    """Run a batch through a copy of the network in eval mode."""
+    """Run a batch through a copy of the network in eval mode.
+
+    Raises:
+        RuntimeError: If the function calls another network, or a part of this one: its images would not be laid out.
+    """
+    called: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: called.append(True))
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with (
         torch.set_grad_enabled(backwards),
@@ -111,4 +117,6 @@ def _answer(
         values = function(model, map_tensors(torch.clone, batch))
         if backwards and weights:
             torch.autograd.grad(values.sum(), weights, allow_unused=True)
+    if not called:
+        raise RuntimeError("the network was not called")
     return values.detach()

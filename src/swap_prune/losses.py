@@ -291,7 +291,8 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
         except Exception as error:  # whatever the caller's model or loss raises
             raise ValueError(
                 f"the network failed on a single sample {describe(slice_batch(pair, 0, 1))}: {_first_line(error)}; "
-                "gradients are taken of single samples, so give BatchNorm running statistics"
+                "gradients are taken of single samples, so it has to take one: BatchNorm needs running statistics, and "
+                "squeeze() a dimension"
             ) from error
     check_losses(torch.cat([together, alone]), None)
     dtype = min((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: -torch.finfo(d).eps)

@@ -26,7 +26,7 @@ from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, local_count, team_of
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune
-from swap_prune.fisher.storage import Storage
+from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory import memory_limit
@@ -146,6 +146,8 @@ def prune(
         held = memory_plan.require().storage
         if held != memory_plan.forecasts[0].storage:
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
+        if held.at_once < AT_ONCE:
+            notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
     if device is not None:
         model.to(usable_device(device))
     place = next(model.parameters()).device

@@ -21,7 +21,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters"]
 
-_REPARAMETRISED = (WeightNorm, SpectralNorm)  # the old way, by hooks
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
 
@@ -137,21 +136,33 @@ def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequen
         ValueError: If one is selected by a class or by its own name.
     """
     for name, module in model.named_modules():
-        old = [type(hook).__name__ for hook in module._forward_pre_hooks.values() if isinstance(hook, _REPARAMETRISED)]
-        if not (old or parametrize.is_parametrized(module)):
-            continue
-        own = _Candidate(name, nn.Parameter(), (), ((name, module),))
-        if any(_matches(pattern, own, model) for pattern in targets) and not any(
-            _matches(pattern, own, model) for pattern in ignore
-        ):
-            how = "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
-            if old:
-                how = f"torch.nn.utils.remove_{'weight' if old[0] == 'WeightNorm' else 'spectral'}_norm(module)"
-            raise ValueError(
-                f"the weight of {name or 'the model'!r} is computed from other parameters (weight norm, spectral norm "
-                f"or another parametrisation), and zeros in these are not zeros in it: fold it in by {how}, or leave "
-                f"it out by ignore=[{name!r}]"
-            )
+        for tensor, (parts, remedy) in _parametrised(module).items():
+            sources = [candidate for candidate in _collect(model) if any(p is candidate.parameter for p in parts)]
+            own = _Candidate(name, nn.Parameter(), (), ((name, module),))
+            taken = any(_matches(pattern, own, model) for pattern in targets)
+            left = all(any(_matches(pattern, source, model) for pattern in ignore) for source in sources)
+            left = left or any(_matches(pattern, own, model) for pattern in ignore)
+            if taken and not left and getattr(module, tensor).ndim > 1:
+                raise ValueError(
+                    f"{tensor!r} of {name or 'the model'!r} is computed from other parameters (weight norm, "
+                    "spectral norm or another parametrisation), and zeros in these are not zeros in it: fold it in by "
+                    f"{remedy}, or leave it out by ignore={[name] if name else [source.name for source in sources]}"
+                )
+
+
+def _parametrised(module: nn.Module) -> dict[str, tuple[list[nn.Parameter], str]]:
+    """Return the tensors of a module that are computed: what from, and how to end that."""
+    found = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm):  # the old way
+            parts = [p for own, p in module.named_parameters(recurse=False) if own.startswith(f"{hook.name}_")]
+            kind = "weight" if isinstance(hook, WeightNorm) else "spectral"
+            found[hook.name] = (parts, f"torch.nn.utils.remove_{kind}_norm(module)")
+    if parametrize.is_parametrized(module):
+        for tensor, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r})"
+            found[tensor] = (list(chain.parameters()), remedy)
+    return found
 
 
 def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tuple[str, ...]:

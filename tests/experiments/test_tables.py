@@ -118,11 +118,16 @@ def test_notes_that_differ_in_their_numbers_are_one() -> None:
         result("lr", seed, 90.0, notes=[f"loss 1.{seed}e-3, against 0.{seed}", "layer a is empty"])
         for seed in (0, 1, 2)
     ]
-    notes = summarise([*runs, result("ewr", 0, 90.0, notes=["loss 5, against 6"])]).notes
-    assert notes[-3:] == [
-        "ewr: loss 5, against 6",
-        "lr: layer a is empty (likewise in 2 more runs)",
-        "lr: loss 1.0e-3, against 0.0 (likewise in 2 more runs)",
+    others = [result(f"ewr {i}", 0, 90.0, notes=["loss 5, against 6"]) for i in (1, 2)]
+    layers = [result("obd", i, 90.0, notes=[f"layers without a weight left: fc{i}.weight"]) for i in (1, 2)]
+    notes = summarise([*runs, *others, *layers]).notes
+    assert notes[-6:] == [
+        "ewr 1: loss 5, against 6",
+        "ewr 2: loss 5, against 6",
+        "lr: layer a is empty (in 3 runs)",
+        "lr: loss 1.0e-3, against 0.0 (in 3 runs)",
+        "obd: layers without a weight left: fc1.weight",
+        "obd: layers without a weight left: fc2.weight",
     ]
 
 

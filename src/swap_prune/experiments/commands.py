@@ -42,8 +42,7 @@ def experiment(
         options = {"--weights": weights, "--data-dir": data_dir, "--device": None if device == "cpu" else device}
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
         command = ["swap-prune", "experiment", str(file), "--out", str(out), *given, "--resume"]
-        _say(f"interrupted; finished runs are kept. Go on with: {shlex.join(command)}")
-        raise typer.Exit(130) from None
+        raise InterruptedError(f"interrupted; finished runs are kept. Go on with: {shlex.join(command)}") from None
     result = {**asdict(outcome), "out": str(out)}
     if as_json:
         print(json.dumps(result))

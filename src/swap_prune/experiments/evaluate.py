@@ -53,6 +53,8 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
         for batch in iterate(dataset, batch_size=batch_size):
             check_pair(batch)
             inputs, targets = (part.to(device) for part in batch)
+            if len(targets) == 0:
+                continue
             if total == 0:
                 laid = takes_channels_last(model, _forward, inputs[:1], backwards=False)
                 layout.enter_context(images_laid_out(model, laid))

@@ -196,15 +196,13 @@ def _notes(results: Sequence[RunResult], first: RunResult) -> list[str]:
 
 
 def _gathered(results: Sequence[RunResult]) -> list[str]:
-    """Return the notes of the runs; of those that differ in their numbers alone the first, and how many there are."""
-    alike: dict[str, list[str]] = {}
+    """Return the notes of the runs; of a method's that differ in their numbers alone the first, and how many."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for note in dict.fromkeys(result.notes):
-            line = f"{result.label}: {note}"
-            alike.setdefault(re.sub(r"\d[\d.e+-]*", "#", line), []).append(line)
-    return [
-        lines[0] + (f" (likewise in {len(lines) - 1} more runs)" if len(lines) > 1 else "") for lines in alike.values()
-    ]
+            masked = re.sub(r"(?<![\w.])\d+(\.\d+)?(e[+-]?\d+)?(?![\w.])", "#", note)  # digits of a name are no number
+            alike.setdefault((result.label, masked), []).append(f"{result.label}: {note}")
+    return [lines[0] + (f" (in {len(lines)} runs)" if len(lines) > 1 else "") for lines in alike.values()]
 
 
 def _settings(result: RunResult) -> str:

@@ -28,7 +28,7 @@ from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 from swap_prune.fisher.passes import NetworkPasses, Way
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import AT_ONCE
-from swap_prune.losses import check_calibration
+from swap_prune.losses import check_calibration, check_independence
 from swap_prune.selection import Selection
 
 __all__ = ["BLOCK_VECTORS", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]
@@ -209,6 +209,7 @@ def capture_matrix_free(
     else:
         with source.mode(model):
             counts = check_calibration(model, source.function, batches)
+            check_independence(model, source.function, batches)
     passes = NetworkPasses(model, selection, source, selection.read(model))
     passed = MatrixFreeFactor(passes, batches, counts)
     seen = passed.gather_squares(advance)
