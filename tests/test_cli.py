@@ -307,3 +307,8 @@ def test_interruptions_are_told(
     assert run(lambda: app(args=command, standalone_mode=False)) == status
     out, err = capsys.readouterr()
     assert out == "" and message in err and "Traceback" not in err
+
+
+def test_what_a_factory_prints_is_not_mixed_into_json(call) -> None:
+    status, text, error = call("eval", "--model", "tests.chatty:network", "--data", "tests.tiny:data", "--json")
+    assert status == 0 and json.loads(text)["test_samples"] == 200 and "building the network" in error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,6 +168,19 @@ def test_a_network_that_is_always_random_leaves_and_reads_no_global_state() -> N
             assert torch.equal(torch.get_rng_state(), before)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_numbers_of_numpy() -> None:
+    weights = []
+    for samples, seed, whether in ((32, 3, False), (np.int64(32), np.int32(3), np.bool_(False))):
+        model = perceptron()
+        report = prune(model, DATA, 0.5, samples=samples, seed=seed, recalibrate_batchnorm=whether, progress=False)
+        json.dumps(report.settings)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.equal(*weights)
+    for bad in (3.0, True, "3", np.float64(3)):
+        with pytest.raises(ValueError, match="samples must be a whole number of at least 1"):
+            prune(perceptron(), DATA, 0.5, samples=bad, progress=False)
 
 
 def test_losses_and_outputs_that_are_no_such_thing() -> None:

@@ -139,7 +139,7 @@ def prune(
         storage=storage,
         seed=seed,
     )
-    solver, selection, loss = run.solver, run.selection, run.loss
+    solver, selection, loss, samples, seed = run.solver, run.selection, run.loss, run.samples, run.seed
     held, notes = Storage(), []
     if solver.needs_gradients:
         memory_plan = plan_memory(workload(model, data, run), memory_limit(memory, local_count()), run.storage, scratch)
@@ -219,7 +219,7 @@ def prune(
         "stages": stages,
         "schedule": schedule,
         "min_keep": min_keep,
-        "recalibrate_batchnorm": recalibrate_batchnorm,
+        "recalibrate_batchnorm": bool(recalibrate_batchnorm),
         "noise": run.noise.settings(),
         "defence": defence if defence is not None else "none",
         "device": str(place),

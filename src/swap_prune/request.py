@@ -5,6 +5,7 @@ Place in the pipeline: before it. Nothing is changed here, and no data is used u
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,6 +47,7 @@ class Run:
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         normalised: Whether BatchNorm is recalibrated.
         samples: Calibration samples a stage.
+        seed: Of the run's random state.
         storage: The storage asked for; processes that run together share G, unless another one is.
     """
 
@@ -58,6 +60,7 @@ class Run:
     curvature: GaussNewtonLoss | None
     normalised: bool
     samples: int
+    seed: int
     storage: str
 
 
@@ -90,7 +93,7 @@ def check_run(
             f"loss_fn must be a function (model, batch) -> losses (n,), got {loss_fn!r}; for a loss module L: "
             "lambda model, batch: L(model(batch[0]), batch[1]), with reduction='none'"
         )
-    if not isinstance(recalibrate_batchnorm, bool):
+    if recalibrate_batchnorm not in (True, False):
         raise ValueError(f"recalibrate_batchnorm must be True or False, got {recalibrate_batchnorm!r}")
     solver, noise_model = resolve_method(method), parse_noise(noise)
     schedules = stage_schedules(sparsity, stages, schedule)
@@ -98,8 +101,7 @@ def check_run(
         raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
     if finetune is not None and not isinstance(finetune, FineTune):
         raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
-    _check_whole("samples", samples, 1)
-    _check_whole("seed", seed, 0)
+    samples, seed = _whole("samples", samples, 1), _whole("seed", seed, 0)
     if seed >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
     check_storage(storage)
@@ -115,8 +117,9 @@ def check_run(
         floors=layer_floors(min_keep, sizes, keep_count(selection.total, sparsity)),
         loss=loss,
         curvature=_curvature(solver, loss),
-        normalised=recalibrate_batchnorm and bool(batchnorm_layers(model)),
+        normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
         samples=samples,
+        seed=seed,
         storage="sharded" if storage == "auto" and process_count() > 0 else storage,
     )
 
@@ -181,6 +184,12 @@ def _check_finite(model: nn.Module, selection: Selection) -> None:
         raise ValueError(f"weights to prune must be finite; {bad[0]!r} holds NaN or infinity: check the checkpoint")
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _whole(name: str, value: Any, least: int) -> int:
+    """Return a whole number, which NumPy's are as well."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number

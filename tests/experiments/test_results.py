@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swap_prune.experiments.results import RunResult, check_directory, open_results, read_results
+from swap_prune.experiments.results import RunResult, check_directory, open_results, read_results, replacing
 
 CONFIG = {"seeds": [0, 1], "model": "m"}
 
@@ -122,3 +122,15 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ValueError, match="no finished run yet"):
         read_results(tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "tables.md"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as scratch:
+        scratch.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as scratch:
+        scratch.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from swap_prune.experiments.results import replacing
 from swap_prune.experiments.tables import Cell, Summary
 
 __all__ = ["write_plots"]
@@ -33,7 +34,8 @@ def write_plots(summary: Summary, directory: Path) -> list[Path]:
     paths = []
     for name, draw in drawings.items():
         paths.append(directory / name)
-        _panels(summary, draw).savefig(paths[-1], dpi=110, metadata={"Software": None})
+        with replacing(paths[-1]) as scratch:
+            _panels(summary, draw).savefig(scratch, dpi=110, metadata={"Software": None})
     return paths
 
 

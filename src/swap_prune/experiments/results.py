@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results"]
+__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "replacing"]
 
 _CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
 
@@ -156,6 +156,17 @@ def read_results(directory: str | Path) -> list[RunResult]:
     if not records:
         raise ValueError(f"{path} holds no finished run yet")
     return list({record.id: record for record in records}.values())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file beside another one to write to, which takes its place when the block ends well."""
+    scratch = path.with_name(f".{path.name}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _keep_config(target: Path, config: Mapping[str, Any]) -> None:

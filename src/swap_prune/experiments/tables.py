@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from swap_prune.experiments.results import RunResult
+from swap_prune.experiments.results import RunResult, replacing
 
 __all__ = ["Cell", "Estimate", "Summary", "as_csv", "as_markdown", "summarise", "write_tables"]
 
@@ -289,5 +289,6 @@ def write_tables(summary: Summary, directory: Path) -> list[Path]:
     """Write ``tables.md`` and ``tables.csv``; returns their paths."""
     written = {directory / "tables.md": as_markdown(summary), directory / "tables.csv": as_csv(summary)}
     for path, text in written.items():
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     return list(written)

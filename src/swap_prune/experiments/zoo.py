@@ -266,7 +266,7 @@ def call_named(spec: str, parameter: str, /, **options: Any) -> Any:
         ValueError: The import, the attribute or the call fails; the cause is chained.
     """
     module_name, _, attribute = spec.partition(":")
-    with _importable_working_directory():
+    with _importable_working_directory(), contextlib.redirect_stdout(sys.stderr):  # standard output is the program's
         try:
             return operator.attrgetter(attribute)(importlib.import_module(module_name))(**options)
         except (Exception, SystemExit) as error:  # a user's module may raise anything, even call sys.exit
