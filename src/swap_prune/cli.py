@@ -21,6 +21,7 @@ from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
 from swap_prune.calibration import CalibrationStream, peek
+from swap_prune.console import print_json, run, say
 from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
@@ -84,9 +85,9 @@ def demo(
     from swap_prune.experiments.demo import run_demo  # matplotlib is slow to import
 
     target = check_output_directory(out)
-    rows = run_demo(target, seed, _say)
+    rows = run_demo(target, seed, say)
     if as_json:
-        _print_json({"rows": rows, "report": str(target / "report.html")})
+        print_json({"rows": rows, "report": str(target / "report.html")})
         return
     table = Table(title="MLPNet on MNIST, 95 % of the weights removed, no fine-tuning: test accuracy in %")
     for column in ("method", "clean gradients", "noisy gradients", "seconds"):
@@ -164,7 +165,7 @@ def prune(
     if not is_first():
         return
     for note in report.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     if target is not None:
         report.save(target)
     try:
@@ -227,7 +228,7 @@ def plan(**given: Any) -> None:
         **{name: given[name] for name in _PASSED_ON},
     )
     if given["as_json"]:
-        _print_json(forecast.to_dict())
+        print_json(forecast.to_dict())
         return
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
     table = Table(title=f"GB held by the process in each phase; memory allows {allowed}")
@@ -274,7 +275,7 @@ def evaluate_model(
         with images_laid_out(network, laid):
             notes = repair_batchnorm(network, stream, cross_entropy)
     for note in notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     measured = evaluate(network, images.test)
     result: dict[str, Any] = {
         "model": model,
@@ -303,45 +304,6 @@ app.command()(commands.report)
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; every error that a user can mend is one line on standard error."""
     sys.exit(run(lambda: app(args=arguments, standalone_mode=False)))
-
-
-_INTERRUPTED = "interrupted; a file that was written is whole"
-
-
-def run(command: Callable[[], Any]) -> int:
-    """Run a command and return its exit status."""
-    try:
-        status = command()
-    except (KeyboardInterrupt, InterruptedError) as stop:
-        return _fail(str(stop) or _INTERRUPTED, 130)
-    except typer.Exit as leave:
-        return leave.exit_code
-    except typer.Abort as stop:
-        cause = stop.__cause__ or stop.__context__
-        if isinstance(cause, EOFError):
-            return _fail(f"a file ended too early: {cause or 'EOFError'}", 2)
-        return _fail(_INTERRUPTED, 130)
-    except (ValueError, OSError) as error:
-        return _fail(str(error) or type(error).__name__, 2)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # the argument parser's own errors have it
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            return 2
-        return _fail(error.format_message(), 2) if is_first() else 2
-    if status == 130:  # what typer makes of Ctrl-C
-        return _fail(_INTERRUPTED, 130)
-    return status if isinstance(status, int) else 0
-
-
-def _fail(message: str, status: int) -> int:
-    _say("swap-prune: error: " + " ".join(message.split()))
-    return status
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _load(
@@ -387,13 +349,9 @@ def _parse_stages(text: str) -> int | Literal["auto"]:
         raise ValueError(f"--stages needs a whole number or auto, got {text!r}") from None
 
 
-def _print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, allow_nan=False))
-
-
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for name, value in result.items():
         if name == "layers":

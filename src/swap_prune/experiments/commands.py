@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from swap_prune.console import print_json, say
 from swap_prune.device import usable_device
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
@@ -37,7 +36,7 @@ def experiment(
     check_directory(out, resume=resume)
     try:
         bench = prepare(grid, file.parent, weights, data_dir, usable_device(device))
-        outcome = run_experiment(bench, out, resume=resume, say=_say)
+        outcome = run_experiment(bench, out, resume=resume, say=say)
     except KeyboardInterrupt:
         options = {"--weights": weights, "--data-dir": data_dir, "--device": None if device == "cpu" else device}
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
@@ -45,14 +44,12 @@ def experiment(
         raise InterruptedError(f"interrupted; finished runs are kept. Go on with: {shlex.join(command)}") from None
     result = {**asdict(outcome), "out": str(out)}
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         print(f"{outcome.total} runs: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
         print(f"tables and plots: {shlex.join(['swap-prune', 'report', str(out)])}")
     if outcome.failed:
-        _say(
-            f"{outcome.failed} runs failed; their errors are in {out / 'results.jsonl'}, and --resume tries them again"
-        )
+        say(f"{outcome.failed} runs failed; their errors are in {out / 'results.jsonl'}, and --resume tries them again")
         raise typer.Exit(1)
 
 
@@ -77,11 +74,7 @@ def report(
             "notes": summary.notes,
             "rows": [asdict(row) for row in summary.cells],
         }
-        print(json.dumps(content | {"files": [str(path) for path in files]}))
+        print_json(content | {"files": [str(path) for path in files]})
         return
     print(as_markdown(summary))
     print("written: " + ", ".join(map(str, files)))
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""What a command says, and how it ends: whatever a user can mend is one line on standard error, and an exit status.
+
+0 is success, 1 runs of an experiment that failed, 2 what a user can mend, 130 an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from swap_prune.distributed import is_first
+
+__all__ = ["print_json", "run", "say"]
+
+_INTERRUPTED = "interrupted; a file that was written is whole"
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit status."""
+    try:
+        status = command()
+    except (KeyboardInterrupt, InterruptedError) as stop:
+        return _fail(str(stop) or _INTERRUPTED, 130)
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.Abort as stop:
+        cause = stop.__cause__ or stop.__context__
+        if isinstance(cause, EOFError):
+            return _fail(f"a file ended too early: {cause or 'EOFError'}", 2)
+        return _fail(_INTERRUPTED, 130)
+    except (ValueError, OSError) as error:
+        return _fail(str(error) or type(error).__name__, 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the argument parser's own errors have it
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        return _fail(error.format_message(), 2) if is_first() else 2
+    if status == 130:  # what typer makes of Ctrl-C
+        return _fail(_INTERRUPTED, 130)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    """Say what is wrong in one line; return the exit status."""
+    say("swap-prune: error: " + " ".join(message.split()))
+    return status
+
+
+def say(message: str) -> None:
+    """Print a message for people, to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print a result for programs, to standard output."""
+    print(json.dumps(result, allow_nan=False))
