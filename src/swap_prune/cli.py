@@ -225,6 +225,7 @@ def plan(**given: Any) -> None:
         recalibrate_batchnorm=given["recalibrate"],
         stages=_parse_stages(given["stages"]),
         finetune=None if given["finetune"] is None else parse_finetune(given["finetune"]),
+        device=_device(given["device"]),
         **{name: given[name] for name in _PASSED_ON},
     )
     if given["as_json"]:

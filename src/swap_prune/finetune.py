@@ -26,7 +26,7 @@ from swap_prune.device import usable_device
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import LossFn, check_calibration, cross_entropy
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
-from swap_prune.modes import eval_mode, training_mode
+from swap_prune.modes import eval_mode, exact_kernels, training_mode
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.selection import DEFAULT_TARGETS
@@ -266,7 +266,7 @@ def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torc
     """Run a block in training mode, with PyTorch's random state seeded; give modes, gradients and states back."""
     gradients = [parameter.grad for parameter in trained]
     seed = int(torch.randint(2**62, (), generator=generator))
-    with seeded(seed, trained[0].device), training_mode(model), torch.enable_grad():
+    with seeded(seed, trained[0].device), exact_kernels(), training_mode(model), torch.enable_grad():
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swap_prune.distributed import PARTS
-from swap_prune.fisher.blocked import BLOCK_BYTES
+from swap_prune.fisher.blocked import BLOCK_BYTES, GPU_BLOCK_BYTES
 from swap_prune.fisher.layers import PIECE_BYTES
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
@@ -49,6 +49,7 @@ class Workload:
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         held: Bytes that the process holds already, the model included.
+        on_gpu: Whether it is the memory of a GPU.
         processes: How many share G, in storage ``sharded``.
         row_numbers: Numbers that a row of low rank takes.
         unsuited: Why rows of low rank are not to be had, or empty.
@@ -65,6 +66,7 @@ class Workload:
     mini_batches: bool = False
     row_noise: bool = False
     held: int = 0
+    on_gpu: bool = False
     processes: int = 1
     row_numbers: int = 0
     unsuited: str = ""
@@ -84,7 +86,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
     defend = 7 * min(_PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
     defend += min(_PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
-    blocks = 4 * BLOCK_BYTES if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    blocks = 4 * _block(load) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
     if not lean:
@@ -100,6 +102,11 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
     }
+
+
+def _block(load: Workload) -> int:
+    """Return the bytes of a block of columns in working precision."""
+    return GPU_BLOCK_BYTES if load.on_gpu else BLOCK_BYTES
 
 
 def _forward_bytes(load: Workload) -> int:
@@ -153,7 +160,7 @@ def _passes(load: Workload, at_once: int) -> int:
     A pass along a direction, or back, holds less than the chunk or what a trial does.
     """
     vector = load.itemsize * load.weights
-    columns = 2 * max(BLOCK_BYTES, BLOCK_VECTORS * vector)
+    columns = 2 * max(_block(load), BLOCK_VECTORS * vector)
     part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
     return columns + max(part, _capture(load, "matrix-free", True)) + _PASS_VECTORS * vector
 

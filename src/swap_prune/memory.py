@@ -1,4 +1,4 @@
-"""The memory of the process: what a budget says, what is free, what is held already."""
+"""The memory of the process, on the device where it computes: what a budget says, what is free, what is held."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 import resource
 import sys
 
-__all__ = ["memory_limit", "parse_memory", "resident_memory"]
+import torch
+
+__all__ = ["held_memory", "memory_limit", "parse_memory"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -26,24 +28,36 @@ def parse_memory(budget: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def memory_limit(budget: str | int | None, processes: int = 1) -> int | None:
+def memory_limit(budget: str | int | None, processes: int = 1, device: torch.device | None = None) -> int | None:
     """Return how many bytes the process may hold, what it holds already included.
 
     Args:
-        budget: As for :func:`parse_memory`; None takes what is held and nine tenths of what the machine has free.
-        processes: How many share what is free.
+        budget: As for :func:`parse_memory`; None takes what is held and nine tenths of what is free.
+        processes: How many share what is free on this machine; each has a GPU of its own.
+        device: Whose memory is meant; by default the machine's.
 
     Returns:
         The limit; None where no budget was given and the system does not say what is free.
     """
     if budget is not None:
         return parse_memory(budget)
-    free = _free_memory()
-    return None if free is None else resident_memory() + int(_SHARE * free / processes)
+    if device is not None and device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return held_memory(device) + int(_SHARE * (free + cached))
+    rest = _free_memory()
+    return None if rest is None else held_memory() + int(_SHARE * rest / processes)
 
 
-def resident_memory() -> int:
-    """Return the bytes that the process holds: interpreter, libraries, the model and whatever else was loaded."""
+def held_memory(device: torch.device | None = None) -> int:
+    """Return the bytes that the process holds.
+
+    Args:
+        device: A GPU, whose tensors are counted; by default all that the process holds in the machine's memory:
+            interpreter, libraries, the model and whatever else was loaded.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     try:
         with open("/proc/self/statm", encoding="ascii") as line:
             return int(line.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Training and eval mode, set for a while and given back."""
+"""Training and eval mode, and how kernels compute: set for a while and given back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "eval_mode", "slow_attention", "training_mode"]
+__all__ = ["batch_statistics", "eval_mode", "exact_kernels", "slow_attention", "training_mode"]
 
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
@@ -60,3 +60,20 @@ def slow_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def exact_kernels() -> Iterator[None]:
+    """Run a block in which CUDA computes in full float32, with kernels that give the same bits each time.
+
+    Convolutions there round their inputs to TF32 by default, which leaves ten bits: gradients of single samples and of
+    their batch then differ by more than a check can allow. Nothing changes on a CPU.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    enabled = torch.backends.cudnn.enabled
+    try:
+        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -31,7 +31,7 @@ from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory import memory_limit
 from swap_prune.methods import Method
-from swap_prune.modes import slow_attention
+from swap_prune.modes import exact_kernels, slow_attention
 from swap_prune.planning import MemoryPlan, plan_memory, scratch_directory
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
@@ -102,8 +102,8 @@ def prune(
             gradients have; clean gradients are left alone. It scales rows down that stand out, and lets the network's
             own predictions stand for labels that they contradict too often, and shifts attacked inputs back. None or
             ``"none"`` does not look.
-        memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what the machine has
-            free. A run that would need more is refused before any work; see :func:`plan`.
+        memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
+            GPU its own memory is meant. A run that would need more is refused before any work; see :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``
             (not at all: products are passes through the network), ``"low-rank"`` (as outer products, an approximation),
             ``"sharded"`` (each process of the group of ``torch.distributed`` holds a part), or ``"auto"``: the last
@@ -140,17 +140,18 @@ def prune(
         seed=seed,
     )
     solver, selection, loss, samples, seed = run.solver, run.selection, run.loss, run.samples, run.seed
+    place = next(model.parameters()).device if device is None else usable_device(device)
     held, notes = Storage(), []
     if solver.needs_gradients:
-        memory_plan = plan_memory(workload(model, data, run), memory_limit(memory, local_count()), run.storage, scratch)
+        limit = memory_limit(memory, local_count(), place)
+        memory_plan = plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
         held = memory_plan.require().storage
         if held != memory_plan.forecasts[0].storage:
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
         if held.at_once < AT_ONCE:
             notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
     if device is not None:
-        model.to(usable_device(device))
-    place = next(model.parameters()).device
+        model.to(place)
     generator = torch.Generator().manual_seed(seed)
     calibration = CalibrationStream(data, generator, place, 2 * held.at_once)
     runner = StageRunner(
@@ -184,6 +185,7 @@ def prune(
         scratch_directory(shared) as placed,
         restored_on_error(model, changing),
         seeded(seed, place),  # for a network that draws from it
+        exact_kernels(),
         slow_attention(),
         images_laid_out(model, laid),
         StageProgress(progress and is_first()) as shown,
@@ -253,6 +255,7 @@ def plan(
     storage: str = "auto",
     scratch: str | Path | None = None,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> MemoryPlan:
     """Say how much memory :func:`prune` with the same arguments would need, and how it would hold G.
 
@@ -279,10 +282,11 @@ def plan(
         storage=storage,
         seed=seed,
     )
-    limit = memory_limit(memory, local_count())
+    place = next(model.parameters()).device if device is None else usable_device(device)
+    limit = memory_limit(memory, local_count(), place)
     if not run.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{run.solver.name} takes no gradients: there is no G to hold")
-    return plan_memory(workload(model, data, run), limit, run.storage, scratch)
+    return plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.utils.data import Dataset
@@ -23,7 +24,7 @@ from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory import resident_memory
+from swap_prune.memory import held_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.planning import Workload, check_storage, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
@@ -124,11 +125,12 @@ def check_run(
     )
 
 
-def workload(model: nn.Module, data: Any, run: Run) -> Workload:
-    """Count what the need of a run depends on."""
+def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
+    """Count what the need of a run depends on, on the device where it will take place."""
     drawn = min(run.samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else run.samples
     in_batches = run.normalised and run.curvature is not None
-    sample = peek(data, next(model.parameters()).device)
+    own = next(model.parameters()).device
+    sample = peek(data, own)
     kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
     row_numbers, unsuited = 0, ""
     try:
@@ -147,7 +149,8 @@ def workload(model: nn.Module, data: Any, run: Run) -> Workload:
         largest_bytes=kept.largest,
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
-        held=resident_memory(),
+        held=held_memory(place) + (_bytes(model) if place != own else 0),
+        on_gpu=place.type == "cuda",
         processes=max(1, process_count()),
         row_numbers=row_numbers,
         unsuited=unsuited,
@@ -174,6 +177,11 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
             "dense network; use a method on Gauss-Newton rows (ewr or lr with fisher='auto'), or one without gradients"
         )
     return None
+
+
+def _bytes(model: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _check_finite(model: nn.Module, selection: Selection) -> None:

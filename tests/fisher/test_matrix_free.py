@@ -185,7 +185,7 @@ def test_every_product(name: str, rows: str) -> None:
 
 @pytest.mark.parametrize("rows", ["empirical", "mini-batch"])
 def test_columns_in_many_blocks(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_free, "column_limit", lambda n, itemsize: 1)
+    monkeypatch.setattr(matrix_free, "column_limit", lambda n, itemsize, device: 1)
     monkeypatch.setattr(matrix_free, "BLOCK_VECTORS", 1)
     factor, G, _ = both(build(perceptron), VECTORS, rows)
     assert factor.column_limit == G.shape[1] // len(G)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from swap_prune.experiments.images import iterate
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import check_labels, check_pair, describe
-from swap_prune.modes import eval_mode
+from swap_prune.modes import eval_mode, exact_kernels
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     correct, total, loss = 0, 0, 0.0
-    with eval_mode(model), torch.no_grad(), ExitStack() as layout:
+    with eval_mode(model), torch.no_grad(), exact_kernels(), ExitStack() as layout:
         for batch in iterate(dataset, batch_size=batch_size):
             check_pair(batch)
             inputs, targets = (part.to(device) for part in batch)

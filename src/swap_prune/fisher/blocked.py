@@ -15,14 +15,15 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 
-__all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "column_limit"]
+__all__ = ["BLOCK_BYTES", "GPU_BLOCK_BYTES", "BlockedFactor", "SubFactor", "column_limit"]
 
 BLOCK_BYTES = 32 * 2**20  # of one block in working precision
+GPU_BLOCK_BYTES = 256 * 2**20  # the same there, where small kernels are dear
 
 
-def column_limit(n: int, itemsize: int) -> int:
+def column_limit(n: int, itemsize: int, device: torch.device) -> int:
     """Return how many columns of n rows make a block."""
-    return max(1, BLOCK_BYTES // (n * itemsize))
+    return max(1, (GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES) // (n * itemsize))
 
 
 class BlockedFactor(ABC):
@@ -54,7 +55,7 @@ class BlockedFactor(ABC):
     @property
     def column_limit(self) -> int:
         """Columns that make one block."""
-        return column_limit(self.shape[0], self.dtype.itemsize)
+        return column_limit(self.shape[0], self.dtype.itemsize, self.device)
 
     @property
     def iterative(self) -> bool:

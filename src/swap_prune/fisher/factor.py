@@ -149,8 +149,10 @@ class DenseFactor:
 def add_squares_(total: Tensor, rows: Tensor) -> Tensor:
     """Add the sum over rows (m, p) of the squared entries to a total, (p,), in place; return it.
 
-    Rows lie together in memory: one after the other is much faster than torch's norm over them.
+    Rows lie together in memory: one after the other is much faster than torch's norm over them, but on a GPU.
     """
+    if rows.device.type == "cuda":
+        return total.add_(torch.linalg.vector_norm(rows, dim=0).square_())
     for row in rows:
         total.addcmul_(row, row)
     return total

@@ -4,22 +4,32 @@ A block of columns is converted, used and dropped: there is never a float32 copy
 precision, so that what is lost is the rounding of the entries alone: relative 2^-9 in bfloat16, 2^-12 in float16.
 float16 has few exponents. Each of its rows is stored over a power of two, exact to divide by, that brings its largest
 entry to [2^14, 2^15): entries keep full precision down to 2^-29 of it, and what is below 2^-40 of it becomes zero.
+
+On a GPU nothing is converted: a vector is the sum of three of 16 bits (eight digits each in bfloat16), and matrix units
+multiply them by G as it is stored, in float32. A product then reads G once, in 16 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from swap_prune.fisher.blocked import BlockedFactor
 
-__all__ = ["HalfFactor", "row_scales"]
+__all__ = ["ALIGNED", "HalfFactor", "in_pieces", "row_scales", "wide_product"]
 
 _TOP = 15  # the largest entry of a row lies below two to this power
 _LEAST = -100  # exponent of a scale: its reciprocal is a normal number
+_PIECES = 3  # of 16 bits, that make a float32
+_GRAM_PIECES = 2  # of the entries of a Gram matrix' left factor: what is lost is 2^-17, and averages out over columns
+_WIDTH = 8  # vectors that matrix units multiply at once
+_RUN, _RUNS = 8192, 256  # columns of one sum, and sums taken together
+ALIGNED = 64  # entries: where a row should begin, for matrix units to read it fast
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,63 @@ class HalfFactor(BlockedFactor):
             columns = slice(start, min(start + self.column_limit, p))
             yield slice(0, n), columns, self._converted(self.stored[:, columns])
 
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return ``G w``, (n,)."""
+        if not self._by_matrix_units:
+            return super().matvec(w)
+        pieces, unit = in_pieces(w, self.stored.dtype)
+        total, (n, p) = torch.zeros_like(self.scale), self.shape
+        start = 0
+        while start < p:  # many runs of columns at once, each with a sum of its own
+            count, run = max(1, min(_RUNS, (p - start) // _RUN)), min(_RUN, p - start)
+            columns = slice(start, start + count * run)
+            vectors = pieces[:, columns].view(-1, count, run).transpose(0, 1)
+            total += wide_product(vectors, self.stored[:, columns].view(n, count, run).permute(1, 2, 0)).sum((0, 1))
+            start = columns.stop
+        return total.mul_(self.scale).mul_(unit)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Return ``G^T v``, (p,)."""
+        if not self._by_matrix_units:
+            return super().rmatvec(v)
+        pieces, unit = in_pieces(v * self.scale, self.stored.dtype)
+        result = self.scale.new_empty(self.shape[1])
+        for start in range(0, len(result), _RUNS * _RUN):
+            columns = slice(start, start + _RUNS * _RUN)
+            result[columns] = wide_product(pieces[None], self.stored[None, :, columns]).sum((0, 1))
+        return result.mul_(unit)
+
+    def diagonal(self) -> Tensor:
+        """Return f, (p,): the mean over rows of the squared entries."""
+        if not self._by_matrix_units or self.stored.dtype != torch.bfloat16:
+            return super().diagonal()
+        norms: Tensor = torch.linalg.vector_norm(self.stored, dim=0, dtype=self.dtype)
+        return norms.square_().div_(self.shape[0])
+
+    def gram(self, scale: Tensor) -> Tensor:
+        """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
+        if not self._by_matrix_units:
+            return super().gram(scale)
+        n, unit = self.shape[0], 2.0**_TOP * power_of_two(scale) if self.stored.dtype == torch.float16 else 1.0
+        result = self.scale.new_zeros(n, n)
+        for index in torch.split(scale.nonzero().squeeze(1), self.column_limit):
+            more = (0, -len(index) % ALIGNED)  # columns of weight zero
+            part = self.stored.index_select(1, functional.pad(index, more))
+            rest = part * functional.pad(scale[index] / unit, more)
+            for _ in range(_GRAM_PIECES):
+                piece = rest.to(part.dtype)
+                result += wide_product(piece[None], part.T[None])[0]
+                rest -= piece
+        return result.mul_(self.scale).mul_(self.scale.unsqueeze(1)).mul_(unit)
+
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense."""
         return self._converted(self.stored.index_select(1, index))
+
+    @property
+    def _by_matrix_units(self) -> bool:
+        known = hasattr(torch.ops.aten.bmm, "dtype")  # since torch 2.8
+        return self.stored.device.type == "cuda" and self.dtype == torch.float32 and known
 
     def _converted(self, part: Tensor) -> Tensor:
         result = part.to(self.dtype)
@@ -87,3 +151,35 @@ def row_scales(rows: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent - _TOP
     scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=_LEAST))
     return torch.where(largest > 0, scale, torch.ones_like(scale))
+
+
+def in_pieces(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Return a float32 vector as a sum of vectors of 16 bits.
+
+    Args:
+        x: (m,).
+        dtype: bfloat16 or float16.
+
+    Returns:
+        Pieces, (8, m), of which three hold something; and the power of two that their sum is to be multiplied by.
+    """
+    unit = power_of_two(x) if dtype == torch.float16 else 1.0
+    pieces = x.new_zeros(_WIDTH, len(x), dtype=dtype)
+    rest = x / unit
+    for piece in pieces[:_PIECES]:
+        piece.copy_(rest)
+        rest -= piece
+    return pieces, unit
+
+
+def power_of_two(x: Tensor) -> float:
+    """Return a power of two that brings the largest entry of a vector to [2^14, 2^15), which float16 can hold."""
+    largest = float(torch.linalg.vector_norm(x, ord=torch.inf))
+    return 2.0 ** (math.frexp(largest)[1] - _TOP) if 0 < largest < math.inf else 1.0
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return products of matrices of 16 bits, (b, r, m) and (b, m, s), summed and returned in float32, (b, r, s)."""
+    if left.device.type == "cuda":
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

@@ -206,7 +206,7 @@ class LowRankFactor:
     @property
     def column_limit(self) -> int:
         """Columns that make one block."""
-        return column_limit(self.shape[0], self._first.element_size())
+        return column_limit(self.shape[0], self._first.element_size(), self._first.device)
 
     @property
     def iterative(self) -> bool:

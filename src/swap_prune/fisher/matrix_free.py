@@ -94,8 +94,8 @@ class MatrixFreeFactor:
     @property
     def column_limit(self) -> int:
         """Columns that make a block of a few vectors of p."""
-        n, p = self.shape
-        return max(column_limit(n, self.passes.weights.dtype.itemsize), BLOCK_VECTORS * p // n)
+        (n, p), weights = self.shape, self.passes.weights
+        return max(column_limit(n, weights.dtype.itemsize, weights.device), BLOCK_VECTORS * p // n)
 
     @property
     def iterative(self) -> bool:

@@ -42,7 +42,7 @@ class SharedStore(RowBuffer):
     def __init__(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, team: Team) -> None:
         super().__init__(selection, dtype, device)
         self.team = team
-        self._limit, self._filled = column_limit(n, dtype.itemsize), 0
+        self._limit, self._filled = column_limit(n, dtype.itemsize, device), 0
         self._round: list[int] = []  # rows of the chunks of this round
         self._places = [owned_columns(selection.total, team, rank) for rank in range(team.size)]
         try:  # parts are tensors of their own: products then take place alike wherever a part lies

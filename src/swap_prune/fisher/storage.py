@@ -19,7 +19,7 @@ from torch import Tensor
 from swap_prune.distributed import Team
 from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.fisher.half import HalfFactor, row_scales
+from swap_prune.fisher.half import ALIGNED, HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
 from swap_prune.selection import Selection
 
@@ -89,7 +89,8 @@ class Storage:
         if not self.holds_rows:
             raise ValueError(f"storage {self.kind!r} holds no rows of G; use one that does, such as 'float32'")
         if self.kind == "float32":
-            return DenseStore(n, selection, dtype, device, column_limit(n, dtype.itemsize) if self.lean else None)
+            limit = column_limit(n, dtype.itemsize, device) if self.lean else None
+            return DenseStore(n, selection, dtype, device, limit)
         if self.kind in _HALVES:
             return HalfStore(n, selection, dtype, device, _HALVES[self.kind])
         if self.kind == "sharded":
@@ -182,7 +183,7 @@ class HalfStore(RowBuffer):
         self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, half: torch.dtype
     ) -> None:
         super().__init__(selection, dtype, device)
-        self._stored = _allocate(n, selection, half, device)
+        self._stored = _allocate(n, selection, half, device, ALIGNED if device.type == "cuda" else 1)
         self._scale = torch.ones(n, dtype=dtype, device=device)
         self._filled = 0
 
@@ -237,9 +238,11 @@ class RowStream(RowBuffer):
         self._see(rows)
 
 
-def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.device, aligned: int = 1) -> Tensor:
+    """Return room for n rows, each of which begins at a multiple of so many entries."""
+    width = -(-selection.total // aligned) * aligned
     try:
-        return torch.empty(n, selection.total, dtype=dtype, device=device)
+        return torch.empty(n, width, dtype=dtype, device=device)[:, : selection.total]
     except RuntimeError as error:
         need = dtype.itemsize * n * selection.total / 2**30
         raise ValueError(

@@ -58,6 +58,14 @@ class SquareSystem:
             solution = self.factors[0] @ b
         return solution.reshape(right.shape).to(right.dtype)
 
+    def forms(self, right: Tensor) -> Tensor:
+        """Return ``r^T A^-1 r`` for each column r of right-hand sides (m, c), in float64, (c,)."""
+        b = right.double()
+        if self.kind == "cholesky":  # half the work of a solution
+            halves: Tensor = torch.linalg.solve_triangular(self.factors[0], b, upper=False)
+            return halves.square().sum(0)
+        return (b * self.solve(b)).sum(0)
+
 
 def solve_square(matrix: Tensor, right: Tensor, *, symmetric: bool = True) -> Tensor:
     """Solve one square system: a matrix (m, m), a right-hand side (m,)."""

@@ -143,7 +143,7 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
 
         def explained(columns: Tensor) -> Tensor:
             g = columns.double()
-            return (g * system.solve(smooth(g))).sum(0)
+            return system.forms(g) if problem.smoothing is None else (g * system.solve(smooth(g))).sum(0)
 
         def inverse(position: Tensor) -> Tensor:
             own = metric[position]
