@@ -1,11 +1,12 @@
 """What does capturing G cost, against a plain backward pass through the same samples?
 
-    python benchmarks/capture.py [--samples 256] [--networks mlpnet resnet20 mobilenetv1]
+    python benchmarks/capture.py [--samples 256] [--networks mlpnet resnet20 mobilenetv1 resnet50]
+        [--device cuda] [--storage bfloat16]
 
-A sample of mobilenetv1 is far larger than one of resnet20: it gets at most 32. Random weights and random images, which
-the network sees channels last, as in ``prune``: the time does not depend on their values. The plain pass works on
-batches of 64. Per-sample rows are those of the empirical Fisher; mini-batch rows those that the default takes where
-BatchNorm is recalibrated.
+A sample of mobilenetv1 or resnet50 is far larger than one of resnet20: on a CPU they get at most 32. Random weights and
+random images, which the network sees channels last on a CPU, as in ``prune``: the time does not depend on their values.
+The plain pass works on batches of 64. Per-sample rows are those of the empirical Fisher; mini-batch rows those that the
+default takes where BatchNorm is recalibrated.
 """
 
 from __future__ import annotations
@@ -19,24 +20,29 @@ from swap_prune.batches import split_batches
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.layout import images_laid_out
 from swap_prune.losses import cross_entropy
-from swap_prune.modes import eval_mode
+from swap_prune.modes import eval_mode, exact_kernels
 from swap_prune.selection import select_parameters
 
-_MOST = {"mobilenetv1": 32}  # samples
-_NETWORKS = {"mlpnet": (1, 28, 10), "resnet20": (3, 32, 10), "mobilenetv1": (3, 224, 1000)}
+_MOST = {"mobilenetv1": 32, "resnet50": 32}  # samples, on a CPU
+_NETWORKS = {"mlpnet": (1, 28, 10), "resnet20": (3, 32, 10), "mobilenetv1": (3, 224, 1000), "resnet50": (3, 224, 1000)}
 
 
-def measure(name: str, samples: int) -> tuple[float, float, float]:
+def measure(
+    name: str, samples: int, device: str = "cpu", storage: StorageKind = "float32"
+) -> tuple[float, float, float]:
     """Return the seconds of a plain backward pass, of per-sample rows and of mini-batch rows."""
     channels, side, classes = _NETWORKS[name]
     state = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, _ = build_model(name)
-    images = torch.randn(samples, channels, side, side, generator=state)
-    batch = (images, torch.randint(classes, (samples,), generator=state))
+    place = torch.device(device)
+    model.to(place)
+    images = torch.randn(samples, channels, side, side, generator=state).to(place)
+    batch = (images, torch.randint(classes, (samples,), generator=state).to(place))
     selection = select_parameters(model)
 
     def plain() -> None:
@@ -47,23 +53,25 @@ def measure(name: str, samples: int) -> tuple[float, float, float]:
     def mini_batches() -> None:
         sketch_curvature(model, selection, [batch], cross_entropy, torch.Generator(), in_batches=True)
 
-    with images_laid_out(model):
-        return (
-            best_time(plain),
-            best_time(lambda: capture_gradients(model, selection, [batch], cross_entropy)),
-            best_time(mini_batches),
-        )
+    def rows() -> None:
+        capture_gradients(model, selection, [batch], cross_entropy, storage=Storage(storage))
+
+    with images_laid_out(model, place.type == "cpu"), exact_kernels():
+        return best_time(plain, 3, place), best_time(rows, 3, place), best_time(mini_batches, 3, place)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--networks", nargs="+", default=list(_NETWORKS), choices=list(_NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(_NETWORKS)[:3], choices=list(_NETWORKS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--storage", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
     print("| network | plain backward, s | per-sample rows | mini-batch rows |")
     print("|---|---|---|---|")
     for name in options.networks:
-        plain, rows, mixed = measure(name, min(options.samples, _MOST.get(name, options.samples)))
+        most = _MOST.get(name, options.samples) if options.device == "cpu" else options.samples
+        plain, rows, mixed = measure(name, min(options.samples, most), options.device, options.storage)
         print(f"| {name} | {plain:.3f} | {rows / plain:.2f} x | {mixed / plain:.2f} x |", flush=True)
 
 

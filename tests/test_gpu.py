@@ -173,7 +173,7 @@ def test_memory_is_that_of_the_gpu(trained: nn.Module) -> None:
     torch.cuda.reset_peak_memory_stats()
     prune(model, data(), 0.8, "lr", samples=96, device=CUDA, memory="2GB", progress=False)
     assert torch.cuda.max_memory_allocated() <= forecast.need
-    with pytest.raises(ValueError, match="memory allows 0.0 GB"):
+    with pytest.raises(ValueError, match=r"memory allows 0\.0 GB"):
         prune(copy.deepcopy(trained), data(), 0.8, "lr", device=CUDA, memory="1MB", progress=False)
 
 

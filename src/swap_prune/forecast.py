@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import BLOCK_BYTES, GPU_BLOCK_BYTES
-from swap_prune.fisher.layers import PIECE_BYTES
+from swap_prune.fisher.layers import GPU_PIECE_BYTES, PIECE_BYTES
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
-from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
+from swap_prune.fisher.storage import AT_ONCE, GPU_SAMPLE_BYTES, HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
 
 __all__ = ["Workload", "memory_phases"]
 
@@ -97,7 +97,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     backward = min(at_once, load.samples) * _backward_bytes(load)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
     return {
-        "capture": common + _capture(load, kind, lean) + forward,
+        "capture": common + _capture(load, kind, lean, at_once) + forward,
         "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
@@ -138,17 +138,18 @@ def _held_of_g(load: Workload, kind: StorageKind) -> int:
             return 0
 
 
-def _capture(load: Workload, kind: StorageKind, lean: bool) -> int:
+def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
     """Return what capture holds beside the rows that are done."""
     vector = load.itemsize * load.weights
+    budget = LEAN_CHUNK_BYTES if lean and kind != "low-rank" else _CHUNK
+    budget = at_once * GPU_SAMPLE_BYTES if load.on_gpu else budget
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
-        chunk = max(1, min(_BATCH, load.rows, _CHUNK // (load.kept_bytes + vector)) // 2)
+        chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)) // 2)
         chunk = _MINI_BATCH if load.mini_batches else chunk
-        layer = _held_of_g(load, kind)
-        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * PIECE_BYTES + layer
+        layer, piece = _held_of_g(load, kind), GPU_PIECE_BYTES if load.on_gpu else PIECE_BYTES
+        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + layer
     if load.mini_batches:
         return _MINI_BATCH * _backward_bytes(load) + 3 * vector
-    budget = LEAN_CHUNK_BYTES if lean else _CHUNK
     chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
     return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector
@@ -162,7 +163,7 @@ def _passes(load: Workload, at_once: int) -> int:
     vector = load.itemsize * load.weights
     columns = 2 * max(_block(load), BLOCK_VECTORS * vector)
     part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
-    return columns + max(part, _capture(load, "matrix-free", True)) + _PASS_VECTORS * vector
+    return columns + max(part, _capture(load, "matrix-free", True, at_once)) + _PASS_VECTORS * vector
 
 
 def _column_copies(load: Workload) -> int:

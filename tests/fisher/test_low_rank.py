@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from swap_prune.fisher import layers as layers_module
 from swap_prune.fisher import low_rank as low_rank_module
-from swap_prune.fisher import outer_products as products_module
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.hooks import UnsupportedLayerError
 from swap_prune.fisher.low_rank import LowRankFactor, OuterRows, PlainRows
@@ -306,7 +306,7 @@ def test_chunks_pieces_and_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch
     whole = multiplied_out(capture_low_rank(model, selection, [batch()], cross_entropy).factor)
     inputs, labels = batch()
     monkeypatch.setattr("swap_prune.fisher.capture._MAX_CHUNK", 4)
-    monkeypatch.setattr(products_module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(layers_module, "PIECE_BYTES", 1)
     counted: list[int] = []
     parts = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
     capture = capture_low_rank(model, selection, parts, cross_entropy, advance=counted.append)

@@ -28,7 +28,7 @@ from swap_prune.batches import batch_size, is_sliceable, map_tensors, slice_batc
 from swap_prune.bound import Bound
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
-from swap_prune.fisher.layers import PIECE_BYTES, UnsupportedLayerError
+from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import RowSink, RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe
@@ -112,7 +112,7 @@ def capture_gradients(
     device = next(model.parameters()).device
     plan = Storage() if storage is None else storage
     store = plan.open(sum(sizes), selection, selection.read(model).dtype, device) if isinstance(plan, Storage) else plan
-    chunk_bytes = plan.chunk_bytes if isinstance(plan, Storage) else None
+    chunk_bytes = plan.chunk_bytes(device) if isinstance(plan, Storage) else None
     passed = pass_rows(model, selection, batches, sizes, loss_fn, store, backend, chunk_bytes, advance)
     return Capture(store.finish(), passed.losses, passed.backend, passed.chunk)
 
@@ -287,7 +287,8 @@ class _Capturer:
 
         kept = saved_bytes(run, state.values()).total
         gradient = 4 * self._selection.total
-        budget = self._chunk_bytes - (PIECE_BYTES if self.backend == "hooks" else 0)
+        place = next(iter(self._weights.values())).device
+        budget = self._chunk_bytes - (piece_bytes(place) if self.backend == "hooks" else 0)
         return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
 
 

@@ -26,17 +26,20 @@ from torch.nn import functional, grad
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
+    "GPU_PIECE_BYTES",
     "PIECE_BYTES",
     "UnsupportedLayerError",
     "as_samples",
     "is_supported",
     "layer_input",
+    "piece_bytes",
     "put_weight_gradients",
     "unfold_inputs",
     "unfolded_bytes",
 ]
 
 PIECE_BYTES = 16 * 2**20  # unfolded inputs and weight gradients that are held at once; larger pieces were no faster
+GPU_PIECE_BYTES = 256 * 2**20  # the same there
 
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: grad.conv1d_weight,
@@ -47,6 +50,11 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
 
 class UnsupportedLayerError(RuntimeError):
     """A network that gradients cannot be taken of from the outputs of its layers."""
+
+
+def piece_bytes(device: torch.device) -> int:
+    """Return how many bytes of unfolded inputs and weight gradients are held at once."""
+    return GPU_PIECE_BYTES if device.type == "cuda" else PIECE_BYTES
 
 
 def layer_input(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
@@ -180,7 +188,7 @@ def _pieces(layer: nn.Module, inputs: Tensor, gradient: Tensor, each: int) -> It
     """Yield ranges of samples of ``each`` items; bytes decide, so that two runs of one seed agree."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     bytes_each = each * (unfolded_bytes(layer, inputs, gradient) + 2 * weight.numel() * inputs.element_size())
-    size, count = max(1, PIECE_BYTES // bytes_each), len(inputs) // each
+    size, count = max(1, piece_bytes(inputs.device) // bytes_each), len(inputs) // each
     for start in range(0, count, size):
         yield start, min(start + size, count)
 
@@ -191,7 +199,7 @@ def _weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Ten
         return gradient.mT @ inputs
     if layer.groups == layer.in_channels:
         return _of_depthwise(layer, inputs, gradient)
-    if unfolded_bytes(layer, inputs, gradient) > PIECE_BYTES:
+    if unfolded_bytes(layer, inputs, gradient) > piece_bytes(inputs.device):
         return torch.cat([_of_layer(layer, inputs[i : i + 1], gradient[i : i + 1]) for i in range(len(inputs))])
     items, outputs = gradient.shape[:2]
     grouped = gradient.reshape(items, layer.groups, outputs // layer.groups, -1)

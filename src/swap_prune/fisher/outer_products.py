@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.fisher.layers import (
-    PIECE_BYTES,
     UnsupportedLayerError,
     as_samples,
+    piece_bytes,
     put_weight_gradients,
     unfold_inputs,
     unfolded_bytes,
@@ -153,7 +153,7 @@ def _factors(calls: list[tuple[nn.Module, Tensor, Tensor]], size: int, rank: int
     for layer, inputs, gradient in shaped:
         bytes_each += len(inputs) // size * (unfolded_bytes(layer, inputs, gradient) + gradient[0].nbytes)
     parts: list[tuple[Tensor, Tensor]] = []
-    step = max(1, PIECE_BYTES // bytes_each)
+    step = max(1, piece_bytes(shaped[0][1].device) // bytes_each)
     for start in range(0, size, step):
         count = min(step, size - start)
         both = []

@@ -25,6 +25,7 @@ from swap_prune.selection import Selection
 
 __all__ = [
     "AT_ONCE",
+    "GPU_SAMPLE_BYTES",
     "HOLDING_NO_ROWS",
     "LEAN_CHUNK_BYTES",
     "RowSink",
@@ -42,6 +43,7 @@ HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_ONCE = 64  # samples, where memory allows
 LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
+GPU_SAMPLE_BYTES = 64 * 2**20  # of such a chunk on a GPU, for each of the samples that may run at once
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class Storage:
         if self.kind == "mapped" and self.scratch is None:
             raise ValueError("storage 'mapped' needs a directory, got none; give scratch=")
 
-    @property
-    def chunk_bytes(self) -> int | None:
-        """Bytes of one chunk of samples at capture; None for capture's own default."""
+    def chunk_bytes(self, device: torch.device) -> int | None:
+        """Return the bytes of one chunk of samples at capture; None for capture's own default."""
+        if device.type == "cuda":
+            return self.at_once * GPU_SAMPLE_BYTES
         return None if self.kind == "float32" and not self.lean else LEAN_CHUNK_BYTES
 
     @property
