@@ -88,6 +88,31 @@ def test_float16_bears_any_size_of_a_row():
     torch.testing.assert_close(factor.columns(torch.arange(4)), rows, rtol=2.0**-11, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "p"), [(9, 1), (5, 64), (37, 1000)])
+def test_matrix_units_multiply_float32_vectors(n, p, dtype, monkeypatch):
+    """What a GPU does, on the CPU: vectors of any size are not rounded to 16 bits."""
+    monkeypatch.setattr(HalfFactor, "_by_matrix_units", property(lambda _: True))
+    monkeypatch.setattr("swap_prune.fisher.half._SLICE", 300)
+    factor = HalfFactor.of((normal(n, p) * torch.logspace(-6, 3, n, dtype=torch.float64).unsqueeze(1)).float(), dtype)
+    G = factor.columns(torch.arange(p)).double()
+    w = normal(p, seed=1) * torch.logspace(-4, 3, p, dtype=torch.float64)
+    v = normal(n, seed=2) * torch.logspace(5, -5, n, dtype=torch.float64)
+    scale = normal(p, seed=3) * 1e4 * (torch.arange(p) % 3 != 1)
+
+    def close(result, expected, sizes, rounding):
+        assert result.dtype == torch.float32 and result.shape == expected.shape
+        assert bool(((result.double() - expected).abs() <= rounding * sizes.max() + 1e-30).all())
+
+    close(factor.matvec(w.float()) / factor.scale, (G @ w) / factor.scale, (G.abs() @ w.abs()) / factor.scale, 1e-6)
+    close(factor.rmatvec(v.float()), G.T @ v, G.abs().T @ v.abs(), 1e-6)
+    close(factor.diagonal(), G.square().mean(0), G.square().mean(0), 1e-6)
+    absolute = (G * scale.abs()).abs() @ G.T.abs()
+    root = absolute.diagonal().sqrt()
+    own = (factor.gram(scale.float()).double() - (G * scale) @ G.T).abs() / root / root.unsqueeze(1)
+    assert bool((own <= 2.0**-15).all())
+
+
 @pytest.mark.parametrize(
     ("stored", "scale", "message"),
     [

@@ -26,9 +26,8 @@ __all__ = ["ALIGNED", "HalfFactor", "in_pieces", "row_scales", "wide_product"]
 _TOP = 15  # the largest entry of a row lies below two to this power
 _LEAST = -100  # exponent of a scale: its reciprocal is a normal number
 _PIECES = 3  # of 16 bits, that make a float32
-_GRAM_PIECES = 2  # of the entries of a Gram matrix' left factor: what is lost is 2^-17, and averages out over columns
-_WIDTH = 8  # vectors that matrix units multiply at once
-_RUN, _RUNS = 8192, 256  # columns of one sum, and sums taken together
+_WIDTH = 4  # vectors that matrix units multiply at once
+_SLICE = 2**22  # columns of one product
 ALIGNED = 64  # entries: where a row should begin, for matrix units to read it fast
 
 
@@ -87,14 +86,9 @@ class HalfFactor(BlockedFactor):
         if not self._by_matrix_units:
             return super().matvec(w)
         pieces, unit = in_pieces(w, self.stored.dtype)
-        total, (n, p) = torch.zeros_like(self.scale), self.shape
-        start = 0
-        while start < p:  # many runs of columns at once, each with a sum of its own
-            count, run = max(1, min(_RUNS, (p - start) // _RUN)), min(_RUN, p - start)
-            columns = slice(start, start + count * run)
-            vectors = pieces[:, columns].view(-1, count, run).transpose(0, 1)
-            total += wide_product(vectors, self.stored[:, columns].view(n, count, run).permute(1, 2, 0)).sum((0, 1))
-            start = columns.stop
+        total = torch.zeros_like(self.scale)
+        for columns in self._slices():
+            total += wide_product(pieces[:, columns], self.stored[:, columns].T).sum(0)
         return total.mul_(self.scale).mul_(unit)
 
     def rmatvec(self, v: Tensor) -> Tensor:
@@ -103,9 +97,8 @@ class HalfFactor(BlockedFactor):
             return super().rmatvec(v)
         pieces, unit = in_pieces(v * self.scale, self.stored.dtype)
         result = self.scale.new_empty(self.shape[1])
-        for start in range(0, len(result), _RUNS * _RUN):
-            columns = slice(start, start + _RUNS * _RUN)
-            result[columns] = wide_product(pieces[None], self.stored[None, :, columns]).sum((0, 1))
+        for columns in self._slices():
+            result[columns] = wide_product(pieces, self.stored[:, columns]).sum(0)
         return result.mul_(unit)
 
     def diagonal(self) -> Tensor:
@@ -124,20 +117,25 @@ class HalfFactor(BlockedFactor):
         for index in torch.split(scale.nonzero().squeeze(1), self.column_limit):
             more = (0, -len(index) % ALIGNED)  # columns of weight zero
             part = self.stored.index_select(1, functional.pad(index, more))
-            rest = part * functional.pad(scale[index] / unit, more)
-            for _ in range(_GRAM_PIECES):
-                piece = rest.to(part.dtype)
-                result += wide_product(piece[None], part.T[None])[0]
-                rest -= piece
+            weights = functional.pad(scale[index] / unit, more)
+            high, low = torch.empty_like(part), torch.empty_like(part)
+            torch.mul(part, weights, out=high)  # computed in float32, and rounded as it is written
+            torch.addcmul(high, part, weights, value=-1, out=low)
+            result += wide_product(high, part.T) - wide_product(low, part.T)
         return result.mul_(self.scale).mul_(self.scale.unsqueeze(1)).mul_(unit)
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense."""
         return self._converted(self.stored.index_select(1, index))
 
+    def _slices(self) -> Iterator[slice]:
+        """Yield slices of columns whose products are looked at together."""
+        for start in range(0, self.shape[1], _SLICE):
+            yield slice(start, min(start + _SLICE, self.shape[1]))
+
     @property
     def _by_matrix_units(self) -> bool:
-        known = hasattr(torch.ops.aten.bmm, "dtype")  # since torch 2.8
+        known = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
         return self.stored.device.type == "cuda" and self.dtype == torch.float32 and known
 
     def _converted(self, part: Tensor) -> Tensor:
@@ -161,7 +159,7 @@ def in_pieces(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
         dtype: bfloat16 or float16.
 
     Returns:
-        Pieces, (8, m), of which three hold something; and the power of two that their sum is to be multiplied by.
+        Pieces, (4, m), of which three hold something; and the power of two that their sum is to be multiplied by.
     """
     unit = power_of_two(x) if dtype == torch.float16 else 1.0
     pieces = x.new_zeros(_WIDTH, len(x), dtype=dtype)
@@ -179,7 +177,7 @@ def power_of_two(x: Tensor) -> float:
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return products of matrices of 16 bits, (b, r, m) and (b, m, s), summed and returned in float32, (b, r, s)."""
+    """Return the product of two matrices of 16 bits, summed and returned in float32."""
     if left.device.type == "cuda":
-        return torch.bmm(left, right, out_dtype=torch.float32)
+        return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()

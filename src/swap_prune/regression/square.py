@@ -62,9 +62,18 @@ class SquareSystem:
         """Return ``r^T A^-1 r`` for each column r of right-hand sides (m, c), in float64, (c,)."""
         b = right.double()
         if self.kind == "cholesky":  # half the work of a solution
-            halves: Tensor = torch.linalg.solve_triangular(self.factors[0], b, upper=False)
-            return halves.square().sum(0)
+            return self._halves(b).square().sum(0)
         return (b * self.solve(b)).sum(0)
+
+    def _halves(self, b: Tensor) -> Tensor:
+        """Return ``L^-1 b``: a GPU multiplies by the inverse faster than it substitutes, where there are many b."""
+        factor = self.factors[0]
+        if b.device.type == "cuda" and b.shape[1] > len(factor):
+            eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+            inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+            return inverse @ b
+        halves: Tensor = torch.linalg.solve_triangular(factor, b, upper=False)
+        return halves
 
 
 def solve_square(matrix: Tensor, right: Tensor, *, symmetric: bool = True) -> Tensor:
