@@ -111,7 +111,7 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
     steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
     for step in range(1, steps + 1):
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))
-        support = top_k(problem.metric * w.square(), size, problem.floors)
+        support = top_k(w.square().mul_(problem.metric), size, problem.floors)
         if step < steps:
             refit = problem.refit(support, refit)
             w = refit.weights
@@ -123,5 +123,5 @@ def _next_support(problem: WeightedRidge, w: Tensor, direction: Tensor, keep: in
     moved = problem.factor.matvec(direction)
     slope = torch.dot(problem.metric * direction, direction)
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
-    u = w - (slope / curvature.clamp_min(torch.finfo(w.dtype).tiny)) * direction
-    return top_k(problem.metric * u.square(), keep, problem.floors)
+    u = torch.addcmul(w, slope / curvature.clamp_min(torch.finfo(w.dtype).tiny), direction, value=-1)
+    return top_k(u.square_().mul_(problem.metric), keep, problem.floors)

@@ -87,14 +87,15 @@ class WeightedRidge:
     def value(self, w: Tensor, x: Tensor | None = None) -> float:
         """Return Q(w); ``x = G w`` saves a pass where it is known."""
         residual = (self.factor.matvec(w) if x is None else x) - self.target
-        drift = w - self.reference
         fit = torch.dot(residual.double(), self.smooth(residual).double())
-        return float(0.5 * fit + 0.5 * self.penalty * torch.dot(drift.double(), (self.metric * drift).double()))
+        drift = (w - self.reference).square_().mul_(self.metric).sum(dtype=torch.float64)
+        return float(0.5 * fit + 0.5 * self.penalty * drift)
 
     def gradient(self, w: Tensor, x: Tensor | None = None) -> Tensor:
         """Return ``G^T S (G w - t) + n lam m (w - w_bar)``, (p,)."""
         residual = (self.factor.matvec(w) if x is None else x) - self.target
-        return self.factor.rmatvec(self.smooth(residual)) + self.penalty * self.metric * (w - self.reference)
+        drift = (w - self.reference).mul_(self.metric)
+        return self.factor.rmatvec(self.smooth(residual)).add_(drift, alpha=self.penalty)
 
     def value_of(self, refit: Refit) -> float:
         """Return Q at a refit."""
@@ -143,7 +144,7 @@ class WeightedRidge:
         weights = result.index_copy(0, support, kept + (scale * pulled).index_select(0, support))
         if gram is None or self.penalty == 0:
             return Refit(weights, gram)
-        gradient = self.penalty * (self.metric * (weights - self.reference) - pulled)
+        gradient = (weights - self.reference).mul_(self.metric).sub_(pulled).mul_(self.penalty)
         return Refit(weights, gram, self.target - residual + gram.matrix @ dual, gradient)
 
     def _dual(

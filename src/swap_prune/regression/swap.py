@@ -53,7 +53,7 @@ def swap_weights(
     if fit.refit.gram is None and keep > problem.factor.shape[0]:
         return fit
     f = problem.factor.diagonal() if diagonal is None else diagonal
-    scale = problem.factor.shape[0] * (f + problem.ridge * problem.metric)
+    scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0]).clamp_min_(_TINY)
     batch = max(1, round(_SHARE * keep))
     for _ in range(max_batches):
         exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient_of(fit.refit))
@@ -182,7 +182,7 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor
 
     Args:
         exchange: The exchanges.
-        scale: a, (p,): the diagonal of ``G^T G + n lam M``.
+        scale: a, (p,), positive: the diagonal of ``G^T G + n lam M``.
         batch: Pairs at the most.
 
     Returns:
@@ -191,7 +191,7 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor
     support = exchange.support
     wanted = _SHORTLIST * batch
     cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
-    promise = (exchange.gradient.square() / scale.clamp_min(_TINY)).index_fill(0, support, -1)
+    promise = exchange.gradient.square().div_(scale).index_fill_(0, support, -1)
     eager = promise.topk(min(wanted, len(promise) - len(support))).indices
     cost, order = exchange.leave(cheap).sort()
     may = spared(support[cheap[order]], exchange.problem.floors, support)
