@@ -14,9 +14,11 @@ from swap_prune import EWR, LR, prune
 from swap_prune.batches import batch_size
 from swap_prune.calibration import CalibrationStream
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import polyak_length
-from swap_prune.methods.lr import candidates_of
+from swap_prune.methods.descent import loss_after_step, polyak_length, step_down
+from swap_prune.methods.lr import candidates_of, pairing_regression
 from swap_prune.problem import PruningProblem
+from swap_prune.regression.iht import SparseFit, solve_sparse
+from swap_prune.regression.natural_gradient import NaturalGradient
 
 
 def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
@@ -43,6 +45,61 @@ def test_the_candidate_that_held_out_samples_favour_is_taken(favoured: int) -> N
     assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 4
     alone = LR(**expected._asdict(), first_order=0, swaps=0).solve(problem_with(None), torch.Generator())
     assert torch.equal(alone.weights, solution.weights)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "taken"),
+    [
+        ((5.0, 4.0, 3.0, 2.0), (0.9, 0.1, 0.8, 0.7), 1),  # all have lost all: one step from each
+        ((5.0, math.inf, 3.0, math.inf), (0.9, 0.0, 0.8, 0.0), 2),
+        ((5.0, 4.0, 0.9, 2.0), (0.1, 0.1, 0.9, 0.1), 2),  # one has not, and the last is not looked at further
+        ((0.3, 4.0, 0.9, 2.0), (0.3, 0.1, 0.9, 0.1), 0),
+    ],
+)
+def test_candidates_that_have_lost_all_are_compared_after_a_step(
+    before: tuple[float, ...], after: tuple[float, ...], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        if kept.any():
+            seen.append(w)
+        return torch.full((3,), before[len(seen) - 1] if kept.any() else 1.0, dtype=torch.float64)
+
+    def loss_after_step(problem: PruningProblem, regression: object, fit: SparseFit, blank: Tensor) -> float:
+        assert torch.equal(fit.weights, seen[-1]) and bool((blank == 1).all())
+        return after[len(seen) - 1]
+
+    monkeypatch.setattr("swap_prune.methods.lr.loss_after_step", loss_after_step)
+    monkeypatch.setattr("swap_prune.methods.lr.step_down", lambda problem, regression, fit, length: (fit, []))
+    solution = LR(swaps=0).solve(problem_with(held_out), torch.Generator())
+    candidates = solution.evidence["candidates"]
+    assert [one.get("held_out_loss", math.inf) for one in candidates] == list(before)
+    assert torch.equal(solution.weights, seen[taken])
+    first = next((number for number, loss in enumerate(before) if loss < 1), 4)
+    for number, one in enumerate(candidates):
+        asked = number < first and before[number] < math.inf
+        assert one.get("loss_after_step") == (after[number] if asked else None)
+
+
+def test_the_loss_after_a_step_is_that_of_the_samples_that_are_not_lost() -> None:
+    """Of five samples two fall as far as one step goes, and three stay where they say nothing."""
+    start: list[Tensor] = []
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        moved = float((w - start[0]).norm()) if start else 0.0
+        return torch.tensor([2.0 - moved, 3.0 - moved, 50.0, 60.0, math.nan]).nan_to_num(70.0)
+
+    problem = problem_with(held_out)
+    diagonal = problem.fisher().diagonal()
+    regression = pairing_regression(problem, 0.1, 1.0, diagonal=diagonal)
+    fit = solve_sparse(regression, 15)
+    start.append(fit.weights)
+    found = loss_after_step(problem, regression, fit, torch.full((5,), 2.5))
+    _, lengths = step_down(problem, regression, fit, "auto")
+    direction = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(problem.slope(fit.weights, None))
+    moved = lengths[0] * float(direction.norm())
+    assert found == pytest.approx((min(2.5, 2 - moved) + min(2.5, 3 - moved) + 3 * 2.5) / 5, rel=1e-5)
 
 
 def test_the_first_candidate_is_taken_where_nothing_is_held_out() -> None:

@@ -14,7 +14,7 @@ from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
 from swap_prune.regression.objective import WeightedRidge
 
-__all__ = ["held_out_loss", "held_out_losses", "is_significant", "mean_loss", "step_down"]
+__all__ = ["held_out_loss", "held_out_losses", "is_significant", "loss_after_step", "mean_loss", "step_down"]
 
 _STEPS = 12  # natural-gradient steps a stage in each metric, at the most
 _LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
@@ -52,8 +52,29 @@ def step_down(
     return fit, taken + further
 
 
+def loss_after_step(problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, blank: Tensor) -> float:
+    """Return the mean loss on held-out samples after one step, in which none counts for more than without any weight.
+
+    Far from where the Fisher describes the network, a mean is ruled by how sure the network is where it is wrong. Steps
+    mend that soon. What they build on are the samples that are not lost.
+
+    Args:
+        problem: The pruning problem, with held-out samples and a slope.
+        regression: The regression that was solved.
+        fit: Its sparse solution.
+        blank: Losses of the network without any of the p weights, (n_v,).
+    """
+    descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
+    moved, _, _ = _descend(problem, descent, fit, steps=1)
+    return mean_loss(torch.fmin(held_out_losses(problem, moved), blank))
+
+
 def _descend(
-    problem: PruningProblem, descent: NaturalGradient, fit: SparseFit, slope: Tensor | None = None
+    problem: PruningProblem,
+    descent: NaturalGradient,
+    fit: SparseFit,
+    slope: Tensor | None = None,
+    steps: int = _STEPS,
 ) -> tuple[SparseFit, list[float], Tensor | None]:
     """Take steps as long as held-out samples gain.
 
@@ -62,6 +83,7 @@ def _descend(
         descent: Where to go for a slope.
         fit: Where the steps start.
         slope: s there, (p,), where it is known.
+        steps: At the most.
 
     Returns:
         Where they end, their lengths, and s there, where it is known: when no length gained.
@@ -69,7 +91,7 @@ def _descend(
     assert problem.slope is not None, "the caller checks"
     least = held_out_loss(problem, fit)
     taken: list[float] = []
-    for _ in range(_STEPS):
+    for _ in range(steps):
         slope = problem.slope(fit.weights, kept_set(fit)) if slope is None else slope
         direction = descent.direction(slope)
         start = min(taken[-1] if taken else _FIRST_LENGTH, polyak_length(slope, direction, least))

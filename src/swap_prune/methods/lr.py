@@ -13,7 +13,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, mean_loss, step_down
+from swap_prune.methods.descent import (
+    held_out_losses,
+    is_significant,
+    kept_set,
+    loss_after_step,
+    mean_loss,
+    step_down,
+)
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric, damped_metric
@@ -141,6 +148,9 @@ def fit_pairing(
 ) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
     """Fit with each candidate for ridge, damping and metric, swap weights, and keep what held-out samples favour.
 
+    A candidate that is no better than the network without any weight has lost all, and its loss says little about what
+    steps will make of it. Where all have, one step is taken from each, and they are compared after it.
+
     Returns:
         The regression, its sparse fit, and the evidence for the report.
     """
@@ -149,8 +159,11 @@ def fit_pairing(
     candidates = candidates_of(settings, diagonal, fisher.shape[0])
     if problem.held_out is None:
         candidates = candidates[:1]
+    blank: Tensor | None = None  # losses without any weight, where steps will be taken
+    if len(candidates) > 1 and settings.first_order == "auto" and problem.held_out and problem.slope:
+        blank = problem.held_out(torch.zeros_like(problem.reference), torch.zeros_like(problem.reference).bool())
     best: tuple[WeightedRidge, SparseFit, Candidate] | None = None
-    least, losses = math.inf, None  # of the best: their mean, and each
+    rank, losses = (True, math.inf), None  # of the best: whether it has lost all, and its mean loss; each loss
     tried: list[dict[str, Any]] = []
     fit: SparseFit | None = None
     metric = None  # of the last fit: its path need not be walked twice
@@ -168,8 +181,11 @@ def fit_pairing(
         own = None if problem.held_out is None else held_out_losses(problem, fit)
         loss = mean_loss(own) if own is not None else 0.0
         tried.append(candidate._asdict() | {"held_out_loss": loss})
-        if best is None or loss < least:
-            best, least, losses = (regression, fit, candidate), loss, own
+        lost = blank is not None and loss >= mean_loss(blank)
+        if blank is not None and lost and rank[0] and loss < math.inf:
+            loss = tried[-1]["loss_after_step"] = loss_after_step(problem, regression, fit, blank)
+        if best is None or (lost, loss) < rank:
+            best, rank, losses = (regression, fit, candidate), (lost, loss), own
     assert best is not None, "there is at least one candidate"
     regression, fit, candidate = best
     swapped = swap_weights(regression, fit, settings.swaps, diagonal)
