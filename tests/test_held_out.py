@@ -16,9 +16,10 @@ from swap_prune.calibration import CalibrationStream
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import loss_after_step, polyak_length, step_down
 from swap_prune.methods.lr import candidates_of, pairing_regression
-from swap_prune.problem import PruningProblem
+from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.natural_gradient import NaturalGradient
+from swap_prune.regression.tuning import Coupling
 
 
 def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
@@ -193,6 +194,33 @@ def test_without_gain_on_held_out_samples_ewr_is_lr() -> None:
     ewr = EWR(epsilon=0.1).solve(problem_with(held_out), generator)
     lr = LR().solve(problem_with(held_out), generator)
     assert torch.equal(ewr.weights, lr.weights) and ewr.evidence["anchor"] == 0
+
+
+@pytest.mark.parametrize(("gain", "coupled"), [(0.0, False), (5e-4, False), (2e-3, True)])
+def test_a_coupling_that_hardly_gains_is_left(gain: float, coupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However sure the gain is: the samples agree on it."""
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
+    problem = problem_with(None)
+    paired, other = (
+        EWR(epsilon=0.1, anchor=anchor, swaps=0).solve(problem, torch.Generator()) for anchor in (0.0, 1.0)
+    )
+    assert not torch.equal(paired.weights, other.weights)
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        own = gain if torch.equal(w, other.weights) else 0.0
+        return torch.linspace(0.5, 1.5, 5, dtype=torch.float64) - own
+
+    taken = EWR(anchor=1.0, swaps=0, **{"ridge": 0.025, "damping": 1.0, "metric": "diagonal"})
+    monkeypatch.setattr(EWR, "_coupling", lambda *_: (Coupling(1.0, 0.1), {}))  # held-out rows favour it
+    monkeypatch.setattr(EWR, "_coupled", lambda *_: fit_of(other))
+    solution = taken.solve(problem_with(held_out), torch.Generator())
+    assert torch.equal(solution.weights, other.weights if coupled else paired.weights)
+    assert solution.evidence["anchor"] == float(coupled)
+
+
+def fit_of(solution: PruningSolution) -> SparseFit:
+    """State a solution as the fit that it came from."""
+    return SparseFit(solution.weights, solution.kept.nonzero().squeeze(1), 0.0, 1, True)
 
 
 @pytest.mark.parametrize(

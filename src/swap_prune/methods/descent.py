@@ -14,10 +14,18 @@ from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
 from swap_prune.regression.objective import WeightedRidge
 
-__all__ = ["held_out_loss", "held_out_losses", "is_significant", "loss_after_step", "mean_loss", "step_down"]
+__all__ = [
+    "LEAST_GAIN",
+    "held_out_loss",
+    "held_out_losses",
+    "is_significant",
+    "loss_after_step",
+    "mean_loss",
+    "step_down",
+]
 
 _STEPS = 12  # natural-gradient steps a stage in each metric, at the most
-_LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
+LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of single weights, and the fit's ends early
 _FIRST_LENGTH = 0.3  # of a step, at the most; the next ones start from the length that was taken last
@@ -100,7 +108,7 @@ def _descend(
             break
         fit, slope = replace(fit, weights=fit.weights + step * direction), None
         taken.append(step)
-        if least - reached < _LEAST_GAIN * abs(least):
+        if least - reached < LEAST_GAIN * abs(least):
             break
         least = reached
     return fit, taken, slope

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.methods.descent import held_out_losses, is_significant, step_down
+from swap_prune.methods.descent import LEAST_GAIN, held_out_losses, is_significant, mean_loss, step_down
 from swap_prune.methods.lr import (
     candidates_of,
     check_regression_settings,
@@ -128,13 +128,17 @@ class EWR:
     def _earns_its_place(
         self, problem: PruningProblem, paired: SparseFit, coupled: SparseFit, evidence: dict[str, Any]
     ) -> bool:
-        """Whether held-out samples confirm a coupling; one that was asked for, or cannot be tested, needs no test."""
+        """Whether held-out samples confirm a coupling; one that was asked for, or cannot be tested, needs no test.
+
+        A gain that would end the steps is none: it would only send the stages that follow another way.
+        """
         if "auto" not in (self.anchor, self.epsilon) or problem.held_out is None:
             return True
-        gain = held_out_losses(problem, paired) - held_out_losses(problem, coupled)
+        before = held_out_losses(problem, paired)
+        gain = before - held_out_losses(problem, coupled)
         evidence["held_out_gain"] = float(gain.mean())
         evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
-        return is_significant(gain)
+        return is_significant(gain) and float(gain.mean()) >= LEAST_GAIN * abs(mean_loss(before))
 
     def _coupling(
         self, pairing: WeightedRidge, fit: SparseFit, generator: torch.Generator
