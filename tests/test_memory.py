@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from swap_prune.memory import held_memory, memory_limit, parse_memory
+from swap_prune.memory import held_memory, memory_limit, parse_memory, peak_memory, reset_peak_memory
 from swap_prune.planning import Workload, plan_memory
 
 GB = 10**9
@@ -150,3 +151,14 @@ def test_what_a_pass_holds_is_bounded_by_what_is_kept() -> None:
     shallow = replace(load(300, 10_000), kept_bytes=10**6)
     needs = [plan_memory(replace(shallow, largest_bytes=b), None).require().phases["trials"] for b in (0, 10**6, 10**4)]
     assert needs[0] == needs[1] > needs[2] > 64 * 10**6
+
+
+def test_peak_memory_is_that_since_the_reset() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("only Linux forgets a peak")
+    block = torch.ones(40_000_000)
+    reset_peak_memory()
+    high = peak_memory()
+    del block
+    reset_peak_memory()
+    assert peak_memory() < high - 100_000_000

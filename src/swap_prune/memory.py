@@ -6,10 +6,12 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
-__all__ = ["held_memory", "memory_limit", "parse_memory"]
+__all__ = ["held_memory", "memory_limit", "parse_memory", "peak_memory", "reset_peak_memory"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -62,7 +64,36 @@ def held_memory(device: torch.device | None = None) -> int:
         with open("/proc/self/statm", encoding="ascii") as line:
             return int(line.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):  # no Linux: the largest so far is a bound
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return _largest_so_far()
+
+
+def reset_peak_memory(device: torch.device | None = None) -> None:
+    """Forget the largest memory so far; of the machine's, only Linux can."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Return the most bytes that were held since the reset, or by the whole process where there is no reset.
+
+    Args:
+        device: As for :func:`held_memory`.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found is not None, "Linux always states it"
+        return int(found[1]) * 1024
+    except OSError:
+        return _largest_so_far()
+
+
+def _largest_so_far() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free_memory() -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import time
 from pathlib import Path
@@ -219,14 +218,3 @@ def test_weights_are_looked_for_beside_the_file_and_in_the_data_directories(
         assert torch.equal(found["0.weight"], network.state_dict()["0.weight"] + len(name))
     with pytest.raises(ValueError, match=r"nowhere\.pt was not found"):
         prepare(tiny.experiment(weights="nowhere.pt"), *places)
-
-
-def test_peak_memory_is_that_of_the_run() -> None:
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("only Linux forgets a peak")
-    block = torch.ones(40_000_000)
-    run_module._reset_peak_memory()
-    high = run_module._peak_memory()
-    del block
-    run_module._reset_peak_memory()
-    assert run_module._peak_memory() < high - 100_000_000

@@ -44,7 +44,7 @@ class RunResult(BaseModel):
         notes: What a reader should know.
         versions: Of Python, torch and swap-prune.
         seconds: Wall-clock seconds of ``prune``.
-        peak_memory: Largest resident memory of the process while it ran, in bytes.
+        peak_memory: Largest memory of the process while it ran, in bytes; on a GPU, what its tensors took there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,12 +8,8 @@ timings apart, as one that ran through.
 from __future__ import annotations
 
 import copy
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import RunResult, open_results
+from swap_prune.memory import peak_memory, reset_peak_memory
 from swap_prune.pipeline import prune
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport, versions
@@ -98,9 +95,9 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
     """Prune a copy of the dense network, and measure it."""
     start = bench.network if bench.experiment.recalibrate_batchnorm else dense_network  # else `prune` repairs it
     network = copy.deepcopy(start)
-    _reset_peak_memory()
+    reset_peak_memory(bench.device)
     report = _prune(bench.experiment, network, bench.data(), run)
-    peak_memory = _peak_memory()
+    peak = peak_memory(bench.device)
     measured = bench.measure(network)
     before: Evaluation | None = None
     if bench.experiment.evaluate_before_recalibration and batchnorm_layers(network):
@@ -118,7 +115,7 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
         "evidence": [stage.evidence for stage in report.stages],
         "notes": report.notes,
         "seconds": report.seconds,
-        "peak_memory": peak_memory,
+        "peak_memory": peak,
     }
 
 
@@ -160,19 +157,3 @@ def _describe(record: RunResult) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _reset_peak_memory() -> None:
-    """Let the system forget the largest memory so far; only Linux can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    """Return the largest resident memory since the reset, or of the whole process where there is no reset."""
-    try:
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        assert found is not None, "Linux always states it"
-        return int(found[1]) * 1024
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
