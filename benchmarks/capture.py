@@ -56,7 +56,7 @@ def measure(
     def rows() -> None:
         capture_gradients(model, selection, [batch], cross_entropy, storage=Storage(storage))
 
-    with images_laid_out(model, place.type == "cpu"), exact_kernels():
+    with images_laid_out(model, place.type == "cpu"), exact_kernels(place):
         return best_time(plain, 3, place), best_time(rows, 3, place), best_time(mini_batches, 3, place)
 
 

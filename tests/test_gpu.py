@@ -180,7 +180,7 @@ def test_memory_is_that_of_the_gpu(trained: nn.Module) -> None:
 def test_kernels_compute_in_full_float32() -> None:
     a, b = normal(64, 64, 3, 3).float().cuda(), normal(8, 64, 16, 16).float().cuda()
     expected = nn.functional.conv2d(b.double(), a.double())
-    with exact_kernels():
+    with exact_kernels(CUDA):
         off = (nn.functional.conv2d(b, a) - expected).norm() / expected.norm()
     assert off < 2e-6
 
@@ -192,7 +192,7 @@ def test_rows(trained: nn.Module, in_batches: bool) -> None:
     images, labels = data(48).tensors
     smooth = nn.Sequential(*[nn.SiLU() if isinstance(layer, nn.ReLU) else layer for layer in copy.deepcopy(trained)])
     here, there = copy.deepcopy(smooth).to(CUDA), smooth  # an activation near a kink may fall on either side of it
-    with exact_kernels():
+    with exact_kernels(CUDA):
         if in_batches:
             found, expected = (
                 sketch_curvature(model, selection, [batch], cross_entropy, generator(3), in_batches=True).factor

@@ -266,7 +266,7 @@ def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torc
     """Run a block in training mode, with PyTorch's random state seeded; give modes, gradients and states back."""
     gradients = [parameter.grad for parameter in trained]
     seed = int(torch.randint(2**62, (), generator=generator))
-    with seeded(seed, trained[0].device), exact_kernels(), training_mode(model), torch.enable_grad():
+    with seeded(seed, trained[0].device), exact_kernels(trained[0].device), training_mode(model), torch.enable_grad():
         try:
             yield
         finally:

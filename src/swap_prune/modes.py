@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,17 +64,27 @@ def slow_attention() -> Iterator[None]:
 
 
 @contextmanager
-def exact_kernels() -> Iterator[None]:
+def exact_kernels(device: torch.device) -> Iterator[None]:
     """Run a block in which CUDA computes in full float32, with kernels that give the same bits each time.
 
     Convolutions there round their inputs to TF32 by default, which leaves ten bits: gradients of single samples and of
-    their batch then differ by more than a check can allow. Nothing changes on a CPU.
+    their batch then differ by more than a check can allow.
+
+    Args:
+        device: Where the block computes; nothing is changed for one that is not CUDA's.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    enabled = torch.backends.cudnn.enabled
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    switches: list[tuple[Any, str, Any]] = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    if hasattr(cudnn, "conv"):  # since torch 2.9, which refuses to read the older switches once the newer were set
+        switches += [(one, "fp32_precision", "ieee") for one in (cudnn.conv, cudnn.rnn, matmul)]
+    else:
+        switches += [(one, "allow_tf32", False) for one in (cudnn, matmul)]
+    switches = switches if device.type == "cuda" else []
+    before = [getattr(one, name) for one, name, _ in switches]
     try:
-        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
+        for one, name, value in switches:
+            setattr(one, name, value)
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for (one, name, _), value in zip(switches, before, strict=True):
+            setattr(one, name, value)

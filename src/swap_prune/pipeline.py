@@ -185,7 +185,7 @@ def prune(
         scratch_directory(shared) as placed,
         restored_on_error(model, changing),
         seeded(seed, place),  # for a network that draws from it
-        exact_kernels(),
+        exact_kernels(place),
         slow_attention(),
         images_laid_out(model, laid),
         StageProgress(progress and is_first()) as shown,

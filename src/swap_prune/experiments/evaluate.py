@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     correct, total, loss = 0, 0, 0.0
-    with eval_mode(model), torch.no_grad(), exact_kernels(), ExitStack() as layout:
+    with eval_mode(model), torch.no_grad(), exact_kernels(device), ExitStack() as layout:
         for batch in iterate(dataset, batch_size=batch_size):
             check_pair(batch)
             inputs, targets = (part.to(device) for part in batch)
