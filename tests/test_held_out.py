@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,9 +64,8 @@ def test_candidates_that_have_lost_all_are_compared_after_a_step(
     seen: list[Tensor] = []
 
     def held_out(w: Tensor, kept: Tensor) -> Tensor:
-        if kept.any():
-            seen.append(w)
-        return torch.full((3,), before[len(seen) - 1] if kept.any() else 1.0, dtype=torch.float64)
+        seen.append(w)
+        return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
 
     def loss_after_step(problem: PruningProblem, regression: object, fit: SparseFit, blank: Tensor) -> float:
         assert torch.equal(fit.weights, seen[-1]) and bool((blank == 1).all())
@@ -73,7 +73,8 @@ def test_candidates_that_have_lost_all_are_compared_after_a_step(
 
     monkeypatch.setattr("swap_prune.methods.lr.loss_after_step", loss_after_step)
     monkeypatch.setattr("swap_prune.methods.lr.step_down", lambda problem, regression, fit, length: (fit, []))
-    solution = LR(swaps=0).solve(problem_with(held_out), torch.Generator())
+    problem = replace(problem_with(held_out), blank=lambda: torch.ones(3))
+    solution = LR(swaps=0).solve(problem, torch.Generator())
     candidates = solution.evidence["candidates"]
     assert [one.get("held_out_loss", math.inf) for one in candidates] == list(before)
     assert torch.equal(solution.weights, seen[taken])

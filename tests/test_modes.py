@@ -46,9 +46,9 @@ def test_what_a_caller_has_set_is_given_back(setting: str) -> None:
     """Of either kind of switch: torch refuses to read one kind where the other was set."""
     if "fp32_precision" in setting and not PRECISION:
         pytest.skip("torch has no such switch yet")
-    code = (
-        f"import torch\nfrom swap_prune.modes import exact_kernels\nfrom tests.test_modes import switches\n{setting}\n"
-    )
-    code += "before = switches()\nwith exact_kernels(torch.device('cuda')): pass\nassert switches() == before\n"
+    code = "import torch\nfrom swap_prune.modes import exact_kernels\nfrom tests.test_modes import switches\n"
+    code += f"{setting}\nbefore = switches()\n"
+    code += "with exact_kernels(torch.device('cuda')), torch.backends.cudnn.flags(enabled=False): pass\n"
+    code += "assert switches() == before\n"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

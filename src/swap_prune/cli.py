@@ -32,6 +32,7 @@ from swap_prune.finetune import parse_finetune
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import METHODS, resolve_method
+from swap_prune.modes import exact_kernels
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
@@ -54,7 +55,7 @@ Data = Annotated[str, typer.Option(help="mnist, cifar10, imagenet, or package.mo
 DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or a cache")]
 Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Memory = Annotated[str | None, typer.Option(help="memory budget of the process, such as 4GB")]
+Memory = Annotated[str | None, typer.Option(help="memory budget of the process, or of its GPU, such as 4GB")]
 StorageOption = Annotated[
     str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped, matrix-free, low-rank or sharded")
 ]
@@ -232,7 +233,7 @@ def plan(**given: Any) -> None:
         print_json(forecast.to_dict())
         return
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
-    table = Table(title=f"GB held by the process in each phase; memory allows {allowed}")
+    table = Table(title=f"GB held in each phase; memory allows {allowed}")
     for column in ("storage", "capture", "defend", "solve", "trials", "file", ""):
         table.add_column(column, justify="left" if column in ("storage", "") else "right")
     for one in forecast.forecasts:
@@ -273,7 +274,7 @@ def evaluate_model(
         source = recalibration_data(images, seed) or images.train
         stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
         laid = takes_channels_last(network, cross_entropy, peek(source, place), backwards=False)
-        with images_laid_out(network, laid):
+        with exact_kernels(place), images_laid_out(network, laid):
             notes = repair_batchnorm(network, stream, cross_entropy)
     for note in notes:
         say(f"note: {note}")

@@ -14,9 +14,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         ValueError: If it cannot.
     """
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=torch.device(name)).device  # "cuda" is "cuda:0" from here on
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
-    return device

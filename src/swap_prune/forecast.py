@@ -48,7 +48,7 @@ class Workload:
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
-        held: Bytes that the process holds already, the model included.
+        held: Bytes that the process holds already, on the device where it computes, the model included.
         on_gpu: Whether it is the memory of a GPU.
         processes: How many share G, in storage ``sharded``.
         row_numbers: Numbers that a row of low rank takes.
@@ -86,7 +86,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
     defend = 7 * min(_PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
     defend += min(_PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
-    blocks = 4 * _block(load) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    blocks = (6 if load.on_gpu else 4) * _block(load) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
     if not lean:
@@ -152,7 +152,8 @@ def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int
         return _MINI_BATCH * _backward_bytes(load) + 3 * vector
     chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
-    return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector
+    piece = GPU_PIECE_BYTES if load.on_gpu else 0
+    return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
 
 def _passes(load: Workload, at_once: int) -> int:

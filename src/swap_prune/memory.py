@@ -35,7 +35,7 @@ def memory_limit(budget: str | int | None, processes: int = 1, device: torch.dev
 
     Args:
         budget: As for :func:`parse_memory`; None takes what is held and nine tenths of what is free.
-        processes: How many share what is free on this machine; each has a GPU of its own.
+        processes: How many share what is free on this machine; a GPU is taken to be one process's own.
         device: Whose memory is meant; by default the machine's.
 
     Returns:

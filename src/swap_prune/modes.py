@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -65,26 +65,33 @@ def slow_attention() -> Iterator[None]:
 
 @contextmanager
 def exact_kernels(device: torch.device) -> Iterator[None]:
-    """Run a block in which CUDA computes in full float32, with kernels that give the same bits each time.
+    """Run a block in which CUDA computes in full float32, with cuDNN's kernels that give the same bits each time.
 
     Convolutions there round their inputs to TF32 by default, which leaves ten bits: gradients of single samples and of
-    their batch then differ by more than a check can allow.
+    their batch then differ by more than a check can allow. What torch inherits from ``torch.backends.fp32_precision``
+    is an own setting of convolutions and products afterwards.
 
     Args:
         device: Where the block computes; nothing is changed for one that is not CUDA's.
     """
+    if device.type != "cuda":
+        yield
+        return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches: list[tuple[Any, str, Any]] = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
-    if hasattr(cudnn, "conv"):  # since torch 2.9, which refuses to read the older switches once the newer were set
+    switches += [(one, "allow_tf32", False) for one in (cudnn, matmul)]
+    if hasattr(cudnn, "conv"):  # since torch 2.9: the newer switches go last, and both kinds have to agree
         switches += [(one, "fp32_precision", "ieee") for one in (cudnn.conv, cudnn.rnn, matmul)]
-    else:
-        switches += [(one, "allow_tf32", False) for one in (cudnn, matmul)]
-    switches = switches if device.type == "cuda" else []
-    before = [getattr(one, name) for one, name, _ in switches]
+    before: list[tuple[Any, str, Any]] = []
+    for one, name, _ in switches:
+        with suppress(RuntimeError):  # torch does not read an older switch that the caller has overruled by a newer one
+            before.append((one, name, getattr(one, name)))
+    readable = {(id(one), name) for one, name, _ in before}
     try:
         for one, name, value in switches:
-            setattr(one, name, value)
+            if (id(one), name) in readable:
+                setattr(one, name, value)
         yield
     finally:
-        for (one, name, _), value in zip(switches, before, strict=True):
+        for one, name, value in before:
             setattr(one, name, value)

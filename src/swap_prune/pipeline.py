@@ -102,7 +102,7 @@ def prune(
             gradients have; clean gradients are left alone. It scales rows down that stand out, and lets the network's
             own predictions stand for labels that they contradict too often, and shifts attacked inputs back. None or
             ``"none"`` does not look.
-        memory: Budget of the whole process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
+        memory: Budget of the process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
             GPU its own memory is meant. A run that would need more is refused before any work; see :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``
             (not at all: products are passes through the network), ``"low-rank"`` (as outer products, an approximation),
@@ -259,10 +259,11 @@ def plan(
 ) -> MemoryPlan:
     """Say how much memory :func:`prune` with the same arguments would need, and how it would hold G.
 
-    Nothing is pruned; one sample is run through the network, where the data let it be looked at.
+    Nothing is pruned or moved; one sample is run through the network, where the data let it be looked at. ``device`` is
+    where the run will take place; it has to be there.
 
     Raises:
-        ValueError: If an argument cannot be used. That nothing fits is an answer here, not an error.
+        ValueError: If an argument, or the device, cannot be used. That nothing fits is an answer here, not an error.
     """
     run = check_run(
         model,

@@ -91,7 +91,7 @@ class MemoryPlan:
     """All forecasts, and which one is taken.
 
     Attributes:
-        limit: Bytes that the process may hold; None where nobody knows.
+        limit: Bytes that the process may hold on the device where it computes; None where nobody knows.
         forecasts: The candidates, fastest first.
         chosen: The one taken.
         why: The reason, in words.

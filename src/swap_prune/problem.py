@@ -77,6 +77,8 @@ class PruningProblem:
             are not in G; None where there are none. It is what candidates are chosen by.
         slope: Maps w and a kept set to s (p,), the mean gradient of the network's loss on the samples of G; None
             where there are no gradients.
+        blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the
+            loss may not bear such a network.
         selection: The parameters that w is made of; None for a problem without layers.
         inputs: Statistics of what goes into each layer; None for methods that do not need them.
         floors: Places of layers, and how many weights of each are kept at least.
@@ -87,6 +89,7 @@ class PruningProblem:
     factor: FisherFactor | None = None
     held_out: Callable[[Tensor, Tensor], Tensor] | None = None
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    blank: Callable[[], Tensor] | None = None
     selection: Selection | None = None
     inputs: LayerInputs | None = None
     floors: Floors = ()

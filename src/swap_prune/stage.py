@@ -133,7 +133,7 @@ class StageRunner:
             factor, defence = self._defended(capture, fitting[0], evidence)
             slopes = forked_generator(self.seed, f"slopes {number}")
             trials = self._trials(fitting, spare, defence, slopes, evidence)
-            problem = replace(problem, factor=factor, held_out=trials.losses if spare else None, slope=trials.slope)
+            problem = self._asking(replace(problem, factor=factor), trials)
         if self.solver.needs_inputs:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
             problem = replace(problem, inputs=inputs)
@@ -159,6 +159,14 @@ class StageRunner:
             iterations=solution.iterations,
             evidence=evidence | dict(solution.evidence),
         )
+
+    def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
+        """Return a problem whose method may ask the network."""
+        problem = replace(problem, slope=trials.slope)
+        if not trials.held_out:
+            return problem
+        bears_any = isinstance(self.loss_fn, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
+        return replace(problem, held_out=trials.losses, blank=trials.blank if bears_any else None)
 
     def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
         """Delete the file of a factor, or report the passes that it made."""
@@ -235,7 +243,13 @@ class StageRunner:
         if self.storage.kind == "matrix-free":
             return capture_matrix_free(self.model, self.selection, source, advance, self.storage.at_once)
         low = capture_low_rank(
-            self.model, self.selection, source.batches, source.function, joined=source.joined, advance=advance
+            self.model,
+            self.selection,
+            source.batches,
+            source.function,
+            joined=source.joined,
+            advance=advance,
+            at_once=self.storage.at_once,
         )
         losses = low.losses if source.losses is None else source.losses
         return Capture(low.factor, losses, "hooks", low.chunk)

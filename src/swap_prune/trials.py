@@ -26,6 +26,7 @@ from swap_prune.bound import Bound, flat_gradient
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
@@ -120,6 +121,11 @@ class Trials:
             return torch.cat(found)
         return self.team.concatenate(found, _sizes(self.held_out), weights.new_empty(0))
 
+    def blank(self) -> Tensor:
+        """Return the losses of the network without any of the p weights on the held-out samples, (n_v,)."""
+        nothing = torch.zeros_like(self.selection.read(self.model))
+        return self.losses(nothing, nothing.bool())
+
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
 
@@ -129,7 +135,8 @@ class Trials:
         if self.clean is None:
             return self._mean_of_batches(weights)
         with temporary_weights(self.model, self.selection, weights):
-            rows = capture_gradients(self.model, self.selection, self.fitting, self._objective).factor
+            storage = Storage(at_once=max(_sizes(self.fitting)))
+            rows = capture_gradients(self.model, self.selection, self.fitting, self._objective, storage=storage).factor
         assert isinstance(rows, DenseFactor), "capture's default"
         rows = self.noisy(rows)
         if self.clip is not None:

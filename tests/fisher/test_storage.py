@@ -113,6 +113,23 @@ def test_matrix_units_multiply_float32_vectors(n, p, dtype, monkeypatch):
     assert bool((own <= 2.0**-15).all())
 
 
+@pytest.mark.parametrize("size", [1e-34, 1e-30, 1.0, 1e30])
+def test_matrix_units_bear_vectors_of_any_size(size, monkeypatch):
+    monkeypatch.setattr(HalfFactor, "_by_matrix_units", property(lambda _: True))
+    factor = HalfFactor.of(normal(10, 100).float(), torch.float16)
+    exact = factor.columns(torch.arange(100)).double()
+    v, w = normal(10, seed=1).float() * size, normal(100, seed=2).float() * size
+    for found, expected in ((factor.rmatvec(v), exact.T @ v.double()), (factor.matvec(w), exact @ w.double())):
+        assert bool(((found.double() - expected).abs() <= 1e-5 * expected.abs().max()).all())
+
+
+def test_matrix_units_lose_what_float32_cannot_hold(monkeypatch):
+    monkeypatch.setattr(HalfFactor, "_by_matrix_units", property(lambda _: True))
+    factor = HalfFactor.of(normal(10, 100).float() * 1e-20, torch.float16)
+    products = factor.rmatvec(normal(10).float() * 1e-18), factor.matvec(normal(100).float() * 1e-40)
+    assert all(bool((product.abs() < 1e-36).all()) for product in products), "small, and a number"
+
+
 @pytest.mark.parametrize(
     ("stored", "scale", "message"),
     [

@@ -21,6 +21,7 @@ from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import cross_entropy
+from swap_prune.modes import exact_kernels
 from swap_prune.randomness import seeded
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
@@ -78,7 +79,7 @@ class Bench:
         source = recalibration_data(images, seed) or images.train
         stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device)
         laid = takes_channels_last(network, cross_entropy, peek(source, self.device), backwards=False)
-        with images_laid_out(network, laid):
+        with exact_kernels(self.device), images_laid_out(network, laid):
             repair_batchnorm(network, stream, cross_entropy)
         return network
 

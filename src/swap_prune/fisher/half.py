@@ -5,8 +5,9 @@ precision, so that what is lost is the rounding of the entries alone: relative 2
 float16 has few exponents. Each of its rows is stored over a power of two, exact to divide by, that brings its largest
 entry to [2^14, 2^15): entries keep full precision down to 2^-29 of it, and what is below 2^-40 of it becomes zero.
 
-On a GPU nothing is converted: a vector is the sum of three of 16 bits (eight digits each in bfloat16), and matrix units
-multiply them by G as it is stored, in float32. A product then reads G once, in 16 bits.
+On a GPU a product with a vector converts nothing: the vector is the sum of three of 16 bits (eight digits each in
+bfloat16), and matrix units multiply them by G as it is stored, in float32. It then reads G once, in 16 bits. A Gram
+matrix is made of two such pieces of its left factor.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = ["ALIGNED", "HalfFactor", "in_pieces", "row_scales", "wide_product"]
 
 _TOP = 15  # the largest entry of a row lies below two to this power
 _LEAST = -100  # exponent of a scale: its reciprocal is a normal number
+_LEAST_UNIT = -126  # the same of what a vector is divided by
 _PIECES = 3  # of 16 bits, that make a float32
 _WIDTH = 4  # vectors that matrix units multiply at once
 _SLICE = 2**22  # columns of one product
@@ -135,8 +137,10 @@ class HalfFactor(BlockedFactor):
 
     @property
     def _by_matrix_units(self) -> bool:
+        if self.stored.device.type != "cuda" or self.dtype != torch.float32 or torch.version.hip is not None:
+            return False
         known = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
-        return self.stored.device.type == "cuda" and self.dtype == torch.float32 and known
+        return known and torch.cuda.get_device_capability(self.stored.device) >= (8, 0)
 
     def _converted(self, part: Tensor) -> Tensor:
         result = part.to(self.dtype)
@@ -173,7 +177,7 @@ def in_pieces(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
 def power_of_two(x: Tensor) -> float:
     """Return a power of two that brings the largest entry of a vector to [2^14, 2^15), which float16 can hold."""
     largest = float(torch.linalg.vector_norm(x, ord=torch.inf))
-    return 2.0 ** (math.frexp(largest)[1] - _TOP) if 0 < largest < math.inf else 1.0
+    return 2.0 ** max(math.frexp(largest)[1] - _TOP, _LEAST_UNIT) if 0 < largest < math.inf else 1.0
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

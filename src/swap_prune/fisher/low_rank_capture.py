@@ -31,6 +31,7 @@ from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank import LowRankFactor
 from swap_prune.fisher.outer_products import Collector, LayerCalls, is_outer
 from swap_prune.fisher.source import joined_gradients
+from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
@@ -67,6 +68,7 @@ def capture_low_rank(
     rank: int | Mapping[str, int] | None = None,
     joined: bool = False,
     advance: Callable[[int], None] = lambda _count: None,
+    at_once: int = AT_ONCE,
 ) -> LowRankCapture:
     """Compute G, (n, p), with rows of low rank in each layer, at the model's current weights.
 
@@ -80,6 +82,7 @@ def capture_low_rank(
         joined: Whether a batch makes one row, the gradient of the sum of its losses over the root of its size, with
             BatchNorm on its own statistics.
         advance: Called with the number of samples that were done, for progress.
+        at_once: Samples that run through the network at once, at the most, where memory is a GPU's.
 
     Returns:
         G and the losses.
@@ -95,9 +98,11 @@ def capture_low_rank(
         )
     try:
         hooked_layers(model, selection)
-        capture = _capture_joined if joined else _capture_samples
         collector = Collector({name: LayerCalls(ranks[name]) for name in selection.names})
-        losses, chunk = capture(model, selection, batches, loss_fn, collector, advance)
+        if joined:
+            losses, chunk = _capture_joined(model, selection, batches, loss_fn, collector, advance)
+        else:
+            losses, chunk = _capture_samples(model, selection, batches, loss_fn, collector, advance, at_once)
         return LowRankCapture(LowRankFactor(collector.rows()), losses, chunk)
     except UnsupportedLayerError as error:
         raise ValueError(f"low-rank rows do not suit the network: {error}; {_OTHERWISE}") from error
@@ -131,11 +136,13 @@ def _capture_samples(
     loss_fn: LossFn,
     collector: Collector,
     advance: Callable[[int], None],
+    at_once: int,
 ) -> tuple[Tensor, int]:
     """Collect a row a sample; return the losses and the samples that ran at once."""
     first = slice_batch(batches[0], 0, _CHECKED)
     try:
-        probe = capture_gradients(model, selection, [first], loss_fn, backend="hooks")  # says why it cannot
+        storage = Storage(at_once=at_once)
+        probe = capture_gradients(model, selection, [first], loss_fn, backend="hooks", storage=storage)  # says why not
     except ValueError as error:
         if isinstance(error.__cause__, UnsupportedLayerError):
             raise error.__cause__ from None

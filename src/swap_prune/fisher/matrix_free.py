@@ -210,7 +210,7 @@ def capture_matrix_free(
         with source.mode(model):
             counts = check_calibration(model, source.function, batches)
             check_independence(model, source.function, batches)
-    passes = NetworkPasses(model, selection, source, selection.read(model))
+    passes = NetworkPasses(model, selection, source, selection.read(model), at_once=at_once)
     passed = MatrixFreeFactor(passes, batches, counts)
     seen = passed.gather_squares(advance)
     losses = source.losses if seen is None or source.losses is not None else seen.losses

@@ -114,7 +114,7 @@ class EWR:
                 evidence["objective"] = pairing.value(coupled.weights)
             else:
                 coupling = replace(coupling, anchor=0.0)
-                evidence["coupling"] = "held-out samples favour the pairing"
+                evidence["coupling"] = "held-out samples do not confirm it"
         evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "first_order": steps}
         return solution_of(fit, evidence)
 

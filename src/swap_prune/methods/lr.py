@@ -149,7 +149,8 @@ def fit_pairing(
     """Fit with each candidate for ridge, damping and metric, swap weights, and keep what held-out samples favour.
 
     A candidate that is no better than the network without any weight has lost all, and its loss says little about what
-    steps will make of it. Where all have, one step is taken from each, and they are compared after it.
+    steps will make of it. Until one has not, one step is taken from each, and those are compared after it. One that has
+    not lost all goes before all that have.
 
     Returns:
         The regression, its sparse fit, and the evidence for the report.
@@ -159,9 +160,8 @@ def fit_pairing(
     candidates = candidates_of(settings, diagonal, fisher.shape[0])
     if problem.held_out is None:
         candidates = candidates[:1]
-    blank: Tensor | None = None  # losses without any weight, where steps will be taken
-    if len(candidates) > 1 and settings.first_order == "auto" and problem.held_out and problem.slope:
-        blank = problem.held_out(torch.zeros_like(problem.reference), torch.zeros_like(problem.reference).bool())
+    steps = settings.first_order == "auto" and problem.slope is not None
+    blank = problem.blank() if len(candidates) > 1 and steps and problem.blank is not None else None
     best: tuple[WeightedRidge, SparseFit, Candidate] | None = None
     rank, losses = (True, math.inf), None  # of the best: whether it has lost all, and its mean loss; each loss
     tried: list[dict[str, Any]] = []

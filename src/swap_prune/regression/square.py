@@ -62,7 +62,7 @@ class SquareSystem:
         """Return ``r^T A^-1 r`` for each column r of right-hand sides (m, c), in float64, (c,)."""
         b = right.double()
         if self.kind == "cholesky":  # half the work of a solution
-            return self._halves(b).square().sum(0)
+            return self._halves(b).square_().sum(0)
         return (b * self.solve(b)).sum(0)
 
     def _halves(self, b: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def swap_weights(
     if fit.refit.gram is None and keep > problem.factor.shape[0]:
         return fit
     f = problem.factor.diagonal() if diagonal is None else diagonal
-    scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0]).clamp_min_(_TINY)
+    scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0])
+    scale.clamp_min_(torch.finfo(scale.dtype).tiny)
     batch = max(1, round(_SHARE * keep))
     for _ in range(max_batches):
         exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient_of(fit.refit))
