@@ -96,7 +96,8 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     planned = json.loads(text)
     assert status == 0 and planned["storage"] == "float32" and planned["limit"] == 20 * 10**9
     assert [one["storage"] for one in planned["forecasts"]][-3:] == ["mapped", "matrix-free", "low-rank"]
-    assert all(set(one["phases"]) == {"capture", "defend", "solve", "trials"} for one in planned["forecasts"])
+    phases = {"capture", "defend", "solve", "trials", "recalibrate"}
+    assert all(set(one["phases"]) == phases for one in planned["forecasts"])
     whole = ("--weights", "none.pt", "--out", "nowhere", "--min-keep", "0.05", "--seed", "3", "--defence", "none")
     status, again, _ = call("plan", *arguments, *whole, "--json")
     assert status == 0 and json.loads(again)["storage"] == "float32"

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from swap_prune.memory import held_memory, memory_limit, parse_memory, peak_memory, reset_peak_memory
+from swap_prune.pipeline import plan
 from swap_prune.planning import Workload, plan_memory
 
 GB = 10**9
@@ -162,3 +165,29 @@ def test_peak_memory_is_that_since_the_reset() -> None:
     del block
     reset_peak_memory()
     assert peak_memory() < high - 100_000_000
+
+
+def test_samples_are_counted() -> None:
+    """While they are fitted, and when BatchNorm is recalibrated with many more."""
+    load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr")
+    without = plan_memory(load, None).require().phases
+    counted = replace(load, sample_bytes=600_000, spare=200, recalibrated=10_000)
+    phases = plan_memory(counted, None).require().phases
+    assert {name: phases[name] - without[name] for name in phases} == {
+        "capture": 1200 * 600_000,
+        "defend": 1200 * 600_000,
+        "solve": 1200 * 600_000,
+        "trials": 1200 * 600_000,
+        "recalibrate": 10_000 * 600_000,
+    }
+
+
+def test_a_run_knows_the_bytes_of_its_samples() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    data = TensorDataset(torch.randn(90, 3, 8, 8), torch.randint(2, (90,)))
+    own = 3 * 8 * 8 * 4 + 8
+    recalibrated, as_it_is = (
+        plan(model, data, 0.5, "lr", samples=64, recalibrate_batchnorm=chosen).require().phases
+        for chosen in (True, False)
+    )
+    assert 0 <= recalibrated["recalibrate"] - as_it_is["recalibrate"] - 90 * own < 10**6

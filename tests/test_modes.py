@@ -7,10 +7,25 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from swap_prune.modes import exact_kernels
+from swap_prune.modes import eval_mode, exact_kernels
 
 PRECISION = hasattr(torch.backends.cudnn, "conv")
+
+
+def test_recurrent_layers_on_cudnn_go_back_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their dropout, the one thing that is different there."""
+    model = nn.Sequential(nn.LSTM(3, 4, 2, dropout=0.5, batch_first=True))
+    x = torch.randn(2, 5, 3)
+    with eval_mode(model):
+        assert not model[0].training
+        expected = model(x)[0]
+    monkeypatch.setattr("swap_prune.modes._is_on_cudnn", lambda module: isinstance(module, nn.RNNBase))
+    with eval_mode(model):
+        assert model[0].training and not model.training and model[0].dropout == 0
+        assert torch.equal(model(x)[0], expected)
+    assert model[0].dropout == 0.5 and model[0].training
 
 
 def switches() -> dict[str, object]:

@@ -238,3 +238,25 @@ def test_an_artifact_in_a_narrower_model(tmp_path: Path) -> None:
     load_pruned(perceptron(), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="directory must be a path, got 3"):
         load_pruned(perceptron(), 3)  # type: ignore[arg-type]
+
+
+def test_a_model_on_two_devices_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[1].to("meta")
+    with pytest.raises(ValueError, match="one device, got cpu, meta"):
+        prune(model, TensorDataset(torch.randn(8, 4), torch.randint(2, (8,))), 0.5, progress=False)
+
+
+def test_a_gpu_that_is_full_is_not_a_network_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another back end would take more, and other bits."""
+    model, tried = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), []
+
+    def full(*arguments: object, **named: object) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("swap_prune.fisher.capture.OutputGradients.fill_rows", full)
+    data = TensorDataset(torch.randn(8, 4), torch.randint(2, (8,)))
+    with pytest.raises(ValueError, match="OutOfMemoryError: CUDA out of memory"):
+        prune(model, data, 0.5, "lr", progress=False)
+    assert tried == [1]

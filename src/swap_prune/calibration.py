@@ -29,8 +29,9 @@ from swap_prune.batches import (
     split_batches,
 )
 
-__all__ = ["CalibrationStream", "peek"]
+__all__ = ["HELD_OUT", "CalibrationStream", "peek"]
 
+HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 _BATCH = 128  # samples, where the stream makes the batches itself
 _END = object()  # of a pass over the data
 

@@ -234,7 +234,7 @@ def plan(**given: Any) -> None:
         return
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
     table = Table(title=f"GB held in each phase; memory allows {allowed}")
-    for column in ("storage", "capture", "defend", "solve", "trials", "file", ""):
+    for column in ("storage", "capture", "defend", "solve", "trials", "recalibrate", "file", ""):
         table.add_column(column, justify="left" if column in ("storage", "") else "right")
     for one in forecast.forecasts:
         cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]

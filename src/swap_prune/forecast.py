@@ -48,6 +48,9 @@ class Workload:
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
+        sample_bytes: Bytes of a sample itself.
+        spare: Samples that are held out.
+        recalibrated: Samples that BatchNorm is recalibrated with, at the most.
         held: Bytes that the process holds already, on the device where it computes, the model included.
         on_gpu: Whether it is the memory of a GPU.
         processes: How many share G, in storage ``sharded``.
@@ -63,6 +66,9 @@ class Workload:
     itemsize: int = 4
     kept_bytes: int = 0
     largest_bytes: int = 0
+    sample_bytes: int = 0
+    spare: int = 0
+    recalibrated: int = 0
     mini_batches: bool = False
     row_noise: bool = False
     held: int = 0
@@ -83,7 +89,8 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     """
     vector, n = load.itemsize * load.weights, load.rows
     factor = _held_of_g(load, kind)
-    common = load.held + _LIBRARIES + 3 * vector + factor  # copies of the model's weights: to restore, and to teach
+    rest = load.held + _LIBRARIES + 3 * vector  # copies of the model's weights: to restore, and to teach
+    common = rest + factor + (load.samples + load.spare) * load.sample_bytes
     defend = 7 * min(_PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
     defend += min(_PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
     blocks = (6 if load.on_gpu else 4) * _block(load) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
@@ -101,6 +108,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
         "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
+        "recalibrate": rest + load.recalibrated * load.sample_bytes + (forward if load.recalibrated else 0),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -26,12 +26,21 @@ def training_mode(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
+    dropouts = [] if training else [(module, module.dropout) for module in model.modules() if _is_on_cudnn(module)]
     model.train(training)
+    for recurrent, _ in dropouts:
+        recurrent.training, recurrent.dropout = True, 0.0  # cuDNN goes back through them in training mode alone
     try:
         yield
     finally:
+        for recurrent, dropout in dropouts:
+            recurrent.dropout = dropout
         for module, before in modes:
             module.training = before
+
+
+def _is_on_cudnn(module: nn.Module) -> TypeGuard[nn.RNNBase]:
+    return isinstance(module, nn.RNNBase) and any(parameter.is_cuda for parameter in module.parameters())
 
 
 @contextmanager
@@ -80,6 +89,7 @@ def exact_kernels(device: torch.device) -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     switches: list[tuple[Any, str, Any]] = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
     switches += [(one, "allow_tf32", False) for one in (cudnn, matmul)]
+    switches += [(matmul, "allow_fp16_accumulation", False)] if hasattr(matmul, "allow_fp16_accumulation") else []
     if hasattr(cudnn, "conv"):  # since torch 2.9: the newer switches go last, and both kinds have to agree
         switches += [(one, "fp32_precision", "ieee") for one in (cudnn.conv, cudnn.rnn, matmul)]
     before: list[tuple[Any, str, Any]] = []

@@ -146,7 +146,7 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
     """
     own = (*model.parameters(), *model.buffers())
     try:
-        with eval_mode(model), seeded(0):
+        with eval_mode(model), seeded(0, own[0].device if own else None):
             return saved_bytes(lambda: loss_fn(model, sample), own)
     except Exception:  # whatever the caller's model or loss raises
         return SavedBytes(0, 0)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.utils.data import Dataset
 
-from swap_prune.calibration import peek
+from swap_prune.batches import map_tensors
+from swap_prune.calibration import HELD_OUT, peek
 from swap_prune.distributed import process_count
 from swap_prune.finetune import FineTune
 from swap_prune.fisher.capture import SavedBytes
@@ -29,7 +30,7 @@ from swap_prune.methods import Method, resolve_method
 from swap_prune.planning import Workload, check_storage, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
-from swap_prune.surgery import batchnorm_layers
+from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
 
 __all__ = ["Run", "check_run", "workload"]
 
@@ -107,6 +108,9 @@ def check_run(
         raise ValueError(f"seed must be below 2**63, got {seed}")
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) > 1:
+        raise ValueError(f"the model must lie on one device, got {', '.join(sorted(places))}: move it there first")
     _check_finite(model, selection)
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     loss = cross_entropy if loss_fn is None else loss_fn
@@ -132,6 +136,9 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     own = next(model.parameters()).device
     sample = peek(data, own)
     kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
+    own_bytes: list[int] = []
+    map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
+    there = len(data) if isinstance(data, Dataset) and hasattr(data, "__len__") else RECALIBRATION_SAMPLES
     row_numbers, unsuited = 0, ""
     try:
         row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
@@ -147,6 +154,9 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         itemsize=run.selection.read(model).element_size(),
         kept_bytes=kept.total,
         largest_bytes=kept.largest,
+        sample_bytes=sum(own_bytes),
+        spare=min(drawn, HELD_OUT) if run.solver.needs_held_out else 0,
+        recalibrated=min(there, RECALIBRATION_SAMPLES) if run.normalised else 0,
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=held_memory(place) + (_bytes(model) if place != own else 0),

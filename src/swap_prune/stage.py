@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.batches import batch_size, split_batches
-from swap_prune.calibration import CalibrationStream
+from swap_prune.calibration import HELD_OUT, CalibrationStream
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune, train
 from swap_prune.fisher.capture import Capture, capture_gradients
@@ -34,7 +34,7 @@ from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.methods import Method
-from swap_prune.problem import PruningProblem
+from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
@@ -46,8 +46,6 @@ from swap_prune.trials import Taught, Teacher, Trials
 __all__ = ["StageRunner"]
 
 _T = TypeVar("_T")
-
-_HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,41 @@ class StageRunner:
         keep, places = keep_count(self.selection.total, sparsity), self.selection.slices()
         floors = [(places[name], least) for name, least in self.floors.items()]
         problem = PruningProblem(self.selection.read(self.model), keep, selection=self.selection, floors=floors)
+        evidence: dict[str, Any] = {}
+        solution, samples, loss = self._solve(problem, sparsity, shown, number, evidence)
+        self._check_floors(solution.kept)
+        write_weights(self.model, self.selection, solution.weights, solution.kept)
+        if self.finetune is not None:
+            evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
+        if self.normalised:
+            drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
+            if recalibrate_batchnorm(self.model, drawn, self._paced(self.loss_fn)) == 0:
+                evidence["not_recalibrated"] = "no batch of the data holds two samples"
+        if self.storage.team is not None:  # training may differ in its last bits, on GPUs
+            self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
+        return StageReport(
+            sparsity=sparsity,
+            kept=keep,
+            samples=samples,
+            loss=loss,
+            seconds=time.perf_counter() - started,
+            converged=solution.converged,
+            iterations=solution.iterations,
+            evidence=evidence | dict(solution.evidence),
+        )
+
+    def _solve(
+        self, problem: PruningProblem, sparsity: float, shown: StageProgress, number: int, evidence: dict[str, Any]
+    ) -> tuple[PruningSolution, int, float | None]:
+        """Draw samples, capture, and let the method solve; what G takes is free again afterwards.
+
+        Returns:
+            The solution, the number of samples, and their mean loss where gradients were taken.
+        """
         fitting: list[Any] = []
         samples, loss = 0, None
-        evidence: dict[str, Any] = {}
         if self.solver.needs_gradients or self.solver.needs_inputs:
-            held_out = min(self.samples, _HELD_OUT) if self.solver.needs_held_out else 0
+            held_out = min(self.samples, HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = map(self.corrupt, self.calibration.draw_apart(self.samples, held_out, self.stages))
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
@@ -139,26 +167,7 @@ class StageRunner:
             problem = replace(problem, inputs=inputs)
         solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
         self._let_go(problem.factor, evidence)
-        self._check_floors(solution.kept)
-        write_weights(self.model, self.selection, solution.weights, solution.kept)
-        if self.finetune is not None:
-            evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
-        if self.normalised:
-            drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
-            if recalibrate_batchnorm(self.model, drawn, self._paced(self.loss_fn)) == 0:
-                evidence["not_recalibrated"] = "no batch of the data holds two samples"
-        if self.storage.team is not None:  # training may differ in its last bits, on GPUs
-            self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
-        return StageReport(
-            sparsity=sparsity,
-            kept=problem.keep,
-            samples=samples,
-            loss=loss,
-            seconds=time.perf_counter() - started,
-            converged=solution.converged,
-            iterations=solution.iterations,
-            evidence=evidence | dict(solution.evidence),
-        )
+        return solution, samples, loss
 
     def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
         """Return a problem whose method may ask the network."""

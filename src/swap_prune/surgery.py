@@ -55,8 +55,8 @@ def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept:
         for name, values in selection.split(weights).items():
             parameter = parameters[name]
             stored = values.to(parameter)
-            lost = (stored == 0) & (values.to(parameter.device) != 0)
-            if bool(lost.any()):
+            if stored.dtype != values.dtype:
+                lost = (stored == 0) & (values.to(parameter.device) != 0)
                 least = torch.finfo(parameter.dtype).smallest_normal
                 stored = torch.where(lost, values.sign().to(parameter) * least, stored)
             parameter.copy_(stored.masked_fill(~masks[name].to(parameter.device), 0))

@@ -81,6 +81,8 @@ class TokenCrossEntropy:
             ValueError: If a label is out of range.
         """
         targets = self._targets(batch)
+        if targets.is_cuda:  # which would say it too late, and be of no use afterwards
+            check_labels(targets, outputs.shape[1])
         try:
             return self._plain.losses(outputs, (None, targets))
         except IndexError:

@@ -212,7 +212,7 @@ class _Capturer:
                 try:
                     return fill(batch, rows, losses)
                 except Exception as error:  # a network may refuse in many ways
-                    if isinstance(error, ValueError) or not self._fallback:
+                    if isinstance(error, (ValueError, torch.OutOfMemoryError)) or not self._fallback:
                         raise
                     self.backend = "vmap" if self.backend == "hooks" else "loop"
             if not is_sliceable(batch):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -134,6 +134,10 @@ class HalfFactor(BlockedFactor):
         """Yield slices of columns whose products are looked at together."""
         for start in range(0, self.shape[1], _SLICE):
             yield slice(start, min(start + _SLICE, self.shape[1]))
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        return replace(self, stored=self.stored[:count], scale=self.scale[:count])._converted(self.stored[:count])
 
     @property
     def _by_matrix_units(self) -> bool:

@@ -58,6 +58,8 @@ class PassLog:
         """Count a pass over some rows, and time the block."""
         started = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.runs[kind] += rows
         self.seconds += time.perf_counter() - started
 

@@ -139,6 +139,8 @@ class NetworkPasses:
             self.back(batch, v, pulled)
             try:
                 found = self.along(batch, pulled).double()
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # a network may refuse in many ways
                 return False
         parameters = dict(self.model.named_parameters())

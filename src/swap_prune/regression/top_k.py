@@ -87,7 +87,7 @@ def _turned(bits: Tensor) -> Tensor:
 
 def _take(scores: Tensor, least: Tensor, keep: int) -> Tensor:
     """Return the indices of all scores above the ``keep``-th largest, and of the first that equal it."""
-    chunks = scores.split(_CHUNK)  # type: ignore[no-untyped-call]
+    chunks = scores.split(_CHUNK) if scores.device.type == "cpu" else (scores,)  # type: ignore[no-untyped-call]
     equal = keep - int(torch.stack([(chunk > least).sum() for chunk in chunks]).sum())
     parts, start = [], 0
     for chunk in chunks:
