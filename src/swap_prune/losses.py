@@ -6,7 +6,7 @@ cross-entropy of ``model(inputs)`` against ``targets`` for batches ``(inputs, ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,18 @@ from torch.nn import functional
 
 from swap_prune.batches import batch_size, in_own_containers, is_sliceable, slice_batch
 
-__all__ = ["CrossEntropy", "GaussNewtonLoss", "LossFn", "check_calibration", "check_losses", "cross_entropy"]
+__all__ = [
+    "CrossEntropy",
+    "GaussNewtonLoss",
+    "LossFn",
+    "check_calibration",
+    "check_independence",
+    "check_labels",
+    "check_losses",
+    "cross_entropy",
+    "describe",
+    "least_precise",
+]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -295,14 +306,18 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
                 "squeeze() a dimension"
             ) from error
     check_losses(torch.cat([together, alone]), None)
-    dtype = min((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: -torch.finfo(d).eps)
-    digits = torch.finfo(dtype).eps ** 0.5
+    digits = torch.finfo(least_precise(model.parameters())).eps ** 0.5
     if torch.equal(together, again) and not torch.allclose(together, alone, rtol=digits, atol=digits):
         raise ValueError(
             f"the loss of a sample depends on the others in its batch ({float(alone[0]):.4g} alone, "
             f"{float(together[0]):.4g} beside another): gradients of single samples need a loss_fn, and a network, "
             "that do not mix them"
         )
+
+
+def least_precise(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the floating dtype of fewest digits among tensors, of which one has to be floating."""
+    return max((t.dtype for t in tensors if t.is_floating_point()), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def describe(batch: Any) -> str:

@@ -31,7 +31,7 @@ from swap_prune.fisher.hooks import OutputGradients, check_against, without_grad
 from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import RowSink, RowStore, Storage, check_rows
-from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe
+from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe, least_precise
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -236,9 +236,8 @@ class _Capturer:
             singles, expected = torch.empty_like(rows[: self._checked]), torch.empty_like(losses[: self._checked])
             for i in range(self._checked):
                 self._fill_loop(slice_batch(batch, i, i + 1), singles[i:], expected[i:])
-            precision = min((w.dtype for w in self._weights.values()), key=lambda dtype: -torch.finfo(dtype).eps)
             found = rows[: self._checked], losses[: self._checked]
-            check_against(found, (singles, expected), self._selection, precision)
+            check_against(found, (singles, expected), self._selection, least_precise(self._weights.values()))
         return size
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:

@@ -32,7 +32,7 @@ from swap_prune.fisher.low_rank import LowRankFactor
 from swap_prune.fisher.outer_products import Collector, LayerCalls, is_outer
 from swap_prune.fisher.source import joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, Storage
-from swap_prune.losses import LossFn, check_calibration, check_losses
+from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 
@@ -180,8 +180,7 @@ def _capture_joined(
         found, expected = weights.new_empty(2, 1, len(weights))
         values = gradients.fill_rows(batches[0], found, joined=True)
         list(joined_gradients(model, selection, batches[:1], loss_fn, lambda: expected[0]))
-        precision = min((p.dtype for p in model.parameters()), key=lambda dtype: -torch.finfo(dtype).eps)
-        check_against((found, values), (expected, values), selection, precision)
+        check_against((found, values), (expected, values), selection, least_precise(model.parameters()))
         for batch in batches:
             losses.append(gradients.run(batch, collector.see) * batch_size(batch) ** 0.5)
             collector.finish(1, dict(model.named_parameters()))
