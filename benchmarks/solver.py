@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timing import best_time
@@ -31,27 +31,14 @@ _STORAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": to
 _COPIED = {"cpu": 2**28, "cuda": 2**32}  # bytes of the copy that measures bandwidth
 
 
-@dataclass(frozen=True)
 class CountedFactor:
-    """A Fisher factor that counts the passes made over it."""
+    """A Fisher factor that counts the passes made over it; what is not counted is the factor's own."""
 
-    whole: FisherFactor
-    passes: list[float] = field(default_factory=list)
+    def __init__(self, whole: FisherFactor) -> None:
+        self.whole, self.passes = whole, list[float]()
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, p)."""
-        return self.whole.shape
-
-    @property
-    def column_limit(self) -> int:
-        """Columns that may be copied at once."""
-        return self.whole.column_limit
-
-    @property
-    def iterative(self) -> bool:
-        """As for the whole."""
-        return self.whole.iterative
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
 
     def matvec(self, w: Tensor) -> Tensor:
         """Return ``G w``."""
@@ -77,15 +64,6 @@ class CountedFactor:
         """Return ``G diag(scale) G^T``."""
         self.passes.append(int(scale.count_nonzero()) / self.shape[1])
         return self.whole.gram(scale)
-
-    def rows(self, index: Tensor) -> FisherFactor:
-        """Return the factor of some rows; what is done with it is not counted."""
-        return self.whole.rows(index)
-
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows."""
-        self.passes.append(min(1.0, count / self.shape[0]))
-        return self.whole.leading(count)
 
 
 def random_factor(n: int, p: int, dtype: torch.dtype, state: torch.Generator) -> FisherFactor:

@@ -276,7 +276,7 @@ def test_zoo_networks_go_through() -> None:
         images = torch.randn(80, 3, size, size, generator=generator())
         labels = torch.randint(10, (80,), generator=generator())
         report = prune(model, TensorDataset(images, labels), 0.5, samples=64, device=CUDA, progress=False)
-        assert report.kept == report.total - report.total // 2 or report.sparsity == pytest.approx(0.5, abs=1e-4)
+        assert report.kept == report.total // 2
 
 
 def test_command_line(tmp_path: Path) -> None:

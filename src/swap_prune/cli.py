@@ -20,23 +20,19 @@ from rich.table import Table
 from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
-from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.console import print_json, run, say
 from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
+from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.finetune import parse_finetune
-from swap_prune.layout import images_laid_out, takes_channels_last
-from swap_prune.losses import cross_entropy
 from swap_prune.methods import METHODS, resolve_method
-from swap_prune.modes import exact_kernels
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
-from swap_prune.surgery import repair_batchnorm
 
 __all__ = ["app", "main"]
 
@@ -269,13 +265,7 @@ def evaluate_model(
     network, images = _load(model, weights, data, data_dir, width, pruned)
     place = _device(device) or torch.device("cpu")
     network.to(place)
-    notes: list[str] = []
-    if pruned is None and recalibrate:
-        source = recalibration_data(images, seed) or images.train
-        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
-        laid = takes_channels_last(network, cross_entropy, peek(source, place), backwards=False)
-        with exact_kernels(place), images_laid_out(network, laid):
-            notes = repair_batchnorm(network, stream, cross_entropy)
+    notes = repair(network, images, seed) if pruned is None and recalibrate else []
     for note in notes:
         say(f"note: {note}")
     measured = evaluate(network, images.test)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from swap_prune.distributed import PARTS
-from swap_prune.fisher.blocked import BLOCK_BYTES, GPU_BLOCK_BYTES
-from swap_prune.fisher.layers import GPU_PIECE_BYTES, PIECE_BYTES
+from swap_prune.fisher.blocked import block_bytes
+from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
-from swap_prune.fisher.storage import AT_ONCE, GPU_SAMPLE_BYTES, HOLDING_NO_ROWS, LEAN_CHUNK_BYTES, StorageKind
+from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes
 
 __all__ = ["Workload", "memory_phases"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
-_CHUNK = 512 * 2**20  # of samples at capture; a quarter of a GiB of columns is copied beside it by a Gram matrix
 _GRAM = 512 * 2**20  # two copies of a block of columns
 _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
@@ -51,8 +52,8 @@ class Workload:
         sample_bytes: Bytes of a sample itself.
         spare: Samples that are held out.
         recalibrated: Samples that BatchNorm is recalibrated with, at the most.
-        held: Bytes that the process holds already, on the device where it computes, the model included.
-        on_gpu: Whether it is the memory of a GPU.
+        held: Bytes that the process holds already, the model included.
+        device: Whose memory is meant.
         processes: How many share G, in storage ``sharded``.
         row_numbers: Numbers that a row of low rank takes.
         unsuited: Why rows of low rank are not to be had, or empty.
@@ -72,7 +73,7 @@ class Workload:
     mini_batches: bool = False
     row_noise: bool = False
     held: int = 0
-    on_gpu: bool = False
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     processes: int = 1
     row_numbers: int = 0
     unsuited: str = ""
@@ -93,7 +94,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     common = rest + factor + (load.samples + load.spare) * load.sample_bytes
     defend = 7 * min(_PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
     defend += min(_PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
-    blocks = (6 if load.on_gpu else 4) * _block(load) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    blocks = 6 * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
     if not lean:
@@ -110,11 +111,6 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
         "recalibrate": rest + load.recalibrated * load.sample_bytes + (forward if load.recalibrated else 0),
     }
-
-
-def _block(load: Workload) -> int:
-    """Return the bytes of a block of columns in working precision."""
-    return GPU_BLOCK_BYTES if load.on_gpu else BLOCK_BYTES
 
 
 def _forward_bytes(load: Workload) -> int:
@@ -149,18 +145,16 @@ def _held_of_g(load: Workload, kind: StorageKind) -> int:
 def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
     """Return what capture holds beside the rows that are done."""
     vector = load.itemsize * load.weights
-    budget = LEAN_CHUNK_BYTES if lean and kind != "low-rank" else _CHUNK
-    budget = at_once * GPU_SAMPLE_BYTES if load.on_gpu else budget
+    budget = chunk_bytes(load.device, at_once, lean=lean and kind != "low-rank")
+    piece = piece_bytes(load.device)
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
         chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)) // 2)
         chunk = _MINI_BATCH if load.mini_batches else chunk
-        layer, piece = _held_of_g(load, kind), GPU_PIECE_BYTES if load.on_gpu else PIECE_BYTES
-        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + layer
+        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
     if load.mini_batches:
         return _MINI_BATCH * _backward_bytes(load) + 3 * vector
     chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
-    piece = GPU_PIECE_BYTES if load.on_gpu else 0
     return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
 
@@ -170,7 +164,7 @@ def _passes(load: Workload, at_once: int) -> int:
     A pass along a direction, or back, holds less than the chunk or what a trial does.
     """
     vector = load.itemsize * load.weights
-    columns = 2 * max(_block(load), BLOCK_VECTORS * vector)
+    columns = 2 * max(block_bytes(load.device), BLOCK_VECTORS * vector)
     part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
     return columns + max(part, _capture(load, "matrix-free", True, at_once)) + _PASS_VECTORS * vector
 

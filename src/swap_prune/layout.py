@@ -99,7 +99,7 @@ def _is_image(tensor: Tensor) -> bool:
 def _answer(
     model: nn.Module, function: Callable[[nn.Module, Any], Tensor], batch: Any, laid: bool, backwards: bool
 ) -> Tensor:
-    """Run a batch through a copy of the network in eval mode.
+    """Run a batch through a copy of the network.
 
     Raises:
         RuntimeError: If the function calls another network, or a part of this one: its images would not be laid out.
@@ -111,7 +111,6 @@ def _answer(
         torch.set_grad_enabled(backwards),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
-        eval_mode(model),
         images_laid_out(model, laid),
     ):
         values = function(model, map_tensors(torch.clone, batch))

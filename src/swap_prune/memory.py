@@ -43,12 +43,10 @@ def memory_limit(budget: str | int | None, processes: int = 1, device: torch.dev
     """
     if budget is not None:
         return parse_memory(budget)
-    if device is not None and device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return held_memory(device) + int(_SHARE * (free + cached))
-    rest = _free_memory()
-    return None if rest is None else held_memory() + int(_SHARE * rest / processes)
+    free = _free_memory(device)
+    if free is None:
+        return None
+    return held_memory(device) + int(_SHARE * free / (1 if _is_gpu(device) else processes))
 
 
 def held_memory(device: torch.device | None = None) -> int:
@@ -58,7 +56,7 @@ def held_memory(device: torch.device | None = None) -> int:
         device: A GPU, whose tensors are counted; by default all that the process holds in the machine's memory:
             interpreter, libraries, the model and whatever else was loaded.
     """
-    if device is not None and device.type == "cuda":
+    if _is_gpu(device):
         return torch.cuda.memory_allocated(device)
     try:
         with open("/proc/self/statm", encoding="ascii") as line:
@@ -69,7 +67,7 @@ def held_memory(device: torch.device | None = None) -> int:
 
 def reset_peak_memory(device: torch.device | None = None) -> None:
     """Forget the largest memory so far; of the machine's, only Linux can."""
-    if device is not None and device.type == "cuda":
+    if _is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
@@ -82,7 +80,7 @@ def peak_memory(device: torch.device | None = None) -> int:
     Args:
         device: As for :func:`held_memory`.
     """
-    if device is not None and device.type == "cuda":
+    if _is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     try:
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -96,8 +94,15 @@ def _largest_so_far() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _free_memory() -> int | None:
-    """Return the memory that is free, where the system says."""
+def _is_gpu(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
+def _free_memory(device: torch.device | None) -> int | None:
+    """Return the memory that is free, where the system says; on a GPU, with what torch keeps there for later."""
+    if _is_gpu(device):
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)

@@ -140,7 +140,7 @@ def prune(
         seed=seed,
     )
     solver, selection, loss, samples, seed = run.solver, run.selection, run.loss, run.samples, run.seed
-    place = next(model.parameters()).device if device is None else usable_device(device)
+    place = _place(model, device)
     held, notes = Storage(), []
     if solver.needs_gradients:
         limit = memory_limit(memory, local_count(), place)
@@ -283,11 +283,16 @@ def plan(
         storage=storage,
         seed=seed,
     )
-    place = next(model.parameters()).device if device is None else usable_device(device)
+    place = _place(model, device)
     limit = memory_limit(memory, local_count(), place)
     if not run.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{run.solver.name} takes no gradients: there is no G to hold")
     return plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
+
+
+def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Return where a run takes place."""
+    return next(model.parameters()).device if device is None else usable_device(device)
 
 
 @contextmanager

@@ -131,14 +131,14 @@ def check_run(
 
 def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
     """Count what the need of a run depends on, on the device where it will take place."""
-    drawn = min(run.samples, len(data)) if isinstance(data, Dataset) and hasattr(data, "__len__") else run.samples
+    sized = isinstance(data, Dataset) and hasattr(data, "__len__")
+    drawn, recalibrated = (min(count, len(data)) if sized else count for count in (run.samples, RECALIBRATION_SAMPLES))
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
     sample = peek(data, own)
     kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
     own_bytes: list[int] = []
     map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
-    there = len(data) if isinstance(data, Dataset) and hasattr(data, "__len__") else RECALIBRATION_SAMPLES
     row_numbers, unsuited = 0, ""
     try:
         row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
@@ -156,11 +156,11 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         largest_bytes=kept.largest,
         sample_bytes=sum(own_bytes),
         spare=min(drawn, HELD_OUT) if run.solver.needs_held_out else 0,
-        recalibrated=min(there, RECALIBRATION_SAMPLES) if run.normalised else 0,
+        recalibrated=recalibrated if run.normalised else 0,
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=held_memory(place) + (_bytes(model) if place != own else 0),
-        on_gpu=place.type == "cuda",
+        device=place,
         processes=max(1, process_count()),
         row_numbers=row_numbers,
         unsuited=unsuited,

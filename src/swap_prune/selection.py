@@ -135,9 +135,10 @@ def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequen
     Raises:
         ValueError: If one is selected by a class or by its own name.
     """
+    candidates = _collect(model)
     for name, module in model.named_modules():
         for tensor, (parts, remedy) in _parametrised(module).items():
-            sources = [candidate for candidate in _collect(model) if any(p is candidate.parameter for p in parts)]
+            sources = [candidate for candidate in candidates if any(p is candidate.parameter for p in parts)]
             own = _Candidate(name, nn.Parameter(), (), ((name, module),))
             taken = any(_matches(pattern, own, model) for pattern in targets)
             left = all(any(_matches(pattern, source, model) for pattern in ignore) for source in sources)

@@ -210,7 +210,7 @@ def test_batches_of_different_sizes_in_order(backend):
 @BACKENDS
 def test_chunks(backend, monkeypatch):
     """A budget of next to nothing makes chunks of one sample; the rows are the same."""
-    monkeypatch.setattr("swap_prune.fisher.capture._CHUNK_BYTES", 1)
+    monkeypatch.setattr("swap_prune.fisher.storage.CHUNK_BYTES", 1)
     make, targets, data = CASES["linear"]
     model, batch = build(make), data()
     selection = select_parameters(model, targets)

@@ -26,7 +26,7 @@ from swap_prune.randomness import seeded
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
 
-__all__ = ["Bench", "prepare"]
+__all__ = ["Bench", "prepare", "repair"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,17 @@ class Bench:
     def dense(self) -> nn.Module:
         """Return a copy of the dense network, its BatchNorm statistics repaired where they do not fit the data."""
         network = copy.deepcopy(self.network)
-        images, seed = self.data(), self.experiment.seeds[0]
-        source = recalibration_data(images, seed) or images.train
-        stream = CalibrationStream(source, torch.Generator().manual_seed(seed), self.device)
-        laid = takes_channels_last(network, cross_entropy, peek(source, self.device), backwards=False)
-        with exact_kernels(self.device), images_laid_out(network, laid):
-            repair_batchnorm(network, stream, cross_entropy)
+        repair(network, self.data(), self.experiment.seeds[0])
         return network
+
+
+def repair(network: nn.Module, images: ImageData, seed: int) -> list[str]:
+    """Repair a dense network's BatchNorm statistics in place, where they do not fit the data; return notes on it."""
+    source, place = recalibration_data(images, seed) or images.train, next(network.parameters()).device
+    stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
+    laid = takes_channels_last(network, cross_entropy, peek(source, place), backwards=False)
+    with exact_kernels(place), images_laid_out(network, laid):
+        return repair_batchnorm(network, stream, cross_entropy)
 
 
 def prepare(

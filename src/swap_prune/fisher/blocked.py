@@ -15,15 +15,20 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 
-__all__ = ["BLOCK_BYTES", "GPU_BLOCK_BYTES", "BlockedFactor", "SubFactor", "column_limit"]
+__all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "block_bytes", "column_limit"]
 
 BLOCK_BYTES = 32 * 2**20  # of one block in working precision
-GPU_BLOCK_BYTES = 256 * 2**20  # the same there, where small kernels are dear
+_GPU_BLOCK_BYTES = 256 * 2**20  # the same there, where small kernels are dear
+
+
+def block_bytes(device: torch.device) -> int:
+    """Return the bytes of a block in working precision."""
+    return _GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
 
 
 def column_limit(n: int, itemsize: int, device: torch.device) -> int:
     """Return how many columns of n rows make a block."""
-    return max(1, (GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES) // (n * itemsize))
+    return max(1, block_bytes(device) // (n * itemsize))
 
 
 class BlockedFactor(ABC):

@@ -30,7 +30,7 @@ from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
-from swap_prune.fisher.storage import RowSink, RowStore, Storage, check_rows
+from swap_prune.fisher.storage import CHUNK_BYTES, RowSink, RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe, least_precise
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
@@ -39,7 +39,6 @@ __all__ = ["Backend", "Capture", "Passed", "capture_gradients", "check_rows", "p
 
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 
-_CHUNK_BYTES = 512 * 2**20  # saved activations and gradients of one chunk together
 _MAX_CHUNK = 256
 _CHECKED = 2  # samples with backward passes of their own; fewer cannot show a loss that mixes them
 
@@ -112,7 +111,7 @@ def capture_gradients(
     device = next(model.parameters()).device
     plan = Storage() if storage is None else storage
     store = plan.open(sum(sizes), selection, selection.read(model).dtype, device) if isinstance(plan, Storage) else plan
-    chunk_bytes = plan.chunk_bytes(device) if isinstance(plan, Storage) else None
+    chunk_bytes = plan.chunk_bytes(device) if isinstance(plan, Storage) else CHUNK_BYTES
     passed = pass_rows(model, selection, batches, sizes, loss_fn, store, backend, chunk_bytes, advance)
     return Capture(store.finish(), passed.losses, passed.backend, passed.chunk)
 
@@ -125,7 +124,7 @@ def pass_rows(
     loss_fn: LossFn,
     sink: RowSink,
     backend: Backend = "auto",
-    chunk_bytes: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Passed:
     """Hand the rows of G over as they come; :func:`capture_gradients` without the checks before and the store behind.
@@ -170,7 +169,7 @@ def pass_rows(
 class _Capturer:
     """One back end, chosen on the first chunk, with the functional state that its calls share."""
 
-    def __init__(self, module: Bound, selection: Selection, backend: Backend, chunk_bytes: int | None = None) -> None:
+    def __init__(self, module: Bound, selection: Selection, backend: Backend, chunk_bytes: int) -> None:
         self._module = module
         self._selection = selection
         parameters = {name: without_gradient(p) for name, p in module.named_parameters()}
@@ -181,7 +180,7 @@ class _Capturer:
         self._fallback = backend == "auto"
         self.backend: Backend = "hooks" if backend == "auto" else backend
         self.chunk = 0
-        self._chunk_bytes = _CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        self._chunk_bytes = chunk_bytes
         self._checked = 0
         if self.backend == "hooks":
             try:

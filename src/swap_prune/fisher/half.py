@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from swap_prune.fisher.blocked import BlockedFactor
 
-__all__ = ["ALIGNED", "HalfFactor", "in_pieces", "row_scales", "wide_product"]
+__all__ = ["ALIGNED", "HalfFactor", "row_scales"]
 
 _TOP = 15  # the largest entry of a row lies below two to this power
 _LEAST = -100  # exponent of a scale: its reciprocal is a normal number
@@ -130,14 +130,15 @@ class HalfFactor(BlockedFactor):
         """Return ``G[:, index]``, (n, len(index)), dense."""
         return self._converted(self.stored.index_select(1, index))
 
+    def leading(self, count: int) -> Tensor:
+        """Return the first rows, (min(count, n), p), dense."""
+        first = replace(self, stored=self.stored[:count], scale=self.scale[:count])
+        return first._converted(first.stored)
+
     def _slices(self) -> Iterator[slice]:
         """Yield slices of columns whose products are looked at together."""
         for start in range(0, self.shape[1], _SLICE):
             yield slice(start, min(start + _SLICE, self.shape[1]))
-
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense."""
-        return replace(self, stored=self.stored[:count], scale=self.scale[:count])._converted(self.stored[:count])
 
     @property
     def _by_matrix_units(self) -> bool:

@@ -26,8 +26,6 @@ from torch.nn import functional, grad
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
-    "GPU_PIECE_BYTES",
-    "PIECE_BYTES",
     "UnsupportedLayerError",
     "as_samples",
     "is_supported",
@@ -39,7 +37,7 @@ __all__ = [
 ]
 
 PIECE_BYTES = 16 * 2**20  # unfolded inputs and weight gradients that are held at once; larger pieces were no faster
-GPU_PIECE_BYTES = 256 * 2**20  # the same there
+_GPU_PIECE_BYTES = 256 * 2**20  # the same there
 
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: grad.conv1d_weight,
@@ -54,7 +52,7 @@ class UnsupportedLayerError(RuntimeError):
 
 def piece_bytes(device: torch.device) -> int:
     """Return how many bytes of unfolded inputs and weight gradients are held at once."""
-    return GPU_PIECE_BYTES if device.type == "cuda" else PIECE_BYTES
+    return _GPU_PIECE_BYTES if device.type == "cuda" else PIECE_BYTES
 
 
 def layer_input(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:

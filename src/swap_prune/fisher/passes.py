@@ -33,7 +33,7 @@ from swap_prune.bound import Bound
 from swap_prune.fisher.capture import Backend, Passed, pass_rows
 from swap_prune.fisher.hooks import without_gradient
 from swap_prune.fisher.source import RowSource, joined_gradients
-from swap_prune.fisher.storage import AT_ONCE, RowStream, Storage
+from swap_prune.fisher.storage import AT_ONCE, RowStream, chunk_bytes
 from swap_prune.losses import check_losses
 from swap_prune.selection import Selection
 from swap_prune.surgery import temporary_weights
@@ -113,7 +113,7 @@ class NetworkPasses:
         sink = RowStream(selection, self.weights.dtype, self.weights.device, see)
         if not self.source.joined:
             with temporary_weights(model, selection, self.weights):
-                chunk = Storage("matrix-free", at_once=self.at_once).chunk_bytes(self.weights.device)
+                chunk = chunk_bytes(self.weights.device, self.at_once, lean=True)
                 return pass_rows(model, selection, batches, sizes, function, sink, self.backend, chunk, advance)
         done = joined_gradients(model, selection, batches, function, lambda: sink.room(1)[0], self.weights)
         with self.source.mode(model):

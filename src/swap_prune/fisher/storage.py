@@ -25,15 +25,15 @@ from swap_prune.selection import Selection
 
 __all__ = [
     "AT_ONCE",
-    "GPU_SAMPLE_BYTES",
+    "CHUNK_BYTES",
     "HOLDING_NO_ROWS",
-    "LEAN_CHUNK_BYTES",
     "RowSink",
     "RowStore",
     "RowStream",
     "Storage",
     "StorageKind",
     "check_rows",
+    "chunk_bytes",
 ]
 
 StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
@@ -42,8 +42,9 @@ HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_ONCE = 64  # samples, where memory allows
-LEAN_CHUNK_BYTES = 64 * 2**20  # of a chunk of samples at capture, where memory is short
-GPU_SAMPLE_BYTES = 64 * 2**20  # of such a chunk on a GPU, for each of the samples that may run at once
+CHUNK_BYTES = 512 * 2**20  # saved activations and gradients of one chunk of samples at capture together
+_LEAN_CHUNK_BYTES = 64 * 2**20  # the same where memory is short
+_GPU_SAMPLE_BYTES = 64 * 2**20  # the same on a GPU, for each of the samples that may run at once
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,9 @@ class Storage:
         if self.kind == "mapped" and self.scratch is None:
             raise ValueError("storage 'mapped' needs a directory, got none; give scratch=")
 
-    def chunk_bytes(self, device: torch.device) -> int | None:
-        """Return the bytes of one chunk of samples at capture; None for capture's own default."""
-        if device.type == "cuda":
-            return self.at_once * GPU_SAMPLE_BYTES
-        return None if self.kind == "float32" and not self.lean else LEAN_CHUNK_BYTES
+    def chunk_bytes(self, device: torch.device) -> int:
+        """Return the bytes of one chunk of samples at capture."""
+        return chunk_bytes(device, self.at_once, lean=self.lean or self.kind != "float32")
 
     @property
     def holds_rows(self) -> bool:
@@ -103,6 +102,19 @@ class Storage:
             return SharedStore(n, selection, dtype, device, self.team)
         assert self.scratch is not None, "checked when it was made"
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
+
+
+def chunk_bytes(device: torch.device, at_once: int, *, lean: bool) -> int:
+    """Return the bytes of one chunk of samples at capture.
+
+    Args:
+        device: Where the network runs.
+        at_once: Samples that may run through it at once.
+        lean: Whether memory is short.
+    """
+    if device.type == "cuda":
+        return at_once * _GPU_SAMPLE_BYTES
+    return _LEAN_CHUNK_BYTES if lean else CHUNK_BYTES
 
 
 class RowSink(Protocol):
