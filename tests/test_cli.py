@@ -113,6 +113,9 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     assert call("plan", *arguments, "--wights", "none.pt")[0] == 2
     status, text, _ = call("plan", *arguments, "--storage", "mapped")
     assert status == 0 and "taken" in text and "float16" not in text
+    status, text, _ = call("plan", *arguments)
+    assert status == 0 and "recalibrate" in text and "float32 (no copies)" in text, "in the 80 columns of a terminal"
+    assert "low-rank: approximates G" in text
     status, _, error = call("plan", *arguments, "--storage", "paper")
     assert status == 2 and "storage must be one of" in error
     status, text, _ = call(*PRUNE, "--method", "lr", "--samples", "60", "--storage", "float16", "--json")

@@ -118,5 +118,6 @@ def _layers(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
             axis.plot(range(len(names)), list(cell.layers.values()), label=label, **_style(number))
     axis.axhline(highest, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
     axis.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=7)
-    axis.set_ylim(0, 1.02)
-    axis.set_ylabel(f"sparsity (dashed: {highest:g} over all layers)")
+    axis.set_ylim(0, 1.05)  # room for the marker of a layer that is emptied
+    axis.set_xlabel(f"layer (dashed: all of them, {highest:g})")
+    axis.set_ylabel("sparsity")
