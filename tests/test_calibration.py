@@ -247,6 +247,14 @@ def test_a_pass_over_batches_splits_them_and_goes_on_where_it_was():
     assert sorted(passed(source, 100)[2]) == list(range(10))
 
 
+def test_large_batches_of_a_loader_are_split_and_no_sample_stays_alone():
+    source = CalibrationStream(batches_of(4, 17), generator(), size=8)
+    assert [len(batch[0]) for batch in source.draw(21)] == [4, 8, 9]
+    fitting, apart = source.draw_apart(12, 5)
+    assert sum(len(batch[0]) for batch in fitting) == 12 and sum(len(batch[0]) for batch in apart) == 5
+    assert max(len(batch[0]) for batch in [*fitting, *apart]) <= 9
+
+
 def test_passes_over_a_generator_repeat_it_without_knowing_its_length():
     source = stream(batch for batch in batches_of(4, 6))
     assert passed(source, 6) == passed(source, 6) == ([0.0, 0.0], [4, 6], list(range(10)))

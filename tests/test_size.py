@@ -152,12 +152,14 @@ def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkey
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.ReLU(), nn.Linear(3000, 3))
     data = small_data(220)
-    needs = {f.name: f.need for f in plan(model, data, 0.5, "lr", samples=176).forecasts}
+    needs = {f.name: f.need for f in plan(model, data, 0.5, "lr", samples=176, memory="1MB").forecasts}  # the least
     dense = min(needs["float32"], needs["float32 (no copies)"])
     assert needs["float16"] < dense
     budget = (needs["float16"] + dense) // 2
     report = prune(model, data, 0.5, "lr", samples=176, memory=budget, progress=False)
-    assert report.settings["storage"] == {"asked": "auto", "used": "float16", "lean": True, "at_once": 64}
+    storage = report.settings["storage"]
+    assert (storage["asked"], storage["used"], storage["lean"]) == ("auto", "float16", True)
+    assert storage["at_once"] in (16, 32), "64 at once would need more"
     assert report.kept == math.floor(report.total / 2)
     assert any("storage float16 (float32: " in note and "memory allows" in note for note in report.notes)
 

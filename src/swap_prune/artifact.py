@@ -94,7 +94,8 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load an artifact into a model of the same architecture, in place, and verify it.
 
     Args:
-        model: A model whose state_dict has the artifact's keys and shapes, or that a wrapper pruned.
+        model: A model whose state_dict has the artifact's keys and shapes; the prefix that DataParallel or
+            ``torch.compile`` gives keys may be in one of them and not in the other.
         directory: What ``report.save`` wrote.
 
     Returns:

@@ -18,6 +18,7 @@ __all__ = [
     "is_sliceable",
     "join_batches",
     "map_tensors",
+    "select_samples",
     "slice_batch",
     "split_batches",
 ]
@@ -57,6 +58,12 @@ def slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples ``start`` to ``stop`` of a batch."""
     size = batch_size(batch)
     return map_tensors(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, batch)
+
+
+def select_samples(batch: Any, index: Tensor) -> Any:
+    """Return the samples of a batch at some positions, (m,)."""
+    size = batch_size(batch)
+    return map_tensors(lambda t: t.index_select(0, index.to(t.device)) if t.ndim and t.shape[0] == size else t, batch)
 
 
 def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any]:

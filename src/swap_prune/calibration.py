@@ -43,7 +43,7 @@ class CalibrationStream:
         data: Dataset, iterable of batches, or iterator of batches.
         generator: Random state for drawing from a Dataset (CPU).
         device: Where the drawn batches are put.
-        size: Samples of a batch that the stream makes itself, or joins.
+        size: Samples of a batch, at the most, but for one more: batches that the data bring are joined and split.
 
     Raises:
         ValueError: If ``data`` is neither.
@@ -82,7 +82,8 @@ class CalibrationStream:
         """
         if self._indexed:
             return list(map(self._placed, self._draw_indexed(samples)))
-        return list(map(self._placed, join_batches(self._draw_iterated(samples), self._size)))
+        parts = split_batches(self._draw_iterated(samples), self._size, least=2)
+        return list(map(self._placed, join_batches(parts, self._size)))
 
     def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
         """Yield as many samples as the data holds, batch by batch, to train on.
@@ -236,7 +237,7 @@ class CalibrationStream:
             got += size
 
     def _read_passes(self) -> Iterator[Any]:
-        """Yield batch after batch for ever, None at the end of each pass."""
+        """Yield batch after batch for ever, ``_END`` at the end of each pass."""
         one_shot = isinstance(self._data, Iterator)
         source, remembered = self._data, []
         for passes in itertools.count():

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from swap_prune.batches import batch_size
 from swap_prune.calibration import CalibrationStream, peek
+from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.device import usable_device
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import LossFn, check_calibration, cross_entropy
@@ -78,12 +79,10 @@ class FineTune:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} of fine-tuning must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole_number(f"{name} of fine-tuning", getattr(self, name)))
         for name, (words, holds) in _NUMBERS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not (holds(value) and value < math.inf):
+            if not (is_number(value) and holds(value) and value < math.inf):
                 raise ValueError(f"{name} of fine-tuning must be a finite number {words}, got {value!r}")
             object.__setattr__(self, name, float(value))
         for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
@@ -154,8 +153,7 @@ def finetune(
     settings = FineTune() if settings is None else settings
     if not isinstance(settings, FineTune):
         raise ValueError(f"settings must be a swap_prune.FineTune, got {settings!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number in [0, 2**63), got {seed!r}")
+    seed = checked_seed(seed)
     kept = resolve_masks(model, masks, targets, ignore)
     if device is not None:
         model.to(usable_device(device))

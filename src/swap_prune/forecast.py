@@ -14,9 +14,14 @@ import torch
 
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import block_bytes
+from swap_prune.fisher.defence import PIECE, PROBE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
+from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes
+from swap_prune.methods.woodfisher import WHOLE
+from swap_prune.regression.swap import SHARE, SHORTLIST
+from swap_prune.regression.tuning import TUNING_ROWS
 
 __all__ = ["Workload", "memory_phases"]
 
@@ -26,12 +31,8 @@ _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
-_BATCH, _MINI_BATCH = 128, 16  # samples: of a chunk at capture, of a row with statistics
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
-_PROBE, _PIECE = 32, 4  # rows that the defence looks at, and those that it has copies of
-_EXCHANGE = 0.08 * 28  # swaps copy so many bytes a row and kept weight: 4 x 2 % of the columns, in float64 thrice
-_COUPLING_ROWS = 256  # copied by the choice of a coupling
-_WHOLE = 50_000  # WoodFisher inverts up to so many weights together
+_EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     factor = _held_of_g(load, kind)
     rest = load.held + _LIBRARIES + 3 * vector  # copies of the model's weights: to restore, and to teach
     common = rest + factor + (load.samples + load.spare) * load.sample_bytes
-    defend = 7 * min(_PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
-    defend += min(_PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
+    defend = 7 * min(PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
+    defend += min(PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
     blocks = 6 * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
@@ -148,12 +149,12 @@ def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int
     budget = chunk_bytes(load.device, at_once, lean=lean and kind != "low-rank")
     piece = piece_bytes(load.device)
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
-        chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)) // 2)
-        chunk = _MINI_BATCH if load.mini_batches else chunk
+        chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)
+        chunk = MINI_BATCH if load.mini_batches else chunk
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
     if load.mini_batches:
-        return _MINI_BATCH * _backward_bytes(load) + 3 * vector
-    chunk = max(1, min(_BATCH, load.rows, budget // (load.kept_bytes + vector)))
+        return MINI_BATCH * _backward_bytes(load) + 3 * vector
+    chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
     return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
@@ -173,8 +174,8 @@ def _column_copies(load: Workload) -> int:
     """Return the bytes of columns of G that the method copies at once, where nothing holds it back."""
     n, k, p = load.rows, load.kept, load.weights
     if load.method in ("lr", "ewr"):
-        coupled = min(n, _COUPLING_ROWS) * p * load.itemsize if load.method == "ewr" else 0
+        coupled = min(n, TUNING_ROWS) * p * load.itemsize if load.method == "ewr" else 0
         return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)
     if load.method == "chita":
         return int(1.5 * n * k) * load.itemsize
-    return 4 * 8 * n * min(p, _WHOLE) if load.method == "woodfisher" else 0
+    return 4 * 8 * n * min(p, WHOLE) if load.method == "woodfisher" else 0

@@ -1,6 +1,7 @@
 """READ FIRST: the whole of pruning on one page.
 
-    select -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> (fine-tune) -> recalibrate, once a stage
+    select; then, once a stage:
+    draw -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> (fine-tune) -> recalibrate
 
 Each stage draws fresh calibration samples, takes their gradients at the network's current weights, states a
 :class:`PruningProblem`, lets the method solve it, and writes the answer to the network. The sparsity of the

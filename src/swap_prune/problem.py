@@ -13,13 +13,13 @@ w        (p,)         weights after the stage, at most k of them non-zero
 G        (n, p)       Fisher factor; row i is the gradient of sample i's loss at ``w_bar``, or a draw from
                       its curvature (:mod:`swap_prune.fisher.sketch`)
 f        (p,)         diagonal of the Fisher, ``mean_i G_ij^2``
-s        (p,)         slope: mean gradient of the loss at w
+gamma    (p,)         slope: mean gradient at w of what candidates are judged by
 x        (n,)         ``G w``
 y        (n,)         ``G w_bar``
 t        (n,)         regression target; ``y`` for LR, the barycentric projection for EWR
 lam      float        ridge strength
 m        (p,)         metric of the ridge and of the selection; ones in the paper
-eps      float        entropy of the transport plan: the size of the neighbourhood
+eps      float        strength of the plan's entropic regularisation: the size of the neighbourhood
 plan, P  (n, n)       coupling between x and y, rows and columns sum to 1/n
 ======== ============ =========================================================================
 
@@ -73,10 +73,11 @@ class PruningProblem:
         reference: w_bar, (p,), weights before the stage.
         keep: k, number of weights that may be non-zero, ``0 <= k <= p``.
         factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
-        held_out: Maps weights w (p,) and a kept set (p,) to the network's losses (n_v,) on samples whose gradients
-            are not in G; None where there are none. It is what candidates are chosen by.
-        slope: Maps w and a kept set to s (p,), the mean gradient of the network's loss on the samples of G; None
-            where there are no gradients.
+        held_out: Maps weights w (p,) and a kept set (p,) to what candidates are judged by, for samples whose gradients
+            are not in G, (n_v,): the network's losses, or their mean with the divergence from the dense network where
+            the loss can tell; None where there are no such samples.
+        slope: Maps w and a kept set to gamma (p,), the mean gradient of the same over the samples of G; None where
+            there are no gradients.
         blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the
             loss may not bear such a network.
         selection: The parameters that w is made of; None for a problem without layers.
@@ -124,6 +125,12 @@ class PruningProblem:
         places = self.selection.slices()
         for name, shape in self.selection.shapes.items():
             yield Layer(name, places[name], shape)
+
+    def trivial_solution(self) -> PruningSolution:
+        """Return the only answer to keeping everything or nothing."""
+        everything = self.keep > 0
+        kept = torch.full_like(self.reference, everything, dtype=torch.bool)
+        return PruningSolution(self.reference * everything, kept)
 
     def layer_inputs(self) -> LayerInputs:
         """Return the input statistics of a problem whose method needs them.

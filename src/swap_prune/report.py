@@ -40,7 +40,7 @@ class StageReport(_Record):
     Attributes:
         sparsity: Sparsity asked for at this stage.
         kept: Number of weights kept.
-        samples: Rows of G; 0 for methods without gradients.
+        samples: Calibration samples of the stage; 0 for a method that takes no data.
         loss: Mean calibration loss before the stage's weights changed, under noise that of what gradients were taken
             of; None without gradients.
         seconds: Wall-clock seconds.

@@ -5,7 +5,6 @@ Place in the pipeline: before it. Nothing is changed here, and no data is used u
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from swap_prune.batches import map_tensors
 from swap_prune.calibration import HELD_OUT, peek
+from swap_prune.checks import checked_seed, whole_number
 from swap_prune.distributed import process_count
 from swap_prune.finetune import FineTune
 from swap_prune.fisher.capture import SavedBytes
@@ -103,9 +103,7 @@ def check_run(
         raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
     if finetune is not None and not isinstance(finetune, FineTune):
         raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
-    samples, seed = _whole("samples", samples, 1), _whole("seed", seed, 0)
-    if seed >= 2**63:
-        raise ValueError(f"seed must be below 2**63, got {seed}")
+    samples, seed = whole_number("samples", samples), checked_seed(seed)
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
     places = {str(parameter.device) for parameter in model.parameters()}
@@ -200,14 +198,3 @@ def _check_finite(model: nn.Module, selection: Selection) -> None:
     bad = [name for name in selection.names if not bool(parameters[name].isfinite().all())]
     if bad:
         raise ValueError(f"weights to prune must be finite; {bad[0]!r} holds NaN or infinity: check the checkpoint")
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    """Return a whole number, which NumPy's are as well."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return number

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
+from swap_prune.checks import whole_number
+
 __all__ = [
     "SCHEDULES",
     "STAGE_COUNTS",
@@ -70,8 +72,7 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
     """
     if not (isinstance(target, int | float) and 0 <= target < 1):
         raise ValueError(f"sparsity must lie in [0, 1), got {target!r}")
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ValueError(f"stages must be a whole number of at least 1 or 'auto', got {stages!r}")
+    stages = whole_number("stages", stages)
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     early = (SCHEDULES[schedule](t, stages, float(target)) for t in range(1, stages))

@@ -101,12 +101,12 @@ def select_parameters(
     candidates = _collect(model)
     chosen: set[str] = set()
     for pattern in targets:
-        hits = {c.name for c in candidates if _matches(pattern, c, model) and _prunable(pattern, c)}
+        hits = {c.name for c in candidates if _matches(pattern, c) and _prunable(pattern, c)}
         if not hits and targets != DEFAULT_TARGETS:
             raise ValueError(_unmatched("targets", pattern, model))
         chosen |= hits
     for pattern in ignore:
-        hits = {c.name for c in candidates if _matches(pattern, c, model)}
+        hits = {c.name for c in candidates if _matches(pattern, c)}
         if not hits:
             raise ValueError(_unmatched("ignore", pattern, model))
         chosen -= hits
@@ -140,9 +140,9 @@ def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequen
         for tensor, (parts, remedy) in _parametrised(module).items():
             sources = [candidate for candidate in candidates if any(p is candidate.parameter for p in parts)]
             own = _Candidate(name, nn.Parameter(), (), ((name, module),))
-            taken = any(_matches(pattern, own, model) for pattern in targets)
-            left = all(any(_matches(pattern, source, model) for pattern in ignore) for source in sources)
-            left = left or any(_matches(pattern, own, model) for pattern in ignore)
+            taken = any(_matches(pattern, own) for pattern in targets)
+            left = all(any(_matches(pattern, source) for pattern in ignore) for source in sources)
+            left = left or any(_matches(pattern, own) for pattern in ignore)
             if taken and not left and getattr(module, tensor).ndim > 1:
                 raise ValueError(
                     f"{tensor!r} of {name or 'the model'!r} is computed from other parameters (weight norm, "
@@ -195,7 +195,7 @@ def _collect(model: nn.Module) -> list[_Candidate]:
     ]
 
 
-def _matches(pattern: str, candidate: _Candidate, model: nn.Module) -> bool:
+def _matches(pattern: str, candidate: _Candidate) -> bool:
     modules = {""}
     for module_name, _ in candidate.owners:
         parts = module_name.split(".")

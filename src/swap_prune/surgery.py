@@ -159,7 +159,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
     if not layers or not usable:
         return 0
     momenta = [layer.momentum for layer in layers]
-    with _batch_statistics(model, layers), torch.no_grad():
+    with _statistics_updated(model, layers), torch.no_grad():
         try:
             for layer in layers:
                 layer.reset_running_stats()  # type: ignore[operator]
@@ -191,7 +191,7 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
         with eval_mode(model):
             stored = torch.cat([loss_fn(model, in_own_containers(batch)) for batch in usable]).mean()
         before = [(b, b.clone()) for layer in layers for b in layer.buffers()]
-        with _batch_statistics(model, layers):
+        with _statistics_updated(model, layers):
             own = torch.cat([loss_fn(model, in_own_containers(batch)) for batch in usable]).mean()
         for buffer, values in before:
             buffer.copy_(values)
@@ -225,7 +225,7 @@ def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossF
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+def _statistics_updated(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
     with eval_mode(model):
         for layer in layers:
             layer.training = True

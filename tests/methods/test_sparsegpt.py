@@ -71,6 +71,17 @@ def test_layers_keep_the_same_share_unless_they_are_compared():
     assert shares == {"layer": [8, 8], "global": [0, 16]}, "the first layer's inputs are a thousand times smaller"
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_weights_without_an_input_go_first(scope):
+    problem = pruning_problem(40, 40, 16, kind="zero columns")
+    idle = torch.cat(
+        [(problem.inputs.rows[one.name] == 0).all(1).expand(one.rows, -1).flatten() for one in problem.layers()]
+    )
+    problem.reference[idle] = 1e3  # however large
+    kept = SparseGPT(scope=scope).solve(problem, generator()).kept
+    assert 10 < int(idle.sum()) < 24 and int(kept.sum()) == 16 and not bool((kept & idle).any())
+
+
 def test_inputs_of_zero_leave_magnitude():
     W = normal(1, 2, 6)
     new, kept = prune_columns(W, damped(torch.zeros(1, 6, 6), 0.01), 5, 128)

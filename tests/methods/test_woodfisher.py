@@ -68,7 +68,7 @@ def test_blocks_see_only_themselves(update):
 
 def test_many_weights_are_taken_in_blocks(monkeypatch):
     problem = pruning_problem(7, 16, 8, dtype=torch.float64)
-    monkeypatch.setattr("swap_prune.methods.woodfisher._WHOLE", 15)
+    monkeypatch.setattr("swap_prune.methods.woodfisher.WHOLE", 15)
     monkeypatch.setattr("swap_prune.methods.woodfisher._BLOCK", 3)
     expected = WoodFisher(block=3).solve(problem, generator())
     assert torch.equal(WoodFisher().solve(problem, generator()).weights, expected.weights)

@@ -35,8 +35,8 @@ from swap_prune.selection import Selection
 __all__ = ["LowRank", "low_rank_rows", "outer_product_layers"]
 
 _CLEAN = 1e-4  # share of energy outside rank 1 that rounding may leave
-_PROBE = 32  # rows that are looked at to see whether there is noise
-_PIECE = 4  # of them at once, for the memory
+PROBE = 32  # rows that are looked at to see whether there is noise
+PIECE = 4  # of them at once, for the memory
 _CONV_RANK = 3  # docs/method.md
 _ITERATIONS = 3  # of the subspace iteration
 _CHUNK_BYTES = 256 * 2**20
@@ -73,7 +73,7 @@ class LowRank:
         """Return the largest share of energy outside rank 1 over the layers where there should be none; 0 for clean."""
         if not self.exact:
             return 0.0
-        probe = factor.leading(_PROBE)
+        probe = factor.leading(PROBE)
         share = max(_outside(probe[:, self.places[name]], self.shapes[name]) for name in self.exact)
         return share if share > _CLEAN else 0.0
 
@@ -99,7 +99,7 @@ class LowRank:
 def _outside(rows: Tensor, shape: tuple[int, int]) -> float:
     """Return the share of the energy of rows (m, a b) that lies outside the best matrices (a, b) of rank 1."""
     energy, rest = 0.0, 0.0
-    for piece in rows.split(_PIECE):  # type: ignore[no-untyped-call]
+    for piece in rows.split(PIECE):  # type: ignore[no-untyped-call]
         matrices = piece.reshape(len(piece), *shape)
         energy += float(matrices.double().square().sum())
         rest += float((matrices - low_rank_rows(matrices, 1)).double().square().sum())

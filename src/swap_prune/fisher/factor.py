@@ -1,9 +1,9 @@
 """The Fisher factor G (n, p), and the only products with it that the solvers use.
 
-``G^T G / n`` is the empirical Fisher information at the reference weights (paper, equation 3). A solver sees
-G through :class:`FisherFactor` alone, so that other representations can take the place of the dense one: half
-precision (:mod:`~swap_prune.fisher.half`) or a file (:mod:`~swap_prune.fisher.mapped`). docs/size.md says when which is
-used.
+``G^T G / n`` is the Fisher matrix at the reference weights: the empirical one (paper, equation 3), or a sketch of
+Gauss-Newton's. A solver sees G through :class:`FisherFactor` alone, so that others can take the place of the dense one:
+16 bits, a file, outer products, columns shared out over processes, or passes through the network. docs/size.md says
+when which is used.
 """
 
 from __future__ import annotations

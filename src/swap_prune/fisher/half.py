@@ -1,7 +1,7 @@
 r"""G in 16 bits an entry, with products in the precision that it was captured in.
 
 A block of columns is converted, used and dropped: there is never a float32 copy of G. Products accumulate in working
-precision, so that what is lost is the rounding of the entries alone: relative 2^-9 in bfloat16, 2^-12 in float16.
+precision, so that what is lost is the rounding of the entries alone: relative 2^-8 in bfloat16, 2^-11 in float16.
 float16 has few exponents. Each of its rows is stored over a power of two, exact to divide by, that brings its largest
 entry to [2^14, 2^15): entries keep full precision down to 2^-29 of it, and what is below 2^-40 of it becomes zero.
 

@@ -265,7 +265,7 @@ class LowRankFactor:
         return next(iter(self.layers.values())).tensors[0]
 
     def _placed(self) -> Iterator[tuple[int, int, OuterRows | PlainRows]]:
-        """Yield each layer with the first and the last but one of its columns."""
+        """Yield each layer with the first of its columns and the first behind them."""
         ends = [0]
         for layer in self.layers.values():
             ends.append(ends[-1] + layer.shape[1])

@@ -77,8 +77,8 @@ def capture_low_rank(
         selection: The p weights that gradients are taken of: of Linear and Conv layers only.
         batches: Calibration batches on the model's device.
         loss_fn: ``(model, batch) -> (n,)`` losses.
-        rank: Outer products that are kept of each row: of every layer, or by parameter name; others, and by default, 3,
-            or 16 where rows are joined.
+        rank: Outer products kept of each row: one number for all layers, or by parameter name. By default, and for
+            layers that are not named, 3, or 16 where rows are joined.
         joined: Whether a batch makes one row, the gradient of the sum of its losses over the root of its size, with
             BatchNorm on its own statistics.
         advance: Called with the number of samples that were done, for progress.

@@ -3,8 +3,8 @@
 What is held beside the network and its samples is a few vectors of p: the weights that gradients are taken at, f, and
 the last few w that ``G w`` was asked of. The rest is time. A product costs one pass over the samples
 (:mod:`~swap_prune.fisher.passes`); so does a block of columns, of which a Gram matrix takes as many as its support has
-blocks. That is the fewer passes, and exact, as long as there are not very many rows: a block is a few vectors of p, so
-that ``G G^T`` takes about n / 12 of them. Beyond that the solver is told to iterate instead.
+blocks. Up to some thousands of rows that is exact and takes fewer passes than iterating: a block is a few vectors of p,
+so that ``G G^T`` takes about n / 12 of them. Beyond that the solver is told to iterate instead.
 
 Place in the pipeline: in the place of :class:`~swap_prune.fisher.factor.DenseFactor`.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import is_sliceable, map_tensors, split_batches
+from swap_prune.batches import is_sliceable, select_samples, split_batches
 from swap_prune.fisher.blocked import SubFactor, column_limit
 from swap_prune.fisher.capture import Capture, Passed
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
@@ -159,7 +159,7 @@ class MatrixFreeFactor:
             if len(local) < count:
                 if not is_sliceable(batch):
                     return SubFactor(self, rows=index)
-                batch = _pick(batch, count, local)
+                batch = select_samples(batch, local)
             batches.append(batch)
             counts.append(len(local))
         return SubFactor(MatrixFreeFactor(self.passes, batches, counts, self.log), rows=places)
@@ -221,8 +221,3 @@ def capture_matrix_free(
     tries = (replace(passes, way=way) for way in _WAYS)
     passed.passes = next((one for one in tries if one.holds(batches[0], counts[0])), replace(passes, way="rows"))
     return Capture(passed, losses, "mini-batch" if seen is None else seen.backend, at_once)
-
-
-def _pick(batch: Any, size: int, index: Tensor) -> Any:
-    """Return some samples of a batch."""
-    return map_tensors(lambda t: t.index_select(0, index.to(t.device)) if t.ndim and t.shape[0] == size else t, batch)

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from swap_prune.checks import is_number, whole_number
 from swap_prune.fisher.factor import FisherFactor
-from swap_prune.methods.lr import is_number, trivial_solution
 from swap_prune.methods.scoring import select_best
 from swap_prune.methods.woodfisher import joint_update
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -50,14 +50,12 @@ class CBS:
         if not (is_number(self.damping) and 0 < self.damping < float("inf")):
             raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
         for name in ("candidates", "rounds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Swap from magnitude pruning on, then update."""
         if problem.keep in (0, problem.reference.numel()):
-            return trivial_solution(problem)
+            return problem.trivial_solution()
         start = select_best(problem, problem.reference.abs())
         kept, swaps, rounds = improve_by_swaps(
             problem.fisher(), problem.reference, start, self.damping, self.candidates, self.rounds

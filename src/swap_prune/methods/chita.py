@@ -17,7 +17,8 @@ from typing import ClassVar
 
 import torch
 
-from swap_prune.methods.lr import is_number, pairing_regression, solution_of, trivial_solution
+from swap_prune.checks import is_number, whole_number
+from swap_prune.methods.lr import pairing_regression, solution_of
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.active_set import solve_active_set
 
@@ -44,13 +45,12 @@ class CHITA:
     def __post_init__(self) -> None:
         if not (is_number(self.ridge) and 0 < self.ridge < float("inf")):
             raise ValueError(f"ridge must be a number above 0, got {self.ridge!r}")
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"iterations must be a whole number of at least 1, got {self.iterations!r}")
+        object.__setattr__(self, "iterations", whole_number("iterations", self.iterations))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression on its active set."""
         if problem.keep in (0, problem.reference.numel()):
-            return trivial_solution(problem)
+            return problem.trivial_solution()
         fit = solve_active_set(
             pairing_regression(problem, self.ridge, math.inf, "identity"),
             problem.keep,

@@ -28,7 +28,7 @@ _STEPS = 12  # natural-gradient steps a stage in each metric, at the most
 LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of single weights, and the fit's ends early
-_FIRST_LENGTH = 0.3  # of a step, at the most; the next ones start from the length that was taken last
+_FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
 
@@ -90,11 +90,11 @@ def _descend(
         problem: The pruning problem, with held-out samples.
         descent: Where to go for a slope.
         fit: Where the steps start.
-        slope: s there, (p,), where it is known.
+        slope: gamma there, (p,), where it is known.
         steps: At the most.
 
     Returns:
-        Where they end, their lengths, and s there, where it is known: when no length gained.
+        Where they end, their lengths, and gamma there, where it is known: when no length gained.
     """
     assert problem.slope is not None, "the caller checks"
     least = held_out_loss(problem, fit)
@@ -121,7 +121,7 @@ def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:
     A loss that is not above 0, as the negative log of a density may be, bounds nothing.
 
     Args:
-        slope: s, (p,).
+        slope: gamma, (p,).
         direction: d, (p,).
         loss: Mean loss at length 0.
     """

@@ -11,16 +11,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from swap_prune.checks import is_number, whole_number
 from swap_prune.methods.descent import LEAST_GAIN, held_out_losses, is_significant, mean_loss, step_down
 from swap_prune.methods.lr import (
     candidates_of,
     check_regression_settings,
     chooses,
     fit_pairing,
-    is_number,
     pairing_regression,
     solution_of,
-    trivial_solution,
 )
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse
@@ -39,7 +38,7 @@ class EWR:
     """Sparse entropic Wasserstein regression.
 
     Attributes:
-        epsilon: eps, the entropy of the plan, in units of ``epsilon_unit``; or ``"auto"``.
+        epsilon: eps, how strongly entropy regularises the plan, in units of ``epsilon_unit``; or ``"auto"``.
         ridge: lam, or ``"auto"``; see :class:`swap_prune.LR`.
         anchor: a in [0, 1], how far the plan may leave the pairing (1 is the paper, 0 is LR); or ``"auto"``.
             What is ``"auto"`` among epsilon and anchor is chosen on held-out rows and confirmed by the loss on
@@ -88,8 +87,7 @@ class EWR:
         for setting, allowed in choices.items():
             if getattr(self, setting) not in allowed:
                 raise ValueError(f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}")
-        if isinstance(self.couplings, bool) or not isinstance(self.couplings, int) or self.couplings < 1:
-            raise ValueError(f"couplings must be a whole number of at least 1, got {self.couplings!r}")
+        object.__setattr__(self, "couplings", whole_number("couplings", self.couplings))
 
     @property
     def needs_held_out(self) -> bool:
@@ -99,7 +97,7 @@ class EWR:
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
         if problem.keep in (0, problem.reference.numel()):
-            return trivial_solution(problem)
+            return problem.trivial_solution()
         if self.solver == "algorithm1":
             return self._algorithm_1(problem)
         pairing, paired, evidence = fit_pairing(self, problem)

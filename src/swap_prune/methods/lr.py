@@ -1,4 +1,4 @@
-"""LR: sparse ridge regression on the empirical Fisher (the paper's baseline; CHITA, Benbaki et al., 2023).
+"""LR: sparse ridge regression on the rows of the Fisher factor (the paper's baseline; CHITA, Benbaki et al., 2023).
 
 minimise  1/2 ||G w - G w_bar||^2 + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subject to  ||w||_0 <= k
 """
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
+from swap_prune.checks import is_number, whole_number
 from swap_prune.methods.descent import (
     held_out_losses,
     is_significant,
@@ -47,8 +48,8 @@ class LR:
     Attributes:
         fisher: Which matrix the rows of G stand for: ``"gauss-newton"``, which needs a loss that knows its curvature;
             ``"empirical"``, the paper's; or ``"auto"``: Gauss-Newton where the loss allows it.
-        ridge: lam, which has that of the Fisher diagonal as its unit in the identity metric, and none in the others;
-            or ``"auto"``: chosen by the loss on held-out samples, where there are any.
+        ridge: lam, in units of the Fisher diagonal in the identity metric, a pure number in the others; or ``"auto"``:
+            chosen by the loss on held-out samples, where there are any.
         metric: ``m = f + damping b``, b being the mean of the Fisher diagonal f over all weights (``"diagonal"``), over
             the layer (``"layer"``), or over the output and the input of each weight (``"factored"``); ``"identity"``,
             the paper's, which is 1; or ``"auto"``, chosen together with the ridge.
@@ -83,7 +84,7 @@ class LR:
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):
-            return trivial_solution(problem)
+            return problem.trivial_solution()
         regression, fit, evidence = fit_pairing(self, problem)
         fit, steps = step_down(problem, regression, fit, self.first_order)
         return solution_of(fit, evidence | {"first_order": steps})
@@ -223,14 +224,7 @@ def check_regression_settings(settings: RegressionSettings) -> None:
         if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
             raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
     for name, lowest in (("iterations", 1), ("swaps", 0)):
-        count = getattr(settings, name)
-        if isinstance(count, bool) or not isinstance(count, int) or count < lowest:
-            raise ValueError(f"{name} must be a whole number of at least {lowest}, got {count!r}")
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is an int or a float (and not a bool)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        object.__setattr__(settings, name, whole_number(name, getattr(settings, name), lowest))
 
 
 def pairing_regression(
@@ -257,13 +251,6 @@ def pairing_regression(
     y = factor.matvec(problem.reference) if target is None else target
     m = damped_metric(f, damping, metric, problem.layers())
     return WeightedRidge(factor, y, problem.reference, ridge, m, floors=problem.floors)
-
-
-def trivial_solution(problem: PruningProblem) -> PruningSolution:
-    """Return the only answer to keeping everything or nothing."""
-    everything = problem.keep > 0
-    kept = torch.full_like(problem.reference, everything, dtype=torch.bool)
-    return PruningSolution(problem.reference * everything, kept)
 
 
 def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from swap_prune.methods.lr import is_number
+from swap_prune.checks import is_number
 from swap_prune.methods.scoring import keep_unchanged, select_best
 from swap_prune.problem import PruningProblem, PruningSolution
 

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.methods.lr import is_number, trivial_solution
+from swap_prune.checks import is_number, whole_number
 from swap_prune.methods.scoring import check_scope, select_best
 from swap_prune.problem import Layer, PruningProblem, PruningSolution
 from swap_prune.regression.top_k import top_k
@@ -53,14 +53,13 @@ class SparseGPT:
     def __post_init__(self) -> None:
         if not (is_number(self.damping) and 0 < self.damping < float("inf")):
             raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"block must be a whole number of at least 1, got {self.block!r}")
+        object.__setattr__(self, "block", whole_number("block", self.block))
         check_scope(self.scope, ("layer", "global"))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Prune one layer after the other."""
         if problem.keep in (0, problem.reference.numel()):
-            return trivial_solution(problem)
+            return problem.trivial_solution()
         moments = problem.layer_inputs().moments()
         layers = list(problem.layers())
         shares = self._shares(problem, layers, moments)
@@ -68,7 +67,7 @@ class SparseGPT:
         for layer, share in zip(layers, shares, strict=True):
             moment = moments[layer.name]
             W = problem.reference[layer.place].view(len(moment), -1, moment.shape[-1])
-            W, mask = prune_columns(W, damped(moment, self.damping), share, self.block)
+            W, mask = prune_columns(W, damped(moment, self.damping), share, self.block, without_input(moment))
             weights[layer.place], kept[layer.place] = W.flatten().to(weights.dtype), mask.flatten()
         return PruningSolution(weights, kept)
 
@@ -80,7 +79,8 @@ class SparseGPT:
         for layer in layers:
             inverse = damped(moments[layer.name], self.damping).inverse().diagonal(dim1=1, dim2=2)
             W = problem.reference[layer.place].view(len(inverse), -1, inverse.shape[1])
-            scores.append((W.square() / inverse.unsqueeze(1)).flatten())
+            worth = W.square() / inverse.unsqueeze(1)
+            scores.append(worth.masked_fill(without_input(moments[layer.name]).unsqueeze(1), 0).flatten())
         kept = select_best(problem, torch.cat(scores))
         return [int(kept[layer.place].sum()) for layer in layers]
 
@@ -93,7 +93,13 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return H + torch.diag_embed(shift.unsqueeze(1).expand(H.shape[:2]))
 
 
-def prune_columns(W: Tensor, H: Tensor, keep: int, block: int) -> tuple[Tensor, Tensor]:
+def without_input(moment: Tensor) -> Tensor:
+    """Return which columns never had an input, boolean, (groups, d); none where no column of the group had one."""
+    squares = moment.diagonal(dim1=1, dim2=2)
+    return (squares == 0) & (squares > 0).any(1, keepdim=True)
+
+
+def prune_columns(W: Tensor, H: Tensor, keep: int, block: int, idle: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Prune a layer by algorithm 1 of the paper, all groups at once.
 
     Args:
@@ -101,6 +107,7 @@ def prune_columns(W: Tensor, H: Tensor, keep: int, block: int) -> tuple[Tensor, 
         H: Hessian of each group, (groups, d, d), positive definite, in float64.
         keep: Number of weights to keep, of all groups together.
         block: Columns whose mask is chosen together; each block keeps the same share.
+        idle: Columns that are worth nothing, (groups, d): their weights go before any other of the block.
 
     Returns:
         The new weights in float64, and the kept set, both like W.
@@ -115,6 +122,8 @@ def prune_columns(W: Tensor, H: Tensor, keep: int, block: int) -> tuple[Tensor, 
     for start, share in zip(starts, shares, strict=True):
         end = min(start + block, W.shape[2])
         scores = (W[:, :, start:end] / pivots[:, :, start:end]).square()
+        if idle is not None:
+            scores = scores.masked_fill(idle[:, None, start:end], 0)
         mask = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, top_k(scores.flatten(), share), True)
         kept[:, :, start:end] = mask.view_as(scores)
         errors = torch.zeros_like(scores)

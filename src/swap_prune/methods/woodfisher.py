@@ -17,17 +17,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from swap_prune.checks import is_number
 from swap_prune.fisher.blocked import SubFactor
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inverse import BlockFisher
-from swap_prune.methods.lr import is_number, trivial_solution
 from swap_prune.methods.scoring import select_best
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.objective import WeightedRidge
 
 __all__ = ["WoodFisher", "joint_update"]
 
-_WHOLE = 50_000  # with up to so many weights nothing of the Fisher is left out
+WHOLE = 50_000  # with up to so many weights nothing of the Fisher is left out
 _BLOCK = 2_000  # the paper's block size for ResNet50
 
 
@@ -64,7 +64,7 @@ class WoodFisher:
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Remove the weights of least cost and compensate for them."""
         if problem.keep in (0, problem.reference.numel()):
-            return trivial_solution(problem)
+            return problem.trivial_solution()
         w = problem.reference
         fisher = BlockFisher(problem.fisher(), self.damping, tuple(self._blocks(problem)))
         inverse = fisher.diagonal()
@@ -77,7 +77,7 @@ class WoodFisher:
 
     def _blocks(self, problem: PruningProblem) -> Iterator[Tensor]:
         every = torch.arange(problem.reference.numel(), device=problem.reference.device)
-        if self.block == "auto" and len(every) <= _WHOLE:
+        if self.block == "auto" and len(every) <= WHOLE:
             yield every
             return
         for layer in problem.layers():

@@ -51,8 +51,8 @@ class DualSystem:
     def solve(self, right: Tensor) -> Tensor:
         """Return v for a residual r, (n,): ``(S G D G^T + shift I) v = S r``.
 
-        The iterations end at a relative residual of rounding size, or after as many as there are equations, 200 at the
-        most: what is left then is an approximate solution, and the caller's acceptance tests judge it.
+        The iterations end at a relative residual of rounding size, or after twice as many as there are equations,
+        200 at the most: what is left then is an approximate solution, and the caller's acceptance tests judge it.
         """
         r = self._rooted(right.double())
         z, direction = torch.zeros_like(r), r.clone()

@@ -96,7 +96,7 @@ def solve_sparse(
 
 
 def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, Refit | None]:
-    """Follow the path from at most ``_PATH_START`` of the weights down to ``keep`` of them.
+    """Follow the path from about ``_PATH_START`` of the weights down to ``keep`` of them.
 
     Args:
         problem: The regression.

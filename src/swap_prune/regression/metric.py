@@ -6,7 +6,8 @@ Multiplying a layer's weights by s and dividing its inputs by s leaves the netwo
 diagonal of a single weight is an estimate from n rows, and may be zero. So it is drawn towards what b_j says of weights
 like it:
 
-- ``diagonal``: the mean of f over all weights. Its unit is that of no layer in particular: a large c tends to 1.
+- ``diagonal``: the mean of f over all weights. Its unit is that of no layer in particular: with a large c, m tends to a
+  constant.
 - ``layer``: the mean over the weight's own layer.
 - ``factored``: the mean over its output times that over its input, over that of its layer: the best guess where a
   gradient is the product of an output's and an input's (Shazeer and Stern, Adafactor, ICML 2018). Rescaling any

@@ -1,10 +1,10 @@
 """Damped natural-gradient steps on the support of a fit.
 
 The regression leaves the first-order term of the loss out. For a network that was pruned, or is not at a minimum,
-that term is not zero. With s the mean gradient of the loss at the current weights, the step minimises the quadratic
+that term is not zero. With gamma the mean gradient of the loss at the current weights, the step minimises the quadratic
 model
 
-    s . d + 1/2 mean_i (g_i . d)^2 + ridge/2 sum_j m_j d_j^2
+    gamma . d + 1/2 mean_i (g_i . d)^2 + ridge/2 sum_j m_j d_j^2
 
 over the weights that stay (Amari, 1998; the damping is Levenberg's and Marquardt's).
 """
@@ -79,9 +79,9 @@ class NaturalGradient:
         return cls(support, factor, copied, metric, ridge, SquareSystem.of(system))
 
     def direction(self, slope: Tensor) -> Tensor:
-        """Return the step for a slope s, (p,): d, (p,), zero outside the support.
+        """Return the step for a slope gamma, (p,): d, (p,), zero outside the support.
 
-        ``(G_s^T G_s / n + ridge M) d = -s``, through Woodbury's identity for k > n.
+        ``(G_s^T G_s / n + ridge M) d = -gamma``, through Woodbury's identity for k > n.
         """
         n, k = self.factor.shape[0], len(self.support)
         right = slope.index_select(0, self.support)

@@ -29,9 +29,9 @@ from swap_prune.regression.top_k import Floors
 
 __all__ = ["Exchange", "exchange_of", "propose_swaps", "swap_weights"]
 
-_SHARE = 0.02  # of the kept weights, exchanged at once
+SHARE = 0.02  # of the kept weights, exchanged at once
 _HALVINGS = 4  # of a batch that does not lower Q
-_SHORTLIST = 4  # weights looked at exactly, in units of the batch
+SHORTLIST = 4  # weights looked at exactly, in units of the batch
 _RELATIVE_GAIN = 1e-4  # a batch that gains less ends the search
 _TINY = 1e-12
 
@@ -55,7 +55,7 @@ def swap_weights(
     f = problem.factor.diagonal() if diagonal is None else diagonal
     scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0])
     scale.clamp_min_(torch.finfo(scale.dtype).tiny)
-    batch = max(1, round(_SHARE * keep))
+    batch = max(1, round(SHARE * keep))
     for _ in range(max_batches):
         exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient_of(fit.refit))
         leaving, entering = propose_swaps(exchange, scale, batch)
@@ -190,7 +190,7 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor
         Positions in the support of those that leave, and indices of those that enter, (t,) each, best pair first.
     """
     support = exchange.support
-    wanted = _SHORTLIST * batch
+    wanted = SHORTLIST * batch
     cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
     promise = exchange.gradient.square().div_(scale).index_fill_(0, support, -1)
     eager = promise.topk(min(wanted, len(promise) - len(support))).indices

@@ -28,8 +28,8 @@ def top_k(scores: Tensor, keep: int, floors: Floors = ()) -> Tensor:
     """Return the indices of the ``keep`` largest scores, (keep,), in increasing order.
 
     Args:
-        scores: (p,), of any floating dtype.
-        keep: k, ``0 <= k <= p``. What is not a number counts as infinite.
+        scores: (p,), of any floating dtype. What is not a number counts as infinite.
+        keep: k, ``0 <= k <= p``.
         floors: Layers, disjoint, of which so many are among them however small; at most k together. The sum of scores
             is the largest that this allows: the best of each layer come first, then the best of all that is left.
 

@@ -22,7 +22,7 @@ from swap_prune.transport import barycentric_target, squared_cost, transport_pla
 __all__ = ["Coupling", "choose_coupling", "couple", "mean_cost"]
 
 _HELD_OUT = 0.25
-_TUNING_ROWS = 256  # a plan costs n^2; the choice does not need all rows
+TUNING_ROWS = 256  # a plan costs n^2; the choice does not need all rows
 _ANCHORS = (0.1, 1.0)
 _EPSILONS = (0.1, 1.0)  # in units of the mean cost
 _PLAN_TOLERANCE = 1e-5
@@ -105,7 +105,7 @@ def choose_coupling(
     lone = Coupling(0.0, epsilons[0] if epsilons else 1.0, gradient, debias)
     if n < 8:
         return lone, {"coupling": f"pairing: {n} rows are too few to hold any out"}
-    order = torch.randperm(n, generator=generator)[:_TUNING_ROWS].to(support.device)
+    order = torch.randperm(n, generator=generator)[:TUNING_ROWS].to(support.device)
     held_out = pairing.factor.rows(order[: round(_HELD_OUT * len(order))])
     kept = order[round(_HELD_OUT * len(order)) :]
     fitting = replace(pairing, factor=pairing.factor.rows(kept), target=pairing.target[kept])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import map_tensors
+from swap_prune.batches import select_samples
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_choice, check_number
 from swap_prune.fisher.noise.data import choose, inputs_of, replace_part
 from swap_prune.fisher.noise.rows import RowNoise
@@ -70,7 +70,7 @@ class AdversarialInputs(NoiseModel):
             for batch, inputs, hit in zip(batches, parts, choose(parts, self.fraction, generator), strict=True):
                 changed = inputs.clone()
                 for index in torch.split(hit.nonzero().squeeze(1), _CHUNK):
-                    samples = _select(batch, index, len(inputs))
+                    samples = select_samples(batch, index)
                     changed[index] = self._attack(samples, generator, model, loss_fn)
                 attacked.append(replace_part(batch, 0, self.key, changed))
         return attacked
@@ -140,10 +140,6 @@ class PoisonedRows(RowNoise):
             else:
                 size = torch.linalg.vector_norm(row) / len(row) ** 0.5
                 row.copy_(self.strength * size * torch.randn(len(row), generator=generator).to(row))
-
-
-def _select(batch: Any, index: Tensor, size: int) -> Any:
-    return map_tensors(lambda t: t[index] if t.ndim and t.shape[0] == size else t, batch)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""Checks of single arguments, in one wording."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+__all__ = ["checked_seed", "is_number", "whole_number"]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float (and not a bool)."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """Return a whole number, which NumPy's are as well.
+
+    Args:
+        name: What the number is, for the message.
+        value: What was given.
+        least: The smallest that is allowed.
+
+    Raises:
+        ValueError: If it is none, or smaller.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def checked_seed(seed: Any) -> int:
+    """Return a seed that torch's generators take.
+
+    Raises:
+        ValueError: If it is not a whole number in [0, 2**63).
+    """
+    number = whole_number("seed", seed, 0)
+    if number >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {seed}")
+    return number
