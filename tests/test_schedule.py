@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,3 +123,23 @@ def test_equal_parts_differ_by_one_the_first_ones_ahead():
 def test_more_than_there_is_cannot_be_shared_out(keep):
     with pytest.raises(ValueError, match="keep"):
         share_out(keep, [3, 4])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_follow_the_rule_unit_by_unit(seed):
+    """The one unit too many or too few goes where it changes the proportions least, the first part at a tie."""
+    state = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(0, 6, (12,), generator=state).tolist()
+    for keep in range(sum(sizes) + 1):
+        total = sum(sizes)
+        shares = [(2 * keep * size + total) // (2 * total) if total else 0 for size in sizes]
+        while sum(shares) < keep:
+            shares[max(range(12), key=lambda i: (Fraction(sizes[i], 2 * shares[i] + 1), -i))] += 1
+        while sum(shares) > keep:
+            kept = [i for i in range(12) if shares[i]]
+            shares[min(kept, key=lambda i: (Fraction(sizes[i], 2 * shares[i] - 1), -i))] -= 1
+        assert share_out(keep, sizes) == shares
+
+
+def test_a_great_many_parts_are_shared_out_at_once():
+    assert sum(share_out(470_001, [100] * 10_000)) == 470_001

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import TensorDataset
 
-from swap_prune import load_pruned, prune
+from swap_prune import LR, FineTune, finetune, load_pruned, prune
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -260,3 +263,220 @@ def test_a_gpu_that_is_full_is_not_a_network_that_refuses(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="OutOfMemoryError: CUDA out of memory"):
         prune(model, data, 0.5, "lr", progress=False)
     assert tried == [1]
+
+
+def normalised() -> nn.Module:
+    return drawn(lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)))
+
+
+def spoiled(value: float, at: int = -1) -> Tensor:
+    inputs = INPUTS.clone()
+    inputs[at, 3] = value
+    return inputs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["data", "recalibration_data"])
+def test_a_bad_sample_does_not_get_into_batchnorm(where: str, value: float) -> None:
+    model = normalised()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = {"data": DATA, where: TensorDataset(spoiled(value), LABELS)}
+    with pytest.raises(ValueError, match="NaN"):
+        prune(model, sparsity=0.5, method="magnitude", progress=False, **data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def own_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "words"),
+    [
+        (spoiled(float("nan")), LABELS, "not finite"),
+        (INPUTS, torch.cat([LABELS[:-1], torch.tensor([50])]), "labels out of range"),
+    ],
+)
+@pytest.mark.parametrize("stages", [1, "auto"])
+def test_a_bad_sample_among_those_held_out_is_refused(inputs: Tensor, labels: Tensor, words: str, stages: Any) -> None:
+    """Every candidate would have the same loss, infinity, and nothing would be chosen."""
+    batches = [(inputs[:40], labels[:40]), (inputs[40:], labels[40:])]
+    order = batches if stages == 1 else batches[::-1]  # what is held out is drawn last, or first
+    with pytest.raises(ValueError, match=words):
+        prune(perceptron(), order, 0.5, "lr", stages=stages, samples=80 if stages == 1 else 20, progress=False)
+
+
+def test_a_loss_of_ones_own_is_checked_on_what_is_held_out() -> None:
+    with pytest.raises(ValueError, match="not finite on 1 of"):
+        prune(perceptron(), [(spoiled(float("nan")), LABELS)], 0.5, "lr", loss_fn=own_loss, progress=False)
+
+
+def test_a_model_without_values(tmp_path: Path) -> None:
+    prune(perceptron(), DATA, 0.5, "magnitude", progress=False).save(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"meta device.*to_empty"):
+        load_pruned(perceptron().to("meta"), tmp_path / "out")
+    with pytest.raises(ValueError, match="meta device"):
+        prune(perceptron().to("meta"), DATA, 0.5, progress=False)
+
+
+def test_an_artifact_is_written_into_a_directory_that_is_there(tmp_path: Path) -> None:
+    """A mount point cannot be replaced, and its parent need not be writable."""
+    model, there = perceptron(), tmp_path / "there"
+    report = prune(model, DATA, 0.5, "magnitude", progress=False)
+    there.mkdir()
+    before = there.stat().st_ino
+    (tmp_path / "link").symlink_to(there)
+    report.save(tmp_path / "link")
+    assert there.stat().st_ino == before and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in there.iterdir()) == ["report.json", "weights.safetensors"]
+    load_pruned(perceptron(), there)
+    with pytest.raises(ValueError, match="not empty"):
+        report.save(there)
+
+
+class Tied(nn.Module):
+    """Two parameters over one memory."""
+
+    def __init__(self, *, transposed: bool) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 6, bias=False), nn.Linear(6, 8, bias=False)
+        both = torch.randn(96, generator=torch.Generator().manual_seed(0))
+        self.down.weight.data = both[:48].view(6, 8)
+        self.up.weight.data = both[:48].view(6, 8).T if transposed else both[48:].view(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up: Tensor = self.up(self.down(x).relu())
+        return up
+
+
+def test_parameters_that_share_memory() -> None:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[0]).square().mean(1)
+
+    with pytest.raises(ValueError, match=r"'down.weight' and 'up.weight' share memory.*ignore=\['up.weight'\]"):
+        prune(Tied(transposed=True), DATA, 0.5, "lr", loss_fn=loss, progress=False)
+    report = prune(Tied(transposed=False), DATA, 0.5, "lr", loss_fn=loss, progress=False)
+    assert report.kept == 48 and report.layers["down.weight"].kept + report.layers["up.weight"].kept == 48
+
+
+def test_masks_of_torch_are_to_be_made_permanent_first() -> None:
+    model = perceptron()
+    random_unstructured(model[0], "weight", 0.5)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"'weight' of '0' .* mask .*torch.nn.utils.prune.remove\(module, 'weight'\)"):
+        prune(model, DATA, 0.5, "magnitude", progress=False)
+    remove(model[0], "weight")  # type: ignore[index]
+    report = prune(model, DATA, 0.5, "magnitude", progress=False)
+    assert sum(int(p.count_nonzero()) for p in (model[0].weight, model[2].weight)) == report.kept == 88  # type: ignore
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_labels_of_any_whole_dtype(dtype: torch.dtype) -> None:
+    usual, other = perceptron(), perceptron()
+    prune(usual, DATA, 0.5, "lr", progress=False)
+    prune(other, TensorDataset(INPUTS, LABELS.to(dtype)), 0.5, "lr", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(usual.parameters(), other.parameters(), strict=True))
+
+
+def test_labels_as_probabilities_of_another_precision() -> None:
+    shares = functional.one_hot(LABELS, 3).double() * 0.9 + 0.1 / 3
+    report = prune(perceptron(), TensorDataset(INPUTS, shares), 0.5, "lr", progress=False)
+    assert report.kept == 88
+
+
+def test_probabilities_of_positions_are_refused() -> None:
+    model = drawn(lambda: nn.Conv2d(3, 2, 1))
+    data = TensorDataset(torch.randn(8, 3, 4, 4), torch.full((8, 2, 4, 4), 0.5))
+    with pytest.raises(ValueError, match=r"probabilities of 2 classes, \(n, 2\)"):
+        prune(model, data, 0.5, "lr", progress=False)
+
+
+@dataclass
+class Record:
+    inputs: Tensor
+    labels: Tensor
+
+
+class Opaque:
+    """A batch without tensors in sight."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.inputs, self.labels = parts
+
+
+@pytest.mark.parametrize("kind", [Record, Opaque])
+def test_batches_as_objects(kind: Any) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return functional.cross_entropy(model(batch.inputs), batch.labels, reduction="none")
+
+    batches = [kind(INPUTS[i : i + 20], LABELS[i : i + 20]) for i in (0, 20, 40, 60)]
+    model = normalised()
+    report = prune(model, batches, 0.5, "lr", loss_fn=loss, samples=40, progress=False)
+    assert not any("BatchNorm" in note for note in report.notes)
+    assert float(model[1].running_mean.abs().sum()) > 0, "recalibrated"  # type: ignore[operator, union-attr]
+    if kind is Record:
+        assert report.stages[0].samples == 40
+        plain = normalised()
+        prune(
+            plain,
+            [(one.inputs, one.labels) for one in batches],
+            0.5,
+            "lr",
+            loss_fn=own_loss,
+            samples=40,
+            progress=False,
+        )
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class Neighbours(nn.Module):
+    """Mixes the entries of a sample by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", torch.eye(8).to_sparse())
+        self.net = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(torch.sparse.mm(self.adjacency, x.T).T)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+def test_a_sparse_buffer(tmp_path: Path) -> None:
+    report = prune(drawn(Neighbours), DATA, 0.5, "lr", progress=False)
+    assert report.kept == 12
+    with pytest.raises(ValueError, match=r"sparse tensors are not saved.*'adjacency'"):
+        report.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_as_numbers_of_numpy() -> None:
+    method = LR(ridge=np.float32(0.25), iterations=np.int64(3))
+    report = prune(
+        perceptron(), DATA, np.float64(0.5), method, min_keep=np.float32(0.125), stages=np.int64(2), progress=False
+    )
+    assert report.kept == 88 and len(report.stages) == 2
+    assert json.loads(json.dumps(report.to_dict()))["settings"]["method"]["ridge"] == 0.25
+    with pytest.raises(ValueError, match="seed must be below"):
+        finetune(perceptron(), DATA, seed=2**63)
+    model = perceptron()
+    prune(model, DATA, 0.5, "magnitude", progress=False)
+    finetune(model, DATA, FineTune(epochs=np.int64(1), lr=np.float32(0.01)), seed=np.int64(1), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", ["wanda", "lr"])
+def test_a_compiled_network_runs_as_it_was_written(method: str) -> None:
+    usual, wrapped = normalised(), torch.compile(normalised(), backend="eager")
+    wrapped.eval()(INPUTS)
+    prune(usual, DATA, 0.5, method, progress=False)
+    prune(wrapped, DATA, 0.5, method, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(usual.parameters(), wrapped.parameters(), strict=True))
+
+
+def test_training_in_inference_mode() -> None:
+    model = perceptron()
+    prune(model, DATA, 0.5, "magnitude", progress=False)
+    with torch.inference_mode():
+        report = finetune(model, DATA, FineTune(epochs=1), progress=False)
+    assert report.steps == 1

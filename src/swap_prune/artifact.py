@@ -50,16 +50,30 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
     odd = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if odd:
         raise ValueError(f"the model's state_dict holds more than tensors, which is not saved: {_some(odd)}")
+    odd = [name for name, value in model.state_dict().items() if value.layout is not torch.strided]
+    if odd:
+        raise ValueError(f"sparse tensors are not saved, and the model's state_dict holds {_some(odd)}")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    data = safetensors.torch.save(state)
-    content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        data = safetensors.torch.save(state)
+    except (KeyError, SafetensorError) as error:
+        kinds = ", ".join(sorted({str(value.dtype) for value in state.values()}))
+        raise ValueError(f"safetensors cannot hold the model's state_dict, of {kinds}: {error}") from error
+    content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
+    own = (
+        target.is_dir()
+    )  # empty, and maybe a mount point: it stays, and the report, without which it is none, comes last
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if own else target.parent))
         try:
             (scratch / _WEIGHTS).write_bytes(data)
             (scratch / _REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            scratch.chmod(0o777 & ~_umask())
-            os.replace(scratch, target)
+            if own:
+                for name in (_WEIGHTS, _REPORT):
+                    os.replace(scratch / name, target / name)
+            else:
+                scratch.chmod(0o777 & ~_umask())
+                os.replace(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
@@ -74,16 +88,17 @@ def check_output_directory(directory: str | Path) -> Path:
         Its absolute path.
 
     Raises:
-        ValueError: If it exists and is not an empty directory, or its parent cannot be written.
+        ValueError: If it exists and is not an empty directory, or cannot be written.
     """
     target = Path(directory).expanduser().absolute()
+    target = target.resolve() if target.is_dir() else target
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"output {target} exists and is not a directory; choose another")
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"output directory {target} is not empty; choose another or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent):
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target if target.is_dir() else target.parent):
             pass
     except OSError as error:
         raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error
@@ -223,6 +238,10 @@ def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerRep
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
+    if any(tensor.is_meta for tensor in own.values() if isinstance(tensor, Tensor)):
+        raise ValueError(
+            "the model lies on the meta device, which holds no values: call model.to_empty(device='cpu') first"
+        )
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     wrong = [name for name in state if name in own and state[name].shape != own[name].shape]

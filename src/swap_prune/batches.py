@@ -1,10 +1,12 @@
-"""Batches as data sets and loaders give them: tensors in tuples, lists and mappings, with the samples in front.
+"""Batches as data sets and loaders give them: tensors with samples in front, in tuples, lists, mappings, dataclasses.
 
 Counted, cut, joined and moved, whatever they hold. What has no tensors in sight is one piece.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "batch_size",
     "in_own_containers",
+    "is_single",
     "is_sliceable",
     "join_batches",
     "map_tensors",
@@ -25,7 +28,7 @@ __all__ = [
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """Apply a function to every tensor of a batch (nested tuples, lists and mappings), the rest unchanged."""
+    """Apply a function to every tensor of a batch (nested tuples, lists, mappings, dataclasses), the rest unchanged."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -34,7 +37,26 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
         return type(batch)(*(map_tensors(function, part) for part in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(map_tensors(function, part) for part in batch)
+    if _is_record(batch):
+        return _record_like(batch, {name: map_tensors(function, part) for name, part in _parts_of(batch).items()})
     return batch
+
+
+def _is_record(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _parts_of(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def _record_like(record: Any, values: Mapping[str, Any]) -> Any:
+    """Return a dataclass's copy with other fields; its constructor, which may do more, is not called."""
+    made = copy.copy(record)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _like(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -112,6 +134,8 @@ def _are_alike(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(_are_alike(part, second[key]) for key, part in first.items())
     if isinstance(first, tuple | list):
         return len(first) == len(second) and all(map(_are_alike, first, second))
+    if _is_record(first):
+        return all(map(_are_alike, _parts_of(first).values(), _parts_of(second).values()))
     return False
 
 
@@ -122,6 +146,10 @@ def _joined(batches: list[Any]) -> Any:
         return torch.cat(batches)
     if isinstance(first, Mapping):
         return _like(first, {key: _joined([batch[key] for batch in batches]) for key in first})
+    if _is_record(first):
+        return _record_like(
+            first, {name: _joined([getattr(one, name) for one in batches]) for name in _parts_of(first)}
+        )
     parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
     return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 
@@ -141,3 +169,8 @@ def batch_size(batch: Any) -> int:
 def is_sliceable(batch: Any) -> bool:
     """Whether the samples of a batch can be told apart: its tensors share a leading dimension."""
     return batch_size(slice_batch(batch, 0, 0)) == 0
+
+
+def is_single(batch: Any) -> bool:
+    """Whether a batch is one sample, which has no variance; of one that cannot be sliced nobody knows."""
+    return is_sliceable(batch) and batch_size(batch) == 1

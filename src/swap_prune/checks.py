@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -9,8 +10,8 @@ __all__ = ["checked_seed", "is_number", "whole_number"]
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is an int or a float (and not a bool)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a real number, of NumPy or not, and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

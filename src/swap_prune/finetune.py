@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from swap_prune.batches import batch_size
+from swap_prune.batches import batch_size, is_single
 from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.device import usable_device
@@ -161,7 +161,12 @@ def finetune(
     generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
     stream = CalibrationStream(data, generator, place)
     laid = takes_channels_last(model, loss, peek(data, place))
-    with restored_on_error(model), images_laid_out(model, laid), StageProgress(progress) as shown:
+    with (
+        torch.inference_mode(False),
+        restored_on_error(model),
+        images_laid_out(model, laid),
+        StageProgress(progress) as shown,
+    ):
         shown.train(settings.epochs)
         return train(model, stream, settings, loss, kept, generator, shown.reach)
 
@@ -229,7 +234,7 @@ class _Course:
         total, samples, steps = 0.0, 0, 0
         alone = bool(batchnorm_layers(self.model))  # one sample has no variance
         for share, batch in self.stream.read_pass(self.settings.batch_size, self.generator):
-            if alone and batch_size(batch) == 1:
+            if alone and is_single(batch):
                 continue
             if epoch == steps == 0:
                 with eval_mode(self.model):

@@ -15,11 +15,11 @@ import torch
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import block_bytes
 from swap_prune.fisher.defence import PIECE, PROBE
+from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes
-from swap_prune.methods.woodfisher import WHOLE
 from swap_prune.regression.swap import SHARE, SHORTLIST
 from swap_prune.regression.tuning import TUNING_ROWS
 

@@ -82,4 +82,4 @@ def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[A
 
 def _likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the softmax at the labels, (n,), in float64."""
-    return (-functional.cross_entropy(outputs.double(), targets, reduction="none")).exp()
+    return (-functional.cross_entropy(outputs.double(), targets.long(), reduction="none")).exp()

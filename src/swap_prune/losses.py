@@ -95,8 +95,9 @@ class CrossEntropy:
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the loss of each sample from its logits, (n,)."""
-        losses: Tensor = functional.cross_entropy(outputs, batch[1], reduction="none", ignore_index=_IGNORE_INDEX)
-        return _mean_of_positions(losses, batch[1])
+        targets = batch[1] if batch[1].is_floating_point() else batch[1].long()
+        losses: Tensor = functional.cross_entropy(outputs, targets, reduction="none", ignore_index=_IGNORE_INDEX)
+        return _mean_of_positions(losses, targets)
 
     def curvature_root(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
         """Return ``L xi`` with ``L = diag(q)^(1/2) - q q^(1/2)T``, q the softmax of z over the temperature.
@@ -184,7 +185,7 @@ def check_shares(targets: Tensor, classes: int) -> None:
         )
     if not targets.is_floating_point():
         return
-    shares = targets.ndim > 1 and targets.shape[1] == classes
+    shares = targets.ndim == 2 and targets.shape[1] == classes
     if (
         not shares
         or bool((targets < 0).any())
@@ -192,7 +193,7 @@ def check_shares(targets: Tensor, classes: int) -> None:
     ):
         raise ValueError(
             f"the default loss is the cross-entropy, whose floating-point targets are probabilities of {classes} "
-            f"classes, got {describe(targets)} that are not: pass loss_fn= for another loss"
+            f"classes, (n, {classes}), got {describe(targets)} that are not: pass loss_fn= for another loss"
         )
 
 
@@ -213,9 +214,10 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
         raise ValueError(f"loss_fn must return a tensor of per-sample losses, got a {type(losses).__name__}")
     if losses.ndim != 1 or (expected is not None and losses.numel() != expected):
         wanted = f"({expected},)" if expected is not None else "(n,)"
-        raise ValueError(
-            f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; use reduction='none'"
-        )
+        remedy = "use reduction='none'"
+        if losses.ndim > 1:
+            remedy = "average over all dimensions but the first, which is that of the samples"
+        raise ValueError(f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; {remedy}")
     if not losses.is_floating_point():
         raise ValueError(f"loss_fn must return floating-point losses, got {losses.dtype}")
     finite = torch.isfinite(losses.detach())

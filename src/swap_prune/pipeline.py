@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -188,6 +189,7 @@ def prune(
         seeded(seed, place),  # for a network that draws from it
         exact_kernels(place),
         slow_attention(),
+        torch.compiler.set_stance("force_eager"),  # what was compiled before does not see hooks that come later
         images_laid_out(model, laid),
         StageProgress(progress and is_first()) as shown,
     ):
@@ -214,14 +216,14 @@ def prune(
         else:
             records = runner.run_all(run.schedules[0], shown)
     settings = {
-        "sparsity": sparsity,
-        "method": {"name": solver.name, **asdict(solver)},  # type: ignore[call-overload]
+        "sparsity": float(sparsity),
+        "method": {"name": solver.name} | _plain(asdict(solver)),  # type: ignore[call-overload]
         "targets": [targets] if isinstance(targets, str) else list(targets),
         "ignore": [ignore] if isinstance(ignore, str) else list(ignore),
         "samples": samples,
-        "stages": stages,
+        "stages": stages if isinstance(stages, str) else int(stages),
         "schedule": schedule,
-        "min_keep": min_keep,
+        "min_keep": float(min_keep),
         "recalibrate_batchnorm": bool(recalibrate_batchnorm),
         "noise": run.noise.settings(),
         "defence": defence if defence is not None else "none",
@@ -289,6 +291,11 @@ def plan(
     if not run.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{run.solver.name} takes no gradients: there is no G to hold")
     return plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with Python's numbers in the place of NumPy's."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:

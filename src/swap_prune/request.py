@@ -109,6 +109,8 @@ def check_run(
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1:
         raise ValueError(f"the model must lie on one device, got {', '.join(sorted(places))}: move it there first")
+    if "meta" in places:
+        raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
     _check_finite(model, selection)
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     loss = cross_entropy if loss_fn is None else loss_fn

@@ -127,7 +127,7 @@ def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float) -
         shift = torch.zeros_like(part)
         for _ in range(_STEPS):
             moved = (part + shift).requires_grad_()
-            loss = cross_entropy(model(moved), goal, reduction="sum")
+            loss = cross_entropy(model(moved), goal.long(), reduction="sum")
             slope = torch.autograd.grad(loss, moved, allow_unused=True)[0] if loss.requires_grad else None
             if slope is None:  # what comes first in the network is detached: nobody attacked it by gradients
                 break

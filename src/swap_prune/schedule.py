@@ -6,11 +6,12 @@ sparsity zero.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from swap_prune.checks import whole_number
+from swap_prune.checks import is_number, whole_number
 
 __all__ = [
     "SCHEDULES",
@@ -70,7 +71,7 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
     Raises:
         ValueError: If an argument is out of range or the schedule is not known.
     """
-    if not (isinstance(target, int | float) and 0 <= target < 1):
+    if not (is_number(target) and 0 <= target < 1):
         raise ValueError(f"sparsity must lie in [0, 1), got {target!r}")
     stages = whole_number("stages", stages)
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
@@ -113,7 +114,7 @@ def layer_floors(min_keep: float, sizes: Mapping[str, int], keep: int) -> dict[s
     Raises:
         ValueError: If the share is out of range, or k is not enough.
     """
-    if isinstance(min_keep, bool) or not isinstance(min_keep, int | float) or not 0 <= min_keep < 1:
+    if not is_number(min_keep) or not 0 <= min_keep < 1:
         raise ValueError(f"min_keep must lie in [0, 1), got {min_keep!r}")
     floors = {name: math.ceil(min_keep * size) for name, size in sizes.items()}
     if sum(floors.values()) > keep:
@@ -145,9 +146,17 @@ def share_out(keep: int, sizes: Sequence[int]) -> list[int]:
     if not 0 <= keep <= total:
         raise ValueError(f"keep must lie in [0, {total}], the sum of the sizes, got {keep}")
     shares = [(2 * keep * size + total) // (2 * total) if total else 0 for size in sizes]
-    parts = range(len(sizes))
-    while sum(shares) < keep:
-        shares[max(parts, key=lambda i: (Fraction(sizes[i], 2 * shares[i] + 1), -i))] += 1
-    while sum(shares) > keep:
-        shares[min((i for i in parts if shares[i]), key=lambda i: (Fraction(sizes[i], 2 * shares[i] - 1), -i))] -= 1
+    excess = sum(shares) - keep
+    sign = 1 if excess > 0 else -1
+
+    def worth(i: int) -> tuple[Fraction, int, int]:  # the part whose share changes next has the least
+        return sign * Fraction(sizes[i], 2 * shares[i] - sign), -sign * i, i
+
+    queue = [worth(i) for i in range(len(sizes)) if shares[i] or sign < 0] if excess else []
+    heapq.heapify(queue)
+    for _ in range(abs(excess)):
+        *_, i = heapq.heappop(queue)
+        shares[i] -= sign
+        if shares[i] or sign < 0:
+            heapq.heappush(queue, worth(i))
     return shares

@@ -8,6 +8,7 @@ wherever it is used.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -124,13 +126,43 @@ def select_parameters(
             f"the model has nothing to prune: targets={list(targets)} less ignore={list(ignore)} "
             f"leaves no floating-point weight in {type(model).__name__}"
         )
+    _check_apart({c.name: c.parameter for c in candidates if c.name in shapes})
     return Selection(shapes)
 
 
-def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> None:
-    """Refuse modules whose weight is computed from other parameters: zeros in those are none in it, or too many.
+def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that are views of the same memory: a zero in one would be a zero in the other.
 
-    ``torch.nn.utils.prune``, which multiplies by a mask, is no such thing.
+    Raises:
+        ValueError: If two overlap.
+    """
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, parameter in chosen.items():
+        if parameter.layout is torch.strided and not parameter.is_meta:
+            groups.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter.detach()))
+    for group in groups.values():
+        for (name, one), (other_name, other) in itertools.combinations(group, 2):
+            if _overlap(one, other):
+                raise ValueError(
+                    f"parameters {name!r} and {other_name!r} share memory without being one parameter: tie them by "
+                    f"assigning the parameter itself, or leave one out by ignore=[{other_name!r}]"
+                )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two views of one storage have an element in common."""
+    starts = [view.storage_offset() for view in (one, other)]
+    reaches = [sum((s - 1) * step for s, step in zip(v.shape, v.stride(), strict=True)) + 1 for v in (one, other)]
+    ends = [start + reach for start, reach in zip(starts, reaches, strict=True)]
+    if starts[0] >= ends[1] or starts[1] >= ends[0]:
+        return False
+    seen = torch.zeros(max(ends) - min(starts), dtype=torch.bool)
+    seen.as_strided(one.shape, one.stride(), starts[0] - min(starts)).fill_(True)
+    return bool(seen.as_strided(other.shape, other.stride(), starts[1] - min(starts)).any())
+
+
+def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> None:
+    """Refuse modules whose weight is computed from other parameters: zeros in those are none in it, or too few.
 
     Raises:
         ValueError: If one is selected by a class or by its own name.
@@ -145,9 +177,9 @@ def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequen
             left = left or any(_matches(pattern, own) for pattern in ignore)
             if taken and not left and getattr(module, tensor).ndim > 1:
                 raise ValueError(
-                    f"{tensor!r} of {name or 'the model'!r} is computed from other parameters (weight norm, "
-                    "spectral norm or another parametrisation), and zeros in these are not zeros in it: fold it in by "
-                    f"{remedy}, or leave it out by ignore={[name] if name else [source.name for source in sources]}"
+                    f"{tensor!r} of {name or 'the model'!r} is computed from other parameters (weight norm, spectral "
+                    "norm, a pruning mask or another parametrisation), and zeros in these are not its own: fold it in "
+                    f"by {remedy}, or leave it out by ignore={[name] if name else [source.name for source in sources]}"
                 )
 
 
@@ -159,6 +191,10 @@ def _parametrised(module: nn.Module) -> dict[str, tuple[list[nn.Parameter], str]
             parts = [p for own, p in module.named_parameters(recurse=False) if own.startswith(f"{hook.name}_")]
             kind = "weight" if isinstance(hook, WeightNorm) else "spectral"
             found[hook.name] = (parts, f"torch.nn.utils.remove_{kind}_norm(module)")
+        if isinstance(hook, BasePruningMethod):
+            tensor = hook._tensor_name
+            source = getattr(module, f"{tensor}_orig")
+            found[tensor] = ([source], f"torch.nn.utils.prune.remove(module, {tensor!r})")
     if parametrize.is_parametrized(module):
         for tensor, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
             remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r})"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size, split_batches
+from swap_prune.batches import batch_size, in_own_containers, split_batches
 from swap_prune.calibration import HELD_OUT, CalibrationStream
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune, train
@@ -32,8 +32,9 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses
 from swap_prune.methods import Method
+from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
@@ -210,6 +211,19 @@ class StageRunner:
         """Return batches with what the network before pruning says of them, where there is one to ask."""
         return list(map(Taught, batches)) if self.teacher is None else self.teacher.teach(batches)
 
+    def judges(self, batches: list[Any]) -> list[Taught]:
+        """Return batches that candidates will be judged by, with the same.
+
+        Raises:
+            ValueError: If they cannot be: every candidate would have lost.
+        """
+        with eval_mode(self.model), torch.no_grad():
+            check_calibration(self.model, self.loss_fn, batches)
+            if self.teacher is None:  # else its outputs are checked
+                for batch in batches:
+                    check_losses(self.loss_fn(self.model, in_own_containers(batch)), None)
+        return self.taught(batches)
+
     def corrupt(self, batches: list[Any]) -> list[Any]:
         """Return batches with the noise of the run."""
         return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
@@ -295,7 +309,7 @@ class StageRunner:
         evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
-        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once, least=2)), self.taught(spare)
+        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once, least=2)), self.judges(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}

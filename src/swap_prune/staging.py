@@ -52,7 +52,7 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
     Returns:
         What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
     """
-    judged = runner.taught(runner.corrupt(runner.calibration.hold_out(_JUDGED)))
+    judged = runner.judges(runner.corrupt(runner.calibration.hold_out(_JUDGED)))
     changing = None if runner.finetune is not None else runner.selection
     dense = Snapshot(runner.model, changing)
     best: _Outcome | None = None

@@ -6,6 +6,7 @@ statistics of BatchNorm are estimated anew, since pruning moves the activations 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swap_prune.batches import batch_size, in_own_containers
+from swap_prune.batches import in_own_containers, is_single
 from swap_prune.calibration import CalibrationStream
 from swap_prune.losses import LossFn, check_calibration
 from swap_prune.modes import eval_mode
@@ -153,9 +154,12 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
 
     Returns:
         The number of layers that were recalibrated; 0 when there are none or no batch was usable.
+
+    Raises:
+        ValueError: If the statistics of the data are not finite.
     """
     layers = batchnorm_layers(model)
-    usable = [batch for batch in batches if batch_size(batch) > 1]
+    usable = [batch for batch in batches if not is_single(batch)]
     if not layers or not usable:
         return 0
     momenta = [layer.momentum for layer in layers]
@@ -169,6 +173,11 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
+    if not all(bool(buffer.isfinite().all()) for layer in layers for buffer in layer.buffers()):
+        raise ValueError(
+            "BatchNorm's statistics of the data are not finite: a sample holds NaN or infinity, or grows to it in the "
+            "network; leave it out, or use recalibrate_batchnorm=False"
+        )
     return len(layers)
 
 
@@ -184,7 +193,7 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
         The mean loss with the stored statistics, and with each batch's own; equal without BatchNorm.
     """
     layers = batchnorm_layers(model)
-    usable = [batch for batch in batches if batch_size(batch) > 1]
+    usable = [batch for batch in batches if not is_single(batch)]
     if not layers or not usable:
         return 0.0, 0.0
     with torch.no_grad():
@@ -215,7 +224,12 @@ def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossF
     with eval_mode(model):
         check_calibration(model, loss_fn, batches[:1])
     stored, own = batchnorm_misfit(model, batches, loss_fn)
-    if not stored > _MISFIT * own + _MISFIT_MARGIN:
+    if not math.isfinite(own):
+        raise ValueError(
+            f"the mean loss of {_MISFIT_SAMPLES} samples is {own} with BatchNorm on the statistics of each batch: "
+            "check the samples for NaN and infinity, or use recalibrate_batchnorm=False"
+        )
+    if stored <= _MISFIT * own + _MISFIT_MARGIN:
         return []
     recalibrate_batchnorm(model, stream.draw(RECALIBRATION_SAMPLES), loss_fn)
     return [

@@ -69,9 +69,21 @@ class Teacher:
         self._bound = Bound(model, loss.outputs)
 
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
-        """Return the dense network's outputs on batches, in eval mode."""
+        """Return the dense network's outputs on batches, in eval mode.
+
+        Raises:
+            ValueError: If they are not finite.
+        """
         with eval_mode(self._bound.model), torch.no_grad():
-            return [functional_call(self._bound, self._state, (in_own_containers(batch),)) for batch in batches]
+            found = [functional_call(self._bound, self._state, (in_own_containers(batch),)) for batch in batches]
+        for outputs in found:
+            bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
+            if bad:
+                raise ValueError(
+                    f"the dense network's outputs are not finite on {bad} of {len(outputs)} samples: check the "
+                    "weights, and the samples for NaN and infinity"
+                )
+        return found
 
     def teach(self, batches: Sequence[Any]) -> list[Taught]:
         """Return batches with these outputs."""
@@ -200,8 +212,8 @@ def taught_losses(loss_fn: LossFn, model: nn.Module, taught: Taught) -> Tensor:
     assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
     share = _TEACHER_SHARE if trust is None else 1 - (1 - _TEACHER_SHARE) * trust
     outputs = loss_fn.outputs(model, batch)
-    own = loss_fn.losses(outputs, batch)
-    return torch.lerp(own, loss_fn.divergence(outputs, batch, teacher), share)
+    divergence = loss_fn.divergence(outputs, batch, teacher)
+    return torch.lerp(loss_fn.losses(outputs, batch).to(divergence), divergence, share)
 
 
 def _sizes(batches: Sequence[Taught]) -> list[int]:

@@ -159,3 +159,8 @@ def test_files_are_written_and_are_the_same_again(tmp_path: Path) -> None:
 def test_plots_of_results_that_all_failed(tmp_path: Path) -> None:
     failed = result("lr", 0, None, error="bad", seconds=None, layers={})
     assert all(path.exists() for path in write_plots(summarise([failed]), tmp_path))
+
+
+def test_a_label_is_no_formula(tmp_path: Path) -> None:
+    results = [result(label, 0, 90.0, noise="a$b$") for label in ("lr $x^$ y", "$")]
+    assert all(path.exists() for path in write_plots(summarise(results), tmp_path))

@@ -1,7 +1,6 @@
 """Per-sample gradients: both back ends against one backward pass a sample, and what capture must not touch."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -241,10 +240,9 @@ def test_dict_batches_with_a_loss_of_their_own(backend):
 
 @BACKENDS
 def test_opaque_batches_go_through_the_loop(backend):
-    @dataclass
     class Opaque:
-        inputs: torch.Tensor
-        labels: torch.Tensor
+        def __init__(self, inputs, labels):
+            self.inputs, self.labels = inputs, labels
 
     def loss_fn(model, batch):
         return functional.cross_entropy(model(batch.inputs), batch.labels, reduction="none")

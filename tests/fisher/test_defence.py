@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import random_unstructured
 from torch.utils.data import TensorDataset
 
 from swap_prune import prune
@@ -160,10 +159,17 @@ def test_tokens_in_rows_are_not_taken_for_samples() -> None:
         assert "noise_seen" not in report.stages[0].evidence
 
 
+def doubled(layer: nn.Linear) -> None:
+    """Let a hook of the user's own make a layer's weight from another parameter."""
+    layer.source = nn.Parameter(layer.weight.detach() / 2)
+    del layer.weight
+    layer.register_forward_pre_hook(lambda module, _: setattr(module, "weight", 2 * module.source))
+
+
 def test_weights_that_hooks_make_from_others_and_biases_have_no_such_rows() -> None:
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (torch.randn(9, 6), torch.arange(9) % 3)
-    random_unstructured(model[0], "weight", 0.5)
+    doubled(model[0])
     selection = select_parameters(model, ("Linear", "2.bias"), ())
     assert outer_product_layers(model, selection, cross_entropy, batch) == ("2.weight",)
     report = prune(model, TensorDataset(*batch), 0.5, "lr", targets=("2.weight", "2.bias"), progress=False)

@@ -60,6 +60,11 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str
     return figure
 
 
+def _plain(label: str) -> str:
+    """Return a label that matplotlib does not read as a formula."""
+    return label.replace("$", r"\$")
+
+
 def _style(number: int) -> dict[str, Any]:
     again = number // len(_COLOURS)
     return {
@@ -84,7 +89,7 @@ def _accuracy(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None
         mean = np.array([cell.accuracy.mean for cell in cells if cell.accuracy])
         error = np.array([cell.accuracy.error or 0.0 for cell in cells if cell.accuracy])
         style = _style(number)
-        axis.plot(x, mean, label=label, **style)
+        axis.plot(x, mean, label=_plain(label), **style)
         axis.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
     if summary.dense is not None:
         axis.axhline(summary.dense, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
@@ -101,7 +106,7 @@ def _seconds(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
         seconds = [cell.seconds for cell in cells]
         accuracy = [cell.accuracy.mean for cell in cells if cell.accuracy]
         error = [cell.accuracy.error or 0.0 for cell in cells if cell.accuracy]
-        axis.errorbar(seconds, accuracy, yerr=error, label=label, **_style(number) | {"linestyle": "none"})
+        axis.errorbar(seconds, accuracy, yerr=error, label=_plain(label), **_style(number) | {"linestyle": "none"})
     axis.set_xscale("log")
     axis.set_xlabel("seconds a run; a point is a sparsity")
     axis.set_ylabel("test accuracy, %")
@@ -115,7 +120,7 @@ def _layers(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
         cells = [cell for cell in _measured(summary, label, panel) if cell.sparsity == highest]
         for cell in cells:
             names = list(cell.layers)
-            axis.plot(range(len(names)), list(cell.layers.values()), label=label, **_style(number))
+            axis.plot(range(len(names)), list(cell.layers.values()), label=_plain(label), **_style(number))
     axis.axhline(highest, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
     axis.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=7)
     axis.set_ylim(0, 1.05)  # room for the marker of a layer that is emptied

@@ -322,13 +322,14 @@ def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> SavedBytes:
         run: The forward pass.
         own: Tensors that are there anyway and do not count.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    known = {tensor.untyped_storage().data_ptr() for tensor in own if tensor.layout is torch.strided}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout is torch.strided:  # what a sparse one takes is not asked
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

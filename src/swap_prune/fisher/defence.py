@@ -145,7 +145,8 @@ def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn
 
 def _is_plain(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether a parameter is the very weight that a Linear layer multiplies with; hooks may make another from it."""
-    return type(module) is nn.Linear and module.weight is parameter and not module._forward_pre_hooks
+    plain = type(module) is nn.Linear and not module._forward_pre_hooks
+    return plain and module.weight is parameter
 
 
 def low_rank_rows(rows: Tensor, rank: int) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
 
-__all__ = ["BlockFisher", "DampedFisher"]
+__all__ = ["WHOLE", "BlockFisher", "DampedFisher"]
+
+WHOLE = 50_000  # with up to so many weights nothing of the Fisher is left out
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ from torch import Tensor
 from swap_prune.checks import is_number
 from swap_prune.fisher.blocked import SubFactor
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.inverse import BlockFisher
+from swap_prune.fisher.inverse import WHOLE, BlockFisher
 from swap_prune.methods.scoring import select_best
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.objective import WeightedRidge
 
 __all__ = ["WoodFisher", "joint_update"]
 
-WHOLE = 50_000  # with up to so many weights nothing of the Fisher is left out
 _BLOCK = 2_000  # the paper's block size for ResNet50
 
 
