@@ -16,7 +16,7 @@ from swap_prune.batches import batch_size
 from swap_prune.calibration import CalibrationStream
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import loss_after_step, polyak_length, step_down
-from swap_prune.methods.lr import candidates_of, pairing_regression
+from swap_prune.methods.pairing import candidates_of, pairing_regression
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.natural_gradient import NaturalGradient
@@ -71,7 +71,7 @@ def test_candidates_that_have_lost_all_are_compared_after_a_step(
         assert torch.equal(fit.weights, seen[-1]) and bool((blank == 1).all())
         return after[len(seen) - 1]
 
-    monkeypatch.setattr("swap_prune.methods.lr.loss_after_step", loss_after_step)
+    monkeypatch.setattr("swap_prune.methods.pairing.loss_after_step", loss_after_step)
     monkeypatch.setattr("swap_prune.methods.lr.step_down", lambda problem, regression, fit, length: (fit, []))
     problem = replace(problem_with(held_out), blank=lambda: torch.ones(3))
     solution = LR(swaps=0).solve(problem, torch.Generator())

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from swap_prune.checks import is_number, whole_number
-from swap_prune.methods.lr import pairing_regression, solution_of
+from swap_prune.methods.pairing import pairing_regression, solution_of
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.active_set import solve_active_set
 

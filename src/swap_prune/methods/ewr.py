@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swap_prune.checks import is_number, whole_number
 from swap_prune.methods.descent import LEAST_GAIN, held_out_losses, is_significant, mean_loss, step_down
-from swap_prune.methods.lr import (
+from swap_prune.methods.pairing import (
     candidates_of,
     check_regression_settings,
     chooses,

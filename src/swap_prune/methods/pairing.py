@@ -1,0 +1,252 @@
+"""The regression of LR, which EWR starts from: stated, fitted for each candidate setting, chosen on held-out samples.
+
+Samples are paired: the target is ``y = G w_bar`` itself. Ridge, damping and metric that are ``"auto"`` are chosen
+together, swaps are taken where they gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, cast, get_args
+
+from torch import Tensor
+
+from swap_prune.checks import is_number, whole_number
+from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, loss_after_step, mean_loss
+from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
+from swap_prune.regression.iht import SparseFit, solve_sparse
+from swap_prune.regression.metric import Metric, damped_metric
+from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.swap import swap_weights
+
+__all__ = [
+    "Candidate",
+    "candidates_of",
+    "check_regression_settings",
+    "chooses",
+    "fit_pairing",
+    "pairing_regression",
+    "solution_of",
+]
+
+_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (  # the first is taken where nothing is held out
+    (0.025, 1.0, "diagonal"),
+    (0.1, 1.0, "factored"),
+    (0.0025, 30.0, "diagonal"),
+    (0.0025, 30.0, "layer"),
+)
+# with so few rows a ridge hardly changes the fit; what matters is how far the metric trusts the single weight
+_FEW_ROWS = 1e-4  # a weight
+_FEW_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (*_CANDIDATES[:3], (0.025, 0.03, "diagonal"))
+
+
+class RegressionSettings(Protocol):
+    """The settings that LR and EWR share; see :class:`LR`."""
+
+    @property
+    def fisher(self) -> str: ...
+    @property
+    def ridge(self) -> float | str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def damping(self) -> float | str: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def swaps(self) -> int: ...
+    @property
+    def first_order(self) -> float | str: ...
+
+
+def chooses(settings: RegressionSettings) -> bool:
+    """Whether held-out samples have something to choose: a ridge, a damping, a metric or the length of a step."""
+    return len(candidates_of(settings)) > 1 or settings.first_order == "auto"
+
+
+class Candidate(NamedTuple):
+    """What a regression is stated with."""
+
+    ridge: float
+    damping: float
+    metric: Metric
+
+
+def candidates_of(
+    settings: RegressionSettings, diagonal: Tensor | None = None, rows: int | None = None
+) -> list[Candidate]:
+    """Return what there is to choose from.
+
+    Args:
+        settings: What is fixed is the same in all of them.
+        diagonal: f, (p,): its mean is the unit of an automatic ridge in the identity metric; 1 if it is not given.
+        rows: n, where the candidates may depend on how few there are for p weights.
+    """
+    few = diagonal is not None and rows is not None and rows < _FEW_ROWS * len(diagonal)
+    found = []
+    for automatic_ridge, automatic_damping, automatic_metric in _FEW_ROWS_CANDIDATES if few else _CANDIDATES:
+        metric = cast(Metric, settings.metric) if settings.metric != "auto" else automatic_metric
+        identity = metric == "identity"
+        unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
+        ridge = unit * automatic_ridge if settings.ridge == "auto" else float(settings.ridge)
+        damping = automatic_damping if settings.damping == "auto" else float(settings.damping)
+        found.append(Candidate(ridge, math.inf if identity else damping, metric))
+    return list(dict.fromkeys(found))
+
+
+class _Fitted(NamedTuple):
+    """A candidate's sparse fit, and its losses on held-out samples, (n_v,), where there are any."""
+
+    candidate: Candidate
+    regression: WeightedRidge
+    fit: SparseFit
+    losses: Tensor | None
+
+
+def fit_pairing(
+    settings: RegressionSettings, problem: PruningProblem
+) -> tuple[WeightedRidge, SparseFit, dict[str, Any]]:
+    """Fit with each candidate for ridge, damping and metric, swap weights, and keep what held-out samples favour.
+
+    Returns:
+        The regression, its sparse fit, and the evidence for the report.
+    """
+    fisher = problem.fisher()
+    diagonal, target = fisher.diagonal(), fisher.matvec(problem.reference)
+    candidates = candidates_of(settings, diagonal, fisher.shape[0])
+    if problem.held_out is None:
+        candidates = candidates[:1]
+    tried: list[dict[str, Any]] = []
+    best = _best_fit(settings, problem, candidates, diagonal, target, tried)
+    fit = _swapped(settings, problem, best, diagonal, tried)
+    evidence: dict[str, Any] = best.candidate._asdict() | {"objective": fit.value, "swaps": fit.swaps}
+    if len(tried) > 1:
+        evidence["candidates"] = list(map(_finite, tried))
+    return best.regression, fit, _finite(evidence)
+
+
+def _best_fit(
+    settings: RegressionSettings,
+    problem: PruningProblem,
+    candidates: list[Candidate],
+    diagonal: Tensor,
+    target: Tensor,
+    tried: list[dict[str, Any]],
+) -> _Fitted:
+    """Return the fit of least held-out loss; what was tried is added to a list.
+
+    A candidate that is no better than the network without any weight has lost all, and its loss says little about what
+    steps will make of it. Until one has not, one step is taken from each, and those are compared after it. One that has
+    not lost all goes before all that have.
+    """
+    steps = settings.first_order == "auto" and problem.slope is not None
+    blank = problem.blank() if len(candidates) > 1 and steps and problem.blank is not None else None
+    best: _Fitted | None = None
+    least = (True, math.inf)  # of the best: whether it has lost all, and its mean loss
+    last: _Fitted | None = None
+    for candidate in candidates:
+        last = _fit(settings, problem, candidate, diagonal, target, last)
+        loss = 0.0 if last.losses is None else mean_loss(last.losses)
+        tried.append(candidate._asdict() | {"held_out_loss": loss})
+        lost = blank is not None and loss >= mean_loss(blank)
+        if blank is not None and lost and least[0] and loss < math.inf:
+            loss = tried[-1]["loss_after_step"] = loss_after_step(problem, last.regression, last.fit, blank)
+        if best is None or (lost, loss) < least:
+            best, least = last, (lost, loss)
+    assert best is not None, "there is at least one candidate"
+    return best
+
+
+def _fit(
+    settings: RegressionSettings,
+    problem: PruningProblem,
+    candidate: Candidate,
+    diagonal: Tensor,
+    target: Tensor,
+    last: _Fitted | None,
+) -> _Fitted:
+    """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
+    regression = pairing_regression(problem, *candidate, diagonal=diagonal, target=target)
+    near = last.fit if last is not None and last.candidate[1:] == candidate[1:] else None
+    fit = solve_sparse(
+        regression,
+        problem.keep,
+        start=None if near is None else near.support,
+        previous=None if near is None else near.refit,
+        max_iterations=settings.iterations,
+    )
+    return _Fitted(candidate, regression, fit, None if problem.held_out is None else held_out_losses(problem, fit))
+
+
+def _swapped(
+    settings: RegressionSettings,
+    problem: PruningProblem,
+    best: _Fitted,
+    diagonal: Tensor,
+    tried: list[dict[str, Any]],
+) -> SparseFit:
+    """Return a fit after swaps, where held-out samples gain by them or cannot be asked; else as it is."""
+    swapped = swap_weights(best.regression, best.fit, settings.swaps, diagonal)
+    if not swapped.swaps or best.losses is None:
+        return swapped
+    after = held_out_losses(problem, swapped)
+    tried.append(best.candidate._asdict() | {"swaps": swapped.swaps, "held_out_loss": mean_loss(after)})
+    return swapped if is_significant(best.losses - after) else best.fit
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the numbers that JSON cannot hold."""
+    return {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def check_regression_settings(settings: RegressionSettings) -> None:
+    """Refuse settings that LR and EWR share when they make no sense.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if settings.fisher not in get_args(FisherKind):
+        raise ValueError(f"fisher must be one of {', '.join(get_args(FisherKind))}, got {settings.fisher!r}")
+    metrics = ("auto", *get_args(Metric))
+    if settings.metric not in metrics:
+        raise ValueError(f"metric must be one of {', '.join(metrics)}, got {settings.metric!r}")
+    for name, least in (("ridge", "at least"), ("damping", "above"), ("first_order", "at least")):
+        value = getattr(settings, name)
+        if value == "auto":
+            continue
+        if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
+            raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
+    for name, lowest in (("iterations", 1), ("swaps", 0)):
+        object.__setattr__(settings, name, whole_number(name, getattr(settings, name), lowest))
+
+
+def pairing_regression(
+    problem: PruningProblem,
+    ridge: float,
+    damping: float,
+    metric: Metric = "diagonal",
+    *,
+    diagonal: Tensor | None = None,
+    target: Tensor | None = None,
+) -> WeightedRidge:
+    """State the regression of LR: the target is y itself.
+
+    Args:
+        problem: The pruning problem.
+        ridge: lam.
+        damping: c of the metric; the identity has none.
+        metric: See :mod:`swap_prune.regression.metric`.
+        diagonal: f, (p,), where it is known already.
+        target: y, (n,), where it is known already.
+    """
+    factor = problem.fisher()
+    f = factor.diagonal() if diagonal is None else diagonal
+    y = factor.matvec(problem.reference) if target is None else target
+    m = damped_metric(f, damping, metric, problem.layers())
+    return WeightedRidge(factor, y, problem.reference, ridge, m, floors=problem.floors)
+
+
+def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:
+    """State a sparse fit as the solution of a pruning problem."""
+    return PruningSolution(fit.weights, kept_set(fit), fit.converged, fit.iterations, evidence)
