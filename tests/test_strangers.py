@@ -480,3 +480,29 @@ def test_training_in_inference_mode() -> None:
     with torch.inference_mode():
         report = finetune(model, DATA, FineTune(epochs=1), progress=False)
     assert report.steps == 1
+
+
+NARROW = [(INPUTS[:40], LABELS[:40]), (INPUTS[40:, :7], LABELS[40:])]
+NUMBERED = [(INPUTS[:40], LABELS[:40]), (INPUTS[40:], LABELS[40:] + 50)]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "lr", "woodfisher"])
+@pytest.mark.parametrize("make", [perceptron, normalised])
+def test_a_later_batch_of_another_shape(method: str, make: Callable[[], nn.Module]) -> None:
+    if method == "magnitude" and make is perceptron:
+        return  # it looks at no batch
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"failed on a .*batch .*\(tensor \(\d+, 7\)|shapes"):
+        prune(model, NARROW, 0.5, method, samples=80, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batches", [NARROW, NUMBERED])
+def test_a_later_batch_that_cannot_be_trained_on(batches: list[tuple[Tensor, Tensor]]) -> None:
+    model = perceptron()
+    prune(model, DATA, 0.5, "magnitude", progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"failed on a training batch \(tensor \(40, [78]\)"):
+        finetune(model, batches, FineTune(epochs=1), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -25,7 +25,7 @@ from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.device import usable_device
 from swap_prune.layout import images_laid_out, takes_channels_last
-from swap_prune.losses import LossFn, check_calibration, cross_entropy
+from swap_prune.losses import LossFn, check_calibration, cross_entropy, failures_named
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.modes import eval_mode, exact_kernels, training_mode
 from swap_prune.progress import StageProgress
@@ -258,8 +258,9 @@ class _Course:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * _SCHEDULES[self.settings.schedule](done)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_fn(self.model, batch).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with failures_named("training batch", batch):
+            loss = self.loss_fn(self.model, batch).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.item()
 

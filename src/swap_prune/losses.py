@@ -6,7 +6,8 @@ cross-entropy of ``model(inputs)`` against ``targets`` for batches ``(inputs, ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_losses",
     "cross_entropy",
     "describe",
+    "failures_named",
     "least_precise",
 ]
 
@@ -250,33 +252,43 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
     classes: int | None = None
     for batch in batches:
         known = batch_size(batch) if is_sliceable(batch) else None
-        try:
-            with torch.no_grad():
-                if isinstance(loss_fn, CrossEntropy):
-                    check_pair(batch)
-                    if classes is None:
-                        logits = model(batch[0][:2])
-                        if not isinstance(logits, Tensor):
-                            raise ValueError(
-                                "the default loss needs a model that returns logits (n, classes), got a "
-                                f"{type(logits).__name__}: pass loss_fn="
-                            )
-                        classes = logits.shape[1] if logits.ndim > 1 else 1
-                    check_shares(batch[1], classes)
-                    check_labels(batch[1], classes)
-                if known is None:
-                    known = len(check_losses(loss_fn(model, batch), None))
-                elif not sizes:  # a few samples speak for their like
-                    few = min(known, _FEW)
-                    check_losses(loss_fn(model, slice_batch(batch, 0, few)), few)
-        except ValueError:
-            raise
-        except Exception as error:  # whatever the caller's model or loss raises
-            raise ValueError(
-                f"the loss failed on a calibration batch {describe(batch)}: {_first_line(error)}"
-            ) from error
+        with failures_named("calibration batch", batch), torch.no_grad():
+            if isinstance(loss_fn, CrossEntropy):
+                check_pair(batch)
+                if classes is None:
+                    logits = model(batch[0][:2])
+                    if not isinstance(logits, Tensor):
+                        raise ValueError(
+                            "the default loss needs a model that returns logits (n, classes), got a "
+                            f"{type(logits).__name__}: pass loss_fn="
+                        )
+                    classes = logits.shape[1] if logits.ndim > 1 else 1
+                check_shares(batch[1], classes)
+                check_labels(batch[1], classes)
+            if known is None:
+                known = len(check_losses(loss_fn(model, batch), None))
+            elif not sizes:  # a few samples speak for their like
+                few = min(known, _FEW)
+                check_losses(loss_fn(model, slice_batch(batch, 0, few)), few)
+        assert known is not None, "just counted"
         sizes.append(known)
     return sizes
+
+
+@contextmanager
+def failures_named(kind: str, batch: Any) -> Iterator[None]:
+    """Run the caller's model and loss on a batch; what they raise becomes a ValueError that says on what.
+
+    Args:
+        kind: What the batch is for.
+        batch: The batch.
+    """
+    try:
+        yield
+    except (ValueError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever they raise
+        raise ValueError(f"the loss failed on a {kind} {describe(batch)}: {_first_line(error)}") from error
 
 
 def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> None:

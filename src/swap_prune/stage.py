@@ -32,7 +32,7 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, failures_named
 from swap_prune.methods import Method
 from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -221,7 +221,8 @@ class StageRunner:
             check_calibration(self.model, self.loss_fn, batches)
             if self.teacher is None:  # else its outputs are checked
                 for batch in batches:
-                    check_losses(self.loss_fn(self.model, in_own_containers(batch)), None)
+                    with failures_named("calibration batch", batch):
+                        check_losses(self.loss_fn(self.model, in_own_containers(batch)), None)
         return self.taught(batches)
 
     def corrupt(self, batches: list[Any]) -> list[Any]:

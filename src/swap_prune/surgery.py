@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from swap_prune.batches import in_own_containers, is_single
 from swap_prune.calibration import CalibrationStream
-from swap_prune.losses import LossFn, check_calibration
+from swap_prune.losses import LossFn, check_calibration, failures_named
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -169,7 +169,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
                 layer.reset_running_stats()  # type: ignore[operator]
                 layer.momentum = None  # type: ignore[assignment]
             for batch in usable:
-                loss_fn(model, in_own_containers(batch))
+                _run(model, batch, loss_fn)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
@@ -179,6 +179,11 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
             "network; leave it out, or use recalibrate_batchnorm=False"
         )
     return len(layers)
+
+
+def _run(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
+    with failures_named("batch for BatchNorm's statistics", batch):
+        return loss_fn(model, in_own_containers(batch))
 
 
 def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> tuple[float, float]:
@@ -198,10 +203,10 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
         return 0.0, 0.0
     with torch.no_grad():
         with eval_mode(model):
-            stored = torch.cat([loss_fn(model, in_own_containers(batch)) for batch in usable]).mean()
+            stored = torch.cat([_run(model, batch, loss_fn) for batch in usable]).mean()
         before = [(b, b.clone()) for layer in layers for b in layer.buffers()]
         with _statistics_updated(model, layers):
-            own = torch.cat([loss_fn(model, in_own_containers(batch)) for batch in usable]).mean()
+            own = torch.cat([_run(model, batch, loss_fn) for batch in usable]).mean()
         for buffer, values in before:
             buffer.copy_(values)
     return float(stored), float(own)

@@ -27,7 +27,7 @@ from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.losses import GaussNewtonLoss, LossFn, failures_named
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 from swap_prune.surgery import batchnorm_layers, temporary_weights, write_weights
@@ -75,7 +75,10 @@ class Teacher:
             ValueError: If they are not finite.
         """
         with eval_mode(self._bound.model), torch.no_grad():
-            found = [functional_call(self._bound, self._state, (in_own_containers(batch),)) for batch in batches]
+            found = []
+            for batch in batches:
+                with failures_named("calibration batch", batch):
+                    found.append(functional_call(self._bound, self._state, (in_own_containers(batch),)))
         for outputs in found:
             bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
             if bad:

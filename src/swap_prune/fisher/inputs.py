@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from swap_prune.batches import in_own_containers
 from swap_prune.fisher.layers import layer_input
-from swap_prune.losses import LossFn, check_calibration
+from swap_prune.losses import LossFn, check_calibration, failures_named
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -77,7 +77,8 @@ class LayerInputs:
             for name, layer in self._layers():
                 hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
             for batch in self.batches:
-                self.loss_fn(self.model, in_own_containers(batch))
+                with failures_named("calibration batch", batch):
+                    self.loss_fn(self.model, in_own_containers(batch))
         for name, total in sums.items():
             if total.count == 0:
                 raise ValueError(

@@ -28,7 +28,7 @@ from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import RowStore, Storage
-from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses
+from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses, failures_named
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
 
@@ -127,7 +127,10 @@ def sketch_curvature(
         losses = _mini_batch_rows(model, selection, parts, sketch, generator, store, advance)
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH)
     with eval_mode(model), torch.no_grad():
-        outputs = [loss.outputs(model, batch) for batch in batches]
+        outputs = []
+        for batch in batches:
+            with failures_named("calibration batch", batch):
+                outputs.append(loss.outputs(model, batch))
         losses = check_losses(torch.cat(list(map(loss.losses, outputs, batches))), None)
         drawn = [(batch, draw_signs(z, generator)) for z, batch in zip(outputs, batches, strict=True)]
         roots = [loss.curvature_root(z, *one).flatten(1) for z, one in zip(outputs, drawn, strict=True)]
@@ -158,7 +161,8 @@ def draw_sketch(
     drawn, losses = [], []
     with (batch_statistics if in_batches else eval_mode)(model), torch.no_grad():
         for part in parts:
-            outputs = loss.outputs(model, part)
+            with failures_named("calibration batch", part):
+                outputs = loss.outputs(model, part)
             losses.append(check_losses(loss.losses(outputs, part), None))
             drawn.append((part, loss.curvature_root(outputs, part, draw_signs(outputs, generator))))
     return RowSource(DrawnSketch(loss), drawn, in_batches, torch.cat(losses))
@@ -195,11 +199,12 @@ def _mini_batch_rows(
     shared = store if isinstance(store, SharedStore) else None
     with batch_statistics(model):
         for part in parts:
-            if shared is None or shared.is_next:
-                list(joined_gradients(model, selection, [part], product, lambda: store.room(1)[0]))
-            else:  # every process draws the signs, and sees the losses
-                with torch.no_grad():
-                    product(model, part)
+            with failures_named("calibration batch", part):
+                if shared is None or shared.is_next:
+                    list(joined_gradients(model, selection, [part], product, lambda: store.room(1)[0]))
+                else:  # every process draws the signs, and sees the losses
+                    with torch.no_grad():
+                        product(model, part)
             if shared is None:
                 store.keep(1)
             else:
