@@ -506,3 +506,13 @@ def test_a_later_batch_that_cannot_be_trained_on(batches: list[tuple[Tensor, Ten
     with pytest.raises(ValueError, match=r"failed on a training batch \(tensor \(40, [78]\)"):
         finetune(model, batches, FineTune(epochs=1), progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_parameters_that_cannot_be_trained_or_computed_with() -> None:
+    frozen = perceptron().requires_grad_(requires_grad=False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        prune(frozen, DATA, 0.5, "magnitude", finetune=FineTune(), progress=False)
+    narrow = perceptron()
+    narrow[0].weight = nn.Parameter(narrow[0].weight.detach().to(torch.float8_e4m3fn))  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match=r"'0.weight' is float8_e4m3fn.*before quantising"):
+        prune(narrow, DATA, 0.5, "magnitude", progress=False)

@@ -103,6 +103,8 @@ def check_run(
         raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
     if finetune is not None and not isinstance(finetune, FineTune):
         raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
+    if finetune is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("finetune= has nothing to train: no parameter of the model requires a gradient")
     samples, seed = whole_number("samples", samples), checked_seed(seed)
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
@@ -197,6 +199,10 @@ def _bytes(model: nn.Module) -> int:
 def _check_finite(model: nn.Module, selection: Selection) -> None:
     """Refuse weights that no method can rank."""
     parameters = dict(model.named_parameters())
+    for name in selection.names:
+        if torch.finfo(parameters[name].dtype).bits < 16:
+            kind = str(parameters[name].dtype).removeprefix("torch.")
+            raise ValueError(f"{name!r} is {kind}, which torch hardly computes in: prune before quantising to it")
     bad = [name for name in selection.names if not bool(parameters[name].isfinite().all())]
     if bad:
         raise ValueError(f"weights to prune must be finite; {bad[0]!r} holds NaN or infinity: check the checkpoint")
