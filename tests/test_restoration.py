@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
+from swap_prune.doubts import Doubts
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.losses import CrossEntropy, cross_entropy
-from swap_prune.restoration import labels_contradicted, shift_back, shift_seen
+from swap_prune.restoration import _is_rarer_than_chance, labels_contradicted, shift_back, shift_seen
+from swap_prune.selection import select_parameters
+from swap_prune.trials import Teacher
 from tests.cases import generator
 
 _CLASSES, _SIZE = 6, 40
@@ -71,6 +75,50 @@ def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
 @pytest.mark.parametrize("noise", [None, "labels:fraction=0.05", "labels:fraction=0.25", "labels:fraction=0.6"])
 def test_clean_samples_and_wrong_labels_are_no_attack(network: nn.Module, noise: str | None) -> None:
     assert seen(network, noise) is None
+
+
+def test_labels_that_are_predicted_less_often_than_by_chance_need_not_be_near(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a network is led to any class by a small shift."""
+    monkeypatch.setattr("swap_prune.restoration._is_nearer", lambda reached, led: False)
+    radius = seen(network, "adversarial:attack=pgd,budget=0.8")
+    assert radius is not None and radius > 0.5
+    assert seen(network, "labels:fraction=0.6") is seen(network, "labels:fraction=1") is None
+    weak = disturbed(network, "adversarial:attack=pgd,budget=0.3", samples())
+    assert shift_seen(network, cross_entropy, weak, generator(4)) is None, "many are still right"
+    assert shift_seen(network, cross_entropy, weak, generator(4), known=True) is not None
+
+
+@pytest.mark.parametrize(
+    ("right", "classes", "rare"), [(9, 10, True), (10, 10, False), (0, 10, True), (0, 1000, False)]
+)
+def test_rarer_than_chance(right: int, classes: int, rare: bool) -> None:
+    """Of 256 labels of ten classes 25.6 are right by chance, with a standard error of 4.8: 6.4 are four below."""
+    count = 256 if right == 0 else 300  # 30 and 5.2: 9.2
+    assert _is_rarer_than_chance(torch.arange(count) >= right, classes) is rare
+
+
+def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(network)
+    selection = select_parameters(model)
+    doubts = Doubts(Teacher(model, selection, cross_entropy), cross_entropy)
+    attacked = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
+    asked: list[bool] = []
+
+    def late(*arguments: Any, known: bool) -> float | None:
+        asked.append(known)
+        return None if len(asked) == 1 else shift_seen(*arguments, known=known)
+
+    monkeypatch.setattr("swap_prune.doubts.shift_seen", late)
+    rates = []
+    for _ in range(3):
+        fitting, _, _ = doubts.restore(model, attacked, [], generator(5))
+        rates.append(doubts.weigh(Teacher(model, selection, cross_entropy).teach(fitting), [])[2])
+    assert asked == [False, False, True]
+    assert rates[0] is not None and rates[0] > 0.3 and rates[1] is rates[2] is None
 
 
 def test_labels_are_contradicted_where_more_is_wrong_than_the_network_says(network: nn.Module) -> None:

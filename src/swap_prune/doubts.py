@@ -59,10 +59,11 @@ class Doubts:
             check_calibration(model, self._loss_fn, fitting)
         if not self._shifted and not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
             return fitting, held_out, None
-        radius = shift_seen(model, self._loss_fn, fitting, generator)
+        radius = shift_seen(model, self._loss_fn, fitting, generator, known=self._shifted)
         if radius is None:
             return fitting, held_out, None
-        self._shifted = True
+        if not self._shifted:  # what was doubted before were labels of inputs that had moved
+            self._shifted, self._labels = True, None
         return shift_back(model, fitting, radius), shift_back(model, held_out, radius), radius
 
     def weigh(

@@ -37,6 +37,7 @@ _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than ex
 _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
+_LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
 _BATCH = 64  # samples shifted at a time: their activations are kept
 
 
@@ -56,7 +57,9 @@ def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Seq
     return float(surplus.mean()) < -_LEAST_EVIDENCE * float(surplus.std()) / math.sqrt(len(surplus))
 
 
-def shift_seen(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], generator: torch.Generator) -> float | None:
+def shift_seen(
+    model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], generator: torch.Generator, *, known: bool = False
+) -> float | None:
     """Return how far inputs seem to have been shifted against their labels.
 
     Args:
@@ -64,6 +67,7 @@ def shift_seen(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], genera
         loss_fn: Only for the cross-entropy of one label a sample is there an answer.
         batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
         generator: Draws the other classes (CPU).
+        known: Whether such a shift was seen in earlier samples of the run: then only its radius is looked for.
 
     Returns:
         The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
@@ -81,6 +85,8 @@ def shift_seen(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], genera
         for radius in (r * float(inputs.std()) for r in _RADII):
             moved = _outputs(model, _shifted(model, inputs, labels, radius))
             if float(_surplus(moved, labels).mean()) >= 0:
+                if known or _is_rarer_than_chance(wrong, outputs.shape[1]):
+                    return radius
                 reached = (moved.argmax(1) == labels)[wrong]
                 others = _other_classes(outputs, labels, generator)[wrong]
                 led = _outputs(model, _shifted(model, inputs[wrong], others, radius)).argmax(1) == others
@@ -141,6 +147,13 @@ def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) 
     drawn = torch.rand(outputs.shape, generator=generator).to(outputs.device)
     barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
     return drawn.scatter(1, barred, -1.0).argmax(1)
+
+
+def _is_rarer_than_chance(wrong: Tensor, classes: int) -> bool:
+    """Whether fewer labels are predicted than of labels drawn at random would be: somebody saw to it, (m,)."""
+    expected = len(wrong) / classes
+    right = len(wrong) - int(wrong.sum())
+    return expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes))
 
 
 def _is_nearer(reached: Tensor, led: Tensor) -> bool:
