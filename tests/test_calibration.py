@@ -333,3 +333,20 @@ def test_a_look_at_augmented_images_draws_nothing() -> None:
         assert all(peek(augmented)[0].shape == (1, 3, 8, 8) for _ in range(looks))
         drawn.append(CalibrationStream(augmented, generator(0)).draw(20)[0][0])
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_what_data_draw_from_the_global_random_state_is_not_drawn_again():
+    """A loader shuffles anew in each pass, and augmentation of one batch is not that of the next."""
+    source = stream(DataLoader(TensorDataset(*batches_of(50)[0]), batch_size=8, shuffle=True))
+    assert drawn(source, 50) != drawn(source, 50)
+
+    class Noisy(Dataset):
+        def __len__(self):
+            return 300
+
+        def __getitem__(self, index):
+            return torch.rand(3), index
+
+    parts = stream(Noisy()).draw(300)
+    images = torch.cat([part[0] for part in parts])
+    assert len(torch.unique(images, dim=0)) == 300

@@ -205,3 +205,27 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Normed(Optimizer):
+    """Steps of a fixed length: what is pruned would shorten those of the others."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= 0.1 * p.grad / p.grad.norm()
+
+
+def test_gradients_of_pruned_weights_do_not_shorten_a_step():
+    model = nn.Linear(4, 1, bias=False)
+    mask = torch.tensor([[True, False, True, False]])
+    optimizer = Normed(model.parameters())
+    keep_masks(model, optimizer, {"weight": mask})
+    before = model.weight.detach().clone()
+    model(torch.tensor([[1.0, 100.0, 1.0, 100.0]])).sum().backward()
+    optimizer.step()
+    assert float((model.weight - before).detach().norm()) == pytest.approx(0.1)

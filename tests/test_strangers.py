@@ -516,3 +516,15 @@ def test_parameters_that_cannot_be_trained_or_computed_with() -> None:
     narrow[0].weight = nn.Parameter(narrow[0].weight.detach().to(torch.float8_e4m3fn))  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match=r"'0.weight' is float8_e4m3fn.*before quantising"):
         prune(narrow, DATA, 0.5, "magnitude", progress=False)
+
+
+def test_a_method_that_states_no_fields_and_a_step_that_is_too_long() -> None:
+    class Bare:
+        name, needs_gradients, needs_inputs, needs_held_out = "bare", False, False, False
+
+        def solve(self, problem: object, generator: object) -> None: ...
+
+    with pytest.raises(ValueError, match="Bare must be a dataclass"):
+        prune(perceptron(), DATA, 0.5, Bare(), progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lr of fine-tuning must be a finite number"):
+        FineTune(lr=1e39)

@@ -47,6 +47,8 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the training tha
     "constant": lambda done: 1.0,
 }
 
+_LARGEST = torch.finfo(torch.float32).max  # a step computes in it
+
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("above 0", lambda value: value > 0),
     "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
@@ -82,7 +84,7 @@ class FineTune:
             object.__setattr__(self, name, whole_number(f"{name} of fine-tuning", getattr(self, name)))
         for name, (words, holds) in _NUMBERS.items():
             value = getattr(self, name)
-            if not (is_number(value) and holds(value) and value < math.inf):
+            if not (is_number(value) and holds(value) and value < _LARGEST):
                 raise ValueError(f"{name} of fine-tuning must be a finite number {words}, got {value!r}")
             object.__setattr__(self, name, float(value))
         for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -86,4 +86,6 @@ def resolve_method(method: str | Method, settings: dict[str, Any] | None = None)
     missing = [member for member in _MEMBERS if not hasattr(method, member)]
     if missing:
         raise ValueError(f"method {type(method).__name__} has no {', '.join(missing)}; see swap_prune.methods.Method")
+    if not is_dataclass(method):
+        raise ValueError(f"method {type(method).__name__} must be a dataclass: the report states its fields")
     return method

@@ -1,0 +1,83 @@
+"""EWR, put together by hand from its parts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swap_prune import EWR, LR
+from swap_prune.methods.pairing import pairing_regression
+from swap_prune.regression.iht import hard_threshold, solve_sparse
+from swap_prune.regression.top_k import top_k
+from swap_prune.regression.tuning import Coupling, couple, mean_cost
+from swap_prune.regression.two_regime import two_regime_step
+from swap_prune.transport import barycentric_target, transport_plan
+from tests.cases import generator, pruning_problem
+
+FIXED = {"ridge": 0.1, "damping": 1.0, "metric": "diagonal", "swaps": 0, "first_order": 0.0}
+
+
+@pytest.mark.parametrize("gradient", ["exact", "paper"])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("unit", ["mean_cost", "absolute"])
+@pytest.mark.parametrize("couplings", [1, 3])
+def test_ewr_is_lr_then_plans_and_regressions_in_turn(gradient, debias, unit, couplings):
+    """Put together by hand from its parts, on a support that a search of its own would not keep."""
+    problem = pruning_problem(30, 60, 20, seed=1, dtype=torch.float64)
+    pairing = pairing_regression(problem, 0.1, 1.0)
+    fit = solve_sparse(pairing, 20)
+    scale = mean_cost(pairing.factor.matvec(fit.weights), pairing.target) if unit == "mean_cost" else 1.0
+    for _ in range(couplings):
+        regression = couple(pairing, pairing.factor.matvec(fit.weights), Coupling(0.5, 0.2 * scale, gradient, debias))
+        fit = solve_sparse(regression, 20, start=fit.support)
+    settings = {"epsilon": 0.2, "anchor": 0.5, "epsilon_unit": unit, "gradient": gradient, "debias": debias}
+    solution = EWR(**settings, couplings=couplings, **FIXED).solve(problem, generator())
+    assert torch.equal(solution.weights, fit.weights)
+    assert solution.evidence["epsilon"] == pytest.approx(0.2 * scale) and solution.evidence["anchor"] == 0.5
+    assert not torch.equal(solution.weights, LR(**FIXED).solve(problem, generator()).weights)
+    default = EWR(epsilon=0.2, anchor=0.5, **FIXED).solve(problem, generator()).weights
+    assert torch.equal(default, fit.weights) == (
+        settings["gradient"] == "exact" and debias and unit == "mean_cost" and couplings == 1
+    )
+
+
+@pytest.mark.parametrize("gradient", ["exact", "paper"])
+@pytest.mark.parametrize("anchor", [0.3, 1.0])
+def test_algorithm_1_is_the_papers_steps_one_plan_each(gradient, anchor):
+    problem = pruning_problem(30, 60, 20, seed=2, dtype=torch.float64)
+    pairing = pairing_regression(problem, 0.05, 1.0, "identity")
+    support = top_k(problem.reference.abs(), 20)
+    w = hard_threshold(problem.reference, support)
+    for _ in range(3):
+        x = pairing.factor.matvec(w)
+        plan = transport_plan(x, pairing.target, 0.1 * mean_cost(x, pairing.target), anchor=anchor).plan
+        objective = replace(pairing, target=barycentric_target(plan, pairing.target))
+        paper = pairing.factor.rmatvec(30 * plan @ (x - pairing.target)) + pairing.penalty * (w - problem.reference)
+        step = two_regime_step(objective, w, support, paper if gradient == "paper" else None)
+        w, support = step.weights, step.support
+    method = EWR(solver="algorithm1", epsilon=0.1, anchor=anchor, ridge=0.05, gradient=gradient, couplings=3)
+    solution = method.solve(problem, generator())
+    torch.testing.assert_close(solution.weights, w)
+    assert solution.iterations == 3
+
+
+def test_a_coupling_that_was_asked_for_needs_no_confirmation_and_steps_follow_it():
+    """Held-out samples refuse it, and it stays: neither of its settings is 'auto'. Its own steps are taken."""
+    problem = pruning_problem(30, 60, 20, seed=1, dtype=torch.float64)
+    slope = torch.randn(60, generator=generator(5), dtype=torch.float64)
+    problem = replace(problem, slope=lambda w, kept: slope)
+    asked = {"epsilon": 0.2, "anchor": 0.5} | FIXED
+    free = EWR(**asked).solve(problem, generator()).weights
+    lr = LR(**FIXED).solve(problem, generator()).weights
+    refusing = replace(problem, held_out=lambda w, kept: (w - lr).square())
+    assert torch.equal(EWR(**asked).solve(refusing, generator()).weights, free)
+    moved = EWR(**asked | {"first_order": 0.3}).solve(problem, generator())
+    assert not torch.equal(moved.weights, free) and moved.evidence["first_order"] == [0.3]
+
+
+def test_iterations_are_those_asked_for():
+    problem = pruning_problem(40, 60, 12, seed=0, dtype=torch.float64)
+    fixed = FIXED | {"ridge": 0.01}
+    one, many = (LR(**fixed, iterations=i).solve(problem, generator()) for i in (1, 10))
+    assert one.iterations == 1 < many.iterations and not one.converged
+    assert many.evidence["objective"] < one.evidence["objective"]

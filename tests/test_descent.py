@@ -1,0 +1,153 @@
+"""First-order steps, one at a time."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swap_prune import EWR
+from swap_prune.methods.descent import is_significant, loss_after_step, mean_loss, step_down
+from swap_prune.methods.pairing import pairing_regression
+from swap_prune.regression.iht import solve_sparse
+from swap_prune.regression.metric import diagonal_metric
+from swap_prune.regression.natural_gradient import NaturalGradient
+from tests.test_held_out import problem_with
+
+
+def start_of(problem):
+    regression = pairing_regression(problem, 0.1, 1.0)
+    return regression, solve_sparse(regression, problem.keep)
+
+
+def test_each_step_goes_down_the_slope_where_it_starts():
+    asked = []
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    goal = fit.weights + 1.0
+
+    def slope(w, kept):
+        asked.append(w.clone())
+        return w - goal
+
+    problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
+    _moved, lengths = step_down(problem, regression, fit, "auto")
+    assert len(lengths) >= 3
+    w = fit.weights
+    first = NaturalGradient.on(regression, fit.support, 0.1, fit.refit)
+    assert torch.equal(asked[0], w)
+    second = w + lengths[0] * first.direction(w - goal)
+    torch.testing.assert_close(asked[1], second)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(asked))
+
+
+def test_a_second_metric_is_tried_where_the_first_has_ended():
+    """Only moves along the other direction gain."""
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    damped = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), 30.0))
+    s = base.slope(fit.weights, None)
+    direction = NaturalGradient.on(damped, fit.support, 0.1).direction(s)
+
+    def held_out(w, kept):
+        move = w - fit.weights
+        along = float(move @ direction / (move.norm() * direction.norm()).clamp_min(1e-30))
+        return torch.full((5,), 1e6 - (along > 1 - 1e-5) * 5e5)
+
+    moved, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
+    assert lengths == [0.3]
+    torch.testing.assert_close(moved.weights, fit.weights + 0.3 * direction)
+
+
+def test_no_more_than_twelve_steps_are_taken_in_each_metric():
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    calls = []
+
+    def held_out(w, kept):
+        calls.append(None)
+        return torch.full((5,), 1e6 * 0.99 ** len(calls))
+
+    def slope(w, kept):
+        return 1e-20 * base.slope(w, kept)
+
+    _, lengths = step_down(replace(base, held_out=held_out, slope=slope), regression, fit, "auto")
+    assert len(lengths) == 24
+
+
+def test_a_step_that_gains_next_to_nothing_is_the_last():
+    base = problem_with(None)
+    regression, fit = start_of(base)
+
+    calls = []
+
+    def held_out(w, kept):
+        calls.append(None)
+        return torch.full((5,), 1e6 * 0.9999 ** len(calls), dtype=torch.float64)
+
+    def slope(w, kept):
+        return 1e-20 * base.slope(w, kept)
+
+    _, lengths = step_down(replace(base, held_out=held_out, slope=slope), regression, fit, "auto")
+    assert len(lengths) == 2  # one in each metric
+
+
+def test_a_length_is_divided_until_it_gains():
+    """0.3 / 27 is the third that is tried."""
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
+    goal = fit.weights + 0.3 / 27 * d
+    problem = replace(base, held_out=lambda w, kept: 1e6 * (w - goal).square())
+    _, lengths = step_down(problem, regression, fit, "auto")
+    assert lengths[0] == pytest.approx(0.3 / 27)
+
+
+def test_a_length_grows_only_as_long_as_it_gains_on_the_last():
+    """Three times as far is better than nothing, and worse than once."""
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
+    goal = fit.weights + 0.5 * d
+    problem = replace(base, held_out=lambda w, kept: 1e6 * (w - goal).square())
+    _, lengths = step_down(problem, regression, fit, "auto")
+    assert lengths[0] == pytest.approx(0.3)
+
+
+def test_a_gain_must_exceed_its_standard_error():
+    assert not is_significant(torch.tensor([4.0, -1.0, -1.0, -1.0]))
+    assert is_significant(torch.tensor([2.0, 1.0, 1.0, 0.0]))
+    spread = torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 3.0])  # std above the mean, its error below
+    assert float(spread.std()) > float(spread.mean()) and is_significant(spread)
+    assert not is_significant(torch.tensor([1.0]))
+
+
+def test_a_loss_that_is_not_a_number_is_infinite_and_one_sample_of_it_counts_as_blank():
+    assert mean_loss(torch.tensor([1.0, math.nan])) == math.inf
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    problem = replace(base, held_out=lambda w, kept: torch.tensor([2.0, 3.0, 50.0, 60.0, math.nan]))
+    assert loss_after_step(problem, regression, fit, torch.full((5,), 2.5)) == pytest.approx((2 + 4 * 2.5) / 5)
+
+
+def test_without_confidence_a_coupling_is_left(monkeypatch):
+    """A large mean gain that rests on one sample."""
+    from swap_prune.regression.tuning import Coupling
+    from tests.test_held_out import fit_of
+
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
+    problem = problem_with(None)
+    paired, other = (EWR(epsilon=0.1, anchor=a, swaps=0).solve(problem, torch.Generator()) for a in (0.0, 1.0))
+
+    def held_out(w, kept):
+        losses = torch.ones(5, dtype=torch.float64)
+        if torch.equal(w, other.weights):
+            losses -= torch.tensor([0.9, -0.2, -0.2, -0.2, -0.2])
+        return losses
+
+    monkeypatch.setattr(EWR, "_coupling", lambda *_: (Coupling(1.0, 0.1), {}))
+    monkeypatch.setattr(EWR, "_coupled", lambda *_: fit_of(other))
+    method = EWR(anchor=1.0, swaps=0, ridge=0.025, damping=1.0, metric="diagonal")
+    solution = method.solve(replace(problem, held_out=held_out), torch.Generator())
+    assert torch.equal(solution.weights, paired.weights)
