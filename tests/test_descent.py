@@ -60,37 +60,19 @@ def test_a_second_metric_is_tried_where_the_first_has_ended():
     torch.testing.assert_close(moved.weights, fit.weights + 0.3 * direction)
 
 
-def test_no_more_than_twelve_steps_are_taken_in_each_metric():
+@pytest.mark.parametrize(("left", "steps"), [(0.99, 12), (0.9999, 1)])
+def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothing(left, steps):
+    """Each trial leaves so much of the loss."""
     base = problem_with(None)
     regression, fit = start_of(base)
-    calls = []
+    trials = itertools.count(1)
 
     def held_out(w, kept):
-        calls.append(None)
-        return torch.full((5,), 1e6 * 0.99 ** len(calls))
+        return torch.full((5,), 1e6 * left ** next(trials), dtype=torch.float64)
 
-    def slope(w, kept):
-        return 1e-20 * base.slope(w, kept)
-
-    _, lengths = step_down(replace(base, held_out=held_out, slope=slope), regression, fit, "auto")
-    assert len(lengths) == 24
-
-
-def test_a_step_that_gains_next_to_nothing_is_the_last():
-    base = problem_with(None)
-    regression, fit = start_of(base)
-
-    calls = []
-
-    def held_out(w, kept):
-        calls.append(None)
-        return torch.full((5,), 1e6 * 0.9999 ** len(calls), dtype=torch.float64)
-
-    def slope(w, kept):
-        return 1e-20 * base.slope(w, kept)
-
-    _, lengths = step_down(replace(base, held_out=held_out, slope=slope), regression, fit, "auto")
-    assert len(lengths) == 2  # one in each metric
+    problem = replace(base, held_out=held_out, slope=lambda w, kept: 1e-20 * base.slope(w, kept))
+    _, lengths = step_down(problem, regression, fit, "auto")
+    assert len(lengths) == 2 * steps
 
 
 def test_a_length_is_divided_until_it_gains():

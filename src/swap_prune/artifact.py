@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -47,12 +46,9 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
             "the model no longer has the sparsity reported (it was changed after pruning); save right after "
             "pruning, or prune again"
         )
-    odd = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    odd = [name for name, value in model.state_dict().items() if not _is_dense(value)]
     if odd:
-        raise ValueError(f"the model's state_dict holds more than tensors, which is not saved: {_some(odd)}")
-    odd = [name for name, value in model.state_dict().items() if value.layout is not torch.strided]
-    if odd:
-        raise ValueError(f"sparse tensors are not saved, and the model's state_dict holds {_some(odd)}")
+        raise ValueError(f"the model's state_dict holds more than dense tensors, which is not saved: {_some(odd)}")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     try:
         data = safetensors.torch.save(state)
@@ -60,22 +56,17 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
         kinds = ", ".join(sorted({str(value.dtype) for value in state.values()}))
         raise ValueError(f"safetensors cannot hold the model's state_dict, of {kinds}: {error}") from error
     content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
-    own = (
-        target.is_dir()
-    )  # empty, and maybe a mount point: it stays, and the report, without which it is none, comes last
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if own else target.parent))
-        try:
-            (scratch / _WEIGHTS).write_bytes(data)
-            (scratch / _REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            if own:
-                for name in (_WEIGHTS, _REPORT):
-                    os.replace(scratch / name, target / name)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)) as scratch:
+            made = Path(scratch, target.name)
+            made.mkdir()
+            (made / _WEIGHTS).write_bytes(data)
+            (made / _REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            if target.is_dir():  # maybe a mount point: it stays
+                for name in (_WEIGHTS, _REPORT):  # which makes it an artifact
+                    os.replace(made / name, target / name)
             else:
-                scratch.chmod(0o777 & ~_umask())
-                os.replace(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                os.replace(made, target)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
     return target
@@ -98,11 +89,20 @@ def check_output_directory(directory: str | Path) -> Path:
         raise ValueError(f"output directory {target} is not empty; choose another or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target if target.is_dir() else target.parent):
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)):
             pass
     except OSError as error:
         raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error
     return target
+
+
+def _beside(target: Path) -> Path:
+    """Return where files for a directory are prepared: in it, where it is there already."""
+    return target if target.is_dir() else target.parent
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -271,9 +271,3 @@ def _read_report(directory: Path) -> tuple[PruningReport, str]:
         raise ValueError(f"{directory} is not a pruning artifact: cannot read {path}: {error.strerror}") from error
     except (ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a pruning report, or was altered") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
 
-__all__ = ["checked_seed", "is_number", "whole_number"]
+__all__ = ["checked_seed", "is_number", "positive_number", "whole_number"]
 
 
 def is_number(value: object) -> bool:
     """Whether a value is a real number, of NumPy or not, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def positive_number(name: str, value: Any) -> None:
+    """Check a number above 0.
+
+    Args:
+        name: What the number is, for the message.
+        value: What was given.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

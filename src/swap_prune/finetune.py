@@ -81,7 +81,7 @@ class FineTune:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            object.__setattr__(self, name, whole_number(f"{name} of fine-tuning", getattr(self, name)))
+            whole_number(f"{name} of fine-tuning", getattr(self, name))
         for name, (words, holds) in _NUMBERS.items():
             value = getattr(self, name)
             if not (is_number(value) and holds(value) and value < _LARGEST):

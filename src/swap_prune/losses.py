@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "failures_named",
     "least_precise",
+    "run_loss",
 ]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -289,6 +290,19 @@ def failures_named(kind: str, batch: Any) -> Iterator[None]:
         raise
     except Exception as error:  # whatever they raise
         raise ValueError(f"the loss failed on a {kind} {describe(batch)}: {_first_line(error)}") from error
+
+
+def run_loss(model: nn.Module, batch: Any, loss_fn: LossFn, kind: str = "calibration batch") -> Tensor:
+    """Return the losses of a batch, which the caller's loss may take apart; a failure names it.
+
+    Args:
+        model: The network, in the mode that the caller wants.
+        batch: The batch.
+        loss_fn: Per-sample loss.
+        kind: What the batch is for.
+    """
+    with failures_named(kind, batch):
+        return loss_fn(model, in_own_containers(batch))
 
 
 def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> None:

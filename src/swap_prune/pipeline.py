@@ -233,7 +233,7 @@ def prune(
         "storage": {"asked": storage, "used": held.kind, "lean": held.lean, "at_once": held.at_once}
         if solver.needs_gradients
         else None,
-    } | ({} if finetune is None else {"finetune": asdict(finetune)})
+    } | ({} if finetune is None else {"finetune": _plain(asdict(finetune))})
     return _report(model, selection, solver.name, settings, seed, records, notes, started)
 
 

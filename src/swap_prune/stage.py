@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size, in_own_containers, split_batches
+from swap_prune.batches import batch_size, split_batches
 from swap_prune.calibration import HELD_OUT, CalibrationStream
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune, train
@@ -32,7 +32,7 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, failures_named
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
 from swap_prune.methods import Method
 from swap_prune.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -212,7 +212,7 @@ class StageRunner:
         return list(map(Taught, batches)) if self.teacher is None else self.teacher.teach(batches)
 
     def judges(self, batches: list[Any]) -> list[Taught]:
-        """Return batches that candidates will be judged by, with the same.
+        """Return batches that candidates will be judged by, with what the network before pruning says of them.
 
         Raises:
             ValueError: If they cannot be: every candidate would have lost.
@@ -221,8 +221,7 @@ class StageRunner:
             check_calibration(self.model, self.loss_fn, batches)
             if self.teacher is None:  # else its outputs are checked
                 for batch in batches:
-                    with failures_named("calibration batch", batch):
-                        check_losses(self.loss_fn(self.model, in_own_containers(batch)), None)
+                    check_losses(run_loss(self.model, batch, self.loss_fn), None)
         return self.taught(batches)
 
     def corrupt(self, batches: list[Any]) -> list[Any]:

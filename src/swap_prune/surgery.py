@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swap_prune.batches import in_own_containers, is_single
+from swap_prune.batches import is_single
 from swap_prune.calibration import CalibrationStream
-from swap_prune.losses import LossFn, check_calibration, failures_named
+from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -35,6 +35,7 @@ __all__ = [
 
 RECALIBRATION_SAMPLES = 10_000  # at the end of a run; all the data, if it holds fewer
 _MISFIT_SAMPLES = 512
+_KIND = "batch for BatchNorm's statistics"
 _MISFIT, _MISFIT_MARGIN = 1.5, 0.1  # stored statistics are given up when their loss exceeds 1.5 own + 0.1
 
 
@@ -169,7 +170,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
                 layer.reset_running_stats()  # type: ignore[operator]
                 layer.momentum = None  # type: ignore[assignment]
             for batch in usable:
-                _run(model, batch, loss_fn)
+                run_loss(model, batch, loss_fn, _KIND)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
@@ -179,11 +180,6 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
             "network; leave it out, or use recalibrate_batchnorm=False"
         )
     return len(layers)
-
-
-def _run(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
-    with failures_named("batch for BatchNorm's statistics", batch):
-        return loss_fn(model, in_own_containers(batch))
 
 
 def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> tuple[float, float]:
@@ -203,10 +199,10 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
         return 0.0, 0.0
     with torch.no_grad():
         with eval_mode(model):
-            stored = torch.cat([_run(model, batch, loss_fn) for batch in usable]).mean()
+            stored = torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable]).mean()
         before = [(b, b.clone()) for layer in layers for b in layer.buffers()]
         with _statistics_updated(model, layers):
-            own = torch.cat([_run(model, batch, loss_fn) for batch in usable]).mean()
+            own = torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable]).mean()
         for buffer, values in before:
             buffer.copy_(values)
     return float(stored), float(own)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from swap_prune.batches import batch_size, in_own_containers
+from swap_prune.batches import batch_size, in_own_containers, is_single
 from swap_prune.bound import Bound, flat_gradient
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
@@ -197,7 +197,7 @@ class Trials:
 
     def _mode(self) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked, always the same: one sample alone has no variance."""
-        alone = min(_sizes([*self.fitting, *self.held_out])) < 2
+        alone = any(is_single(one.batch) for one in (*self.fitting, *self.held_out))
         return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
 
     def _objective(self, model: nn.Module, taught: Taught) -> Tensor:

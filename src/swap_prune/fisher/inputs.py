@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from swap_prune.batches import in_own_containers
 from swap_prune.fisher.layers import layer_input
-from swap_prune.losses import LossFn, check_calibration, failures_named
+from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.modes import eval_mode
 from swap_prune.selection import Selection
 
@@ -77,8 +76,7 @@ class LayerInputs:
             for name, layer in self._layers():
                 hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
             for batch in self.batches:
-                with failures_named("calibration batch", batch):
-                    self.loss_fn(self.model, in_own_containers(batch))
+                run_loss(self.model, batch, self.loss_fn)
         for name, total in sums.items():
             if total.count == 0:
                 raise ValueError(

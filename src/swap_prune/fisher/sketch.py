@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size, split_batches
+from swap_prune.batches import batch_size, is_single, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.source import RowSource, joined_gradients
@@ -176,7 +176,7 @@ def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
 def mini_batches(batches: Sequence[Any]) -> list[Any]:
     """Return batches of about ``MINI_BATCH`` samples, without those of one sample where there are others."""
     parts = split_batches(batches, MINI_BATCH, least=2)
-    return [part for part in parts if batch_size(part) > 1] or parts  # one sample has no variance
+    return [part for part in parts if not is_single(part)] or parts  # one sample has no variance
 
 
 def _mini_batch_rows(

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from swap_prune.checks import is_number, whole_number
+from swap_prune.checks import positive_number, whole_number
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.methods.scoring import select_best
 from swap_prune.methods.woodfisher import joint_update
@@ -47,10 +47,9 @@ class CBS:
     needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_number(self.damping) and 0 < self.damping < float("inf")):
-            raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
+        positive_number("damping", self.damping)
         for name in ("candidates", "rounds"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+            whole_number(name, getattr(self, name))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Swap from magnitude pruning on, then update."""

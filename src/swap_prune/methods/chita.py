@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from swap_prune.checks import is_number, whole_number
+from swap_prune.checks import positive_number, whole_number
 from swap_prune.methods.pairing import pairing_regression, solution_of
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.active_set import solve_active_set
@@ -43,9 +43,8 @@ class CHITA:
     needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_number(self.ridge) and 0 < self.ridge < float("inf")):
-            raise ValueError(f"ridge must be a number above 0, got {self.ridge!r}")
-        object.__setattr__(self, "iterations", whole_number("iterations", self.iterations))
+        positive_number("ridge", self.ridge)
+        whole_number("iterations", self.iterations)
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression on its active set."""

@@ -87,7 +87,7 @@ class EWR:
         for setting, allowed in choices.items():
             if getattr(self, setting) not in allowed:
                 raise ValueError(f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}")
-        object.__setattr__(self, "couplings", whole_number("couplings", self.couplings))
+        whole_number("couplings", self.couplings)
 
     @property
     def needs_held_out(self) -> bool:

@@ -218,7 +218,7 @@ def check_regression_settings(settings: RegressionSettings) -> None:
         if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
             raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
     for name, lowest in (("iterations", 1), ("swaps", 0)):
-        object.__setattr__(settings, name, whole_number(name, getattr(settings, name), lowest))
+        whole_number(name, getattr(settings, name), lowest)
 
 
 def pairing_regression(

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.checks import is_number, whole_number
+from swap_prune.checks import positive_number, whole_number
 from swap_prune.methods.scoring import check_scope, select_best
 from swap_prune.problem import Layer, PruningProblem, PruningSolution
 from swap_prune.regression.top_k import top_k
@@ -51,9 +51,8 @@ class SparseGPT:
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (is_number(self.damping) and 0 < self.damping < float("inf")):
-            raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
-        object.__setattr__(self, "block", whole_number("block", self.block))
+        positive_number("damping", self.damping)
+        whole_number("block", self.block)
         check_scope(self.scope, ("layer", "global"))
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.checks import is_number
+from swap_prune.checks import positive_number
 from swap_prune.fisher.blocked import SubFactor
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.inverse import WHOLE, BlockFisher
@@ -52,8 +52,7 @@ class WoodFisher:
     needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_number(self.damping) and 0 < self.damping < float("inf")):
-            raise ValueError(f"damping must be a number above 0, got {self.damping!r}")
+        positive_number("damping", self.damping)
         if self.update not in ("independent", "joint"):
             raise ValueError(f"update must be 'independent' or 'joint', got {self.update!r}")
         whole = isinstance(self.block, int) and not isinstance(self.block, bool) and self.block > 0
