@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -528,3 +529,21 @@ def test_a_method_that_states_no_fields_and_a_step_that_is_too_long() -> None:
         prune(perceptron(), DATA, 0.5, Bare(), progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="lr of fine-tuning must be a finite number"):
         FineTune(lr=1e39)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.unsqueeze(1) * torch.linspace(0, 1, 5).view(1, 5, 1)
+        y: Tensor = self.head(self.mix(z, z, z, need_weights=False)[0].mean(1))
+        return y
+
+
+def test_attention_prunes_without_a_word_of_torchs_own() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert prune(drawn(Attending), DATA, 0.5, "obd", progress=False).kept == 44
+    assert not [str(one.message) for one in said]

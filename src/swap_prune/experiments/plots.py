@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from swap_prune.experiments.results import replacing
 from swap_prune.experiments.tables import Cell, Summary
@@ -108,6 +109,9 @@ def _seconds(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
         error = [cell.accuracy.error or 0.0 for cell in cells if cell.accuracy]
         axis.errorbar(seconds, accuracy, yerr=error, label=_plain(label), **_style(number) | {"linestyle": "none"})
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the default labels of a short range run into each other
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("seconds a run; a point is a sparsity")
     axis.set_ylabel("test accuracy, %")
 

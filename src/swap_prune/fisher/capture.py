@@ -15,6 +15,7 @@ since a chunk chosen by the clock would make two runs of one seed differ in thei
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -251,7 +252,9 @@ class _Capturer:
             return functional_call(self._module, state, (one,)).squeeze(0)  # type: ignore[no-any-return]
 
         per_sample = vmap(grad_and_value(sample_loss), in_dims=(None, *([0] * len(parts))))
-        gradients, values = per_sample(self._weights, *parts)
+        with warnings.catch_warnings():  # torch asks to be told of operations that it takes sample by sample
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            gradients, values = per_sample(self._weights, *parts)
         for name, place in self._selection.slices().items():
             rows[:size, place] = gradients[f"model.{name}"].reshape(size, -1)
         losses[:size] = values.detach()
