@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from swap_prune.calibration import CalibrationStream, peek
+from swap_prune.calibration import CalibrationStream, peek, share_out_samples
 from swap_prune.experiments.images import ImageTensors
 from tests.cases import batches_of, generator
 
@@ -253,6 +253,46 @@ def test_large_batches_of_a_loader_are_split_and_no_sample_stays_alone():
     fitting, apart = source.draw_apart(12, 5)
     assert sum(len(batch[0]) for batch in fitting) == 12 and sum(len(batch[0]) for batch in apart) == 5
     assert max(len(batch[0]) for batch in [*fitting, *apart]) <= 9
+
+
+class Counted(Dataset):
+    """Ten samples that count how often one was asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return torch.tensor([10.0 * index]), index
+
+
+def test_batches_are_read_when_their_turn_comes_and_are_those_of_a_draw():
+    counted = Counted()
+    source = CalibrationStream(counted, generator(), size=3)
+    parts = source.read(10)
+    assert [counted.asked for _ in parts] == [6, 9, 10], "one batch ahead"
+    loader = DataLoader(counted, batch_size=2)
+    expected = CalibrationStream(loader, generator(), size=3).draw(10)
+    counted.asked = 0
+    found = []
+    for part in CalibrationStream(loader, generator(), size=3).read(10):
+        found.append(part)
+        assert counted.asked <= sum(len(one[1]) for one in found) + 2
+    assert [part[1].tolist() for part in found] == [part[1].tolist() for part in expected]
+
+
+@pytest.mark.parametrize(
+    ("size", "shares"),
+    [(100, (20, 10)), (30, (20, 10)), (28, (20, 8)), (24, (20, 4)), (21, (17, 4)), (10, (8, 2)), (4, (4, 0))],
+)
+def test_few_samples_are_shared_out(size, shares):
+    assert share_out_samples(size, 20, 10) == shares
+    for data in (TensorDataset(*batches_of(size)[0]), batches_of(size)):
+        fitting, apart = (sum(len(part[1]) for part in parts) for parts in stream(data).draw_apart(20, 10))
+        assert (fitting, apart) == shares
 
 
 def test_passes_over_a_generator_repeat_it_without_knowing_its_length():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 from swap_prune.memory import held_memory, memory_limit, parse_memory, peak_memory, reset_peak_memory
 from swap_prune.pipeline import plan
 from swap_prune.planning import Workload, plan_memory
+from swap_prune.request import check_run, workload
 
 GB = 10**9
 
@@ -168,7 +170,7 @@ def test_peak_memory_is_that_since_the_reset() -> None:
 
 
 def test_samples_are_counted() -> None:
-    """While they are fitted, and when BatchNorm is recalibrated with many more."""
+    """All that are fitted; those that BatchNorm is recalibrated with by a few batches of 128."""
     load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr")
     without = plan_memory(load, None).require().phases
     counted = replace(load, sample_bytes=600_000, spare=200, recalibrated=10_000)
@@ -178,8 +180,33 @@ def test_samples_are_counted() -> None:
         "defend": 1200 * 600_000,
         "solve": 1200 * 600_000,
         "trials": 1200 * 600_000,
-        "recalibrate": 10_000 * 600_000,
+        "recalibrate": 512 * 600_000,
     }
+    few = plan_memory(replace(counted, recalibrated=90), None).require().phases
+    assert few["recalibrate"] - without["recalibrate"] == 90 * 600_000
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "samples", "fitted", "spare"),
+    [
+        ("lr", 1, 80, 80, 20),
+        ("lr", 1, 40, 40, 40),
+        ("lr", 1, 500, 80, 20),
+        ("obd", 1, 500, 100, 0),
+        ("lr", "auto", 30, 30, 50),
+    ],
+)
+def test_samples_held_out_are_of_those_that_there_are(
+    method: str, stages: Any, samples: int, fitted: int, spare: int
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
+    asked: dict[str, Any] = {"sparsity": 0.5, "method": method, "stages": stages, "samples": samples}
+    others = {"loss_fn": None, "targets": ("Linear",), "ignore": (), "schedule": "linear", "min_keep": 0.0}
+    others |= {"recalibrate_batchnorm": True, "finetune": None, "noise": None, "defence": None}
+    run = check_run(model, **asked, **others, storage="auto", seed=0)
+    load = workload(model, data, run, torch.device("cpu"))
+    assert (load.samples, load.spare) == (fitted, spare)
 
 
 def test_a_run_knows_the_bytes_of_its_samples() -> None:

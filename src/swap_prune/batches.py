@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,21 +107,25 @@ def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any
     return parts
 
 
-def join_batches(batches: Iterable[Any], size: int) -> list[Any]:
-    """Return the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
+def join_batches(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    """Yield the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
 
     A single sample joins a batch that is full: BatchNorm finds no variance in one. Batches that cannot be sliced, or
-    whose samples differ in shape, stay as they are.
+    whose samples differ in shape, stay as they are. No more is read than the batch after the one that is yielded.
     """
-    groups: list[list[Any]] = []
+    group: list[Any] = []
     for batch in batches:
-        if groups and _are_alike(groups[-1][-1], batch):
-            sizes = sum(map(batch_size, groups[-1])), batch_size(batch)
-            if sum(sizes) <= size or min(sizes) == 1:
-                groups[-1].append(batch)
-                continue
-        groups.append([batch])
-    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+        if group and not (_are_alike(group[-1], batch) and _go_together(group, batch, size)):
+            yield _joined(group)
+            group = []
+        group.append(batch)
+    if group:
+        yield _joined(group)
+
+
+def _go_together(group: list[Any], batch: Any, size: int) -> bool:
+    sizes = sum(map(batch_size, group)), batch_size(batch)
+    return sum(sizes) <= size or min(sizes) == 1
 
 
 def _are_alike(first: Any, second: Any) -> bool:
@@ -140,8 +144,10 @@ def _are_alike(first: Any, second: Any) -> bool:
 
 
 def _joined(batches: list[Any]) -> Any:
-    """Return batches that are alike as one."""
+    """Return batches that are alike as one; a single one is itself."""
     first = batches[0]
+    if len(batches) == 1:
+        return first
     if isinstance(first, Tensor):
         return torch.cat(batches)
     if isinstance(first, Mapping):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from swap_prune.batches import (
     split_batches,
 )
 
-__all__ = ["HELD_OUT", "CalibrationStream", "peek"]
+__all__ = ["HELD_OUT", "CalibrationStream", "peek", "share_out_samples"]
 
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 _BATCH = 128  # samples, where the stream makes the batches itself
@@ -80,10 +80,18 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
+        return list(self.read(samples))
+
+    def read(self, samples: int) -> Iterator[Any]:
+        """Yield the batches of such a draw one after the other, each read when it is asked for.
+
+        Raises:
+            ValueError: If the data is empty or exhausted.
+        """
         if self._indexed:
-            return list(map(self._placed, self._draw_indexed(samples)))
-        parts = split_batches(self._draw_iterated(samples), self._size, least=2)
-        return list(map(self._placed, join_batches(parts, self._size)))
+            return self._in_batches(self._take(samples))
+        parts = (part for batch in self._draw_iterated(samples) for part in split_batches([batch], self._size, least=2))
+        return map(self._placed, join_batches(parts, self._size))
 
     def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
         """Yield as many samples as the data holds, batch by batch, to train on.
@@ -116,8 +124,8 @@ class CalibrationStream:
     def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
         """Draw ``samples`` samples, and ``held_out`` more that are not among them.
 
-        Data that hold fewer are shared out: a fifth at the most is held out. A Dataset too small for all the draws
-        holds the same samples out in each of them, so that what is chosen by them was never fitted before.
+        Data that hold fewer are shared out (:func:`share_out_samples`). A Dataset too small for all the draws holds the
+        same samples out in each of them, so that what is chosen by them was never fitted before.
 
         Args:
             samples: To fit.
@@ -130,11 +138,9 @@ class CalibrationStream:
         if self._indexed and held_out > 0 and self._left() < draws * (samples + held_out):
             return self._draw_reserving(samples, held_out)
         drawn = self.draw(samples + held_out)
-        got = sum(map(batch_size, drawn))
-        spare = min(held_out, got // 5) if got < samples + held_out else held_out
+        missing, _ = share_out_samples(sum(map(batch_size, drawn)), samples, held_out)
         fitting: list[Any] = []
         apart: list[Any] = []
-        missing = got - spare
         for batch in drawn:
             size = batch_size(batch)
             if missing >= size or not is_sliceable(batch):
@@ -143,17 +149,15 @@ class CalibrationStream:
                 fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
                 apart.append(slice_batch(batch, max(missing, 0), size))
             missing -= size
-        return join_batches(fitting, self._size), join_batches(apart, self._size)
+        return list(join_batches(fitting, self._size)), list(join_batches(apart, self._size))
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
         """Do the same from a Dataset; what is held out is drawn once and never fitted."""
         if not self._reserved:
-            size = self._left()
-            spare = held_out if size >= samples + held_out else min(held_out, size // 5)
+            _, spare = share_out_samples(self._left(), samples, held_out)
             self._reserved = self._permuted()[:spare]
-        fitting = self._draw_indexed(samples, frozenset(self._reserved))
-        apart = self._in_batches(self._reserved)
-        return list(map(self._placed, fitting)), list(map(self._placed, apart))
+        fitting = self._take(samples, frozenset(self._reserved))
+        return list(self._in_batches(fitting)), list(self._in_batches(self._reserved))
 
     def hold_out(self, samples: int) -> list[Any]:
         """Draw samples that will not be drawn again: a fifth of a Dataset at the most.
@@ -169,7 +173,7 @@ class CalibrationStream:
             raise ValueError(f"a fifth of the data is held out: at least five samples are needed, got {self._left()}")
         own = self._permuted()[: min(samples, self._left() // 5)]
         self._barred |= set(own)
-        return list(map(self._placed, self._in_batches(own)))
+        return list(self._in_batches(own))
 
     def _permuted(self) -> list[int]:
         """Return the indices of a Dataset that may be drawn, in a new order."""
@@ -201,7 +205,8 @@ class CalibrationStream:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"the data set failed to give a batch of samples: {reason}") from error
 
-    def _draw_indexed(self, samples: int, barred: Set[int] = frozenset()) -> list[Any]:
+    def _take(self, samples: int, barred: Set[int] = frozenset()) -> list[int]:
+        """Return the next indices of a Dataset, but for some."""
         barred = barred | self._barred
         take = min(samples, self._count() - len(barred))
         self._order = [i for i in self._order if i not in barred]
@@ -210,11 +215,12 @@ class CalibrationStream:
             fresh = [i for i in self._permuted() if i not in barred]
             self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
         indices, self._order = self._order[:take], self._order[take:]
-        return self._in_batches(indices)
+        return indices
 
-    def _in_batches(self, indices: list[int]) -> list[Any]:
-        parts = [self._collate(indices[i : i + self._size]) for i in range(0, len(indices), self._size)]
-        return join_batches(parts, self._size)
+    def _in_batches(self, indices: Sequence[int]) -> Iterator[Any]:
+        """Yield the samples of a Dataset at some indices, batch by batch."""
+        parts = (self._collate(list(indices[i : i + self._size])) for i in range(0, len(indices), self._size))
+        return map(self._placed, join_batches(parts, self._size))
 
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
         got = 0
@@ -278,6 +284,22 @@ class CalibrationStream:
             torch.set_rng_state(self._reading)
             yield
             self._reading = torch.get_rng_state()
+
+
+def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:
+    """Return how many of the samples that there are get fitted, and how many are held out.
+
+    Where there are fewer than are asked for, a fifth is held out, or what is left beside ``samples``, if that is more.
+
+    Args:
+        size: Samples that there are.
+        samples: To fit, at the most.
+        held_out: To hold out, at the most.
+    """
+    if size >= samples + held_out:
+        return samples, held_out
+    spare = max(min(held_out, size // 5), size - samples)
+    return size - spare, spare
 
 
 def peek(data: Any, device: torch.device | str = "cpu") -> Any:

@@ -22,6 +22,7 @@ from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes
 from swap_prune.regression.swap import SHARE, SHORTLIST
 from swap_prune.regression.tuning import TUNING_ROWS
+from swap_prune.surgery import MISFIT_SAMPLES
 
 __all__ = ["Workload", "memory_phases"]
 
@@ -31,6 +32,7 @@ _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
+_READ = 3  # batches of samples that are read one after the other: the one in hand, the next, and what that is made of
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
@@ -52,7 +54,7 @@ class Workload:
         row_noise: Whether a noise model changes the rows of G.
         sample_bytes: Bytes of a sample itself.
         spare: Samples that are held out.
-        recalibrated: Samples that BatchNorm is recalibrated with, at the most.
+        recalibrated: Samples that BatchNorm is recalibrated with, at the most, a few batches at a time.
         held: Bytes that the process holds already, the model included.
         device: Whose memory is meant.
         processes: How many share G, in storage ``sharded``.
@@ -105,12 +107,13 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     forward = min(2 * at_once, load.samples) * _forward_bytes(load)
     backward = min(at_once, load.samples) * _backward_bytes(load)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
+    read = min(load.recalibrated, max(MISFIT_SAMPLES, _READ * 2 * at_once))
     return {
-        "capture": common + _capture(load, kind, lean, at_once) + forward,
+        "capture": common + max(_capture(load, kind, lean, at_once), forward),
         "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
-        "recalibrate": rest + load.recalibrated * load.sample_bytes + (forward if load.recalibrated else 0),
+        "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
     }
 
 

@@ -5,6 +5,7 @@ Place in the pipeline: before it. Nothing is changed here, and no data is used u
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 from torch.utils.data import Dataset
 
 from swap_prune.batches import map_tensors
-from swap_prune.calibration import HELD_OUT, peek
+from swap_prune.calibration import HELD_OUT, peek, share_out_samples
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.distributed import process_count
 from swap_prune.finetune import FineTune
@@ -30,6 +31,7 @@ from swap_prune.methods import Method, resolve_method
 from swap_prune.planning import Workload, check_storage, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
+from swap_prune.staging import JUDGED
 from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
 
 __all__ = ["Run", "check_run", "workload"]
@@ -134,7 +136,10 @@ def check_run(
 def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
     """Count what the need of a run depends on, on the device where it will take place."""
     sized = isinstance(data, Dataset) and hasattr(data, "__len__")
-    drawn, recalibrated = (min(count, len(data)) if sized else count for count in (run.samples, RECALIBRATION_SAMPLES))
+    size = len(data) if sized else sys.maxsize
+    judged = min(JUDGED, size // 5) if len(run.schedules) > 1 else 0
+    held_out = min(run.samples, HELD_OUT) if run.solver.needs_held_out else 0
+    drawn, spare = share_out_samples(size - judged, run.samples, held_out)
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
     sample = peek(data, own)
@@ -157,8 +162,8 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         kept_bytes=kept.total,
         largest_bytes=kept.largest,
         sample_bytes=sum(own_bytes),
-        spare=min(drawn, HELD_OUT) if run.solver.needs_held_out else 0,
-        recalibrated=recalibrated if run.normalised else 0,
+        spare=spare + judged,
+        recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=held_memory(place) + (_bytes(model) if place != own else 0),

@@ -119,8 +119,8 @@ class StageRunner:
         if self.finetune is not None:
             evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
         if self.normalised:
-            drawn = self.recalibration.draw(RECALIBRATION_SAMPLES if final else self.samples)
-            if recalibrate_batchnorm(self.model, drawn, self._paced(self.loss_fn)) == 0:
+            batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else self.samples)
+            if recalibrate_batchnorm(self.model, batches, self._paced(self.loss_fn)) == 0:
                 evidence["not_recalibrated"] = "no batch of the data holds two samples"
         if self.storage.team is not None:  # training may differ in its last bits, on GPUs
             self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])

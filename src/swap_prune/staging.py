@@ -22,9 +22,9 @@ from swap_prune.stage import StageRunner
 from swap_prune.surgery import Snapshot
 from swap_prune.trials import Taught, taught_losses
 
-__all__ = ["search_stages"]
+__all__ = ["JUDGED", "search_stages"]
 
-_JUDGED = 1024  # samples that no stage sees, at the most; the fewer, the sooner the search ends
+JUDGED = 1024  # samples that no stage sees, at the most; the fewer, the sooner the search ends
 
 
 class _Outcome(NamedTuple):
@@ -52,7 +52,7 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
     Returns:
         What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
     """
-    judged = runner.judges(runner.corrupt(runner.calibration.hold_out(_JUDGED)))
+    judged = runner.judges(runner.corrupt(runner.calibration.hold_out(JUDGED)))
     changing = None if runner.finetune is not None else runner.selection
     dense = Snapshot(runner.model, changing)
     best: _Outcome | None = None

@@ -6,8 +6,9 @@ statistics of BatchNorm are estimated anew, since pruning moves the activations 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 RECALIBRATION_SAMPLES = 10_000  # at the end of a run; all the data, if it holds fewer
-_MISFIT_SAMPLES = 512
+MISFIT_SAMPLES = 512
 _KIND = "batch for BatchNorm's statistics"
 _MISFIT, _MISFIT_MARGIN = 1.5, 0.1  # stored statistics are given up when their loss exceeds 1.5 own + 0.1
 
@@ -142,7 +143,7 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> int:
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> int:
     """Estimate BatchNorm's running statistics anew: the plain average over the batches.
 
     Everything but BatchNorm stays in eval mode. Batches of one sample are passed over, since they have no
@@ -150,7 +151,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
 
     Args:
         model: The network; only its BatchNorm buffers change.
-        batches: Batches on the model's device.
+        batches: Batches on the model's device; each is read once, when its turn comes.
         loss_fn: Used to run the network on a batch.
 
     Returns:
@@ -160,8 +161,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
         ValueError: If the statistics of the data are not finite.
     """
     layers = batchnorm_layers(model)
-    usable = [batch for batch in batches if not is_single(batch)]
-    if not layers or not usable:
+    usable = (batch for batch in batches if not is_single(batch))
+    first = list(itertools.islice(usable, 1))
+    if not layers or not first:
         return 0
     momenta = [layer.momentum for layer in layers]
     with _statistics_updated(model, layers), torch.no_grad():
@@ -169,7 +171,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Sequence[Any], loss_fn: Los
             for layer in layers:
                 layer.reset_running_stats()  # type: ignore[operator]
                 layer.momentum = None  # type: ignore[assignment]
-            for batch in usable:
+            for batch in itertools.chain(first, usable):
                 run_loss(model, batch, loss_fn, _KIND)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
@@ -221,18 +223,18 @@ def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossF
     """
     if not batchnorm_layers(model):
         return []
-    batches = stream.draw(_MISFIT_SAMPLES)
+    batches = stream.draw(MISFIT_SAMPLES)
     with eval_mode(model):
         check_calibration(model, loss_fn, batches[:1])
     stored, own = batchnorm_misfit(model, batches, loss_fn)
     if not math.isfinite(own):
         raise ValueError(
-            f"the mean loss of {_MISFIT_SAMPLES} samples is {own} with BatchNorm on the statistics of each batch: "
+            f"the mean loss of {MISFIT_SAMPLES} samples is {own} with BatchNorm on the statistics of each batch: "
             "check the samples for NaN and infinity, or use recalibrate_batchnorm=False"
         )
     if stored <= _MISFIT * own + _MISFIT_MARGIN:
         return []
-    recalibrate_batchnorm(model, stream.draw(RECALIBRATION_SAMPLES), loss_fn)
+    recalibrate_batchnorm(model, stream.read(RECALIBRATION_SAMPLES), loss_fn)
     return [
         f"BatchNorm's stored statistics did not fit the data (mean loss {stored:.3f}, against {own:.3f} with the "
         "batches' own) and were recalibrated first"
