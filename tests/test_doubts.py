@@ -12,7 +12,7 @@ from swap_prune.labels import doubt_labels
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.restoration import _is_nearer, _other_classes, labels_contradicted, shift_seen
 from swap_prune.surgery import recalibrate_batchnorm, repair_batchnorm
-from swap_prune.trials import Taught, Teacher
+from swap_prune.teaching import Taught, Teacher
 from tests.cases import generator
 from tests.test_labels import CLASSES, drawn
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import swap_prune
 from swap_prune import FineTune, finetune, masks_of
+from swap_prune.distillation import SelfDistillation
 from swap_prune.finetune import parse_finetune
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -176,6 +177,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": -1}, "seed"),
     "masks": ({"masks": {"0.weight": torch.ones(2).bool()}}, "must be boolean of shape"),
     "targets": ({"targets": ["Conv2d"]}, "Conv2d"),
+    "no teacher": (
+        {"settings": FineTune(distillation=0.5)},
+        "distillation=0.5 needs the dense network .* pass teacher=",
+    ),
+    "no module": ({"teacher": "dense"}, "teacher must be a torch.nn.Module or None, got a str"),
+    "loss without outputs": (
+        {"settings": FineTune(distillation=1), "teacher": nn.Linear(6, 3), "loss_fn": failing(99)},
+        "needs a loss that compares outputs .* use distillation=0",
+    ),
+    "teacher of another kind": ({"teacher": nn.Linear(5, 3)}, "failed on a batch given to the dense network"),
 }
 
 
@@ -201,6 +212,81 @@ def test_an_interrupted_training_changes_nothing() -> None:
     assert same(model, before)
 
 
+def test_a_step_descends_the_mean_of_the_loss_and_the_divergence_from_the_teacher() -> None:
+    """The formula of Hinton et al. (2015), section 2: the soft targets' gradients are multiplied by T squared."""
+    torch.manual_seed(3)
+    model, teacher = nn.Linear(6, 3, bias=False), nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[0, :3] = False
+    with torch.no_grad():
+        model.weight[~mask] = 0
+    share, t = 0.3, 2.5
+    weight = model.weight.detach().clone().requires_grad_()
+    ours, theirs = INPUTS @ weight.T, teacher[1](INPUTS).detach()
+    hard = nn.functional.cross_entropy(ours, DATA.tensors[1])
+    soft = nn.functional.kl_div(
+        (ours / t).log_softmax(1), (theirs / t).log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    loss = (1 - share) * hard + share * t**2 * soft
+    loss.backward()
+    settings = FineTune(
+        epochs=1,
+        lr=0.5,
+        momentum=0,
+        weight_decay=0,
+        schedule="constant",
+        batch_size=130,
+        distillation=share,
+        temperature=t,
+    )
+    report = finetune(model, DATA, settings, teacher=teacher, masks={"weight": mask})
+    assert report.losses == pytest.approx([loss.item()], rel=1e-5)
+    expected = (weight - 0.5 * weight.grad).masked_fill(~mask, 0)
+    torch.testing.assert_close(model.weight, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert teacher.training, "its dropout was off meanwhile"
+
+
+def test_without_a_share_the_teacher_is_not_asked() -> None:
+    class Silent(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("asked")
+
+    def custom(net: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+    alone, none, other = (pruned_network() for _ in range(3))
+    finetune(alone, DATA)
+    finetune(none, DATA, FineTune(distillation=0), teacher=Silent(6, 3))
+    finetune(other, DATA, loss_fn=custom, teacher=Silent(6, 3))
+    assert same(alone, none)
+    torch.testing.assert_close(alone.state_dict(), other.state_dict())
+    given = SelfDistillation()
+    assert FineTune().share_of_teacher(given, known=True) == 0, "such a loss is the distance from the dense network"
+    assert FineTune(distillation=0.5).share_of_teacher(given, known=True) == 0.5
+
+
+@pytest.mark.parametrize("method", ["magnitude", "lr"])
+def test_gradual_pruning_learns_from_the_network_before_it(method: str) -> None:
+    """With labels that mean nothing, only the dense network can say what it did."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    finetune(dense, DATA, FineTune(epochs=20, lr=0.1, batch_size=26), masks={})
+    senseless = TensorDataset(INPUTS, torch.randint(3, (130,)))
+    predicted = dense.eval()(INPUTS).argmax(1)
+
+    def agreement(distillation: Any) -> float:
+        model = copy.deepcopy(dense)
+        training = FineTune(epochs=8, lr=0.05, batch_size=26, distillation=distillation)
+        swap_prune.prune(
+            model, senseless, 0.7, method, samples=64, stages=2, finetune=training, defence=None, progress=False
+        )
+        return float((model.eval()(INPUTS).argmax(1) == predicted).double().mean())
+
+    taught, alone, auto = agreement(1.0), agreement(0), agreement("auto")
+    assert taught > 0.75 and auto > 0.75 and alone < 0.5
+    assert auto == agreement(0.9)
+
+
 def test_a_dense_network_has_no_mask() -> None:
     with pytest.raises(ValueError, match="no mask to keep"):
         finetune(nn.Linear(6, 3), DATA)
@@ -219,6 +305,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight_decay": ({"weight_decay": -1e-4}, "weight_decay"),
     "optimizer": ({"optimizer": "lion"}, "optimizer of fine-tuning must be one of sgd, adam, adamw, got 'lion'"),
     "schedule": ({"schedule": "steps"}, "schedule"),
+    "distillation": ({"distillation": 1.1}, r"must be 'auto' or a finite number in \[0, 1\], got 1.1"),
+    "distillation text": ({"distillation": "some"}, "distillation of fine-tuning must be 'auto' or"),
+    "temperature": ({"temperature": 0}, "temperature of fine-tuning must be a finite number above 0"),
 }
 
 
@@ -233,6 +322,8 @@ def test_settings_as_text_and_as_a_table() -> None:
     expected = FineTune(epochs=3, lr=0.5, optimizer="adamw")
     assert parse_finetune("epochs=3, lr=5e-1,optimizer=adamw") == expected
     assert parse_finetune({"epochs": 3, "lr": 0.5, "optimizer": "adamw"}) == expected
+    assert parse_finetune("distillation=0.5,temperature=2") == FineTune(distillation=0.5, temperature=2)
+    assert parse_finetune("distillation=auto") == FineTune()
     assert FineTune(lr=1) == FineTune(lr=1.0) and repr(FineTune(lr=1)) == repr(FineTune(lr=1.0))
     for text, message in {
         "epochs": "name=value",

@@ -324,7 +324,7 @@ def test_a_model_without_weights_is_refused() -> None:
 
 @pytest.mark.parametrize("method", ["magnitude", "lr", "ewr"])
 def test_gradual_pruning_trains_under_each_stages_mask(method: str) -> None:
-    settings = FineTune(epochs=3, lr=0.05, batch_size=10)
+    settings = FineTune(epochs=3, lr=0.05, batch_size=10, distillation=0)  # the dense network was never trained
     models, reports = [small_network() for _ in range(3)], []
     for model, training in zip(models, (settings, settings, None), strict=True):
         arguments = {"samples": 40, "stages": 3, "schedule": "cubic", "finetune": training, "seed": 2}

@@ -16,7 +16,7 @@ from swap_prune.fisher.noise import parse_noise
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.restoration import _is_rarer_than_chance, labels_contradicted, shift_back, shift_seen
 from swap_prune.selection import select_parameters
-from swap_prune.trials import Teacher
+from swap_prune.teaching import Teacher
 from tests.cases import generator
 
 _CLASSES, _SIZE = 6, 40

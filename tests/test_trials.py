@@ -14,7 +14,8 @@ from swap_prune.losses import cross_entropy
 from swap_prune.modes import batch_statistics
 from swap_prune.selection import Selection, select_parameters
 from swap_prune.surgery import write_weights
-from swap_prune.trials import Taught, Teacher, Trials
+from swap_prune.teaching import Taught, Teacher
+from swap_prune.trials import Trials
 from tests.cases import generator
 
 

@@ -22,7 +22,7 @@ from swap_prune.labels import LabelDoubt, doubt_labels
 from swap_prune.losses import GaussNewtonLoss, check_calibration
 from swap_prune.modes import eval_mode
 from swap_prune.restoration import labels_contradicted, shift_back, shift_seen
-from swap_prune.trials import Taught, Teacher
+from swap_prune.teaching import Taught, Teacher
 
 __all__ = ["Doubts"]
 

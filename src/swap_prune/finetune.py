@@ -2,9 +2,11 @@
 
     repeat for every epoch and batch:  w <- optimiser(w, m * grad mean loss),  w <- m * w
 
-The masks m are kept by :mod:`swap_prune.masks`. Place in the pipeline: after a stage's weights are written and before
-BatchNorm is recalibrated, where gradual pruning trains between stages (the paper, section 5); or after pruning, by
-itself.
+The masks m are kept by :mod:`swap_prune.masks`. Where the dense network is known, the loss is averaged with the
+divergence from its outputs (knowledge distillation; Hinton et al., 2015; :mod:`swap_prune.teaching`).
+
+Place in the pipeline: after a stage's weights are written and before BatchNorm is recalibrated, where gradual pruning
+trains between stages (the paper, section 5); or after pruning, by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,14 @@ from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.device import usable_device
 from swap_prune.layout import images_laid_out, takes_channels_last
-from swap_prune.losses import LossFn, check_calibration, cross_entropy, failures_named
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.modes import eval_mode, exact_kernels, training_mode
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.surgery import batchnorm_layers, fill_lost, restored_on_error
+from swap_prune.teaching import Taught, Teacher, taught_losses
 
 __all__ = ["FineTune", "FineTuneReport", "finetune", "parse_finetune", "train"]
 
@@ -47,12 +50,16 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the training tha
     "constant": lambda done: 1.0,
 }
 
+_DISTILLATION = 0.9  # share of the dense network's outputs, where there are any
+
 _LARGEST = torch.finfo(torch.float32).max  # a step computes in it
 
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("above 0", lambda value: value > 0),
     "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": ("of at least 0", lambda value: value >= 0),
+    "distillation": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "temperature": ("above 0", lambda value: value > 0),
 }
 
 
@@ -69,6 +76,10 @@ class FineTune:
         schedule: How the learning rate falls to zero over the epochs, step by step: ``cosine``, ``linear``; or
             ``constant``. Over data of unknown length it falls from epoch to epoch.
         batch_size: Samples a step, >= 1. Batches that the data brings are split where they hold more.
+        distillation: Share of the divergence from the dense network's outputs in the loss, in [0, 1]; the task has the
+            rest. ``"auto"``: 0.9 where there is a dense network to ask and the loss compares outputs, as the default
+            one does; else 0.
+        temperature: That outputs are divided by before they are compared, > 0. A higher one lets every class count.
     """
 
     epochs: int = 2
@@ -78,20 +89,50 @@ class FineTune:
     weight_decay: float = 1e-4
     schedule: str = "cosine"
     batch_size: int = 128
+    distillation: float | Literal["auto"] = "auto"
+    temperature: float = 4.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             whole_number(f"{name} of fine-tuning", getattr(self, name))
         for name, (words, holds) in _NUMBERS.items():
             value = getattr(self, name)
+            if name == "distillation" and value == "auto":
+                continue
             if not (is_number(value) and holds(value) and value < _LARGEST):
-                raise ValueError(f"{name} of fine-tuning must be a finite number {words}, got {value!r}")
+                choice = "'auto' or " * (name == "distillation")
+                raise ValueError(f"{name} of fine-tuning must be {choice}a finite number {words}, got {value!r}")
             object.__setattr__(self, name, float(value))
         for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} of fine-tuning must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+
+    def share_of_teacher(self, loss_fn: LossFn, *, known: bool) -> float:
+        """Return the share of the dense network's outputs in a loss.
+
+        Args:
+            loss_fn: Per-sample loss.
+            known: Whether there is a dense network to ask.
+
+        Raises:
+            ValueError: If a share was asked for and cannot be had.
+        """
+        compares = isinstance(loss_fn, GaussNewtonLoss)
+        if self.distillation == "auto":
+            taught_already = getattr(
+                loss_fn, "stationary", False
+            )  # its own loss is the distance from the dense network
+            return _DISTILLATION if known and compares and not taught_already else 0.0
+        if self.distillation > 0 and not known:
+            raise ValueError(f"distillation={self.distillation:g} needs the dense network to learn from: pass teacher=")
+        if self.distillation > 0 and not compares:
+            raise ValueError(
+                f"distillation={self.distillation:g} needs a loss that compares outputs "
+                f"(swap_prune.losses.GaussNewtonLoss), got {loss_fn!r}; use distillation=0"
+            )
+        return float(self.distillation)
 
 
 @dataclass(frozen=True)
@@ -101,7 +142,7 @@ class FineTuneReport:
     Attributes:
         epochs: Passes over the data.
         steps: Steps of the optimiser.
-        losses: Mean training loss of each epoch, while its weights were changing.
+        losses: Mean training loss of each epoch, distillation included, while its weights were changing.
         seconds: Wall-clock seconds.
     """
 
@@ -117,6 +158,7 @@ def finetune(
     settings: FineTune | None = None,
     *,
     loss_fn: LossFn | None = None,
+    teacher: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
     targets: Sequence[str] = DEFAULT_TARGETS,
     ignore: Sequence[str] = (),
@@ -137,6 +179,8 @@ def finetune(
         settings: Optimiser, epochs and so on.
         loss_fn: ``(model, batch) -> (n,)`` per-sample losses, of which the mean is taken; by default the
             cross-entropy of batches ``(inputs, targets)``.
+        teacher: The dense network, or any that gives outputs of the same kind: it is learnt from too, in eval mode, as
+            ``settings.distillation`` says. It lies where the model does, or is moved with it.
         masks: Parameter name to boolean mask of its shape, true where a weight is kept. By default what is zero now
             is pruned.
         targets: Without ``masks``: where zeros are looked for, as for ``prune``.
@@ -156,10 +200,15 @@ def finetune(
     if not isinstance(settings, FineTune):
         raise ValueError(f"settings must be a swap_prune.FineTune, got {settings!r}")
     seed = checked_seed(seed)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise ValueError(f"teacher must be a torch.nn.Module or None, got a {type(teacher).__name__}")
     kept = resolve_masks(model, masks, targets, ignore)
+    loss = cross_entropy if loss_fn is None else loss_fn
+    share = settings.share_of_teacher(loss, known=teacher is not None)
     if device is not None:
         model.to(usable_device(device))
-    loss = cross_entropy if loss_fn is None else loss_fn
+        if teacher is not None:
+            teacher.to(usable_device(device))
     generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
     stream = CalibrationStream(data, generator, place)
     laid = takes_channels_last(model, loss, peek(data, place))
@@ -169,8 +218,9 @@ def finetune(
         images_laid_out(model, laid),
         StageProgress(progress) as shown,
     ):
+        dense = None if teacher is None or share == 0 else Teacher(teacher, None, cast(GaussNewtonLoss, loss))
         shown.train(settings.epochs)
-        return train(model, stream, settings, loss, kept, generator, shown.reach)
+        return train(model, stream, settings, loss, kept, generator, shown.reach, dense)
 
 
 def train(
@@ -181,6 +231,7 @@ def train(
     masks: Mapping[str, Tensor],
     generator: torch.Generator,
     reach: Callable[[float], None],
+    teacher: Teacher | None = None,
 ) -> FineTuneReport:
     """Train under masks; see :func:`finetune`. Nothing is given back on an error.
 
@@ -192,6 +243,7 @@ def train(
         masks: Parameter name to mask.
         generator: Random state of the order, and of what PyTorch's own is seeded with meanwhile (CPU).
         reach: Called with the number of epochs done, in fractions.
+        teacher: The dense network, where it is known.
 
     Raises:
         ValueError: If there is nothing to train, or the loss is not finite.
@@ -200,6 +252,7 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: unfreeze what is to be trained")
+    share = settings.share_of_teacher(loss_fn, known=teacher is not None)
     pairs = pair_masks(model, masks)
     were_zero = [parameter.detach() == 0 for parameter, _ in pairs]
     losses: list[float] = []
@@ -207,7 +260,7 @@ def train(
     with _training(model, trained, generator):
         optimizer = _OPTIMIZERS[settings.optimizer](trained, settings)
         with MaskKeeper(pairs, [optimizer]):
-            course = _Course(model, optimizer, settings, loss_fn, stream, generator, reach)
+            course = _Course(model, optimizer, settings, loss_fn, stream, generator, reach, teacher, share)
             for epoch in range(settings.epochs):
                 loss, taken = course.run_epoch(epoch)
                 losses.append(loss)
@@ -230,6 +283,8 @@ class _Course:
     stream: CalibrationStream
     generator: torch.Generator
     reach: Callable[[float], None]
+    teacher: Teacher | None
+    share: float
 
     def run_epoch(self, epoch: int) -> tuple[float, int]:
         """Train on every sample once; returns the mean loss and the number of steps."""
@@ -260,8 +315,10 @@ class _Course:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * _SCHEDULES[self.settings.schedule](done)
         self.optimizer.zero_grad(set_to_none=True)
+        taught = Taught(batch) if self.teacher is None or self.share == 0 else self.teacher.teach([batch])[0]
         with failures_named("training batch", batch):
-            loss = self.loss_fn(self.model, batch).mean()
+            losses = taught_losses(self.loss_fn, self.model, taught, self.share, self.settings.temperature)
+            loss = losses.mean()
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.item()
@@ -295,7 +352,7 @@ def parse_finetune(spec: str | Mapping[str, Any]) -> FineTune:
     for name, value in spec.items() if isinstance(spec, Mapping) else map(_parse_item, spec.split(",")):
         if name not in known:
             raise ValueError(f"fine-tuning has no setting {name!r}; it has {', '.join(known)}")
-        number = isinstance(spec, str) and not isinstance(known[name], str)
+        number = isinstance(spec, str) and (name in _NUMBERS or isinstance(known[name], int)) and value != known[name]
         table[name] = _parse_number(name, value, whole=isinstance(known[name], int)) if number else value
     return FineTune(**table)
 

@@ -43,7 +43,7 @@ from swap_prune.selection import DEFAULT_TARGETS, Selection
 from swap_prune.stage import StageRunner
 from swap_prune.staging import search_stages
 from swap_prune.surgery import repair_batchnorm, restored_on_error
-from swap_prune.trials import Teacher
+from swap_prune.teaching import Teacher
 
 __all__ = ["plan", "prune"]
 
@@ -208,9 +208,12 @@ def prune(
             placed.team.agree("weights", model.state_dict())
         runner = replace(runner, storage=placed)
         notes += repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
-        if solver.needs_held_out and isinstance(loss, GaussNewtonLoss):
+        distils = finetune is not None and finetune.share_of_teacher(loss, known=True) > 0
+        if isinstance(loss, GaussNewtonLoss) and (solver.needs_held_out or distils):
             teacher = Teacher(model, changing, loss)
-            runner = replace(runner, teacher=teacher, doubts=Doubts(teacher, loss) if runner.defended else None)
+            runner = replace(runner, trainer=teacher if distils else None)
+            if solver.needs_held_out:
+                runner = replace(runner, teacher=teacher, doubts=Doubts(teacher, loss) if runner.defended else None)
         if stages == "auto":
             records = search_stages(runner, run.schedules, shown)
         else:

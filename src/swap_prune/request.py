@@ -107,6 +107,9 @@ def check_run(
         raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
     if finetune is not None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("finetune= has nothing to train: no parameter of the model requires a gradient")
+    loss = cross_entropy if loss_fn is None else loss_fn
+    if finetune is not None:
+        finetune.share_of_teacher(loss, known=True)
     samples, seed = whole_number("samples", samples), checked_seed(seed)
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
@@ -117,7 +120,6 @@ def check_run(
         raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
     _check_finite(model, selection)
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
-    loss = cross_entropy if loss_fn is None else loss_fn
     return Run(
         solver=solver,
         noise=noise_model,

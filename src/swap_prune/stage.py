@@ -42,7 +42,8 @@ from swap_prune.report import StageReport
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
-from swap_prune.trials import Taught, Teacher, Trials
+from swap_prune.teaching import Taught, Teacher
+from swap_prune.trials import Trials
 
 __all__ = ["StageRunner"]
 
@@ -74,6 +75,7 @@ class StageRunner:
         storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense; where no rows
             are held none are looked at.
         teacher: The network before pruning, where the method asks it and the loss can compare outputs.
+        trainer: The same, where fine-tuning asks it.
         doubts: What it has made of the samples so far; None where they are not doubted.
     """
 
@@ -96,6 +98,7 @@ class StageRunner:
     storage: Storage = Storage()  # noqa: RUF009 (immutable)
     floors: Mapping[str, int] = field(default_factory=dict)
     teacher: Teacher | None = None
+    trainer: Teacher | None = None
     doubts: Doubts | None = None
 
     def run_all(self, sparsities: Sequence[float], shown: StageProgress) -> list[StageReport]:
@@ -200,7 +203,7 @@ class StageRunner:
         shown.train(settings.epochs, number)
         masks, generator = self.selection.split(kept), forked_generator(self.seed, f"fine-tuning {number}")
         reach = self._paced(shown.reach)
-        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, reach)
+        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, reach, self.trainer)
         return list(report.losses)
 
     def _paced(self, function: Callable[..., _T]) -> Callable[..., _T]:

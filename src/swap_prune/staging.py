@@ -20,7 +20,7 @@ from swap_prune.progress import StageProgress
 from swap_prune.report import StageReport
 from swap_prune.stage import StageRunner
 from swap_prune.surgery import Snapshot
-from swap_prune.trials import Taught, taught_losses
+from swap_prune.teaching import Taught, taught_losses
 
 __all__ = ["JUDGED", "search_stages"]
 

@@ -5,9 +5,8 @@ network. A candidate's weights are written to the model. That is safe between th
 the writing of the solution. Where BatchNorm will be recalibrated, it works on the statistics of each batch: that is
 what recalibration will make of the candidate, without a pass through the network to estimate it.
 
-Where the loss can compare outputs (:class:`GaussNewtonLoss`), both are those of a mean of the loss and of the
-divergence from the network before pruning (self-distillation; Hinton et al., 2015). The labels say where to go, the
-dense network says it with less noise: a few samples that it gets wrong make up much of a loss on labels.
+Where there is a teacher, both are those of a mean of the loss and of the divergence from it
+(:mod:`swap_prune.teaching`).
 """
 
 from __future__ import annotations
@@ -15,82 +14,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from swap_prune.batches import batch_size, in_own_containers, is_single
+from swap_prune.batches import batch_size, is_single
 from swap_prune.bound import Bound, flat_gradient
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn, failures_named
+from swap_prune.losses import LossFn
 from swap_prune.modes import batch_statistics, eval_mode
 from swap_prune.selection import Selection
-from swap_prune.surgery import batchnorm_layers, temporary_weights, write_weights
+from swap_prune.surgery import temporary_weights, write_weights
+from swap_prune.teaching import Taught, taught_losses
 
-__all__ = ["Taught", "Teacher", "Trials", "taught_losses"]
-
-_TEACHER_SHARE = 0.75  # of the divergence from the dense network, in slopes and in held-out losses
-
-
-class Taught(NamedTuple):
-    """A batch, and what is known of it beside its labels.
-
-    Attributes:
-        batch: The batch.
-        teacher: Outputs of the dense network on it; None without a teacher.
-        trust: How far each label is to be believed, in [0, 1], (n,); None: wholly.
-    """
-
-    batch: Any
-    teacher: Tensor | None = None
-    trust: Tensor | None = None
-
-
-class Teacher:
-    """The network as it was before pruning: what of it will change.
-
-    Args:
-        model: The network, not pruned yet.
-        selection: The weights that will change, beside BatchNorm's statistics; None where all parameters will.
-        loss: What reads the outputs.
-    """
-
-    def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
-        statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
-        names = None if selection is None else selection.names
-        weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
-        weights |= {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
-        self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
-        self._bound = Bound(model, loss.outputs)
-
-    def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
-        """Return the dense network's outputs on batches, in eval mode.
-
-        Raises:
-            ValueError: If they are not finite.
-        """
-        with eval_mode(self._bound.model), torch.no_grad():
-            found = []
-            for batch in batches:
-                with failures_named("calibration batch", batch):
-                    found.append(functional_call(self._bound, self._state, (in_own_containers(batch),)))
-        for outputs in found:
-            bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
-            if bad:
-                raise ValueError(
-                    f"the dense network's outputs are not finite on {bad} of {len(outputs)} samples: check the "
-                    "weights, and the samples for NaN and infinity"
-                )
-        return found
-
-    def teach(self, batches: Sequence[Any]) -> list[Taught]:
-        """Return batches with these outputs."""
-        return list(map(Taught, batches, self.outputs(batches)))
+__all__ = ["Trials"]
 
 
 @dataclass(frozen=True)
@@ -202,21 +142,6 @@ class Trials:
 
     def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
         return taught_losses(self.loss_fn, model, taught)
-
-
-def taught_losses(loss_fn: LossFn, model: nn.Module, taught: Taught) -> Tensor:
-    """Return the loss of each sample, (n,), or its mean with the divergence from the teacher.
-
-    The divergence has the share of what is not trusted too.
-    """
-    batch, teacher, trust = in_own_containers(taught.batch), taught.teacher, taught.trust
-    if teacher is None:
-        return loss_fn(model, batch)
-    assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
-    share = _TEACHER_SHARE if trust is None else 1 - (1 - _TEACHER_SHARE) * trust
-    outputs = loss_fn.outputs(model, batch)
-    divergence = loss_fn.divergence(outputs, batch, teacher)
-    return torch.lerp(loss_fn.losses(outputs, batch).to(divergence), divergence, share)
 
 
 def _sizes(batches: Sequence[Taught]) -> list[int]:
