@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swap_prune import EWR
-from swap_prune.methods.descent import is_significant, loss_after_step, mean_loss, step_down
+from swap_prune.methods.descent import is_significant, loss_after_steps, mean_loss, step_down
 from swap_prune.methods.pairing import pairing_regression
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_a_number_is_infinite_and_one_sample_of_it_counts_as_
     base = problem_with(None)
     regression, fit = start_of(base)
     problem = replace(base, held_out=lambda w, kept: torch.tensor([2.0, 3.0, 50.0, 60.0, math.nan]))
-    assert loss_after_step(problem, regression, fit, torch.full((5,), 2.5)) == pytest.approx((2 + 4 * 2.5) / 5)
+    assert loss_after_steps(problem, regression, fit, torch.full((5,), 2.5)) == pytest.approx((2 + 4 * 2.5) / 5)
 
 
 def test_without_confidence_a_coupling_is_left(monkeypatch):

@@ -19,7 +19,7 @@ __all__ = [
     "held_out_loss",
     "held_out_losses",
     "is_significant",
-    "loss_after_step",
+    "loss_after_steps",
     "mean_loss",
     "step_down",
 ]
@@ -31,6 +31,7 @@ _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of sin
 _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
+_COMPARED = 3  # steps after which candidates that have lost all are compared
 
 
 def step_down(
@@ -60,8 +61,8 @@ def step_down(
     return fit, taken + further
 
 
-def loss_after_step(problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, blank: Tensor) -> float:
-    """Return the mean loss on held-out samples after one step, in which none counts for more than without any weight.
+def loss_after_steps(problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, blank: Tensor) -> float:
+    """Return the mean loss on held-out samples after a few steps, none counting for more than without any weight.
 
     Far from where the Fisher describes the network, a mean is ruled by how sure the network is where it is wrong. Steps
     mend that soon. What they build on are the samples that are not lost.
@@ -73,7 +74,7 @@ def loss_after_step(problem: PruningProblem, regression: WeightedRidge, fit: Spa
         blank: Losses of the network without any of the p weights, (n_v,).
     """
     descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
-    moved, _, _ = _descend(problem, descent, fit, steps=1)
+    moved, _, _ = _descend(problem, descent, fit, steps=_COMPARED)
     return mean_loss(torch.fmin(held_out_losses(problem, moved), blank))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast, get_args
 from torch import Tensor
 
 from swap_prune.checks import is_number, whole_number
-from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, loss_after_step, mean_loss
+from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, loss_after_steps, mean_loss
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric, damped_metric
@@ -137,7 +137,7 @@ def _best_fit(
     """Return the fit of least held-out loss; what was tried is added to a list.
 
     A candidate that is no better than the network without any weight has lost all, and its loss says little about what
-    steps will make of it. Until one has not, one step is taken from each, and those are compared after it. One that has
+    steps will make of it. Until one has not, a few are taken from each, and those are compared after them. One that has
     not lost all goes before all that have.
     """
     steps = settings.first_order == "auto" and problem.slope is not None
@@ -151,7 +151,7 @@ def _best_fit(
         tried.append(candidate._asdict() | {"held_out_loss": loss})
         lost = blank is not None and loss >= mean_loss(blank)
         if blank is not None and lost and least[0] and loss < math.inf:
-            loss = tried[-1]["loss_after_step"] = loss_after_step(problem, last.regression, last.fit, blank)
+            loss = tried[-1]["loss_after_steps"] = loss_after_steps(problem, last.regression, last.fit, blank)
         if best is None or (lost, loss) < least:
             best, least = last, (lost, loss)
     assert best is not None, "there is at least one candidate"
