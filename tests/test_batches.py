@@ -46,6 +46,10 @@ def test_split_batches_keeps_every_sample_in_order():
         ((4, 4, 4), [8, 4]),
         ((8, 1), [9]),  # one alone has no variance
         ((1, 8, 8), [9, 8]),
+        ((8, 1, 8, 1), [9, 9]),
+        ((1,) * 20, [8, 8, 4]),  # a loader of single samples
+        ((1,) * 17, [8, 9]),
+        ((1,), [1]),
         ((20, 3), [20, 3]),
         ((), []),
     ],

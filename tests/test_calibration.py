@@ -273,14 +273,14 @@ def test_batches_are_read_when_their_turn_comes_and_are_those_of_a_draw():
     counted = Counted()
     source = CalibrationStream(counted, generator(), size=3)
     parts = source.read(10)
-    assert [counted.asked for _ in parts] == [6, 9, 10], "one batch ahead"
+    assert [counted.asked for _ in parts] == [9, 10, 10], "two batches ahead"
     loader = DataLoader(counted, batch_size=2)
     expected = CalibrationStream(loader, generator(), size=3).draw(10)
     counted.asked = 0
     found = []
     for part in CalibrationStream(loader, generator(), size=3).read(10):
         found.append(part)
-        assert counted.asked <= sum(len(one[1]) for one in found) + 2
+        assert counted.asked <= sum(len(one[1]) for one in found) + 6
     assert [part[1].tolist() for part in found] == [part[1].tolist() for part in expected]
 
 
@@ -321,6 +321,27 @@ def test_a_loader_that_shuffles_gives_the_same_samples_and_leaves_the_global_ran
     torch.manual_seed(2)
     assert drawn(stream(DataLoader(whole, batch_size=8, shuffle=True)), 40) == first != list(range(40))
     assert drawn(stream(DataLoader(whole, batch_size=8, shuffle=True), seed=1), 40) != first
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_data_are_read_in_the_callers_gradient_mode(gradients):
+    seen = []
+
+    class Watched(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            seen.append(torch.is_grad_enabled())
+            return torch.zeros(1), 0
+
+    with torch.set_grad_enabled(gradients):
+        streams = [CalibrationStream(data, generator(), size=2) for data in (Watched(), DataLoader(Watched()))]
+    for source in streams:
+        with torch.set_grad_enabled(not gradients):
+            assert len([torch.is_grad_enabled() for _ in source.read(6)]) == 3
+            assert torch.is_grad_enabled() is not gradients
+    assert seen == [gradients] * 12
 
 
 class Broken(Dataset):

@@ -110,22 +110,35 @@ def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any
 def join_batches(batches: Iterable[Any], size: int) -> Iterator[Any]:
     """Yield the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
 
-    A single sample joins a batch that is full: BatchNorm finds no variance in one. Batches that cannot be sliced, or
-    whose samples differ in shape, stay as they are. No more is read than the batch after the one that is yielded.
+    A single sample that would be left alone joins a batch that is full: BatchNorm finds no variance in one. Batches
+    that cannot be sliced, or whose samples differ in shape, stay as they are. Two batches are read ahead.
     """
+    full: list[Any] = []  # joined, and still to be yielded: a single sample may follow, or may be all that it holds
+    for group in _groups(batches, size):
+        if full and _are_alike(full[-1], group[0]) and 1 in (_samples(full), _samples(group)):
+            full += group
+            continue
+        if full:
+            yield _joined(full)
+        full = group
+    if full:
+        yield _joined(full)
+
+
+def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield runs of batches that are alike and have at most ``size`` samples together, or are one."""
     group: list[Any] = []
     for batch in batches:
-        if group and not (_are_alike(group[-1], batch) and _go_together(group, batch, size)):
-            yield _joined(group)
+        if group and not (_are_alike(group[-1], batch) and _samples(group) + batch_size(batch) <= size):
+            yield group
             group = []
         group.append(batch)
     if group:
-        yield _joined(group)
+        yield group
 
 
-def _go_together(group: list[Any], batch: Any, size: int) -> bool:
-    sizes = sum(map(batch_size, group)), batch_size(batch)
-    return sum(sizes) <= size or min(sizes) == 1
+def _samples(batches: Iterable[Any]) -> int:
+    return sum(map(batch_size, batches))
 
 
 def _are_alike(first: Any, second: Any) -> bool:

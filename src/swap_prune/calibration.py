@@ -66,6 +66,7 @@ class CalibrationStream:
         self._size = size
         self._indexed = isinstance(data, Dataset)
         self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
+        self._gradients = torch.is_grad_enabled()  # the caller's mode; data may be read in the midst of a computation
         self._order: list[int] = []  # indices of a Dataset that were not drawn yet
         self._reserved: list[int] = []  # indices of a Dataset that are held out of what is fitted
         self._barred: frozenset[int] = frozenset()  # indices of a Dataset that are never drawn again
@@ -279,8 +280,11 @@ class CalibrationStream:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Let what reads torch's global random state read one of the stream's own, and leave the global one."""
-        with torch.random.fork_rng(devices=[]):
+        """Let what reads torch's global random state read one of the stream's own, and leave the global one.
+
+        Gradients are on or off as they were where the stream was made.
+        """
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self._gradients):
             torch.set_rng_state(self._reading)
             yield
             self._reading = torch.get_rng_state()
