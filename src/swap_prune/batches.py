@@ -111,7 +111,8 @@ def join_batches(batches: Iterable[Any], size: int) -> Iterator[Any]:
     """Yield the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
 
     A single sample that would be left alone joins a batch that is full: BatchNorm finds no variance in one. Batches
-    that cannot be sliced, or whose samples differ in shape, stay as they are. Two batches are read ahead.
+    that cannot be sliced, or whose samples differ in shape, stay as they are. One joined batch and one batch more are
+    read ahead.
     """
     full: list[Any] = []  # joined, and still to be yielded: a single sample may follow, or may be all that it holds
     for group in _groups(batches, size):

@@ -43,7 +43,8 @@ class CalibrationStream:
         data: Dataset, iterable of batches, or iterator of batches.
         generator: Random state for drawing from a Dataset (CPU).
         device: Where the drawn batches are put.
-        size: Samples of a batch, at the most, but for one more: batches that the data bring are joined and split.
+        size: Samples of a batch, at the most, but for single ones that would be left alone: batches that the data bring
+            are joined and split.
 
     Raises:
         ValueError: If ``data`` is neither.

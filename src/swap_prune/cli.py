@@ -230,13 +230,16 @@ def plan(**given: Any) -> None:
         return
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
     table = Table(title=f"GB held in each phase; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
-    for column in ("storage", "capture", "defend", "solve", "trials", "recalibrate", "file", ""):
+    phases = list(forecast.forecasts[0].phases) if forecast.forecasts else []
+    for column in ("storage", *phases, "file", ""):
         table.add_column(column, justify="left" if column in ("storage", "") else "right", no_wrap=True)
     for one in forecast.forecasts:
         cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]
         table.add_row(one.name, *cells, "taken" if one is forecast.chosen else "")
     if forecast.forecasts:
-        Console().print(table)
+        console = Console()
+        console.width = max(console.width, 100)  # figures are not cut off
+        console.print(table)
     print(forecast.why)
     for one in forecast.forecasts:
         if one.obstacle and one.obstacle not in forecast.why:

@@ -78,7 +78,7 @@ class FineTune:
         batch_size: Samples a step, >= 1. Batches that the data brings are split where they hold more.
         distillation: Share of the divergence from the dense network's outputs in the loss, in [0, 1]; the task has the
             rest. ``"auto"``: 0.9 where there is a dense network to ask and the loss compares outputs, as the default
-            one does; else 0.
+            one does, and is not the distance from it itself; else 0.
         temperature: That outputs are divided by before they are compared, > 0. A higher one lets every class count.
     """
 
@@ -108,6 +108,11 @@ class FineTune:
                 raise ValueError(
                     f"{name} of fine-tuning must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+
+    @property
+    def arrays(self) -> int:
+        """Arrays of the size of the parameters that a training holds: gradients and the optimiser's state."""
+        return 3 if self.optimizer != "sgd" else 1 + (self.momentum > 0)
 
     def share_of_teacher(self, loss_fn: LossFn, *, known: bool) -> float:
         """Return the share of the dense network's outputs in a loss.
@@ -246,7 +251,8 @@ def train(
         teacher: The dense network, where it is known.
 
     Raises:
-        ValueError: If there is nothing to train, or the loss is not finite.
+        ValueError: If there is nothing to train, a mask does not fit, a share of the teacher cannot be had, no batch
+            has the two samples that BatchNorm needs, or a loss or a weight is not finite.
     """
     started = time.perf_counter()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

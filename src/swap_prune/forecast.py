@@ -55,6 +55,9 @@ class Workload:
         sample_bytes: Bytes of a sample itself.
         spare: Samples that are held out.
         recalibrated: Samples that BatchNorm is recalibrated with, at the most, a few batches at a time.
+        trained: Samples of a step of fine-tuning; 0: there is none.
+        training: Bytes of gradients and of the optimiser's state in fine-tuning.
+        copies: Bytes of copies of the whole network, where all of it will change.
         held: Bytes that the process holds already, the model included.
         device: Whose memory is meant.
         processes: How many share G, in storage ``sharded``.
@@ -73,6 +76,9 @@ class Workload:
     sample_bytes: int = 0
     spare: int = 0
     recalibrated: int = 0
+    trained: int = 0
+    training: int = 0
+    copies: int = 0
     mini_batches: bool = False
     row_noise: bool = False
     held: int = 0
@@ -93,7 +99,7 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     """
     vector, n = load.itemsize * load.weights, load.rows
     factor = _held_of_g(load, kind)
-    rest = load.held + _LIBRARIES + 3 * vector  # copies of the model's weights: to restore, and to teach
+    rest = load.held + load.copies + _LIBRARIES + 3 * vector  # copies of the weights: to restore, and to teach
     common = rest + factor + (load.samples + load.spare) * load.sample_bytes
     defend = 7 * min(PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
     defend += min(PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
@@ -108,13 +114,17 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     backward = min(at_once, load.samples) * _backward_bytes(load)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
     read = min(load.recalibrated, max(MISFIT_SAMPLES, _READ * 2 * at_once))
-    return {
+    phases = {
         "capture": common + max(_capture(load, kind, lean, at_once), forward),
         "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve - blocks + step + slopes + max(forward, backward, passes),
         "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
     }
+    if load.trained:  # a batch in hand and what it is made of
+        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load))
+        phases["finetune"] = rest + load.training + step
+    return phases
 
 
 def _forward_bytes(load: Workload) -> int:

@@ -86,9 +86,10 @@ def prune(
         targets: Class names, parameter or module names, or ``"re:..."``, of what is pruned.
         ignore: The same, for what is not.
         samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
-            settings by the loss on held-out samples draws up to 512 more, or a fifth of data that hold fewer.
+            settings by the loss on held-out samples draws up to 512 more; of data that hold fewer it takes a fifth, or
+            what is left beside ``samples``, if that is more.
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
-            on up to 1,024 more samples, which no stage sees, falls.
+            on up to 1,024 more samples falls; of a Dataset no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up. By default
             weights are compared over all layers, and a layer may be emptied; the report's notes say so.
@@ -96,8 +97,8 @@ def prune(
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
         finetune: Train the network under its mask after each stage, as these settings say, on ``recalibration_data`` or
-            ``data``, which must come to an end; all parameters change, pruned weights stay zero. The next stage takes
-            fresh gradients.
+            ``data``, which must come to an end; all parameters change, pruned weights stay zero. It learns from the
+            network before pruning too (``FineTune.distillation``). The next stage takes fresh gradients.
         noise: Noise on data, weights or gradients, to measure how a method bears it: text such as
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true

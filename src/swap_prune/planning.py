@@ -239,6 +239,9 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     asked = "" if storage == "auto" else f" in storage {storage!r}"
     if limit is None or any(f.need <= limit for f in forecasts):  # memory is not what stands in the way
         return f"G cannot be held{asked}: {reason}"
+    if max(least.phases, key=least.phases.__getitem__) == "finetune":
+        remedy = f"lower its batch_size (now {load.trained}), or give more memory"
+        return f"fine-tuning does not fit: {least.obstacle}; {remedy}"
     per_row = max(1, load.samples // load.rows)
     low, high = 0, load.rows  # most rows that fit: the need grows with them
     while high - low > 1:

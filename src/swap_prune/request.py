@@ -50,6 +50,7 @@ class Run:
         loss: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         normalised: Whether BatchNorm is recalibrated.
+        finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
         seed: Of the run's random state.
         storage: The storage asked for; processes that run together share G, unless another one is.
@@ -63,6 +64,7 @@ class Run:
     loss: LossFn
     curvature: GaussNewtonLoss | None
     normalised: bool
+    finetune: FineTune | None
     samples: int
     seed: int
     storage: str
@@ -129,6 +131,7 @@ def check_run(
         loss=loss,
         curvature=_curvature(solver, loss),
         normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
+        finetune=finetune,
         samples=samples,
         seed=seed,
         storage="sharded" if storage == "auto" and process_count() > 0 else storage,
@@ -153,6 +156,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
     except UnsupportedLayerError as error:
         unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
+    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     hooks = [(type(one).apply, type(one).apply_) for one in run.noise.models]
     return Workload(
         rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
@@ -166,6 +170,9 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         sample_bytes=sum(own_bytes),
         spare=spare + judged,
         recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,
+        trained=0 if run.finetune is None else run.finetune.batch_size,
+        training=0 if run.finetune is None else run.finetune.arrays * trainable,
+        copies=0 if run.finetune is None else (4 if len(run.schedules) > 1 else 2) * _bytes(model),
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
         held=held_memory(place) + (_bytes(model) if place != own else 0),

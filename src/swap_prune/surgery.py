@@ -158,7 +158,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
         The number of layers that were recalibrated; 0 when there are none or no batch was usable.
 
     Raises:
-        ValueError: If the statistics of the data are not finite.
+        ValueError: If reading a batch or running it fails, or the statistics are not finite. The buffers are then not
+            what they were.
     """
     layers = batchnorm_layers(model)
     usable = (batch for batch in batches if not is_single(batch))
@@ -220,6 +221,9 @@ def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossF
 
     Returns:
         What was found and done, as a sentence; empty when the statistics fit.
+
+    Raises:
+        ValueError: If the data are empty, a batch does not fit the loss, or a loss or the statistics are not finite.
     """
     if not batchnorm_layers(model):
         return []
