@@ -152,7 +152,8 @@ def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
     assert refused.chosen is None and refused.forecasts[0].storage.at_once == 16
 
 
-def test_fine_tuning_is_a_phase_of_its_own() -> None:
+def test_fine_tuning_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.request.held_memory", lambda place: 0)
     model = nn.Sequential(nn.Linear(3000, 2000), nn.ReLU(), nn.Linear(2000, 2))
     data = TensorDataset(torch.randn(100, 3000), torch.randint(2, (100,)))
     size, sample = 4 * (3000 * 2000 + 2000 + 4000 + 2), 4 * 3000 + 8
@@ -160,15 +161,14 @@ def test_fine_tuning_is_a_phase_of_its_own() -> None:
     def phases(**given: Any) -> dict[str, int]:
         return plan(model, data, 0.5, "lr", samples=50, **given).require().phases
 
-    phases()  # what the process holds is settled after it
     plain, sgd, adam, large = (
         phases(finetune=training)
         for training in (None, FineTune(), FineTune(optimizer="adamw"), FineTune(batch_size=1128))
     )
     assert "finetune" not in plain
-    assert sgd["capture"] - plain["capture"] == pytest.approx(2 * size, abs=5 * 10**6), "to restore and to learn from"
+    assert sgd["capture"] - plain["capture"] == 2 * size, "to restore and to learn from"
     assert 0 <= sgd["finetune"] - sgd["recalibrate"] - 2 * size - 128 * 2 * sample < 10**7, "and what it keeps"
-    assert adam["finetune"] - sgd["finetune"] == pytest.approx(size, abs=5 * 10**6)
+    assert adam["finetune"] - sgd["finetune"] == size
     assert large["finetune"] - sgd["finetune"] > 1000 * 2 * sample
     refused = plan(model, data, 0.5, "lr", samples=50, memory=plain["trials"], finetune=FineTune(batch_size=10**6))
     assert refused.chosen is None and re.search(r"lower its batch_size \(now 1000000\), or give more", refused.why)
