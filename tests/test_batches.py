@@ -75,3 +75,17 @@ def test_batches_that_differ_stay_apart():
 @pytest.mark.parametrize(("size", "parts"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1]), (5, [5])])
 def test_no_sample_is_split_off_alone(size, parts):
     assert [batch_size(part) for part in split_batches(batches_of(size), 4, least=2)] == parts
+
+
+def test_what_all_samples_share_is_kept_once_and_stands_in_the_way_where_it_differs():
+    table, mask = torch.tensor([0.5, 0.25, 0.25]), torch.eye(5)
+    parts = [{"x": torch.zeros(n, 8), "y": torch.arange(n), "table": table, "mask": mask, "no": None} for n in (4, 3)]
+    (one,) = join_batches(parts, 8)
+    assert one["x"].shape == (7, 8) and one["y"].tolist() == [0, 1, 2, 3, 0, 1, 2] and one["no"] is None
+    assert torch.equal(one["table"], table) and torch.equal(one["mask"], mask)
+    parts[1] = parts[1] | {"table": table + 1}
+    assert len(list(join_batches(parts, 8))) == 2
+    scalars = [(torch.zeros(2, 1), torch.tensor(value)) for value in (1.0, 1.0, 2.0)]
+    assert [(len(x), float(c)) for x, c in join_batches(scalars, 8)] == [(4, 1.0), (2, 2.0)]
+    names = [(torch.zeros(2, 1), ["a", "a"])] * 2
+    assert len(list(join_batches(names, 8))) == 2, "a list of names is not joined"

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import swap_prune
 from swap_prune import FineTune, finetune, masks_of
 from swap_prune.distillation import SelfDistillation
 from swap_prune.finetune import parse_finetune
+from swap_prune.teaching import Teacher
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(130, 6, generator=GENERATOR)
@@ -335,3 +336,45 @@ def test_settings_as_text_and_as_a_table() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             parse_finetune(text)
+
+
+def test_the_teacher_stays_when_buffers_move_in_training() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten())
+    model.append(nn.Linear(6, 3))
+    teacher = Teacher(model, None, swap_prune.losses.CrossEntropy())
+    batch = (INPUTS[:9], DATA.tensors[1][:9])
+    before = teacher.outputs([batch])[0]
+    model.train()(3 * INPUTS + 1)
+    assert torch.equal(teacher.outputs([batch])[0], before)
+
+
+def test_gradients_of_the_caller_come_back_whole() -> None:
+    model = pruned_network()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    finetune(model, DATA)
+    assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters())
+
+
+def test_steps_of_an_iterable_data_set_have_the_size_asked_for() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([DATA[i % 130] for i in range(300)])
+
+    assert finetune(pruned_network(), Stream(), FineTune(epochs=1, batch_size=300)).steps == 1
+
+
+def test_a_single_sample_left_over_is_passed_over_by_batchnorm_without_running_statistics() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3))
+    swap_prune.prune(model, DATA, 0.5, "magnitude", progress=False)
+    first = TensorDataset(*(tensor[:17] for tensor in DATA.tensors))
+    assert finetune(model, first, FineTune(epochs=1, batch_size=16)).steps == 1
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(6, 3)
+    for call in (swap_prune.prune, finetune):
+        with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
+            call(model, DATA, progress=False)

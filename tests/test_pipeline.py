@@ -449,3 +449,26 @@ def test_statistics_that_cannot_be_estimated_are_noted() -> None:
     assert "BatchNorm's statistics are the old ones: no batch of the data holds two samples" in report.notes
     assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
     assert not any("old ones" in note for note in prune(model, [small_data()[:2]], 0.6, "magnitude").notes)
+
+
+def test_a_batchnorm_layer_that_the_loss_never_reaches_keeps_its_statistics() -> None:
+    class TwoTasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+            self.head, self.other = nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(inputs))
+
+    torch.manual_seed(0)
+    model = TwoTasks()
+    for layer in (model.body[1], model.other[1]):
+        layer.running_mean.fill_(0.7)
+        layer.running_var.fill_(2.5)
+        layer.num_batches_tracked.fill_(9)
+    data = TensorDataset(torch.randn(90, 6), torch.randint(3, (90,)))
+    prune(model, data, 0.5, "magnitude", ignore=["other"], progress=False)
+    other, own = model.other[1], model.body[1]
+    assert bool((other.running_mean == 0.7).all() and (other.running_var == 2.5).all())
+    assert int(other.num_batches_tracked) == 9 and not bool((own.running_mean == 0.7).any())

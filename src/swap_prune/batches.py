@@ -143,35 +143,56 @@ def _samples(batches: Iterable[Any]) -> int:
 
 
 def _are_alike(first: Any, second: Any) -> bool:
-    """Whether two batches can be one: the same structure, and samples of the same shapes and dtypes."""
+    """Whether two batches can be one: the same structure, samples of the same shapes and dtypes, the rest the same."""
+    return is_sliceable(first) and is_sliceable(second) and _match(first, second, batch_size(first), batch_size(second))
+
+
+def _match(first: Any, second: Any, size: int, other: int) -> bool:
+    """Whether parts of two batches, of so many samples, can be parts of one."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.ndim > 0 and first.shape[1:] == second.shape[1:] and first.dtype == second.dtype
-    if type(first) is not type(second) or not (is_sliceable(first) and is_sliceable(second)):
+        if first.dtype != second.dtype or first.ndim != second.ndim:
+            return False
+        if _has_samples(first, size) and _has_samples(second, other):
+            return first.shape[1:] == second.shape[1:]
+        return torch.equal(first, second)  # what all samples share
+    if type(first) is not type(second):
         return False
     if isinstance(first, Mapping):
-        return first.keys() == second.keys() and all(_are_alike(part, second[key]) for key, part in first.items())
+        return first.keys() == second.keys() and all(
+            _match(one, second[key], size, other) for key, one in first.items()
+        )
     if isinstance(first, tuple | list):
-        return len(first) == len(second) and all(map(_are_alike, first, second))
+        pairs = zip(first, second, strict=False)
+        return len(first) == len(second) and all(_match(one, two, size, other) for one, two in pairs)
     if _is_record(first):
-        return all(map(_are_alike, _parts_of(first).values(), _parts_of(second).values()))
-    return False
+        theirs = _parts_of(second)
+        return all(_match(one, theirs[name], size, other) for name, one in _parts_of(first).items())
+    return first is None and second is None
+
+
+def _has_samples(tensor: Tensor, size: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == size
 
 
 def _joined(batches: list[Any]) -> Any:
     """Return batches that are alike as one; a single one is itself."""
-    first = batches[0]
-    if len(batches) == 1:
-        return first
+    return batches[0] if len(batches) == 1 else _concatenated(batches, list(map(batch_size, batches)))
+
+
+def _concatenated(parts: list[Any], sizes: list[int]) -> Any:
+    """Return parts of batches of so many samples as one."""
+    first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(batches)
+        return torch.cat(parts) if all(map(_has_samples, parts, sizes)) else first
     if isinstance(first, Mapping):
-        return _like(first, {key: _joined([batch[key] for batch in batches]) for key in first})
+        return _like(first, {key: _concatenated([part[key] for part in parts], sizes) for key in first})
     if _is_record(first):
-        return _record_like(
-            first, {name: _joined([getattr(one, name) for one in batches]) for name in _parts_of(first)}
-        )
-    parts = [_joined(list(part)) for part in zip(*batches, strict=True)]
-    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+        fields = {name: _concatenated([getattr(one, name) for one in parts], sizes) for name in _parts_of(first)}
+        return _record_like(first, fields)
+    if isinstance(first, tuple | list):
+        made = [_concatenated(list(part), sizes) for part in zip(*parts, strict=True)]
+        return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
+    return first
 
 
 def batch_size(batch: Any) -> int:

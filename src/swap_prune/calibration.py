@@ -3,7 +3,8 @@
 Second step of the pipeline. ``data`` may be a map-style ``Dataset`` (samples are drawn at random, without
 repetition until all were seen), an iterable of batches such as a ``DataLoader`` or a list (read in order,
 each stage going on where the last one stopped, from the start again at the end), or a one-shot iterator
-(remembered as it is read). A draw larger than the data returns all of it, once.
+(remembered as it is read). A draw larger than the data returns all of it, once. One that the rest of a pass of a
+``DataLoader`` that shuffles is too short for starts a new pass, so that no sample is in it twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, default_collate
 
 from swap_prune.batches import (
     batch_size,
@@ -29,10 +30,10 @@ from swap_prune.batches import (
     split_batches,
 )
 
-__all__ = ["HELD_OUT", "CalibrationStream", "peek", "share_out_samples"]
+__all__ = ["BATCH", "HELD_OUT", "CalibrationStream", "peek", "share_out_samples"]
 
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
-_BATCH = 128  # samples, where the stream makes the batches itself
+BATCH = 128  # samples, where the stream makes the batches itself
 _END = object()  # of a pass over the data
 
 
@@ -51,7 +52,7 @@ class CalibrationStream:
     """
 
     def __init__(
-        self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu", size: int = _BATCH
+        self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu", size: int = BATCH
     ) -> None:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
@@ -72,6 +73,8 @@ class CalibrationStream:
         self._reserved: list[int] = []  # indices of a Dataset that are held out of what is fitted
         self._barred: frozenset[int] = frozenset()  # indices of a Dataset that are never drawn again
         self._passes = iter(()) if self._indexed else self._read_passes()
+        self._shuffled = _shuffled_samples(data)
+        self._position = 0  # samples of the current pass that were drawn
         self._pass_size: int | None = None  # samples in one pass, once one was completed
         self._read = 0  # samples read in the first pass
         self._rest: Any = None  # what a draw left of its last batch
@@ -225,11 +228,13 @@ class CalibrationStream:
         return map(self._placed, join_batches(parts, self._size))
 
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
+        if self._shuffled is not None and self._position > 0 and self._position + samples > self._shuffled:
+            self._passes, self._rest, self._position, self._read = self._read_passes(), None, 0, 0
         got = 0
         while got < min(samples, self._pass_size or samples):
             batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
             if batch is _END:
-                self._pass_size = self._read
+                self._pass_size, self._position = self._read, 0
                 if self._pass_size == 0:
                     raise ValueError(
                         "the calibration data is empty or exhausted: it gave no sample (a generator can be "
@@ -241,8 +246,10 @@ class CalibrationStream:
             if surplus > 0 and is_sliceable(batch):
                 self._rest = slice_batch(batch, size - surplus, size)
                 batch = slice_batch(batch, 0, size - surplus)
+            taken = min(size, size - surplus) if is_sliceable(batch) else size
+            self._position += taken
+            got += taken
             yield batch
-            got += size
 
     def _read_passes(self) -> Iterator[Any]:
         """Yield batch after batch for ever, ``_END`` at the end of each pass."""
@@ -289,6 +296,14 @@ class CalibrationStream:
             torch.set_rng_state(self._reading)
             yield
             self._reading = torch.get_rng_state()
+
+
+def _shuffled_samples(data: Any) -> int | None:
+    """Return how many samples a pass of a DataLoader has whose order is another each time; None for other data."""
+    if not (isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler) and data.batch_size):
+        return None
+    size = len(data.sampler)
+    return size - size % data.batch_size if data.drop_last else size
 
 
 def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:

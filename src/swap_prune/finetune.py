@@ -20,20 +20,21 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from swap_prune.batches import batch_size, is_single
-from swap_prune.calibration import CalibrationStream, peek
+from swap_prune.calibration import BATCH, CalibrationStream, peek
 from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.device import usable_device
 from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
 from swap_prune.masks import MaskKeeper, pair_masks, resolve_masks
-from swap_prune.modes import eval_mode, exact_kernels, training_mode
+from swap_prune.modes import check_no_inference, eval_mode, exact_kernels, training_mode
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.selection import DEFAULT_TARGETS
-from swap_prune.surgery import batchnorm_layers, fill_lost, restored_on_error
+from swap_prune.surgery import fill_lost, restored_on_error
 from swap_prune.teaching import Taught, Teacher, taught_losses
 
 __all__ = ["FineTune", "FineTuneReport", "finetune", "parse_finetune", "train"]
@@ -207,6 +208,7 @@ def finetune(
     seed = checked_seed(seed)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise ValueError(f"teacher must be a torch.nn.Module or None, got a {type(teacher).__name__}")
+    check_no_inference(model)
     kept = resolve_masks(model, masks, targets, ignore)
     loss = cross_entropy if loss_fn is None else loss_fn
     share = settings.share_of_teacher(loss, known=teacher is not None)
@@ -215,7 +217,7 @@ def finetune(
         if teacher is not None:
             teacher.to(usable_device(device))
     generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
-    stream = CalibrationStream(data, generator, place)
+    stream = CalibrationStream(data, generator, place, max(BATCH, settings.batch_size))
     laid = takes_channels_last(model, loss, peek(data, place))
     with (
         torch.inference_mode(False),
@@ -295,7 +297,7 @@ class _Course:
     def run_epoch(self, epoch: int) -> tuple[float, int]:
         """Train on every sample once; returns the mean loss and the number of steps."""
         total, samples, steps = 0.0, 0, 0
-        alone = bool(batchnorm_layers(self.model))  # one sample has no variance
+        alone = any(isinstance(module, _BatchNorm) for module in self.model.modules())  # one sample has no variance
         for share, batch in self.stream.read_pass(self.settings.batch_size, self.generator):
             if alone and is_single(batch):
                 continue
@@ -336,6 +338,8 @@ def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torc
     gradients = [parameter.grad for parameter in trained]
     seed = int(torch.randint(2**62, (), generator=generator))
     with seeded(seed, trained[0].device), exact_kernels(trained[0].device), training_mode(model), torch.enable_grad():
+        for parameter in trained:
+            parameter.grad = None
         try:
             yield
         finally:

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "eval_mode", "exact_kernels", "slow_attention", "training_mode"]
+__all__ = ["batch_statistics", "check_no_inference", "eval_mode", "exact_kernels", "slow_attention", "training_mode"]
+
+
+def check_no_inference(model: nn.Module) -> None:
+    """Refuse a model whose tensors allow neither gradients nor changes.
+
+    Raises:
+        ValueError: If it was made under ``torch.inference_mode``.
+    """
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model was made under torch.inference_mode, and cannot be changed: make it outside")
 
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:

@@ -28,6 +28,7 @@ from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import held_memory
 from swap_prune.methods import Method, resolve_method
+from swap_prune.modes import check_no_inference
 from swap_prune.planning import Workload, check_storage, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
@@ -118,6 +119,7 @@ def check_run(
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1:
         raise ValueError(f"the model must lie on one device, got {', '.join(sorted(places))}: move it there first")
+    check_no_inference(model)
     if "meta" in places:
         raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
     _check_finite(model, selection)

@@ -147,7 +147,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
     """Estimate BatchNorm's running statistics anew: the plain average over the batches.
 
     Everything but BatchNorm stays in eval mode. Batches of one sample are passed over, since they have no
-    variance.
+    variance. A layer that no batch reaches, such as that of another task's head, keeps its statistics.
 
     Args:
         model: The network; only its BatchNorm buffers change.
@@ -167,6 +167,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
     if not layers or not first:
         return 0
     momenta = [layer.momentum for layer in layers]
+    before = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
     with _statistics_updated(model, layers), torch.no_grad():
         try:
             for layer in layers:
@@ -177,6 +178,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
+        for layer, values in zip(layers, before, strict=True):
+            if int(layer.num_batches_tracked) == 0:  # type: ignore[arg-type]
+                for buffer, value in zip(layer.buffers(), values, strict=True):
+                    buffer.copy_(value)
     if not all(bool(buffer.isfinite().all()) for layer in layers for buffer in layer.buffers()):
         raise ValueError(
             "BatchNorm's statistics of the data are not finite: a sample holds NaN or infinity, or grows to it in the "

@@ -49,7 +49,8 @@ class Teacher:
 
     Args:
         model: The network, not pruned yet.
-        selection: The weights that will change, beside BatchNorm's statistics; None where all parameters will.
+        selection: The weights that will change, beside BatchNorm's statistics; None where all parameters and buffers
+            will.
         loss: What reads the outputs.
     """
 
@@ -57,7 +58,7 @@ class Teacher:
         statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
         names = None if selection is None else selection.names
         weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
-        weights |= {name: buffer for name, buffer in model.named_buffers() if id(buffer) in statistics}
+        weights |= {name: b for name, b in model.named_buffers() if names is None or id(b) in statistics}
         self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
 
@@ -77,7 +78,8 @@ class Teacher:
             if bad:
                 raise ValueError(
                     f"the dense network's outputs are not finite on {bad} of {len(outputs)} samples: check the "
-                    "weights, and the samples for NaN and infinity"
+                    "weights, and the samples for NaN and infinity; where that is meant, as of classes that are "
+                    "masked, use a loss_fn of your own, and distillation=0 in fine-tuning"
                 )
         return found
 
