@@ -5,7 +5,15 @@ from collections import namedtuple
 import pytest
 import torch
 
-from swap_prune.batches import batch_size, is_sliceable, join_batches, map_tensors, slice_batch, split_batches
+from swap_prune.batches import (
+    batch_size,
+    is_sliceable,
+    join_batches,
+    map_tensors,
+    select_samples,
+    slice_batch,
+    split_batches,
+)
 from tests.cases import batches_of
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -87,5 +95,36 @@ def test_what_all_samples_share_is_kept_once_and_stands_in_the_way_where_it_diff
     assert len(list(join_batches(parts, 8))) == 2
     scalars = [(torch.zeros(2, 1), torch.tensor(value)) for value in (1.0, 1.0, 2.0)]
     assert [(len(x), float(c)) for x, c in join_batches(scalars, 8)] == [(4, 1.0), (2, 2.0)]
-    names = [(torch.zeros(2, 1), ["a", "a"])] * 2
-    assert len(list(join_batches(names, 8))) == 2, "a list of names is not joined"
+
+
+def column_batch(start: int, stop: int) -> dict:
+    numbers = range(start, stop)
+    return {
+        "x": torch.tensor([[10.0 * i] for i in numbers]),
+        "names": [f"n{i}" for i in numbers],
+        "boxes": [{"corners": torch.full((stop - start, 4), float(i))} for i in numbers],  # as many as samples
+        "ragged": tuple(torch.full((20 + i,), float(i)) for i in numbers),
+        "pair": [torch.tensor([float(i) for i in numbers])] * (stop - start),  # as many tensors as samples
+    }
+
+
+def check_columns(batch: dict, numbers: list[int], width: int) -> None:
+    assert batch["x"][:, 0].tolist() == [10.0 * i for i in numbers]
+    assert batch["names"] == [f"n{i}" for i in numbers]
+    assert [float(one["corners"].mean()) for one in batch["boxes"]] == numbers
+    assert all(one["corners"].shape == (width, 4) for one in batch["boxes"]), "what belongs to a sample is not cut"
+    assert [(len(one), float(one[0])) for one in batch["ragged"]] == [(20 + i, i) for i in numbers]
+    assert isinstance(batch["ragged"], tuple)
+    assert [one.tolist() for one in batch["pair"]] == [numbers] * width, "a container of tensors"
+
+
+def test_lists_beside_tensors_are_cut_chosen_and_joined_with_the_samples():
+    batch = column_batch(0, 5)
+    check_columns(slice_batch(batch, 1, 4), [1, 2, 3], 5)
+    check_columns(select_samples(batch, torch.tensor([4, 0, 2])), [4, 0, 2], 5)
+    (joined,) = join_batches([column_batch(0, 3), column_batch(3, 6)], 8)
+    check_columns(joined, [0, 1, 2, 3, 4, 5], 3)
+    parts = split_batches([(torch.arange(5), ["a", "b", "c", "d", "e"])], 2)
+    assert [part[1] for part in parts] == [["a", "b"], ["c", "d"], ["e"]]
+    two = slice_batch([torch.arange(2), torch.arange(2) + 5], 0, 1)
+    assert [part.tolist() for part in two] == [[0], [5]], "a pair of tensors with two samples is a pair"

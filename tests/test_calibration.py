@@ -357,6 +357,26 @@ class Endless(Dataset):
         return torch.zeros(1), 0
 
 
+class Shy(Dataset):
+    def __len__(self):
+        raise NotImplementedError
+
+    def __getitem__(self, index):
+        return torch.zeros(1), 0
+
+
+class ShyBatches:
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        return iter(batches_of(4, 6))
+
+
+def test_a_length_that_is_not_told_is_unknown():
+    assert passed(stream(ShyBatches()), 6) == ([0.0, 0.0], [4, 6], list(range(10)))
+
+
 def failing():
     yield batches_of(2)[0]
     raise RuntimeError("disk gone")
@@ -364,8 +384,17 @@ def failing():
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(Broken(), "KeyError: 'label'"), (Endless(), "needs a length"), (failing(), "RuntimeError: disk gone")],
-    ids=["broken", "endless", "failing"],
+    [
+        (Broken(), "KeyError: 'label'"),
+        (Endless(), "needs a length"),
+        (Shy(), "needs a length"),
+        (failing(), "RuntimeError: disk gone"),
+        (
+            DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True),
+            "with drop_last=True no batch may be",
+        ),
+    ],
+    ids=["broken", "endless", "shy", "failing", "all dropped"],
 )
 def test_data_that_fail_are_one_value_error(data, message):
     with pytest.raises(ValueError, match=message):

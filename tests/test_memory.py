@@ -19,6 +19,19 @@ from swap_prune.planning import Workload, plan_memory
 from swap_prune.request import check_run, workload
 
 GB = 10**9
+REST: dict[str, Any] = {
+    "loss_fn": None,
+    "targets": ("Linear",),
+    "ignore": (),
+    "schedule": "linear",
+    "min_keep": 0.0,
+    "recalibrate_batchnorm": True,
+    "finetune": None,
+    "noise": None,
+    "defence": None,
+    "storage": "auto",
+    "seed": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -224,12 +237,29 @@ def test_samples_held_out_are_of_those_that_there_are(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
-    asked: dict[str, Any] = {"sparsity": 0.5, "method": method, "stages": stages, "samples": samples}
-    others = {"loss_fn": None, "targets": ("Linear",), "ignore": (), "schedule": "linear", "min_keep": 0.0}
-    others |= {"recalibrate_batchnorm": True, "finetune": None, "noise": None, "defence": None}
-    run = check_run(model, **asked, **others, storage="auto", seed=0)
+    run = check_run(model, sparsity=0.5, method=method, stages=stages, samples=samples, **REST)
     load = workload(model, data, run, torch.device("cpu"))
     assert (load.samples, load.spare) == (fitted, spare)
+
+
+def test_outputs_are_counted_where_they_are_held() -> None:
+    """Signs of the sketch, one for each output, and the dense network's outputs, for samples held out as well."""
+    load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr", spare=200)
+    without, single, joined = (
+        plan_memory(one, None).require().phases
+        for one in (load, replace(load, output_bytes=10**6), replace(load, output_bytes=10**6, mini_batches=True))
+    )
+    assert single["capture"] - without["capture"] == 1000 * 10**6
+    assert single["trials"] - without["trials"] == 1200 * 10**6
+    assert joined["capture"] <= without["capture"] and single["solve"] == without["solve"]
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2000))
+    data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
+    run = check_run(model, sparsity=0.5, method="lr", stages=1, samples=80, **REST)
+    assert workload(model, data, run, torch.device("cpu")).output_bytes == 2000 * 4
+    plain = check_run(
+        model, sparsity=0.5, method="magnitude", stages=1, samples=80, **REST | {"loss_fn": lambda net, b: b}
+    )
+    assert workload(model, data, plain, torch.device("cpu")).output_bytes == 0, "a function knows of no outputs"
 
 
 def test_a_run_knows_the_bytes_of_its_samples() -> None:

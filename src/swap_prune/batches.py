@@ -31,14 +31,19 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Apply a function to every tensor of a batch (nested tuples, lists, mappings, dataclasses), the rest unchanged."""
     if isinstance(batch, Tensor):
         return function(batch)
+    return _map_parts(lambda part: map_tensors(function, part), batch)
+
+
+def _map_parts(function: Callable[[Any], Any], batch: Any) -> Any:
+    """Apply a function to what a container holds; what is none is returned as it is."""
     if isinstance(batch, Mapping):
-        return _like(batch, {key: map_tensors(function, value) for key, value in batch.items()})
+        return _like(batch, {key: function(value) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(function, part) for part in batch))
+        return type(batch)(*map(function, batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(map_tensors(function, part) for part in batch)
+        return type(batch)(map(function, batch))
     if _is_record(batch):
-        return _record_like(batch, {name: map_tensors(function, part) for name, part in _parts_of(batch).items()})
+        return _record_like(batch, {name: function(part) for name, part in _parts_of(batch).items()})
     return batch
 
 
@@ -78,14 +83,44 @@ def in_own_containers(batch: Any) -> Any:
 
 def slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples ``start`` to ``stop`` of a batch."""
-    size = batch_size(batch)
-    return map_tensors(lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t, batch)
+    return _map_samples(lambda t: t[start:stop], lambda column: column[start:stop], batch, batch_size(batch))
 
 
 def select_samples(batch: Any, index: Tensor) -> Any:
     """Return the samples of a batch at some positions, (m,)."""
-    size = batch_size(batch)
-    return map_tensors(lambda t: t.index_select(0, index.to(t.device)) if t.ndim and t.shape[0] == size else t, batch)
+    places = index.tolist()
+    return _map_samples(
+        lambda t: t.index_select(0, index.to(t.device)),
+        lambda column: type(column)(column[place] for place in places),
+        batch,
+        batch_size(batch),
+    )
+
+
+def _map_samples(
+    tensors: Callable[[Tensor], Any], columns: Callable[[Any], Any], batch: Any, size: int, *, inside: bool = False
+) -> Any:
+    """Apply one function to the tensors of a batch that have its samples in front, another to lists of one a sample."""
+    if isinstance(batch, Tensor):
+        return tensors(batch) if _has_samples(batch, size) else batch
+    if inside and _is_column(batch, size):
+        return columns(batch)
+    return _map_parts(lambda part: _map_samples(tensors, columns, part, size, inside=True), batch)
+
+
+def _is_column(part: Any, size: int) -> bool:
+    """Whether a part of a batch of so many samples is a list with one entry a sample: names, dicts, ragged tensors."""
+    if not isinstance(part, list | tuple) or hasattr(part, "_fields") or len(part) != size:
+        return False
+    if all(isinstance(entry, Mapping | str | bytes | int | float) for entry in part):
+        return True
+    whole: list[Tensor] = []
+    map_tensors(lambda t: whole.append(t) if _has_samples(t, size) else None, part)
+    return not whole  # else it is a container, whose tensors have the samples in front
+
+
+def _has_samples(tensor: Tensor, size: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == size
 
 
 def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any]:
@@ -147,7 +182,7 @@ def _are_alike(first: Any, second: Any) -> bool:
     return is_sliceable(first) and is_sliceable(second) and _match(first, second, batch_size(first), batch_size(second))
 
 
-def _match(first: Any, second: Any, size: int, other: int) -> bool:
+def _match(first: Any, second: Any, size: int, other: int, *, inside: bool = False) -> bool:
     """Whether parts of two batches, of so many samples, can be parts of one."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         if first.dtype != second.dtype or first.ndim != second.ndim:
@@ -157,21 +192,19 @@ def _match(first: Any, second: Any, size: int, other: int) -> bool:
         return torch.equal(first, second)  # what all samples share
     if type(first) is not type(second):
         return False
+    if inside and _is_column(first, size) and _is_column(second, other):
+        return True
     if isinstance(first, Mapping):
         return first.keys() == second.keys() and all(
-            _match(one, second[key], size, other) for key, one in first.items()
+            _match(one, second[key], size, other, inside=True) for key, one in first.items()
         )
     if isinstance(first, tuple | list):
         pairs = zip(first, second, strict=False)
-        return len(first) == len(second) and all(_match(one, two, size, other) for one, two in pairs)
+        return len(first) == len(second) and all(_match(one, two, size, other, inside=True) for one, two in pairs)
     if _is_record(first):
         theirs = _parts_of(second)
-        return all(_match(one, theirs[name], size, other) for name, one in _parts_of(first).items())
+        return all(_match(one, theirs[name], size, other, inside=True) for name, one in _parts_of(first).items())
     return first is None and second is None
-
-
-def _has_samples(tensor: Tensor, size: int) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == size
 
 
 def _joined(batches: list[Any]) -> Any:
@@ -179,18 +212,22 @@ def _joined(batches: list[Any]) -> Any:
     return batches[0] if len(batches) == 1 else _concatenated(batches, list(map(batch_size, batches)))
 
 
-def _concatenated(parts: list[Any], sizes: list[int]) -> Any:
+def _concatenated(parts: list[Any], sizes: list[int], *, inside: bool = False) -> Any:
     """Return parts of batches of so many samples as one."""
     first = parts[0]
+    if inside and all(map(_is_column, parts, sizes)):
+        return type(first)(itertools.chain.from_iterable(parts))
     if isinstance(first, Tensor):
         return torch.cat(parts) if all(map(_has_samples, parts, sizes)) else first
     if isinstance(first, Mapping):
-        return _like(first, {key: _concatenated([part[key] for part in parts], sizes) for key in first})
+        return _like(first, {key: _concatenated([part[key] for part in parts], sizes, inside=True) for key in first})
     if _is_record(first):
-        fields = {name: _concatenated([getattr(one, name) for one in parts], sizes) for name in _parts_of(first)}
+        fields = {
+            name: _concatenated([getattr(one, name) for one in parts], sizes, inside=True) for name in _parts_of(first)
+        }
         return _record_like(first, fields)
     if isinstance(first, tuple | list):
-        made = [_concatenated(list(part), sizes) for part in zip(*parts, strict=True)]
+        made = [_concatenated(list(part), sizes, inside=True) for part in zip(*parts, strict=True)]
         return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
     return first
 

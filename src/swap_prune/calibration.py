@@ -10,7 +10,6 @@ each stage going on where the last one stopped, from the start again at the end)
 from __future__ import annotations
 
 import itertools
-import operator
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -30,9 +29,10 @@ from swap_prune.batches import (
     split_batches,
 )
 
-__all__ = ["BATCH", "HELD_OUT", "CalibrationStream", "peek", "share_out_samples"]
+__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "known_length", "peek", "share_out_samples"]
 
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
+JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
 BATCH = 128  # samples, where the stream makes the batches itself
 _END = object()  # of a pass over the data
 
@@ -120,7 +120,7 @@ class CalibrationStream:
             for start in range(0, len(order), size):
                 yield start / len(order), self._placed(self._collate(order[start : start + size]))
             return
-        length = operator.length_hint(self._data, 0) or float("inf")
+        length = known_length(self._data) or float("inf")
         for number, batch in enumerate(self._draw_iterated(sys.maxsize)):
             parts = split_batches([batch], size)
             for place, part in enumerate(parts):
@@ -192,9 +192,9 @@ class CalibrationStream:
         return map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
 
     def _count(self) -> int:
-        if not hasattr(self._data, "__len__"):
+        size = known_length(self._data)
+        if size is None:
             raise ValueError(f"a Dataset needs a length (__len__), and {type(self._data).__name__} has none")
-        size = len(self._data)
         if size == 0:
             raise ValueError("the calibration data set is empty: at least one sample is needed")
         return size
@@ -238,7 +238,8 @@ class CalibrationStream:
                 if self._pass_size == 0:
                     raise ValueError(
                         "the calibration data is empty or exhausted: it gave no sample (a generator can be "
-                        "read only once; pass a list, a DataLoader or a Dataset)"
+                        "read only once: pass a list, a DataLoader or a Dataset; with drop_last=True no batch may be "
+                        "larger than the data)"
                     )
                 continue
             size = batch_size(batch)
@@ -296,6 +297,14 @@ class CalibrationStream:
             torch.set_rng_state(self._reading)
             yield
             self._reading = torch.get_rng_state()
+
+
+def known_length(data: Any) -> int | None:
+    """Return the length of a data set or of a loader; None where it has none, or does not say it."""
+    try:
+        return len(data)
+    except Exception:  # a method that is there for form's sake may raise anything
+        return None
 
 
 def _shuffled_samples(data: Any) -> int | None:

@@ -328,7 +328,7 @@ class _Course:
             losses = taught_losses(self.loss_fn, self.model, taught, self.share, self.settings.temperature)
             loss = losses.mean()
             loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+            self.optimizer.step()
         return loss.item()
 
 

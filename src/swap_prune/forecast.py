@@ -53,6 +53,7 @@ class Workload:
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         sample_bytes: Bytes of a sample itself.
+        output_bytes: Bytes of its outputs, where the loss compares them.
         spare: Samples that are held out.
         recalibrated: Samples that BatchNorm is recalibrated with, at the most, a few batches at a time.
         trained: Samples of a step of fine-tuning; 0: there is none.
@@ -74,6 +75,7 @@ class Workload:
     kept_bytes: int = 0
     largest_bytes: int = 0
     sample_bytes: int = 0
+    output_bytes: int = 0
     spare: int = 0
     recalibrated: int = 0
     trained: int = 0
@@ -114,11 +116,13 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
     backward = min(at_once, load.samples) * _backward_bytes(load)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
     read = min(load.recalibrated, max(MISFIT_SAMPLES, _READ * 2 * at_once))
+    signs = 0 if load.mini_batches else load.samples * load.output_bytes
+    taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     phases = {
-        "capture": common + max(_capture(load, kind, lean, at_once), forward),
+        "capture": common + signs + max(_capture(load, kind, lean, at_once), forward),
         "defend": common + defend,
         "solve": solve + copies + passes,
-        "trials": solve - blocks + step + slopes + max(forward, backward, passes),
+        "trials": solve + taught - blocks + step + slopes + max(forward, backward, passes),
         "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
     }
     if load.trained:  # a batch in hand and what it is made of

@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
+from swap_prune.batches import in_own_containers
 from swap_prune.fisher.capture import SavedBytes, saved_bytes
 from swap_prune.fisher.storage import AT_ONCE, Storage, StorageKind
 from swap_prune.forecast import Workload, memory_phases
-from swap_prune.losses import LossFn
+from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import eval_mode
 from swap_prune.randomness import seeded
 
@@ -32,6 +34,7 @@ __all__ = [
     "StorageName",
     "Workload",
     "check_storage",
+    "output_bytes",
     "plan_memory",
     "sample_bytes",
     "scratch_directory",
@@ -150,6 +153,16 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
             return saved_bytes(lambda: loss_fn(model, sample), own)
     except Exception:  # whatever the caller's model or loss raises
         return SavedBytes(0, 0)
+
+
+def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int:
+    """Return the bytes of what the network gives for a batch of one sample; 0 if it cannot be run."""
+    place = next(model.parameters()).device
+    try:
+        with eval_mode(model), seeded(0, place), torch.no_grad():
+            return loss_fn.outputs(model, in_own_containers(sample)).nbytes
+    except Exception:  # whatever the caller's model or loss raises
+        return 0
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 from torch.utils.data import Dataset
 
 from swap_prune.batches import map_tensors
-from swap_prune.calibration import HELD_OUT, peek, share_out_samples
+from swap_prune.calibration import HELD_OUT, JUDGED, known_length, peek, share_out_samples
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.distributed import process_count
 from swap_prune.finetune import FineTune
@@ -29,10 +29,9 @@ from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import held_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.modes import check_no_inference
-from swap_prune.planning import Workload, check_storage, sample_bytes
+from swap_prune.planning import Workload, check_storage, output_bytes, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
-from swap_prune.staging import JUDGED
 from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
 
 __all__ = ["Run", "check_run", "workload"]
@@ -142,8 +141,8 @@ def check_run(
 
 def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
     """Count what the need of a run depends on, on the device where it will take place."""
-    sized = isinstance(data, Dataset) and hasattr(data, "__len__")
-    size = len(data) if sized else sys.maxsize
+    known = known_length(data) if isinstance(data, Dataset) else None
+    size = sys.maxsize if known is None else known
     judged = min(JUDGED, size // 5) if len(run.schedules) > 1 else 0
     held_out = min(run.samples, HELD_OUT) if run.solver.needs_held_out else 0
     drawn, spare = share_out_samples(size - judged, run.samples, held_out)
@@ -151,6 +150,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     own = next(model.parameters()).device
     sample = peek(data, own)
     kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
+    outputs = 0 if sample is None or run.curvature is None else output_bytes(model, run.curvature, sample)
     own_bytes: list[int] = []
     map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
     row_numbers, unsuited = 0, ""
@@ -170,6 +170,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         kept_bytes=kept.total,
         largest_bytes=kept.largest,
         sample_bytes=sum(own_bytes),
+        output_bytes=outputs,
         spare=spare + judged,
         recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,
         trained=0 if run.finetune is None else run.finetune.batch_size,

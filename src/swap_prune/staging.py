@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from swap_prune.calibration import JUDGED
 from swap_prune.methods.descent import mean_loss
 from swap_prune.modes import eval_mode
 from swap_prune.progress import StageProgress
@@ -22,9 +23,7 @@ from swap_prune.stage import StageRunner
 from swap_prune.surgery import Snapshot
 from swap_prune.teaching import Taught, taught_losses
 
-__all__ = ["JUDGED", "search_stages"]
-
-JUDGED = 1024  # samples that no stage sees, at the most; the fewer, the sooner the search ends
+__all__ = ["search_stages"]
 
 
 class _Outcome(NamedTuple):

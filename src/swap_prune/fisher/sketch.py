@@ -127,14 +127,15 @@ def sketch_curvature(
         losses = _mini_batch_rows(model, selection, parts, sketch, generator, store, advance)
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH)
     with eval_mode(model), torch.no_grad():
-        outputs = []
-        for batch in batches:
+        drawn, found, norms = [], [], []
+        for batch in batches:  # of the outputs, which may be large, only the signs stay
             with failures_named("calibration batch", batch):
-                outputs.append(loss.outputs(model, batch))
-        losses = check_losses(torch.cat(list(map(loss.losses, outputs, batches))), None)
-        drawn = [(batch, draw_signs(z, generator)) for z, batch in zip(outputs, batches, strict=True)]
-        roots = [loss.curvature_root(z, *one).flatten(1) for z, one in zip(outputs, drawn, strict=True)]
-        sizes = torch.cat([torch.linalg.vector_norm(root, dim=1) for root in roots])
+                outputs = loss.outputs(model, batch)
+                found.append(loss.losses(outputs, batch))
+            signs = draw_signs(outputs, generator)
+            drawn.append((batch, signs))
+            norms.append(torch.linalg.vector_norm(loss.curvature_root(outputs, batch, signs).flatten(1), dim=1))
+        losses, sizes = check_losses(torch.cat(found), None), torch.cat(norms)
     capture = capture_gradients(model, selection, drawn, sketch, storage=storage, advance=advance)
     tiny = torch.finfo(sizes.dtype).tiny
     return Capture(capture.factor, losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
