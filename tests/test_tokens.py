@@ -261,3 +261,28 @@ def test_what_does_not_fit_is_one_value_error_and_changes_nothing(case: str) -> 
 def test_temperature_is_checked() -> None:
     with pytest.raises(ValueError, match="temperature must be a number above 0, got 0"):
         TokenCrossEntropy(temperature=0)
+
+
+def test_a_sample_whose_only_label_does_not_count_counts_nowhere() -> None:
+    loss = TokenCrossEntropy()
+    batch = {"x": torch.zeros(3, 2), "labels": torch.tensor([1, -100, 0])}
+    outputs, teacher = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    found = [loss.losses(outputs, batch), loss.divergence(outputs, batch, teacher)]
+    found.append(loss.curvature_root(outputs, batch, torch.ones(3, 4)).norm(dim=1))
+    whole = batch | {"labels": torch.tensor([1, 2, 0])}
+    expected = [loss.losses(outputs, whole), loss.divergence(outputs, whole, teacher)]
+    expected.append(loss.curvature_root(outputs, whole, torch.ones(3, 4)).norm(dim=1))
+    for one, other in zip(found, expected, strict=True):
+        assert one[1] == 0 < other[1]
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+
+
+def test_a_causal_loss_needs_labels_of_tokens() -> None:
+    batch = {"x": torch.zeros(3, 2), "labels": torch.tensor([1, 0, 0])}
+    with pytest.raises(ValueError, match=r"needs a label for each token, \(n, T\), got labels \(3,\)"):
+        TokenCrossEntropy(causal=True)(Named(), batch)
+
+
+class Named(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x), 4)

@@ -112,7 +112,7 @@ class CrossEntropy:
         spread = q.sqrt() * signs
         root = spread - q * spread.sum(1, keepdim=True)
         if outputs.ndim == 2:
-            return root
+            return root if batch[1].is_floating_point() else root * (batch[1] != _IGNORE_INDEX).unsqueeze(1)
         counted = batch[1] != _IGNORE_INDEX
         share = counted / counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (counted.ndim - 1))
         weighted: Tensor = root * share.sqrt().unsqueeze(1).to(root)
@@ -128,9 +128,9 @@ cross_entropy = CrossEntropy()  # the default loss
 
 
 def _mean_of_positions(values: Tensor, targets: Tensor) -> Tensor:
-    """Average values (n,) or (n, ...) over the positions of each sample that have a target."""
+    """Average values (n,) or (n, ...) over the positions of each sample that have a target; 0 where none has."""
     if values.ndim == 1:
-        return values
+        return values if targets.is_floating_point() else values * (targets != _IGNORE_INDEX)
     counted = targets != _IGNORE_INDEX
     mean: Tensor = (values * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
     return mean

@@ -64,6 +64,11 @@ class TokenCrossEntropy:
         if isinstance(logits, Mapping):
             logits = logits["logits"]
         wanted = batch[self.labels].shape
+        if self.causal and len(wanted) < 2:
+            raise ValueError(
+                f"TokenCrossEntropy(causal=True) needs a label for each token, (n, T), got labels {tuple(wanted)}: "
+                "use causal=False for one label a sample"
+            )
         if not isinstance(logits, Tensor) or logits.shape[:-1] != wanted:
             raise ValueError(
                 f"TokenCrossEntropy needs logits {(*wanted, 'classes')} for labels {tuple(wanted)}, got "
