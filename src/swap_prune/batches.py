@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,18 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return _map_parts(lambda part: map_tensors(function, part), batch)
 
 
-def _map_parts(function: Callable[[Any], Any], batch: Any) -> Any:
-    """Apply a function to what a container holds; what is none is returned as it is."""
+def _map_parts(function: Callable[..., Any], batch: Any, *others: Any) -> Any:
+    """Apply a function to what a container holds, and others like it beside it; what is none stays as it is."""
     if isinstance(batch, Mapping):
-        return _like(batch, {key: function(value) for key, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(function, batch))
+        return _like(batch, {key: function(value, *(other[key] for other in others)) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
-        return type(batch)(map(function, batch))
+        made = map(function, batch, *others)
+        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)
     if _is_record(batch):
-        return _record_like(batch, {name: function(part) for name, part in _parts_of(batch).items()})
+        fields = {
+            name: function(part, *(getattr(other, name) for other in others)) for name, part in _parts_of(batch).items()
+        }
+        return _record_like(batch, fields)
     return batch
 
 
@@ -212,24 +214,14 @@ def _joined(batches: list[Any]) -> Any:
     return batches[0] if len(batches) == 1 else _concatenated(batches, list(map(batch_size, batches)))
 
 
-def _concatenated(parts: list[Any], sizes: list[int], *, inside: bool = False) -> Any:
+def _concatenated(parts: Sequence[Any], sizes: list[int], *, inside: bool = False) -> Any:
     """Return parts of batches of so many samples as one."""
     first = parts[0]
     if inside and all(map(_is_column, parts, sizes)):
         return type(first)(itertools.chain.from_iterable(parts))
     if isinstance(first, Tensor):
-        return torch.cat(parts) if all(map(_has_samples, parts, sizes)) else first
-    if isinstance(first, Mapping):
-        return _like(first, {key: _concatenated([part[key] for part in parts], sizes, inside=True) for key in first})
-    if _is_record(first):
-        fields = {
-            name: _concatenated([getattr(one, name) for one in parts], sizes, inside=True) for name in _parts_of(first)
-        }
-        return _record_like(first, fields)
-    if isinstance(first, tuple | list):
-        made = [_concatenated(list(part), sizes, inside=True) for part in zip(*parts, strict=True)]
-        return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
-    return first
+        return torch.cat(list(parts)) if all(map(_has_samples, parts, sizes)) else first
+    return _map_parts(lambda *inner: _concatenated(inner, sizes, inside=True), *parts)
 
 
 def batch_size(batch: Any) -> int:

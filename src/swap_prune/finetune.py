@@ -127,10 +127,8 @@ class FineTune:
         """
         compares = isinstance(loss_fn, GaussNewtonLoss)
         if self.distillation == "auto":
-            taught_already = getattr(
-                loss_fn, "stationary", False
-            )  # its own loss is the distance from the dense network
-            return _DISTILLATION if known and compares and not taught_already else 0.0
+            itself = getattr(loss_fn, "stationary", False)  # the loss is the distance from the dense network
+            return _DISTILLATION if known and compares and not itself else 0.0
         if self.distillation > 0 and not known:
             raise ValueError(f"distillation={self.distillation:g} needs the dense network to learn from: pass teacher=")
         if self.distillation > 0 and not compares:
@@ -250,7 +248,7 @@ def train(
         masks: Parameter name to mask.
         generator: Random state of the order, and of what PyTorch's own is seeded with meanwhile (CPU).
         reach: Called with the number of epochs done, in fractions.
-        teacher: The dense network, where it is known.
+        teacher: The dense network, where it is learnt from.
 
     Raises:
         ValueError: If there is nothing to train, a mask does not fit, a share of the teacher cannot be had, no batch
@@ -323,7 +321,7 @@ class _Course:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * _SCHEDULES[self.settings.schedule](done)
         self.optimizer.zero_grad(set_to_none=True)
-        taught = Taught(batch) if self.teacher is None or self.share == 0 else self.teacher.teach([batch])[0]
+        taught = Taught(batch) if self.teacher is None else self.teacher.teach([batch])[0]
         with failures_named("training batch", batch):
             losses = taught_losses(self.loss_fn, self.model, taught, self.share, self.settings.temperature)
             loss = losses.mean()

@@ -32,7 +32,7 @@ _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
-_READ = 4  # batches of samples that are held where one after the other is read: one in hand, three read ahead
+_READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
