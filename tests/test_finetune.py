@@ -372,6 +372,16 @@ def test_a_single_sample_left_over_is_passed_over_by_batchnorm_without_running_s
     assert finetune(model, first, FineTune(epochs=1, batch_size=16)).steps == 1
 
 
+def test_a_message_on_a_batch_of_many_names_is_short() -> None:
+    def broken(net: nn.Module, batch: Any) -> torch.Tensor:
+        raise RuntimeError("no such file")
+
+    batch = [INPUTS[:100], [f"{i}.png" for i in range(100)]]
+    with pytest.raises(ValueError, match=r"str, \.\.\. 100 in all\)\): RuntimeError: no such file") as caught:
+        finetune(pruned_network(), [batch], loss_fn=broken)
+    assert len(str(caught.value)) < 200
+
+
 def test_a_model_made_in_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         model = nn.Linear(6, 3)

@@ -35,6 +35,7 @@ __all__ = [
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 _IGNORE_INDEX = -100  # torch's own
+_SHOWN = 8  # parts of a batch that a message describes
 _FEW = 2  # samples; one could not show a loss that leaves one out
 
 
@@ -355,7 +356,9 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return "(" + ", ".join(describe(part) for part in batch) + ")"
+        shown = [describe(part) for part in batch[:_SHOWN]]
+        shown += [f"... {len(batch)} in all"] if len(batch) > _SHOWN else []
+        return "(" + ", ".join(shown) + ")"
     return type(batch).__name__
 
 
