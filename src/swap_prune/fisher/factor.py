@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DenseFactor", "FisherFactor", "add_squares_", "gram_of_columns"]
+__all__ = ["DenseFactor", "FisherFactor", "add_gram_", "add_squares_", "gram_of_columns", "mirror_lower"]
 
 _BLOCK_BYTES = 256 * 2**20  # size of the temporary copies in `gram`
+_BLOCK_ROWS = 128  # of a Gram matrix at least, and a quarter of them: smaller products are slower than what they save
 
 
 class FisherFactor(Protocol):
@@ -130,8 +131,8 @@ class DenseFactor:
             else:
                 index = support[start : start + block]
                 part, own = self.matrix.index_select(1, index), scale.index_select(0, index)
-            result.addmm_(part * own, part.T)
-        return result
+            add_gram_(result, part, own)
+        return mirror_lower(result)
 
     def rows(self, index: Tensor) -> FisherFactor:
         """Return the factor of some rows: a copy of them, or products with all where copies are limited."""
@@ -158,6 +159,28 @@ def add_squares_(total: Tensor, rows: Tensor) -> Tensor:
     return total
 
 
+def add_gram_(total: Tensor, columns: Tensor, scale: Tensor) -> None:
+    """Add ``C diag(scale) C^T`` to a total, (n, n), in place: its lower triangle at least.
+
+    It is symmetric: on a CPU, a block of rows is multiplied with no row below it.
+
+    Args:
+        total: (n, n); :func:`mirror_lower` completes it.
+        columns: C, (n, r).
+        scale: (r,), of any sign.
+    """
+    scaled, n = columns * scale, len(columns)
+    size = n if columns.device.type == "cuda" else max(_BLOCK_ROWS, -(-n // 4))
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        total[start:stop, :stop].addmm_(scaled[start:stop], columns[:stop].T)
+
+
+def mirror_lower(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix of a lower triangle, (n, n)."""
+    return matrix.tril() + matrix.tril(-1).T
+
+
 def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:
     """Return ``G diag(scale) G^T``, (n, n), from ``column_limit`` columns at a time.
 
@@ -169,5 +192,5 @@ def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:
     result = torch.zeros(n, n, dtype=scale.dtype, device=scale.device)
     for index in torch.split(scale.nonzero().squeeze(1), factor.column_limit):
         part = factor.columns(index)
-        result.addmm_(part * scale[index], part.T)
-    return result
+        add_gram_(result, part, scale[index])
+    return mirror_lower(result)

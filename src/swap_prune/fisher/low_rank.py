@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.blocked import column_limit
-from swap_prune.fisher.factor import add_squares_
+from swap_prune.fisher.factor import add_gram_, add_squares_, mirror_lower
 
 __all__ = ["LowRankFactor", "OuterRows", "PlainRows"]
 
@@ -246,9 +246,8 @@ class LowRankFactor:
                     result += part[0] * layer.inner_products()
                 continue
             for index in part.nonzero().squeeze(1).split(block):  # type: ignore[no-untyped-call]
-                columns = layer.columns(index)
-                result.addmm_(columns * part[index], columns.T)
-        return result
+                add_gram_(result, layer.columns(index), part[index])
+        return mirror_lower(result)
 
     def rows(self, index: Tensor) -> LowRankFactor:
         """Return the factor of some rows."""
