@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from swap_prune.calibration import CalibrationStream, peek, share_out_samples
 from swap_prune.experiments.images import ImageTensors
@@ -94,7 +94,7 @@ def iterables():
     return {
         "list": lambda: batches_of(4, 4, 2),
         "tuple": lambda: tuple(batches_of(4, 4, 2)),
-        "loader": lambda: DataLoader(OneByOne(), batch_size=4, generator=generator()),
+        "loader": lambda: DataLoader(OneByOne(), batch_sampler=[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]),
         "generator": lambda: (batch for batch in batches_of(4, 4, 2)),
         "iterator": lambda: iter(batches_of(4, 4, 2)),
         "iterable dataset": Flow,
@@ -390,7 +390,7 @@ def failing():
         (Shy(), "needs a length"),
         (failing(), "RuntimeError: disk gone"),
         (
-            DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True),
+            DataLoader(TensorDataset(torch.zeros(3)), batch_sampler=BatchSampler(range(3), 4, drop_last=True)),
             "with drop_last=True no batch may be",
         ),
     ],
@@ -440,25 +440,3 @@ def test_what_data_draw_from_the_global_random_state_is_not_drawn_again():
     parts = stream(Noisy()).draw(300)
     images = torch.cat([part[0] for part in parts])
     assert len(torch.unique(images, dim=0)) == 300
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_no_sample_is_drawn_twice_from_a_loader_that_shuffles(drop_last):
-    loader = DataLoader(TensorDataset(*batches_of(70)[0]), batch_size=8, shuffle=True, drop_last=drop_last)
-    source = stream(loader)
-    size = 64 if drop_last else 70
-    for samples in (30, 30, 100, 5, 70, 65):
-        found = drawn(source, samples)
-        assert len(found) == len(set(found)) == min(samples, size)
-    fitting, apart = source.draw_apart(50, 30)
-    found = [int(i) for batch in [*fitting, *apart] for i in batch[1]]
-    assert len(found) == len(set(found)) == size
-    first, second = drawn(source, 20), drawn(source, 20)
-    assert not set(first) & set(second), "one pass has both"
-    whole = [int(i) for _, batch in source.read_pass(7, generator()) for i in batch[1]]
-    assert len(whole) == len(set(whole)) == size
-
-
-def test_a_loader_in_order_goes_on_where_it_was():
-    source = stream(DataLoader(TensorDataset(*batches_of(10)[0]), batch_size=4))
-    assert [drawn(source, 6), drawn(source, 6)] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 0, 1]]

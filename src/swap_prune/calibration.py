@@ -1,10 +1,9 @@
 """Calibration data: an endless, reproducible stream of samples drawn from what the caller has.
 
-Second step of the pipeline. ``data`` may be a map-style ``Dataset`` (samples are drawn at random, without
-repetition until all were seen), an iterable of batches such as a ``DataLoader`` or a list (read in order,
-each stage going on where the last one stopped, from the start again at the end), or a one-shot iterator
-(remembered as it is read). A draw larger than the data returns all of it, once. One that the rest of a pass of a
-``DataLoader`` that shuffles is too short for starts a new pass, so that no sample is in it twice.
+Second step of the pipeline. ``data`` may be a map-style ``Dataset`` or a ``DataLoader`` over one (samples are drawn at
+random, without repetition until all were seen; :mod:`swap_prune.numbered`), an iterable of batches such as a list (read
+in order, each stage going on where the last one stopped, from the start again at the end), or a one-shot iterator
+(remembered as it is read). A draw larger than the data returns all of it, once.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from swap_prune.batches import (
     batch_size,
@@ -28,8 +27,9 @@ from swap_prune.batches import (
     slice_batch,
     split_batches,
 )
+from swap_prune.numbered import NumberedSamples, known_length
 
-__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "known_length", "peek", "share_out_samples"]
+__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "peek", "share_out_samples"]
 
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
@@ -41,8 +41,8 @@ class CalibrationStream:
     """Draws calibration batches; the only object of the package that remembers where it is.
 
     Args:
-        data: Dataset, iterable of batches, or iterator of batches.
-        generator: Random state for drawing from a Dataset (CPU).
+        data: Dataset, DataLoader, iterable of batches, or iterator of batches.
+        generator: Random state for drawing samples by number (CPU).
         device: Where the drawn batches are put.
         size: Samples of a batch, at the most, but for single ones that would be left alone: batches that the data bring
             are joined and split.
@@ -66,15 +66,13 @@ class CalibrationStream:
         self._generator = generator
         self._device = device
         self._size = size
-        self._indexed = isinstance(data, Dataset)
+        self._samples = NumberedSamples.of(data)
         self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
         self._gradients = torch.is_grad_enabled()  # the caller's mode; data may be read in the midst of a computation
-        self._order: list[int] = []  # indices of a Dataset that were not drawn yet
-        self._reserved: list[int] = []  # indices of a Dataset that are held out of what is fitted
-        self._barred: frozenset[int] = frozenset()  # indices of a Dataset that are never drawn again
-        self._passes = iter(()) if self._indexed else self._read_passes()
-        self._shuffled = _shuffled_samples(data)
-        self._position = 0  # samples of the current pass that were drawn
+        self._order: list[int] = []  # numbers of samples that were not drawn yet
+        self._reserved: list[int] = []  # numbers of samples that are held out of what is fitted
+        self._barred: frozenset[int] = frozenset()  # numbers of samples that are never drawn again
+        self._passes = self._read_passes() if self._samples is None else iter(())
         self._pass_size: int | None = None  # samples in one pass, once one was completed
         self._read = 0  # samples read in the first pass
         self._rest: Any = None  # what a draw left of its last batch
@@ -93,7 +91,7 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
-        if self._indexed:
+        if self._samples is not None:
             return self._in_batches(self._take(samples))
         parts = (part for batch in self._draw_iterated(samples) for part in split_batches([batch], self._size, least=2))
         return map(self._placed, join_batches(parts, self._size))
@@ -101,12 +99,12 @@ class CalibrationStream:
     def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
         """Yield as many samples as the data holds, batch by batch, to train on.
 
-        A Dataset is read in a new order. Other data goes on where it was, in batches as they come, split where they
-        hold more than ``size`` samples.
+        A Dataset is read in a new order, and so is a DataLoader that shuffles. Other data goes on where it was, in
+        batches as they come. No batch has more than ``size`` samples.
 
         Args:
             size: Samples a batch.
-            generator: Random state for the order of a Dataset (CPU). What ``draw`` draws does not depend on it.
+            generator: Random state of a new order (CPU). What ``draw`` draws does not depend on it.
 
         Yields:
             How much of the pass came before a batch, in [0, 1], and the batch. For data of unknown length it is 0.
@@ -114,11 +112,12 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
-        if self._indexed:
-            order = torch.randperm(self._count(), generator=generator).tolist()
-            order = [i for i in order if i not in self._barred]
-            for start in range(0, len(order), size):
-                yield start / len(order), self._placed(self._collate(order[start : start + size]))
+        if self._samples is not None:
+            numbers = [i for i in range(self._samples.count()) if i not in self._barred]
+            parts = list(self._samples.training_parts(numbers, size, generator))
+            starts = itertools.accumulate(map(len, parts), initial=0)
+            for start, batch in zip(starts, self._guarded(self._samples.batches(parts)), strict=False):
+                yield start / sum(map(len, parts)), self._placed(batch)
             return
         length = known_length(self._data) or float("inf")
         for number, batch in enumerate(self._draw_iterated(sys.maxsize)):
@@ -129,8 +128,8 @@ class CalibrationStream:
     def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
         """Draw ``samples`` samples, and ``held_out`` more that are not among them.
 
-        Data that hold fewer are shared out (:func:`share_out_samples`). A Dataset too small for all the draws holds the
-        same samples out in each of them, so that what is chosen by them was never fitted before.
+        Data that hold fewer are shared out (:func:`share_out_samples`). Numbered samples that are too few for all the
+        draws are held out alike in each of them, so that what is chosen by them was never fitted before.
 
         Args:
             samples: To fit.
@@ -140,7 +139,7 @@ class CalibrationStream:
         Returns:
             Both as batches.
         """
-        if self._indexed and held_out > 0 and self._left() < draws * (samples + held_out):
+        if self._samples is not None and held_out > 0 and self._left() < draws * (samples + held_out):
             return self._draw_reserving(samples, held_out)
         drawn = self.draw(samples + held_out)
         missing, _ = share_out_samples(sum(map(batch_size, drawn)), samples, held_out)
@@ -157,7 +156,7 @@ class CalibrationStream:
         return list(join_batches(fitting, self._size)), list(join_batches(apart, self._size))
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
-        """Do the same from a Dataset; what is held out is drawn once and never fitted."""
+        """Do the same from numbered samples; what is held out is drawn once and never fitted."""
         if not self._reserved:
             _, spare = share_out_samples(self._left(), samples, held_out)
             self._reserved = self._permuted()[:spare]
@@ -165,14 +164,14 @@ class CalibrationStream:
         return list(self._in_batches(fitting)), list(self._in_batches(self._reserved))
 
     def hold_out(self, samples: int) -> list[Any]:
-        """Draw samples that will not be drawn again: a fifth of a Dataset at the most.
+        """Draw samples that will not be drawn again: a fifth of a Dataset, or of that of a DataLoader, at the most.
 
         Other data is read from its start again, where it ends, and then gives them again.
 
         Raises:
-            ValueError: If a Dataset holds fewer than five samples.
+            ValueError: If there are fewer than five samples.
         """
-        if not self._indexed:
+        if self._samples is None:
             return self.draw(samples)
         if self._left() < 5:
             raise ValueError(f"a fifth of the data is held out: at least five samples are needed, got {self._left()}")
@@ -181,7 +180,7 @@ class CalibrationStream:
         return list(self._in_batches(own))
 
     def _permuted(self) -> list[int]:
-        """Return the indices of a Dataset that may be drawn, in a new order."""
+        """Return the numbers that may be drawn, in a new order."""
         order: list[int] = torch.randperm(self._count(), generator=self._generator).tolist()
         return [i for i in order if i not in self._barred]
 
@@ -192,26 +191,11 @@ class CalibrationStream:
         return map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
 
     def _count(self) -> int:
-        size = known_length(self._data)
-        if size is None:
-            raise ValueError(f"a Dataset needs a length (__len__), and {type(self._data).__name__} has none")
-        if size == 0:
-            raise ValueError("the calibration data set is empty: at least one sample is needed")
-        return size
-
-    def _collate(self, indices: list[int]) -> Any:
-        fetch = getattr(self._data, "__getitems__", None) or (lambda part: [self._data[i] for i in part])
-        try:
-            with self._own_randomness():
-                return default_collate(fetch(indices))
-        except (ValueError, OSError):
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"the data set failed to give a batch of samples: {reason}") from error
+        assert self._samples is not None, "only they have numbers"
+        return self._samples.count()
 
     def _take(self, samples: int, barred: Set[int] = frozenset()) -> list[int]:
-        """Return the next indices of a Dataset, but for some."""
+        """Return the next numbers, but for some."""
         barred = barred | self._barred
         take = min(samples, self._count() - len(barred))
         self._order = [i for i in self._order if i not in barred]
@@ -219,22 +203,21 @@ class CalibrationStream:
             held = set(self._order)
             fresh = [i for i in self._permuted() if i not in barred]
             self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
-        indices, self._order = self._order[:take], self._order[take:]
-        return indices
+        numbers, self._order = self._order[:take], self._order[take:]
+        return numbers
 
-    def _in_batches(self, indices: Sequence[int]) -> Iterator[Any]:
-        """Yield the samples of a Dataset at some indices, batch by batch."""
-        parts = (self._collate(list(indices[i : i + self._size])) for i in range(0, len(indices), self._size))
-        return map(self._placed, join_batches(parts, self._size))
+    def _in_batches(self, numbers: Sequence[int]) -> Iterator[Any]:
+        """Yield the samples with some numbers, batch by batch."""
+        assert self._samples is not None, "only they have numbers"
+        parts = [numbers[i : i + self._size] for i in range(0, len(numbers), self._size)]
+        return map(self._placed, join_batches(self._guarded(self._samples.batches(parts)), self._size))
 
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
-        if self._shuffled is not None and self._position > 0 and self._position + samples > self._shuffled:
-            self._passes, self._rest, self._position, self._read = self._read_passes(), None, 0, 0
         got = 0
         while got < min(samples, self._pass_size or samples):
             batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
             if batch is _END:
-                self._pass_size, self._position = self._read, 0
+                self._pass_size = self._read
                 if self._pass_size == 0:
                     raise ValueError(
                         "the calibration data is empty or exhausted: it gave no sample (a generator can be "
@@ -247,9 +230,7 @@ class CalibrationStream:
             if surplus > 0 and is_sliceable(batch):
                 self._rest = slice_batch(batch, size - surplus, size)
                 batch = slice_batch(batch, 0, size - surplus)
-            taken = min(size, size - surplus) if is_sliceable(batch) else size
-            self._position += taken
-            got += taken
+            got += min(size, size - surplus) if is_sliceable(batch) else size
             yield batch
 
     def _read_passes(self) -> Iterator[Any]:
@@ -272,17 +253,15 @@ class CalibrationStream:
             yield _END
 
     def _guarded(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Yield what an iterable gives; loaders that shuffle draw from a random state of the stream's own."""
+        """Yield what an iterable gives, with a random state of the stream's own in place of PyTorch's global one."""
         with self._own_randomness():
             batches = iter(source)
         while True:
             with self._own_randomness():
                 try:
                     batch = next(batches, _END)
-                except (ValueError, OSError):
-                    raise
                 except Exception as error:
-                    raise ValueError(f"the calibration data failed: {type(error).__name__}: {error}") from error
+                    _report(error)
             if batch is _END:
                 return
             yield batch
@@ -299,20 +278,14 @@ class CalibrationStream:
             self._reading = torch.get_rng_state()
 
 
-def known_length(data: Any) -> int | None:
-    """Return the length of a data set or of a loader; None where it has none, or does not say it."""
-    try:
-        return len(data)
-    except Exception:  # a method that is there for form's sake may raise anything
-        return None
-
-
-def _shuffled_samples(data: Any) -> int | None:
-    """Return how many samples a pass of a DataLoader has whose order is another each time; None for other data."""
-    if not (isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler) and data.batch_size):
-        return None
-    size = len(data.sampler)
-    return size - size % data.batch_size if data.drop_last else size
+def _report(error: Exception) -> NoReturn:
+    """Raise what data that fail are reported by: a ValueError of one line, or their own ValueError or OSError."""
+    lines = str(error).splitlines() or [""]
+    if lines[0].startswith("Caught ") and " DataLoader worker " in lines[0]:  # then a traceback, and what it was
+        raise ValueError(f"the calibration data failed in a worker of the DataLoader: {lines[-1]}") from error
+    if isinstance(error, ValueError | OSError):
+        raise error
+    raise ValueError(f"the calibration data failed: {type(error).__name__}: {lines[0]}") from error
 
 
 def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:
@@ -360,8 +333,9 @@ def _first(data: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             if isinstance(data, DataLoader) and data.collate_fn is not None:
                 return data.collate_fn([data.dataset[0]])
-            if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-                return default_collate([data[0]])
+            samples = NumberedSamples.of(data)
+            if samples is not None:
+                return next(iter(samples.batches([[0]])))
         if isinstance(data, list | tuple) and data and is_sliceable(data[0]):
             return slice_batch(data[0], 0, 1)
     except Exception:  # what is wrong with the data is said where it is drawn

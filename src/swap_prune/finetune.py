@@ -177,9 +177,9 @@ def finetune(
 
     Args:
         model: The network. If anything goes wrong it is left as it was.
-        data: Training data: a Dataset, or an iterable of batches that ``loss_fn`` takes and that comes to an end. What
-            it draws from PyTorch's own random state, such as an augmentation or the order of a DataLoader, is
-            reproducible from ``seed``.
+        data: Training data: a Dataset or a DataLoader, or an iterable of batches that ``loss_fn`` takes and that comes
+            to an end. What it draws from PyTorch's own random state, such as an augmentation, is reproducible from
+            ``seed``, and so is the order of a DataLoader that shuffles.
         settings: Optimiser, epochs and so on.
         loss_fn: ``(model, batch) -> (n,)`` per-sample losses, of which the mean is taken; by default the
             cross-entropy of batches ``(inputs, targets)``.

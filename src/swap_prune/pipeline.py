@@ -77,7 +77,8 @@ def prune(
 
     Args:
         model: Any module. It is changed in place; if anything goes wrong it is left as it was.
-        data: Calibration data: a Dataset, or an iterable of batches that ``loss_fn`` takes.
+        data: Calibration data: a Dataset or a DataLoader, from which samples are drawn at random, or an iterable of
+            batches that ``loss_fn`` takes, which is read in order.
         sparsity: Fraction of the selected weights that becomes zero, in [0, 1):
             ``p - floor(p * (1 - sparsity))`` zeros.
         method: A name in ``swap_prune.METHODS``, or a config object such as ``swap_prune.EWR(epsilon=0.1)``.
@@ -89,7 +90,7 @@ def prune(
             settings by the loss on held-out samples draws up to 512 more; of data that hold fewer it takes a fifth, or
             what is left beside ``samples``, if that is more.
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
-            on up to 1,024 more samples falls; of a Dataset no stage sees them.
+            on up to 1,024 more samples falls; of a Dataset or a DataLoader no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up. By default
             weights are compared over all layers, and a layer may be emptied; the report's notes say so.

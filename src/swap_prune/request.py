@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
-from torch.utils.data import Dataset
 
 from swap_prune.batches import map_tensors
-from swap_prune.calibration import HELD_OUT, JUDGED, known_length, peek, share_out_samples
+from swap_prune.calibration import HELD_OUT, JUDGED, peek, share_out_samples
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.distributed import process_count
 from swap_prune.finetune import FineTune
@@ -29,6 +28,7 @@ from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory import held_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.modes import check_no_inference
+from swap_prune.numbered import NumberedSamples, known_length
 from swap_prune.planning import Workload, check_storage, output_bytes, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
@@ -141,7 +141,8 @@ def check_run(
 
 def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
     """Count what the need of a run depends on, on the device where it will take place."""
-    known = known_length(data) if isinstance(data, Dataset) else None
+    numbered = NumberedSamples.of(data)
+    known = None if numbered is None else known_length(numbered.dataset)
     size = sys.maxsize if known is None else known
     judged = min(JUDGED, size // 5) if len(run.schedules) > 1 else 0
     held_out = min(run.samples, HELD_OUT) if run.solver.needs_held_out else 0
