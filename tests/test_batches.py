@@ -40,7 +40,7 @@ def test_slicing_and_sizes():
 def test_split_batches_keeps_every_sample_in_order():
     batches = [(torch.arange(7), torch.arange(7)), (torch.arange(7, 10), torch.arange(7, 10))]
     parts = split_batches(batches, 3)
-    assert [batch_size(part) for part in parts] == [3, 3, 1, 3]
+    assert [batch_size(part) for part in parts] == [2, 2, 3, 3]
     assert torch.cat([part[1] for part in parts]).tolist() == list(range(10))
     whole = [object()]
     assert split_batches(whole, 1)[0] is whole[0]
@@ -58,7 +58,8 @@ def test_split_batches_keeps_every_sample_in_order():
         ((1,) * 20, [8, 8, 4]),  # a loader of single samples
         ((1,) * 17, [8, 9]),
         ((1,), [1]),
-        ((20, 3), [20, 3]),
+        ((20, 3), [23]),  # few have hardly a variance
+        ((20, 4), [20, 4]),
         ((), []),
     ],
 )
@@ -80,9 +81,15 @@ def test_batches_that_differ_stay_apart():
     assert list(join_batches(["text", "text"], 8)) == ["text", "text"]
 
 
-@pytest.mark.parametrize(("size", "parts"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1]), (5, [5])])
-def test_no_sample_is_split_off_alone(size, parts):
-    assert [batch_size(part) for part in split_batches(batches_of(size), 4, least=2)] == parts
+@pytest.mark.parametrize(("size", "parts"), [(8, [4, 4]), (9, [3, 3, 3]), (10, [3, 3, 4]), (1, [1]), (5, [2, 3])])
+def test_the_parts_of_a_batch_are_alike(size, parts):
+    assert [batch_size(part) for part in split_batches(batches_of(size), 4)] == parts
+
+
+@pytest.mark.parametrize("size", [128, 129, 130, 135, 136, 250, 257])
+def test_a_few_samples_are_no_batch(size):
+    parts = list(join_batches(split_batches(batches_of(*[16] * (size // 16), size % 16 or 16), 128), 128))
+    assert min(len(part[1]) for part in parts) >= 8 and max(len(part[1]) for part in parts) <= 128 + 7
 
 
 def test_what_all_samples_share_is_kept_once_and_stands_in_the_way_where_it_differs():
@@ -125,6 +132,6 @@ def test_lists_beside_tensors_are_cut_chosen_and_joined_with_the_samples():
     (joined,) = join_batches([column_batch(0, 3), column_batch(3, 6)], 8)
     check_columns(joined, [0, 1, 2, 3, 4, 5], 3)
     parts = split_batches([(torch.arange(5), ["a", "b", "c", "d", "e"])], 2)
-    assert [part[1] for part in parts] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [part[1] for part in parts] == [["a"], ["b", "c"], ["d", "e"]]
     two = slice_batch([torch.arange(2), torch.arange(2) + 5], 0, 1)
     assert [part.tolist() for part in two] == [[0], [5]], "a pair of tensors with two samples is a pair"

@@ -242,17 +242,45 @@ def test_a_pass_over_a_dataset_is_whole_in_a_new_order_and_changes_no_draw():
 
 def test_a_pass_over_batches_splits_them_and_goes_on_where_it_was():
     source = stream(batches_of(4, 6))
-    assert passed(source, 3) == ([0.0, 0.25, 0.5, 0.75], [3, 1, 3, 3], list(range(10)))
+    assert passed(source, 3) == ([0.0, 0.25, 0.5, 0.75], [2, 2, 3, 3], list(range(10)))
     assert drawn(source, 5) == [0, 1, 2, 3, 4]
     assert sorted(passed(source, 100)[2]) == list(range(10))
 
 
 def test_large_batches_of_a_loader_are_split_and_no_sample_stays_alone():
     source = CalibrationStream(batches_of(4, 17), generator(), size=8)
-    assert [len(batch[0]) for batch in source.draw(21)] == [4, 8, 9]
+    assert [len(batch[0]) for batch in source.draw(21)] == [4, 5, 6, 6]
     fitting, apart = source.draw_apart(12, 5)
     assert sum(len(batch[0]) for batch in fitting) == 12 and sum(len(batch[0]) for batch in apart) == 5
     assert max(len(batch[0]) for batch in [*fitting, *apart]) <= 9
+
+
+@pytest.mark.parametrize("name", ["dataset", "loader", "batches"])
+def test_a_stream_beside_another_changes_none_of_its_draws_and_has_nothing_that_is_held_out(name):
+    whole = TensorDataset(*batches_of(60)[0])
+    data = {"dataset": whole, "loader": DataLoader(whole, batch_size=7), "batches": batches_of(60)}[name]
+    source, alone = CalibrationStream(data, generator()), CalibrationStream(data, generator())
+    beside = source.beside(None, generator(1))
+    if name == "batches":
+        assert beside is source, "there is one order only"
+        return
+    own = {int(i) for batch in source.hold_out(10) for i in batch[1]}
+    alone.hold_out(10)
+    for _ in range(3):
+        assert set(drawn(beside, 60)) == set(range(60)) - own
+        assert drawn(source, 25) == drawn(alone, 25)
+    again = CalibrationStream(data, generator()).beside(None, generator(1))
+    assert drawn(again, 20) == drawn(CalibrationStream(data, generator(1)), 20)
+
+
+def test_what_is_held_out_is_left_out_of_the_same_samples_in_another_form():
+    whole, form = TensorDataset(*batches_of(60)[0]), TensorDataset(torch.zeros(60, 1), torch.arange(60))
+    source = CalibrationStream(whole, generator())
+    same, other = (source.beside(data, generator(1)) for data in (form, TensorDataset(*batches_of(61)[0])))
+    own = {int(i) for batch in source.hold_out(10) for i in batch[1]}
+    assert {int(i) for batch in same.draw(60) for i in batch[1]} == set(range(60)) - own
+    assert {int(i) for _, batch in same.read_pass(7, generator()) for i in batch[1]} == set(range(60)) - own
+    assert set(drawn(other, 61)) == set(range(61))
 
 
 class Counted(Dataset):

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from swap_prune import EWR
-from swap_prune.methods.descent import is_significant, loss_after_steps, mean_loss, step_down
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.methods.descent import damping_of, is_significant, loss_after_steps, mean_loss, step_down
 from swap_prune.methods.pairing import pairing_regression
+from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
+from tests.cases import generator
 from tests.test_held_out import problem_with
 
 
@@ -103,6 +106,24 @@ def test_a_gain_must_exceed_its_standard_error():
     spread = torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 3.0])  # std above the mean, its error below
     assert float(spread.std()) > float(spread.mean()) and is_significant(spread)
     assert not is_significant(torch.tensor([1.0]))
+
+
+def test_a_sample_whose_loss_is_infinite_no_longer_is_a_gain():
+    before, after = torch.tensor([1.0, math.inf, 1.0]), torch.tensor([1.0, 3.0, 1.1])
+    assert is_significant(before - after) and not is_significant(after - before)
+    assert not is_significant(before - before), "nothing is known"
+
+
+def test_steps_do_not_depend_on_the_unit_of_the_gradients():
+    G, w = torch.randn(20, 60, generator=generator(1)), torch.randn(60, generator=generator(2))
+    for metric in ("identity", "diagonal"):
+        steps = []
+        for scale in (1.0, 1e-4):
+            problem = PruningProblem(w, 40, DenseFactor(G * scale))
+            regression = pairing_regression(problem, 0.1, 1.0, metric)
+            model = NaturalGradient.on(regression, torch.arange(40), damping_of(regression))
+            steps.append(scale * model.direction(G.mean(0) * scale))
+        assert torch.allclose(steps[0], steps[1], rtol=1e-3, atol=1e-5), metric
 
 
 def test_a_loss_that_is_not_a_number_is_infinite_and_one_sample_of_it_counts_as_blank():

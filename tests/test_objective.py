@@ -193,6 +193,23 @@ def test_nothing_is_changed_by_use():
     assert all(torch.equal(part, after[name]) for name, part in before.items())
 
 
+def test_a_graded_system_is_solved_and_its_gradient_is_right():
+    """A loud row beside one that the kept weights do not feel: the ridge alone makes the system definite."""
+    state = generator(0)
+    G = torch.randn(20, 4000, generator=state)
+    G[0] *= 100
+    G[1] = 0
+    G[1, 400:420] = torch.randn(20, generator=state)
+    w = torch.rand(4000, generator=state) * 0.01
+    w[:400] += 1
+    problem = WeightedRidge(DenseFactor(G), G @ w, w, 0.01, torch.ones(4000))
+    refit = problem.refit(torch.arange(400))
+    exact = WeightedRidge(DenseFactor(G.double()), G.double() @ w.double(), w.double(), 0.01, torch.ones(4000).double())
+    expected = exact.gradient(exact.refit(torch.arange(400)).weights)[400:420]
+    assert float(expected.norm()) > 0.05
+    torch.testing.assert_close(problem.gradient_of(refit)[400:420].double(), expected, rtol=1e-2, atol=1e-4)
+
+
 def test_solve_square():
     a, b = normal(5, 5, seed=17), normal(5, seed=18)
     torch.testing.assert_close(a @ solve_square(a, b), b)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 import swap_prune
 from swap_prune import staging
+from swap_prune.teaching import Taught
 from tests.tiny import batches, data, network
 
 QUIET = {"method": "lr", "samples": 20, "stages": "auto", "progress": False, "sparsity": 0.8}
@@ -91,6 +92,42 @@ def test_what_judges_is_seen_by_no_stage() -> None:
     judged, *later = single
     assert len(judged) == 12  # a fifth
     assert not set(judged) & {i for draw in later for i in draw} and {i for draw in later for i in draw}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_judges_is_not_trained_on(apart: bool) -> None:
+    """Also where training takes the same samples in another form."""
+    watched, form = Watched(), Watched()
+    settings = QUIET | {"finetune": swap_prune.FineTune(epochs=1), "recalibration_data": form if apart else None}
+    swap_prune.prune(net(normalised=False), watched, **settings)
+    judged, *later = [draw for draw in watched.read if draw != [0]]  # that one is looked at for the forecast
+    trained = {i for draw in (form.read if apart else later) if draw != [0] for i in draw}
+    assert len(judged) == 12 and trained == set(range(60)) - set(judged)
+
+
+def test_what_judges_is_believed_as_far_as_the_run_believes_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(3000, 8)
+    labels = inputs[:, :4].argmax(1)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    trusts: list[Tensor | None] = []
+    loss = staging._loss
+
+    def watched(runner: staging.StageRunner, judged: list[Taught]) -> float:
+        trusts.extend(one.trust for one in judged)
+        return loss(runner, judged)
+
+    monkeypatch.setattr(staging, "_loss", watched)
+    settings = QUIET | {"samples": 256, "noise": "labels:fraction=0.4"}
+    swap_prune.prune(model, torch.utils.data.TensorDataset(inputs, labels), **settings)
+    trust = torch.cat([one for one in trusts if one is not None])
+    assert len(trusts) >= 2 and None not in trusts
+    assert 0.3 < float(trust.mean()) < 0.65 and float(trust.min()) < 0.01
 
 
 @pytest.mark.parametrize("method", ["magnitude", "ewr"])

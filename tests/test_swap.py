@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from swap_prune.fisher.factor import DenseFactor
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import exchange_of, propose_swaps, spared, swap_weights
@@ -36,6 +39,18 @@ def test_exchanges_cost_what_refits_say(n: int, p: int, keep: int, smoothed: boo
     for index, gain in zip(outside, exchange.enter(outside), strict=True):
         more = torch.cat([support, index[None]]).sort().values
         assert float(gain) == pytest.approx(fit.value - fit_on(problem, more).value, rel=1e-6, abs=1e-12)
+
+
+def test_swaps_do_not_depend_on_the_unit_of_the_gradients() -> None:
+    fits = []
+    for scale in (1.0, 1e-4, 1e-8, 1e6):
+        problem = random_regression(10, 40, generator(5))
+        factor = DenseFactor(problem.factor.matrix * scale)
+        problem = replace(problem, factor=factor, target=problem.target * scale, metric=problem.metric * scale**2)
+        fits.append(swap_weights(problem, fit_on(problem, torch.arange(15))))
+    assert fits[0].swaps > 0
+    for fit in fits[1:]:
+        assert fit.swaps == fits[0].swaps and torch.equal(fit.support, fits[0].support)
 
 
 def test_proposals_pair_the_cheapest_with_the_best_as_long_as_they_gain() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ __all__ = [
     "slice_batch",
     "split_batches",
 ]
+
+_LEAST = 8  # samples that are no batch by themselves
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -125,13 +128,10 @@ def _has_samples(tensor: Tensor, size: int) -> bool:
     return tensor.ndim > 0 and tensor.shape[0] == size
 
 
-def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any]:
-    """Return batches of ``size`` samples at the most; a batch that cannot be sliced stays whole.
+def split_batches(batches: Iterable[Any], size: int) -> list[Any]:
+    """Return batches of ``size`` samples at the most, each in equal parts but for one sample.
 
-    Args:
-        batches: Batches.
-        size: At least ``least``.
-        least: What would be left of a batch with fewer samples goes to the part before it.
+    A batch that cannot be sliced stays whole.
     """
     parts = []
     for batch in batches:
@@ -139,21 +139,22 @@ def split_batches(batches: Iterable[Any], size: int, least: int = 1) -> list[Any
             parts.append(batch)
             continue
         whole = batch_size(batch)
-        starts = [start for start in range(0, whole, size) if start == 0 or whole - start >= least]
-        parts += [slice_batch(batch, start, stop) for start, stop in itertools.pairwise([*starts, whole])]
+        count = max(1, math.ceil(whole / size))
+        parts += [slice_batch(batch, i * whole // count, (i + 1) * whole // count) for i in range(count)]
     return parts
 
 
 def join_batches(batches: Iterable[Any], size: int) -> Iterator[Any]:
     """Yield the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
 
-    A single sample that would be left alone joins a batch that is full: BatchNorm finds no variance in one. Batches
+    A few samples that would be left alone join a batch that is full: BatchNorm's statistics of them say little. Batches
     that cannot be sliced, or whose samples differ in shape, stay as they are. One joined batch and one batch more are
     read ahead.
     """
-    full: list[Any] = []  # joined, and still to be yielded: a single sample may follow, or may be all that it holds
+    least = max(2, min(_LEAST, size // 2))
+    full: list[Any] = []  # joined, and still to be yielded: a few samples may follow, or may be all that it holds
     for group in _groups(batches, size):
-        if full and _are_alike(full[-1], group[0]) and 1 in (_samples(full), _samples(group)):
+        if full and _are_alike(full[-1], group[0]) and min(_samples(full), _samples(group)) < least:
             full += group
             continue
         if full:

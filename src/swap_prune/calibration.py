@@ -71,7 +71,7 @@ class CalibrationStream:
         self._gradients = torch.is_grad_enabled()  # the caller's mode; data may be read in the midst of a computation
         self._order: list[int] = []  # numbers of samples that were not drawn yet
         self._reserved: list[int] = []  # numbers of samples that are held out of what is fitted
-        self._barred: frozenset[int] = frozenset()  # numbers of samples that are never drawn again
+        self._barred: set[int] = set()  # numbers of samples that are never drawn again
         self._passes = self._read_passes() if self._samples is None else iter(())
         self._pass_size: int | None = None  # samples in one pass, once one was completed
         self._read = 0  # samples read in the first pass
@@ -93,7 +93,7 @@ class CalibrationStream:
         """
         if self._samples is not None:
             return self._in_batches(self._take(samples))
-        parts = (part for batch in self._draw_iterated(samples) for part in split_batches([batch], self._size, least=2))
+        parts = (part for batch in self._draw_iterated(samples) for part in split_batches([batch], self._size))
         return map(self._placed, join_batches(parts, self._size))
 
     def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
@@ -176,8 +176,27 @@ class CalibrationStream:
         if self._left() < 5:
             raise ValueError(f"a fifth of the data is held out: at least five samples are needed, got {self._left()}")
         own = self._permuted()[: min(samples, self._left() // 5)]
-        self._barred |= set(own)
+        self._barred.update(own)
         return list(self._in_batches(own))
+
+    def beside(self, data: Any, generator: torch.Generator) -> CalibrationStream:
+        """Return a stream for what looks at samples without fitting to them, or trains: it changes no draw of this one.
+
+        What this one holds out is left out of it too; also of other data that has as many samples, which are taken to
+        be the same ones in another form.
+
+        Args:
+            data: Its data; None for those of this stream, which is then the stream itself where they have no numbers.
+            generator: Random state for drawing (CPU).
+        """
+        if data is None and self._samples is None:
+            return self
+        other = CalibrationStream(self._data if data is None else data, generator, self._device, self._size)
+        if self._samples is not None and other._samples is not None:
+            sizes = (known_length(one.dataset) for one in (self._samples, other._samples))
+            if len(set(sizes)) == 1:
+                other._barred = self._barred
+        return other
 
     def _permuted(self) -> list[int]:
         """Return the numbers that may be drawn, in a new order."""

@@ -171,9 +171,7 @@ def prune(
         stages=sum(map(len, run.schedules)),
         generator=generator,
         calibration=calibration,
-        recalibration=calibration
-        if recalibration_data is None
-        else CalibrationStream(recalibration_data, generator, place, 2 * held.at_once),
+        recalibration=calibration.beside(recalibration_data, forked_generator(seed, "recalibration")),
         normalised=run.normalised,
         defended=defence == "auto",
         finetune=finetune,

@@ -312,7 +312,7 @@ class StageRunner:
         evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
-        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once, least=2)), self.judges(spare)
+        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once)), self.judges(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}

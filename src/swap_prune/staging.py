@@ -18,6 +18,7 @@ from swap_prune.calibration import JUDGED
 from swap_prune.methods.descent import mean_loss
 from swap_prune.modes import eval_mode
 from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.stage import StageRunner
 from swap_prune.surgery import Snapshot
@@ -51,7 +52,7 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
     Returns:
         What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
     """
-    judged = runner.judges(runner.corrupt(runner.calibration.hold_out(JUDGED)))
+    judged = _judges(runner)
     changing = None if runner.finetune is not None else runner.selection
     dense = Snapshot(runner.model, changing)
     best: _Outcome | None = None
@@ -68,6 +69,17 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
     assert best is not None, "there is at least one schedule"
     *before, last = best.records
     return [*before, last.model_copy(update={"evidence": last.evidence | {"stages_tried": tried}})]
+
+
+def _judges(runner: StageRunner) -> list[Taught]:
+    """Draw what all numbers of stages are judged by, believed as far as the run believes its samples."""
+    batches = runner.corrupt(runner.calibration.hold_out(JUDGED))
+    if runner.doubts is None:
+        return runner.judges(batches)
+    classes = forked_generator(runner.seed, "restoration of what judges")
+    batches, _, _ = runner.doubts.restore(runner.model, batches, [], classes)
+    judged, _, _ = runner.doubts.weigh(runner.judges(batches), [])
+    return judged
 
 
 def _loss(runner: StageRunner, judged: Sequence[Taught]) -> float:

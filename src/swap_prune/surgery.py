@@ -144,7 +144,7 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> int:
-    """Estimate BatchNorm's running statistics anew: the plain average over the batches.
+    """Estimate BatchNorm's running statistics anew: the average over the batches, by the values that each has.
 
     Everything but BatchNorm stays in eval mode. Batches of one sample are passed over, since they have no
     variance. A layer that no batch reaches, such as that of another task's head, keeps its statistics.
@@ -168,11 +168,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
         return 0
     momenta = [layer.momentum for layer in layers]
     before = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
-    with _statistics_updated(model, layers), torch.no_grad():
+    with _statistics_updated(model, layers), _weighted_by_size(layers), torch.no_grad():
         try:
             for layer in layers:
                 layer.reset_running_stats()  # type: ignore[operator]
-                layer.momentum = None  # type: ignore[assignment]
             for batch in itertools.chain(first, usable):
                 run_loss(model, batch, loss_fn, _KIND)
         finally:
@@ -188,6 +187,24 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
             "network; leave it out, or use recalibrate_batchnorm=False"
         )
     return len(layers)
+
+
+@contextmanager
+def _weighted_by_size(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let each batch count in running statistics by the values a channel that it brings, from the first one on."""
+    seen = dict.fromkeys(layers, 0)
+
+    def set_momentum(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].numel() // inputs[0].shape[1]
+        seen[layer] += values
+        layer.momentum = values / seen[layer]  # type: ignore[assignment]
+
+    handles = [layer.register_forward_pre_hook(set_momentum) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> tuple[float, float]:

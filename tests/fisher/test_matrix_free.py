@@ -179,7 +179,7 @@ def test_every_product(name: str, rows: str) -> None:
     make, shape, way = NETWORKS[name]
     factor, G, _ = both(build(make), shape, rows, at_once=7)  # several parts a batch
     assert factor.passes.way == way
-    assert len(G) == (3 if rows == "mini-batch" else N)
+    assert len(G) == (4 if rows == "mini-batch" else N)
     assert_products(factor, G)
 
 

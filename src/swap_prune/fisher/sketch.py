@@ -176,7 +176,7 @@ def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 def mini_batches(batches: Sequence[Any]) -> list[Any]:
     """Return batches of about ``MINI_BATCH`` samples, without those of one sample where there are others."""
-    parts = split_batches(batches, MINI_BATCH, least=2)
+    parts = split_batches(batches, MINI_BATCH)
     return [part for part in parts if not is_single(part)] or parts  # one sample has no variance
 
 

@@ -52,13 +52,21 @@ def step_down(
     if length == 0 or problem.slope is None or (length == "auto" and problem.held_out is None):
         return fit, []
     if length != "auto":
-        descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
+        descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
     damped = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), _STEP_METRIC))
-    fit, taken, slope = _descend(problem, NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit), fit)
+    first = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
+    fit, taken, slope = _descend(problem, first, fit)
     fit, further, _ = _descend(problem, NaturalGradient.on(damped, fit.support, _STEP_RIDGE), fit, slope)
     return fit, taken + further
+
+
+def damping_of(regression: WeightedRidge) -> float:
+    """Return the damping of steps: a number where the metric has the unit of f, the mean of f to it where m is 1."""
+    if bool((regression.metric == 1).all()):
+        return _STEP_RIDGE * (float(regression.factor.diagonal().mean()) or 1.0)
+    return _STEP_RIDGE
 
 
 def loss_after_steps(problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, blank: Tensor) -> float:
@@ -73,7 +81,7 @@ def loss_after_steps(problem: PruningProblem, regression: WeightedRidge, fit: Sp
         fit: Its sparse solution.
         blank: Losses of the network without any of the p weights, (n_v,).
     """
-    descent = NaturalGradient.on(regression, fit.support, _STEP_RIDGE, fit.refit)
+    descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
     moved, _, _ = _descend(problem, descent, fit, steps=_COMPARED)
     return mean_loss(torch.fmin(held_out_losses(problem, moved), blank))
 
@@ -180,7 +188,12 @@ def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
 
 
 def is_significant(gain: Tensor) -> bool:
-    """Whether the mean of paired gains on held-out samples, (n_v,), is above its standard error."""
+    """Whether the mean of paired gains on held-out samples, (n_v,), is above its standard error.
+
+    A sample whose loss is infinite no longer is a gain whatever the others say.
+    """
+    if math.isinf(float(gain.mean())):
+        return bool(gain.mean() > 0)
     return len(gain) > 1 and bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.regression.conjugate import DualSystem
-from swap_prune.regression.square import solve_square
+from swap_prune.regression.square import SquareSystem, solve_square
 from swap_prune.regression.top_k import Floors
 
 __all__ = ["Refit", "ScaledGram", "WeightedRidge"]
@@ -139,24 +139,30 @@ class WeightedRidge:
             fitted = self.target - residual + columns @ change
             return Refit(result.index_copy(0, support, kept + change), None, fitted)
         scale = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
-        gram, dual = self._dual(scale, len(support), residual, previous)
+        gram, dual, exact = self._dual(scale, len(support), residual, previous)
         pulled = self.factor.rmatvec(dual)
         weights = result.index_copy(0, support, kept + (scale * pulled).index_select(0, support))
-        if gram is None or self.penalty == 0:
+        if gram is None or self.penalty == 0 or not exact:
             return Refit(weights, gram)
         gradient = (weights - self.reference).mul_(self.metric).sub_(pulled).mul_(self.penalty)
         return Refit(weights, gram, self.target - residual + gram.matrix @ dual, gradient)
 
     def _dual(
         self, scale: Tensor, keep: int, residual: Tensor, previous: Refit | None
-    ) -> tuple[ScaledGram | None, Tensor]:
-        """Return v with ``(S G diag(scale) G^T + n lam I) v = S r``, and the Gram matrix if there is one."""
+    ) -> tuple[ScaledGram | None, Tensor, bool]:
+        """Return v with ``(S G diag(scale) G^T + n lam I) v = S r``.
+
+        Returns:
+            The Gram matrix if there is one, v, and whether v solves the system, and not only as far as it can be told
+            from a singular one.
+        """
         if self.factor.iterative:
-            return None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
+            return None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual), False
         gram = self._gram(scale, keep, previous)
         system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
         system.diagonal().add_(self.penalty)
-        return gram, solve_square(system, self.smooth(residual), symmetric=self.smoothing is None)
+        factors = SquareSystem.of(system, symmetric=self.smoothing is None)
+        return gram, factors.solve(self.smooth(residual)), factors.kind != "inverse"
 
     def _gram(self, scale: Tensor, keep: int, previous: Refit | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""

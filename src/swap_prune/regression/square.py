@@ -27,7 +27,8 @@ class SquareSystem:
     def of(cls, matrix: Tensor, *, symmetric: bool = True) -> SquareSystem:
         """Factorise a matrix.
 
-        A pivot of rounding size, in the matrix's own precision and against the largest one, counts as zero.
+        A pivot of rounding size, in the matrix's own precision, counts as zero: of a symmetric matrix against the entry
+        that it is what is left of, of another against the largest pivot.
 
         Args:
             matrix: (m, m), of any floating dtype.
@@ -38,7 +39,7 @@ class SquareSystem:
         if symmetric:
             factor, info = torch.linalg.cholesky_ex(a)
             pivots = factor.diagonal().square()
-            if int(info) == 0 and float(pivots.min()) > rounding * float(pivots.max()):
+            if int(info) == 0 and float((pivots / a.diagonal()).min()) > rounding:
                 return cls("cholesky", (factor,))
         factors, order, info = torch.linalg.lu_factor_ex(a)
         sizes = factors.diagonal().abs()

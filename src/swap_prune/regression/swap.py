@@ -112,7 +112,7 @@ class Exchange:
         """Return how much Q falls when a dropped weight enters, (r,), for indices of weights."""
         own = self.problem.penalty * self.problem.metric[index].double()
         curvature = own + in_parts(self.problem, index, self.quadratic)
-        return self.gradient[index].double().square() / (2 * curvature.clamp_min(_TINY))
+        return self.gradient[index].double().square() / (2 * torch.maximum(curvature, own))
 
 
 def in_parts(problem: WeightedRidge, index: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

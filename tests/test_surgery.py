@@ -1,0 +1,58 @@
+"""BatchNorm's statistics, estimated anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swap_prune.calibration import CalibrationStream
+from swap_prune.losses import cross_entropy
+from swap_prune.surgery import recalibrate_batchnorm
+from tests.cases import generator, normal
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    whole = normal(sum(sizes), 5, dtype=torch.float32), torch.zeros(sum(sizes), dtype=torch.long)
+    return list(zip(*(part.split(sizes) for part in whole), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(64,), (64, 64), (64, 2), (2, 64), (30, 3, 40)])
+def test_every_sample_counts_alike(sizes: tuple[int, ...]) -> None:
+    model, parts = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), batches(*sizes)
+    assert recalibrate_batchnorm(model, parts, cross_entropy) == 1
+    inputs, shares = torch.cat([part[0] for part in parts]), torch.tensor(sizes) / sum(sizes)
+    torch.testing.assert_close(model[0].running_mean, inputs.mean(0))
+    within = torch.stack([part[0].var(0) for part in parts])
+    torch.testing.assert_close(model[0].running_var, (shares[:, None] * within).sum(0))
+    assert model[0].momentum == 0.1 and int(model[0].num_batches_tracked) == len(sizes)
+    assert not model[0]._forward_pre_hooks
+
+
+def test_a_layer_counts_what_reaches_it() -> None:
+    """A layer that is passed twice, and one that the first batch does not reach."""
+
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.late, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.twice(torch.cat([x, x[:4]]))[:4] + self.twice(x[:4])
+            return self.head(self.late(y) if len(x) < 20 else y).repeat(len(x), 1)[: len(x)]
+
+    model, parts = Forked(), batches(30, 10, 10)
+    recalibrate_batchnorm(model, parts, cross_entropy)
+    seen = [torch.cat([x, x[:4], x[:4]]) for x, _ in parts]
+    torch.testing.assert_close(model.twice.running_mean, torch.cat(seen).mean(0))
+    assert int(model.late.num_batches_tracked) == 2
+    assert float(model.late.running_var.max()) < 10, "not the mean with what was there before"
+
+
+@pytest.mark.parametrize("size", [128, 130, 259, 650])
+def test_statistics_are_good_whatever_is_left_over(size: int) -> None:
+    data = torch.utils.data.TensorDataset(normal(size, 5, dtype=torch.float32), torch.zeros(size, dtype=torch.long))
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+    recalibrate_batchnorm(model, CalibrationStream(data, generator()).read(10000), cross_entropy)
+    torch.testing.assert_close(model[0].running_mean, data.tensors[0].mean(0))
+    assert float((model[0].running_var / data.tensors[0].var(0) - 1).abs().max()) < 0.03
