@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR, prune
@@ -16,11 +16,12 @@ from swap_prune.batches import batch_size
 from swap_prune.calibration import CalibrationStream
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import loss_after_steps, polyak_length, step_down
-from swap_prune.methods.pairing import candidates_of, pairing_regression
+from swap_prune.methods.pairing import candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.natural_gradient import NaturalGradient
 from swap_prune.regression.tuning import Coupling
+from swap_prune.selection import select_parameters
 
 
 def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
@@ -116,8 +117,74 @@ def test_the_first_candidate_is_taken_where_nothing_is_held_out() -> None:
 def test_a_small_damping_is_tried_where_rows_are_few(rows: int, weights: int, few: bool) -> None:
     found = candidates_of(LR(), torch.ones(weights), rows)
     assert len(found) == 4 and found[:3] == candidates_of(LR())[:3]
-    assert (found[3] == (0.025, 0.03, "diagonal")) == few
-    assert candidates_of(LR(damping=2.0, ridge=0.1, metric="layer"), torch.ones(weights), rows) == [(0.1, 2.0, "layer")]
+    assert (found[3] == (0.025, 0.03, "diagonal", 0.0)) == few
+    (fixed,) = candidates_of(LR(damping=2.0, ridge=0.1, metric="layer", floor=0.3), torch.ones(weights), rows)
+    assert fixed == (0.1, 2.0, "layer", 0.3)
+
+
+def starving(held_out: object, keep: int = 40) -> PruningProblem:
+    """A problem whose first layer, 200 of 300 weights, is worth little by the rows of G."""
+    model = nn.Sequential(nn.Linear(10, 20, bias=False), nn.Linear(20, 5, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.cat([torch.full((200,), 1e-3), torch.ones(100)])
+    rows, w = torch.randn(12, 300, generator=generator) * scale, torch.randn(300, generator=generator)
+    slope = torch.randn(300, generator=generator)
+    selection = select_parameters(model)
+    return PruningProblem(w, keep, DenseFactor(rows), held_out, lambda w, kept: slope, selection=selection)
+
+
+def kept_by_layer(kept: Tensor) -> list[int]:
+    return [int(part.sum()) for part in kept.split([200, 100])]
+
+
+def test_floors_are_tried_where_a_layer_is_starved_and_taken_where_held_out_samples_gain() -> None:
+    asked: list[list[int]] = []
+
+    def gains(w: Tensor, kept: Tensor) -> Tensor:
+        """Samples lose a layer that has fewer than half of what it would keep if all kept alike."""
+        asked.append(kept_by_layer(kept))
+        return torch.full((5,), 1.0 if asked[-1][0] < 14 else 0.5 + asked[-1][0] / 1000)
+
+    solution = LR(first_order=0, swaps=0).solve(starving(gains), torch.Generator())
+    floors = [one["floor"] for one in solution.evidence["candidates"]]
+    assert floors == [0.0] * 4 + [0.5] * 4 + [0.75]
+    assert all(kept[0] < 14 for kept in asked[:4]) and [kept[0] for kept in asked[4:]] == [14] * 4 + [20]
+    assert solution.evidence["floor"] == 0.5 and kept_by_layer(solution.kept) == [14, 26]
+    again = LR(first_order=0).solve(starving(gains), torch.Generator())
+    assert kept_by_layer(again.kept)[0] >= 14, "swaps keep to it"
+
+
+def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
+    def equal(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.ones(5)
+
+    tried = LR(first_order=0, swaps=0).solve(starving(equal), torch.Generator())
+    assert tried.evidence["floor"] == 0.0 and len(tried.evidence["candidates"]) == 9
+    for settings, held_out in (({"floor": 0}, equal), ({}, None)):
+        alone = LR(first_order=0, swaps=0, **settings).solve(starving(held_out), torch.Generator())
+        assert torch.equal(alone.kept, tried.kept) and alone.evidence["floor"] == 0.0
+    fixed = LR(first_order=0, swaps=0, floor=0.9).solve(starving(None), torch.Generator())
+    assert kept_by_layer(fixed.kept) == [24, 16]
+    paper = EWR(solver="algorithm1", floor=0.9).solve(starving(None), torch.Generator())
+    assert kept_by_layer(paper.kept)[0] >= 24
+
+
+def test_fair_floors_are_shares_of_what_layers_would_keep_if_all_kept_alike() -> None:
+    problem = starving(None)
+    first, second = slice(0, 200), slice(200, 300)
+    assert list(fair_floors(problem, 0.5)) == [(first, 14), (second, 7)]
+    given = replace(problem, floors=[(second, 20)])
+    assert list(fair_floors(given, 0.5)) == [(first, 14), (second, 20)]
+    assert list(fair_floors(given, 0.0)) == [(second, 20)]
+    crowded = replace(problem, keep=2, floors=[])
+    assert list(fair_floors(crowded, 0.9)) == [], "one weight for each would be all"
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.0, "some", math.nan])
+def test_a_floor_that_makes_no_sense_is_refused(floor: object) -> None:
+    for method in (LR, EWR):
+        with pytest.raises(ValueError, match=r"floor must be 'auto' or lie in \[0, 1\)"):
+            method(floor=floor)
 
 
 @pytest.mark.parametrize(

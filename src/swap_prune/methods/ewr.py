@@ -55,6 +55,7 @@ class EWR:
         iterations: As for LR; not used by ``algorithm1``.
         swaps: As for LR; not used by ``algorithm1``.
         first_order: As for LR; not used by ``algorithm1``.
+        floor: As for LR; ``algorithm1`` keeps to one that is fixed.
     """
 
     epsilon: float | Literal["auto"] = "auto"
@@ -71,6 +72,7 @@ class EWR:
     iterations: int = 10
     swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
+    floor: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "ewr"
     needs_gradients: ClassVar[bool] = True
@@ -165,7 +167,7 @@ class EWR:
         diagonal = problem.fisher().diagonal()
         plain = candidates_of(replace(self, metric="identity"), diagonal)[0]
         pairing = pairing_regression(problem, *plain, diagonal=diagonal)
-        support = top_k(problem.reference.abs(), problem.keep, problem.floors)
+        support = top_k(problem.reference.abs(), problem.keep, pairing.floors)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)
         anchor = 1.0 if self.anchor == "auto" else float(self.anchor)

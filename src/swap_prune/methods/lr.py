@@ -36,6 +36,8 @@ class LR:
         first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
             mean gradient out (0, the paper); or ``"auto"``: up to twelve in each of two metrics, as far as held-out
             samples gain.
+        floor: Share in [0, 1) of what a layer would keep if all kept alike, which each keeps at the least (0, the
+            paper); or ``"auto"``: 0, but 0.5 and 0.75 are tried where a layer would keep less and samples are held out.
     """
 
     fisher: FisherKind = "auto"
@@ -45,6 +47,7 @@ class LR:
     iterations: int = 10
     swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
+    floor: float | Literal["auto"] = "auto"
 
     name: ClassVar[str] = "lr"
     needs_gradients: ClassVar[bool] = True

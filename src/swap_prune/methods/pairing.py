@@ -7,7 +7,7 @@ together, swaps are taken where they gain.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric, damped_metric
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import swap_weights
+from swap_prune.regression.top_k import Floors
 
 __all__ = [
     "Candidate",
@@ -38,6 +39,7 @@ _CANDIDATES: tuple[tuple[float, float, Metric], ...] = (  # the first is taken w
 )
 # with so few rows a ridge hardly changes the fit; what matters is how far the metric trusts the single weight
 _FEW_ROWS = 1e-4  # a weight
+_FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 _FEW_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (*_CANDIDATES[:3], (0.025, 0.03, "diagonal"))
 
 
@@ -58,6 +60,8 @@ class RegressionSettings(Protocol):
     def swaps(self) -> int: ...
     @property
     def first_order(self) -> float | str: ...
+    @property
+    def floor(self) -> float | str: ...
 
 
 def chooses(settings: RegressionSettings) -> bool:
@@ -66,11 +70,19 @@ def chooses(settings: RegressionSettings) -> bool:
 
 
 class Candidate(NamedTuple):
-    """What a regression is stated with."""
+    """What a regression is stated with.
+
+    Attributes:
+        ridge: lam.
+        damping: c of the metric.
+        metric: Its kind.
+        floor: Share of the weights that each layer would keep if all kept alike, which it keeps at the least.
+    """
 
     ridge: float
     damping: float
     metric: Metric
+    floor: float = 0.0
 
 
 def candidates_of(
@@ -91,7 +103,8 @@ def candidates_of(
         unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
         ridge = unit * automatic_ridge if settings.ridge == "auto" else float(settings.ridge)
         damping = automatic_damping if settings.damping == "auto" else float(settings.damping)
-        found.append(Candidate(ridge, math.inf if identity else damping, metric))
+        floor = 0.0 if settings.floor == "auto" else float(settings.floor)
+        found.append(Candidate(ridge, math.inf if identity else damping, metric, floor))
     return list(dict.fromkeys(found))
 
 
@@ -136,26 +149,95 @@ def _best_fit(
 ) -> _Fitted:
     """Return the fit of least held-out loss; what was tried is added to a list.
 
+    Where the best starves a layer, all are tried again with a floor, and then the best with a higher one. The
+    regression knows what each weight is worth beside those that are there, and not that none of them counts once all
+    of a layer are gone.
+    """
+    contest = _Contest(settings, problem, diagonal, target, tried)
+    best = contest.winner(candidates)
+    for floor, some in ((_FLOORS[0], candidates), (_FLOORS[1], [best.candidate])):
+        if settings.floor == "auto" and contest.judges and _is_starved(problem, best.fit.support, floor):
+            best = contest.winner([one._replace(floor=floor) for one in some])
+    return best
+
+
+class _Contest:
+    """Candidates compared by their held-out losses.
+
     A candidate that is no better than the network without any weight has lost all, and its loss says little about what
     steps will make of it. Until one has not, a few are taken from each, and those are compared after them. One that has
     not lost all goes before all that have.
+
+    Args:
+        settings: Of the method.
+        problem: The pruning problem.
+        diagonal: f, (p,).
+        target: y, (n,).
+        tried: What is tried is added to it.
     """
-    steps = settings.first_order == "auto" and problem.slope is not None
-    blank = problem.blank() if len(candidates) > 1 and steps and problem.blank is not None else None
-    best: _Fitted | None = None
-    least = (True, math.inf)  # of the best: whether it has lost all, and its mean loss
-    last: _Fitted | None = None
-    for candidate in candidates:
-        last = _fit(settings, problem, candidate, diagonal, target, last)
-        loss = 0.0 if last.losses is None else mean_loss(last.losses)
-        tried.append(candidate._asdict() | {"held_out_loss": loss})
+
+    def __init__(
+        self,
+        settings: RegressionSettings,
+        problem: PruningProblem,
+        diagonal: Tensor,
+        target: Tensor,
+        tried: list[dict[str, Any]],
+    ) -> None:
+        self._settings, self._problem = settings, problem
+        self._diagonal, self._target = diagonal, target
+        self._tried = tried
+        self._best: _Fitted | None = None
+        self._least = (True, math.inf)  # of the best: whether it has lost all, and its mean loss
+        self._last: _Fitted | None = None
+        self._blank: Tensor | None = None
+        self.judges = problem.held_out is not None
+
+    def winner(self, candidates: Sequence[Candidate]) -> _Fitted:
+        """Fit candidates, and return the best of all so far."""
+        steps = self._settings.first_order == "auto" and self._problem.slope is not None
+        if self._blank is None and steps and self._problem.blank is not None and len(candidates) > 1:
+            self._blank = self._problem.blank()
+        for candidate in candidates:
+            self._enter(candidate)
+        assert self._best is not None, "there is at least one candidate"
+        return self._best
+
+    def _enter(self, candidate: Candidate) -> None:
+        fitted = _fit(self._settings, self._problem, candidate, self._diagonal, self._target, self._last)
+        self._last, blank = fitted, self._blank
+        loss = 0.0 if fitted.losses is None else mean_loss(fitted.losses)
+        self._tried.append(candidate._asdict() | {"held_out_loss": loss})
         lost = blank is not None and loss >= mean_loss(blank)
-        if blank is not None and lost and least[0] and loss < math.inf:
-            loss = tried[-1]["loss_after_steps"] = loss_after_steps(problem, last.regression, last.fit, blank)
-        if best is None or (lost, loss) < least:
-            best, least = last, (lost, loss)
-    assert best is not None, "there is at least one candidate"
-    return best
+        if blank is not None and lost and self._least[0] and loss < math.inf:
+            loss = loss_after_steps(self._problem, fitted.regression, fitted.fit, blank)
+            self._tried[-1]["loss_after_steps"] = loss
+        if self._best is None or (lost, loss) < self._least:
+            self._best, self._least = fitted, (lost, loss)
+
+
+def fair_floors(problem: PruningProblem, share: float) -> Floors:
+    """Return the floors of a problem, raised to a share of what each layer would keep if all kept alike.
+
+    Those that leave nothing to choose are left as they were.
+    """
+    if share == 0:
+        return problem.floors
+    given = {place.start: least for place, least in problem.floors}
+    density = problem.keep / problem.reference.numel()
+    floors = [
+        (layer.place, max(given.get(layer.place.start, 0), math.ceil(share * density * layer.shape.numel())))
+        for layer in problem.layers()
+    ]
+    return floors if sum(least for _, least in floors) < problem.keep else problem.floors
+
+
+def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
+    """Whether a support leaves a layer fewer weights than its fair floor."""
+    return any(
+        int(((support >= place.start) & (support < place.stop)).sum()) < least
+        for place, least in fair_floors(problem, share)
+    )
 
 
 def _fit(
@@ -217,6 +299,8 @@ def check_regression_settings(settings: RegressionSettings) -> None:
             continue
         if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
             raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
+    if settings.floor != "auto" and not (is_number(settings.floor) and 0 <= float(settings.floor) < 1):
+        raise ValueError(f"floor must be 'auto' or lie in [0, 1), got {settings.floor!r}")
     for name, lowest in (("iterations", 1), ("swaps", 0)):
         whole_number(name, getattr(settings, name), lowest)
 
@@ -226,6 +310,7 @@ def pairing_regression(
     ridge: float,
     damping: float,
     metric: Metric = "diagonal",
+    floor: float = 0.0,
     *,
     diagonal: Tensor | None = None,
     target: Tensor | None = None,
@@ -237,6 +322,7 @@ def pairing_regression(
         ridge: lam.
         damping: c of the metric; the identity has none.
         metric: See :mod:`swap_prune.regression.metric`.
+        floor: Share of what each layer would keep if all kept alike, which it keeps at the least.
         diagonal: f, (p,), where it is known already.
         target: y, (n,), where it is known already.
     """
@@ -244,7 +330,7 @@ def pairing_regression(
     f = factor.diagonal() if diagonal is None else diagonal
     y = factor.matvec(problem.reference) if target is None else target
     m = damped_metric(f, damping, metric, problem.layers())
-    return WeightedRidge(factor, y, problem.reference, ridge, m, floors=problem.floors)
+    return WeightedRidge(factor, y, problem.reference, ridge, m, floors=fair_floors(problem, floor))
 
 
 def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:
