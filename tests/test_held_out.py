@@ -145,12 +145,12 @@ def test_floors_are_tried_where_a_layer_is_starved_and_taken_where_held_out_samp
         asked.append(kept_by_layer(kept))
         return torch.full((5,), 1.0 if asked[-1][0] < 14 else 0.5 + asked[-1][0] / 1000)
 
-    solution = LR(metric="diagonal", first_order=0, swaps=0).solve(starving(gains), torch.Generator())
+    solution = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0).solve(starving(gains), torch.Generator())
     floors = [one["floor"] for one in solution.evidence["candidates"]]
     assert floors == [0.0] * 3 + [0.5] * 3 + [0.75]
     assert all(kept[0] < 14 for kept in asked[:3]) and [kept[0] for kept in asked[3:]] == [14] * 3 + [20]
     assert solution.evidence["floor"] == 0.5 and kept_by_layer(solution.kept) == [14, 26]
-    again = LR(metric="diagonal", first_order=0).solve(starving(gains), torch.Generator())
+    again = LR(metric="diagonal", damping=1.0, first_order=0).solve(starving(gains), torch.Generator())
     assert kept_by_layer(again.kept)[0] >= 14, "swaps keep to it"
 
 
