@@ -547,3 +547,77 @@ def test_attention_prunes_without_a_word_of_torchs_own() -> None:
         warnings.simplefilter("always")
         assert prune(drawn(Attending), DATA, 0.5, "obd", progress=False).kept == 44
     assert not [str(one.message) for one in said]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def pairs(n: int = 32) -> list[tuple[Tensor, Tensor]]:
+    inputs = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
+    return [(inputs, inputs[:, :3].argmax(1))]
+
+
+@pytest.mark.parametrize("call", [prune, finetune])
+def test_a_device_without_values_is_refused_and_the_model_stays(call: Any) -> None:
+    model = small()
+    arguments = {"sparsity": 0.5} if call is prune else {"masks": {}}
+    with pytest.raises(ValueError, match="device 'meta' cannot be used"):
+        call(model, pairs(), device="meta", progress=False, **arguments)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-22, 1e-25, 1e-40])
+def test_swaps_of_weights_that_are_next_to_nothing_come_to_an_end(scale: float) -> None:
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    assert prune(model, pairs(), 0.5, "cbs", progress=False).kept == 180
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("written", ["plain", "wrapped"])
+def test_what_a_wrapper_puts_before_names_may_be_in_the_file_or_in_the_model(
+    wrap: Any, written: str, tmp_path: Path
+) -> None:
+    plain, wrapped = small(), wrap(small())
+    first, second = (plain, wrapped) if written == "plain" else (wrapped, plain)
+    prune(first, pairs(), 0.5, "magnitude", progress=False).save(tmp_path / "pruned")
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.zero_()
+    load_pruned(second, tmp_path / "pruned")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
+
+
+def test_one_sample_has_no_statistics_and_rows_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    report = prune(model, pairs(1), 0.5, "lr", progress=False)
+    assert report.kept == 36 and report.stages[0].evidence["not_recalibrated"]
+
+
+def test_sparse_inputs_are_refused_in_words() -> None:
+    ((inputs, labels),) = pairs()
+    with pytest.raises(ValueError, match=r"a batch holds a sparse tensor .* give a dense one"):
+        prune(small(), [(inputs.to_sparse(), labels)], 0.5, "lr", progress=False)
+
+
+def test_packed_sequences_are_refused_in_words() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 6) for n in (4, 3, 1)])
+    with pytest.raises(ValueError, match=r"holds a PackedSequence, .* padded"):
+        prune(small(), [(packed, torch.zeros(3).long())], 0.5, "lr", progress=False)
+
+
+def test_an_expanded_buffer_does_not_stand_in_the_way_of_the_message() -> None:
+    model = small()
+    model.register_buffer("scale", torch.ones(1).expand(6))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="fine-tuning diverged"):
+        finetune(model, pairs(), FineTune(lr=1e30, epochs=3), masks={}, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_masks_are_a_mapping() -> None:
+    with pytest.raises(ValueError, match="masks must map names of parameters to boolean tensors, got a list"):
+        finetune(small(), pairs(), masks=[1], progress=False)  # type: ignore[arg-type]

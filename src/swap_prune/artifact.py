@@ -13,7 +13,7 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _WEIGHTS, _REPORT = "weights.safetensors", "report.json"
+_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
 
 
 def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path) -> Path:
@@ -178,15 +179,23 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _unwrapped(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return tensors by the names that they have in a model, where they were written by a wrapper of it."""
+    """Return tensors by the names that they have in a model, where a wrapper gave names to one of the two."""
     own = model.state_dict().keys()
-    while state and not state.keys() & own:
-        first = next(iter(state))
-        prefix = next((known for known in ("module.", "_orig_mod.") if first.startswith(known)), None)
-        if prefix is None or not all(name.startswith(prefix) for name in state):
+    if state.keys() & own:
+        return state
+    there, here = _wrapping(state.keys()), _wrapping(own)
+    return {here + name.removeprefix(there): value for name, value in state.items()}
+
+
+def _wrapping(names: Collection[str]) -> str:
+    """Return what wrappers (DataParallel, torch.compile) have put before all names of a network's tensors."""
+    prefix = ""
+    while names:
+        outer = [known for known in _WRAPPERS if all(name.startswith(prefix + known) for name in names)]
+        if not outer:
             break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+        prefix += outer[0]
+    return prefix
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
     "batch_size",
@@ -39,6 +40,11 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
 
 def _map_parts(function: Callable[..., Any], batch: Any, *others: Any) -> Any:
     """Apply a function to what a container holds, and others like it beside it; what is none stays as it is."""
+    if isinstance(batch, PackedSequence):
+        raise ValueError(
+            "a batch holds a PackedSequence, whose samples cannot be told apart: give padded sequences and their "
+            "lengths, and pack them in the model or in loss_fn"
+        )
     if isinstance(batch, Mapping):
         return _like(batch, {key: function(value, *(other[key] for other in others)) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
@@ -125,6 +131,11 @@ def _is_column(part: Any, size: int) -> bool:
 
 
 def _has_samples(tensor: Tensor, size: int) -> bool:
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"a batch holds a sparse tensor ({tensor.layout}), whose samples cannot be told apart: give a dense one, "
+            "such as its to_dense()"
+        )
     return tensor.ndim > 0 and tensor.shape[0] == size
 
 

@@ -14,7 +14,10 @@ def usable_device(name: str | torch.device) -> torch.device:
         ValueError: If it cannot.
     """
     try:
-        return torch.empty(1, device=torch.device(name)).device  # "cuda" is "cuda:0" from here on
+        device = torch.empty(1, device=torch.device(name)).device  # "cuda" is "cuda:0" from here on
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: it holds no values; use cpu or cuda")
+    return device

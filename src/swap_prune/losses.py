@@ -218,7 +218,7 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
         raise ValueError(f"loss_fn must return a tensor of per-sample losses, got a {type(losses).__name__}")
     if losses.ndim != 1 or (expected is not None and losses.numel() != expected):
         wanted = f"({expected},)" if expected is not None else "(n,)"
-        remedy = "use reduction='none'"
+        remedy = "use reduction='none', and let the samples be the first dimension of a batch's first tensor"
         if losses.ndim > 1:
             remedy = "average over all dimensions but the first, which is that of the samples"
         raise ValueError(f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; {remedy}")

@@ -86,9 +86,14 @@ def resolve_masks(
     """Return the masks given, or those of the network's zeros, of which there must be one.
 
     Raises:
-        ValueError: If there is no zero.
+        ValueError: If there is no zero, or what is given is no mapping.
     """
     if masks is not None:
+        if not isinstance(masks, Mapping):
+            raise ValueError(
+                f"masks must map names of parameters to boolean tensors, got a {type(masks).__name__}; leave it out to "
+                "keep what is zero"
+            )
         return masks
     found = masks_of(model, targets, ignore)
     if all(bool(mask.all()) for mask in found.values()):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size, split_batches
+from swap_prune.batches import batch_size, is_single, split_batches
 from swap_prune.calibration import HELD_OUT, CalibrationStream
 from swap_prune.doubts import Doubts
 from swap_prune.finetune import FineTune, train
@@ -256,16 +256,21 @@ class StageRunner:
                 batches,
                 self.curvature,
                 self.generator,
-                in_batches=self.normalised,
+                in_batches=self._in_batches(batches),
                 storage=self.storage,
                 advance=advance,
             )
+
+    def _in_batches(self, batches: list[Any]) -> bool:
+        """Whether rows are those of mini-batches, with their statistics; one sample alone has none."""
+        return self.normalised and not all(map(is_single, batches))
 
     def _capture_products(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
         """Return the same G where no rows are held: what they are gradients of is settled first."""
         source = RowSource(self.loss_fn, batches)
         if self.curvature is not None:
-            source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=self.normalised)
+            joined = self._in_batches(batches)
+            source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=joined)
         if self.storage.kind == "matrix-free":
             return capture_matrix_free(self.model, self.selection, source, advance, self.storage.at_once)
         low = capture_low_rank(

@@ -76,6 +76,13 @@ def fill_lost(parameter: nn.Parameter, kept: Tensor) -> None:
         parameter.masked_fill_((parameter == 0) & kept, torch.finfo(parameter.dtype).smallest_normal)
 
 
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
+    for dimension, stride in enumerate(tensor.stride()):
+        tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
+    return tensor.detach()
+
+
 class Snapshot:
     """What a network has now, to give it back later.
 
@@ -91,6 +98,7 @@ class Snapshot:
             parameters = dict(model.named_parameters())
             self._tensors = [parameters[name] for name in selection.names]
             self._tensors += [buffer for layer in batchnorm_layers(model) for buffer in layer.buffers()]
+        self._tensors = list(map(_unexpanded, self._tensors))
         self._values = [tensor.detach().clone() for tensor in self._tensors]
 
     def restore(self) -> None:

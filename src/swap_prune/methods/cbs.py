@@ -83,7 +83,7 @@ def improve_by_swaps(
         The kept set, the number of swaps, and the rounds that made any.
     """
     kept, swaps, n = kept.clone(), 0, factor.shape[0]
-    own = (w.square() * (factor.diagonal() + damping) / 2).double()  # S of one weight alone
+    own = w.double().square() * (factor.diagonal().double() + damping) / 2  # S of one weight alone
     unit = damping * w.double().square()
     for done in range(rounds):
         residual = factor.matvec(w.masked_fill(kept, 0))
@@ -108,7 +108,7 @@ def _least(values: Tensor, among: Tensor, count: int) -> Tensor:
 
 
 def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: int) -> tuple[Tensor, int]:
-    """Make the best swap among m candidates until none lowers S.
+    """Make the best swap among m candidates until none lowers S, m swaps at the most: rounding lowers S for ever.
 
     Args:
         cross: ``w_i w_j g_i . g_j / n``, (m, m).
@@ -123,7 +123,7 @@ def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: 
     removed, kept = torch.arange(inside, len(own)), torch.arange(inside)
     least = -_LEAST_GAIN * float(own.sum())
     swaps = 0
-    while len(removed) and len(kept):
+    while len(removed) and len(kept) and swaps < len(own):
         change = (own + pull)[kept, None] + (own - pull - unit)[removed] - cross[kept][:, removed]
         best = int(change.argmin())
         a, b = divmod(best, len(removed))
