@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from swap_prune.problem import Layer
+from swap_prune.problem import Layer, PruningProblem
 from swap_prune.regression.metric import damped_metric, diagonal_metric
+from swap_prune.selection import select_parameters
+from tests.cases import generator
 
 SHAPES = ((3, 4), (2, 3, 2, 2), (5,), (4, 1, 3, 3))
 
@@ -72,6 +74,20 @@ def test_the_factored_metric_follows_the_scale_of_outputs_and_inputs(of: str) ->
 
     outer = torch.outer(f.mean(1), f.mean(0))
     torch.testing.assert_close(b(outer * scale), outer * scale)  # of rank 1: the guess is exact at any scale
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_the_groups_of_a_convolution_have_inputs_of_their_own(groups: int) -> None:
+    convolution = nn.Conv2d(6, 12, 3, groups=groups)
+    selection = select_parameters(nn.Sequential(convolution, nn.Conv2d(12, 4, 1)))
+    assert selection.groups == {"0.weight": groups}
+    outputs, inputs = (torch.rand(n, generator=generator(n)) + 0.1 for n in (12, 6))
+    own = outputs.view(groups, -1, 1) * inputs.view(groups, 1, -1)  # what each output has of the inputs of its group
+    f = torch.cat([own.reshape(12, -1, 1, 1).expand(convolution.weight.shape).reshape(-1), torch.rand(48)])
+    problem = PruningProblem(torch.ones(len(f)), 3, selection=selection)
+    size = convolution.weight.numel()
+    m = damped_metric(f, 1.0, "factored", problem.layers())[:size]
+    torch.testing.assert_close(m, 2 * f[:size] + 0.01 * f[:size].mean())  # of rank 1 in each group: the guess is exact
 
 
 @pytest.mark.parametrize("metric", ["diagonal", "layer", "factored"])

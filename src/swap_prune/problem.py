@@ -53,11 +53,13 @@ class Layer(NamedTuple):
         name: Name of the parameter.
         place: Its slice of the flat vector.
         shape: Its shape.
+        groups: Of a convolution: outputs of different groups have inputs of their own.
     """
 
     name: str
     place: slice
     shape: torch.Size
+    groups: int = 1
 
     @property
     def rows(self) -> int:
@@ -124,7 +126,7 @@ class PruningProblem:
             return
         places = self.selection.slices()
         for name, shape in self.selection.shapes.items():
-            yield Layer(name, places[name], shape)
+            yield Layer(name, places[name], shape, self.selection.groups.get(name, 1))
 
     def trivial_solution(self) -> PruningSolution:
         """Return the only answer to keeping everything or nothing."""

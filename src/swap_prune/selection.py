@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -32,9 +32,12 @@ class Selection:
 
     Attributes:
         shapes: Parameter name (as in ``named_parameters``) to shape, in the model's order.
+        groups: Name to the number of groups, of the weights of convolutions that have more than one: outputs, the first
+            dimension, of different groups have inputs, the second, of their own.
     """
 
     shapes: Mapping[str, torch.Size]
+    groups: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +130,13 @@ def select_parameters(
             f"leaves no floating-point weight in {type(model).__name__}"
         )
     _check_apart({c.name: c.parameter for c in candidates if c.name in shapes})
-    return Selection(shapes)
+    groups = {c.name: max((_groups_of(owner) for _, owner in c.owners), default=1) for c in candidates}
+    return Selection(shapes, {name: groups[name] for name in shapes if groups[name] > 1})
+
+
+def _groups_of(module: nn.Module) -> int:
+    """Return the groups of a convolution whose weight has its outputs first, else 1."""
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
 
 def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:

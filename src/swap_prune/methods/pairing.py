@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
+import torch
 from torch import Tensor
 
 from swap_prune.checks import is_number, whole_number
@@ -233,11 +234,14 @@ def fair_floors(problem: PruningProblem, share: float) -> Floors:
 
 
 def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
-    """Whether a support leaves a layer fewer weights than its fair floor."""
-    return any(
-        int(((support >= place.start) & (support < place.stop)).sum()) < least
-        for place, least in fair_floors(problem, share)
-    )
+    """Whether a support, in increasing order, leaves a layer fewer weights than its fair floor."""
+    floors = fair_floors(problem, share)
+    if not floors:
+        return False
+    places, least = zip(*floors, strict=True)
+    bounds = torch.tensor([(place.start, place.stop) for place in places], device=support.device)
+    counts = torch.searchsorted(support, bounds).diff(dim=1).squeeze(1)
+    return bool((counts < torch.tensor(least, device=support.device)).any())
 
 
 def _fit(

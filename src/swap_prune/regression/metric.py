@@ -52,7 +52,7 @@ def damped_metric(fisher_diagonal: Tensor, damping: float, metric: Metric, layer
     m = torch.empty_like(fisher_diagonal)
     for layer in layers:
         own = fisher_diagonal[layer.place]
-        alike = own.mean() if metric == "layer" else _factored(own, layer.shape)
+        alike = own.mean() if metric == "layer" else _factored(own, layer.shape, layer.groups)
         m[layer.place] = own + damping * alike.clamp_min(_LEAST * mean)
     return m
 
@@ -65,12 +65,15 @@ def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
     return fisher_diagonal + damping * mean
 
 
-def _factored(f: Tensor, shape: torch.Size) -> Tensor:
-    """Return b of one layer, flat or of one element; a vector has no inputs to tell apart."""
+def _factored(f: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    """Return b of one layer, flat or of one element; a vector has no inputs to tell apart.
+
+    Groups of a convolution are layers of their own here, but for the least that b may be.
+    """
     if len(shape) < 2:
         return f.mean()
-    table = f.view(*shape[:2], -1)
-    outputs, inputs = table.mean((1, 2), keepdim=True), table.mean((0, 2), keepdim=True)
-    mean = table.mean()
+    table = f.view(groups, shape[0] // groups, shape[1], -1)
+    outputs, inputs = table.mean((2, 3), keepdim=True), table.mean((1, 3), keepdim=True)
+    mean = table.mean((1, 2, 3), keepdim=True)
     product = outputs * inputs / mean.clamp_min(torch.finfo(f.dtype).tiny)
-    return (product + _LAYER_SHARE * mean).expand_as(table).reshape(-1)
+    return (product + _LAYER_SHARE * table.mean()).expand_as(table).reshape(-1)
