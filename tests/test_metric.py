@@ -86,7 +86,7 @@ def test_the_groups_of_a_convolution_have_inputs_of_their_own(groups: int) -> No
     f = torch.cat([own.reshape(12, -1, 1, 1).expand(convolution.weight.shape).reshape(-1), torch.rand(48)])
     problem = PruningProblem(torch.ones(len(f)), 3, selection=selection)
     size = convolution.weight.numel()
-    m = damped_metric(f, 1.0, "factored", problem.layers())[:size]
+    m = damped_metric(f, 1.0, "factored", problem.layers(), problem.groups())[:size]
     torch.testing.assert_close(m, 2 * f[:size] + 0.01 * f[:size].mean())  # of rank 1 in each group: the guess is exact
 
 

@@ -53,13 +53,11 @@ class Layer(NamedTuple):
         name: Name of the parameter.
         place: Its slice of the flat vector.
         shape: Its shape.
-        groups: Of a convolution: outputs of different groups have inputs of their own.
     """
 
     name: str
     place: slice
     shape: torch.Size
-    groups: int = 1
 
     @property
     def rows(self) -> int:
@@ -126,7 +124,11 @@ class PruningProblem:
             return
         places = self.selection.slices()
         for name, shape in self.selection.shapes.items():
-            yield Layer(name, places[name], shape, self.selection.groups.get(name, 1))
+            yield Layer(name, places[name], shape)
+
+    def groups(self) -> Mapping[str, int]:
+        """Return the number of groups of each parameter that has more than one, by name."""
+        return {} if self.selection is None else self.selection.groups
 
     def trivial_solution(self) -> PruningSolution:
         """Return the only answer to keeping everything or nothing."""

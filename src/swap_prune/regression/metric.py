@@ -19,7 +19,8 @@ Place in the pipeline: before the regression.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -35,7 +36,13 @@ _LEAST = 1e-4  # of the mean over all weights: no b_j is less
 _LAYER_SHARE = 0.01  # of the layer's mean in the factored b_j: an output or input without gradients may get some
 
 
-def damped_metric(fisher_diagonal: Tensor, damping: float, metric: Metric, layers: Iterable[Layer]) -> Tensor:
+def damped_metric(
+    fisher_diagonal: Tensor,
+    damping: float,
+    metric: Metric,
+    layers: Iterable[Layer],
+    groups: Mapping[str, int] = MappingProxyType({}),
+) -> Tensor:
     """Return m, (p,).
 
     Args:
@@ -43,6 +50,7 @@ def damped_metric(fisher_diagonal: Tensor, damping: float, metric: Metric, layer
         damping: c > 0.
         metric: What b is.
         layers: Where the p weights lie.
+        groups: Number of groups of those that are of grouped convolutions, by name.
     """
     if metric == "identity":
         return torch.ones_like(fisher_diagonal)
@@ -52,7 +60,7 @@ def damped_metric(fisher_diagonal: Tensor, damping: float, metric: Metric, layer
     m = torch.empty_like(fisher_diagonal)
     for layer in layers:
         own = fisher_diagonal[layer.place]
-        alike = own.mean() if metric == "layer" else _factored(own, layer.shape, layer.groups)
+        alike = own.mean() if metric == "layer" else _factored(own, layer.shape, groups.get(layer.name, 1))
         m[layer.place] = own + damping * alike.clamp_min(_LEAST * mean)
     return m
 
