@@ -576,6 +576,7 @@ def test_swaps_of_weights_that_are_next_to_nothing_come_to_an_end(scale: float) 
     assert prune(model, pairs(), 0.5, "cbs", progress=False).kept == 180
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which compiling imports
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 @pytest.mark.parametrize("written", ["plain", "wrapped"])
 def test_what_a_wrapper_puts_before_names_may_be_in_the_file_or_in_the_model(
