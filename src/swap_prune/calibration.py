@@ -115,9 +115,9 @@ class CalibrationStream:
         if self._samples is not None:
             numbers = [i for i in range(self._samples.count()) if i not in self._barred]
             parts = list(self._samples.training_parts(numbers, size, generator))
-            starts = itertools.accumulate(map(len, parts), initial=0)
-            for start, batch in zip(starts, self._guarded(self._samples.batches(parts)), strict=False):
-                yield start / sum(map(len, parts)), self._placed(batch)
+            *starts, total = itertools.accumulate(map(len, parts), initial=0)
+            for start, batch in zip(starts, self._guarded(self._samples.batches(parts)), strict=True):
+                yield start / total, self._placed(batch)
             return
         length = known_length(self._data) or float("inf")
         for number, batch in enumerate(self._draw_iterated(sys.maxsize)):

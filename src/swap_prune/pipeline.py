@@ -148,9 +148,7 @@ def prune(
     held, notes = Storage(), []
     if solver.needs_gradients:
         limit = memory_limit(memory, local_count(), place)
-        with torch.compiler.set_stance("force_eager"):  # one sample is run; nothing need be compiled for it
-            need = workload(model, data, run, place)
-        memory_plan = plan_memory(need, limit, run.storage, scratch)
+        memory_plan = plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
         held = memory_plan.require().storage
         if held != memory_plan.forecasts[0].storage:
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")

@@ -150,8 +150,9 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
     sample = peek(data, own)
-    kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
-    outputs = 0 if sample is None or run.curvature is None else output_bytes(model, run.curvature, sample)
+    with torch.compiler.set_stance("force_eager"):  # nothing need be compiled for one sample
+        kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
+        outputs = 0 if sample is None or run.curvature is None else output_bytes(model, run.curvature, sample)
     own_bytes: list[int] = []
     map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
     row_numbers, unsuited = 0, ""

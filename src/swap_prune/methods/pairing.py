@@ -157,7 +157,7 @@ def _best_fit(
     contest = _Contest(settings, problem, diagonal, target, tried)
     best = contest.winner(candidates)
     for floor, some in ((_FLOORS[0], candidates), (_FLOORS[1], [best.candidate])):
-        if settings.floor == "auto" and contest.judges and _is_starved(problem, best.fit.support, floor):
+        if settings.floor == "auto" and problem.held_out is not None and _is_starved(problem, best.fit.support, floor):
             best = contest.winner([one._replace(floor=floor) for one in some])
     return best
 
@@ -192,7 +192,6 @@ class _Contest:
         self._least = (True, math.inf)  # of the best: whether it has lost all, and its mean loss
         self._last: _Fitted | None = None
         self._blank: Tensor | None = None
-        self.judges = problem.held_out is not None
 
     def winner(self, candidates: Sequence[Candidate]) -> _Fitted:
         """Fit candidates, and return the best of all so far."""
