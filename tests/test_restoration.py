@@ -62,7 +62,7 @@ def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
     attacked = disturbed(network, f"adversarial:{attack},budget=0.5", batches)
     radius = shift_seen(network, cross_entropy, attacked, generator(4))
     assert radius is not None and 0.25 < radius < 1.0
-    back = shift_back(network, attacked, radius)
+    back = list(shift_back(network, attacked, radius))
 
     def distance(parts: list[Any]) -> float:
         return float(torch.cat([(a[0] - b[0]).abs() for a, b in zip(parts, batches, strict=True)]).mean())
@@ -105,9 +105,9 @@ def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(
     attacked = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
     asked: list[bool] = []
 
-    def late(*arguments: Any, known: bool) -> float | None:
+    def late(*arguments: Any, known: bool, **others: Any) -> float | None:
         asked.append(known)
-        return None if len(asked) == 1 else shift_seen(*arguments, known=known)
+        return None if len(asked) == 1 else shift_seen(*arguments, known=known, **others)
 
     monkeypatch.setattr("swap_prune.doubts.shift_seen", late)
     rates = []

@@ -83,7 +83,13 @@ def pruned() -> dict[str, Any]:
         model = small_network()
         arguments = {"sparsity": 0.7, "samples": 40, "progress": False, **settings}
         report = prune(model, small_data(), **arguments)
-        assert report.settings["storage"] == {"asked": "auto", "used": "sharded", "lean": True, "at_once": 64}
+        assert report.settings["storage"] == {
+            "asked": "auto",
+            "used": "sharded",
+            "lean": True,
+            "at_once": 64,
+            "spilled": "nothing",
+        }
         found[name] = {key: value.clone() for key, value in model.state_dict().items()}
     forecast = plan(small_network(), small_data(), samples=40).require()
     return {**found, "kind": forecast.storage.kind}

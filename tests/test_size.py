@@ -143,7 +143,13 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
     budget = (needs["matrix-free"] + 3 * needs["float16"]) // 4
     assert needs["low-rank"] < budget, "it would fit"
     report = prune(model, data, 0.5, "obd", samples=176, memory=budget, scratch=tmp_path / "nowhere", progress=False)
-    assert report.settings["storage"] == {"asked": "auto", "used": "matrix-free", "lean": True, "at_once": 64}
+    assert report.settings["storage"] == {
+        "asked": "auto",
+        "used": "matrix-free",
+        "lean": True,
+        "at_once": 64,
+        "spilled": "nothing",
+    }
     assert any("storage matrix-free (float32: " in note and "mapped: " in note for note in report.notes)
 
 
@@ -159,7 +165,7 @@ def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkey
     report = prune(model, data, 0.5, "lr", samples=176, memory=budget, progress=False)
     storage = report.settings["storage"]
     assert (storage["asked"], storage["used"], storage["lean"]) == ("auto", "float16", True)
-    assert storage["at_once"] in (16, 32), "64 at once would need more"
+    assert storage["at_once"] < 64 or storage["spilled"] != "nothing", "64 at once in memory would need more"
     assert report.kept == math.floor(report.total / 2)
     assert any("storage float16 (float32: " in note and "memory allows" in note for note in report.notes)
 
@@ -171,7 +177,13 @@ def test_noise_on_gradients_is_refused_and_noise_on_data_is_not() -> None:
     report = prune(
         small_network(), small_data(), 0.5, "lr", samples=30, storage="float16", noise="input", progress=False
     )
-    assert report.settings["storage"] == {"asked": "float16", "used": "float16", "lean": True, "at_once": 64}
+    assert report.settings["storage"] == {
+        "asked": "float16",
+        "used": "float16",
+        "lean": True,
+        "at_once": 64,
+        "spilled": "nothing",
+    }
 
 
 def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
@@ -195,7 +207,7 @@ def test_a_plan_leaves_the_model_and_the_random_state() -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "low-rank", "matrix-free"])
 def test_no_more_samples_than_planned_run_at_once(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.planning._AT_ONCE", (16,))
+    monkeypatch.setattr("swap_prune.planning._SPARING", ((16, "nothing"),))
     seen: dict[bool, int] = {False: 0, True: 0}
 
     class Watched(nn.Sequential):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -46,13 +46,20 @@ class CalibrationStream:
         device: Where the drawn batches are put.
         size: Samples of a batch, at the most, but for single ones that would be left alone: batches that the data bring
             are joined and split.
+        keep: Puts a batch that stays for a while where it is to stay (:class:`swap_prune.spill.Spill`); None: it
+            stays where it is.
 
     Raises:
         ValueError: If ``data`` is neither.
     """
 
     def __init__(
-        self, data: Any, generator: torch.Generator, device: torch.device | str = "cpu", size: int = BATCH
+        self,
+        data: Any,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        size: int = BATCH,
+        keep: Callable[[Any], Any] | None = None,
     ) -> None:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
@@ -66,6 +73,7 @@ class CalibrationStream:
         self._generator = generator
         self._device = device
         self._size = size
+        self._keep = keep
         self._samples = NumberedSamples.of(data)
         self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
         self._gradients = torch.is_grad_enabled()  # the caller's mode; data may be read in the midst of a computation
@@ -83,7 +91,7 @@ class CalibrationStream:
         Raises:
             ValueError: If the data is empty or exhausted.
         """
-        return list(self.read(samples))
+        return self.kept(self.read(samples))
 
     def read(self, samples: int) -> Iterator[Any]:
         """Yield the batches of such a draw one after the other, each read when it is asked for.
@@ -153,7 +161,7 @@ class CalibrationStream:
                 fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
                 apart.append(slice_batch(batch, max(missing, 0), size))
             missing -= size
-        return list(join_batches(fitting, self._size)), list(join_batches(apart, self._size))
+        return self.kept(join_batches(fitting, self._size)), self.kept(join_batches(apart, self._size))
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
         """Do the same from numbered samples; what is held out is drawn once and never fitted."""
@@ -161,7 +169,7 @@ class CalibrationStream:
             _, spare = share_out_samples(self._left(), samples, held_out)
             self._reserved = self._permuted()[:spare]
         fitting = self._take(samples, frozenset(self._reserved))
-        return list(self._in_batches(fitting)), list(self._in_batches(self._reserved))
+        return self.kept(self._in_batches(fitting)), self.kept(self._in_batches(self._reserved))
 
     def hold_out(self, samples: int) -> list[Any]:
         """Draw samples that will not be drawn again: a fifth of a Dataset, or of that of a DataLoader, at the most.
@@ -177,7 +185,11 @@ class CalibrationStream:
             raise ValueError(f"a fifth of the data is held out: at least five samples are needed, got {self._left()}")
         own = self._permuted()[: min(samples, self._left() // 5)]
         self._barred.update(own)
-        return list(self._in_batches(own))
+        return self.kept(self._in_batches(own))
+
+    def kept(self, batches: Iterable[Any]) -> list[Any]:
+        """Return batches that stay for a while; each is put in its place before the next is read."""
+        return list(batches) if self._keep is None else list(map(self._keep, batches))
 
     def beside(self, data: Any, generator: torch.Generator) -> CalibrationStream:
         """Return a stream for what looks at samples without fitting to them, or trains: it changes no draw of this one.
@@ -191,7 +203,7 @@ class CalibrationStream:
         """
         if data is None and self._samples is None:
             return self
-        other = CalibrationStream(self._data if data is None else data, generator, self._device, self._size)
+        other = CalibrationStream(self._data if data is None else data, generator, self._device, self._size, self._keep)
         if self._samples is not None and other._samples is not None:
             sizes = (known_length(one.dataset) for one in (self._samples, other._samples))
             if len(set(sizes)) == 1:
@@ -265,6 +277,7 @@ class CalibrationStream:
                 if passes == 0:
                     self._read += batch_size(batch)
                     if one_shot:
+                        batch = self.kept([batch])[0]
                         remembered.append(batch)
                 yield in_own_containers(batch) if isinstance(batch, Mapping) else batch
             if one_shot:

@@ -12,12 +12,13 @@ Place in the pipeline: a defence, around capture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.labels import LabelDoubt, doubt_labels
 from swap_prune.losses import GaussNewtonLoss, check_calibration
 from swap_prune.modes import eval_mode
@@ -33,11 +34,20 @@ class Doubts:
     Args:
         teacher: The dense network.
         loss_fn: Per-sample loss.
+        keep: Makes a list of altered batches, each of which comes as it is put in its place.
+        at_once: Samples that are shifted at once.
     """
 
-    def __init__(self, teacher: Teacher, loss_fn: GaussNewtonLoss) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        loss_fn: GaussNewtonLoss,
+        keep: Callable[[Iterable[Any]], list[Any]] = list,
+        at_once: int = AT_ONCE,
+    ) -> None:
         self._teacher = teacher
         self._loss_fn = loss_fn
+        self._keep, self._at_once = keep, at_once
         self._shifted = False
         self._labels: LabelDoubt | None = None
 
@@ -59,12 +69,13 @@ class Doubts:
             check_calibration(model, self._loss_fn, fitting)
         if not self._shifted and not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
             return fitting, held_out, None
-        radius = shift_seen(model, self._loss_fn, fitting, generator, known=self._shifted)
+        radius = shift_seen(model, self._loss_fn, fitting, generator, known=self._shifted, at_once=self._at_once)
         if radius is None:
             return fitting, held_out, None
         if not self._shifted:  # what was doubted before were labels of inputs that had moved
             self._shifted, self._labels = True, None
-        return shift_back(model, fitting, radius), shift_back(model, held_out, radius), radius
+        back = [self._keep(shift_back(model, batches, radius, self._at_once)) for batches in (fitting, held_out)]
+        return back[0], back[1], radius
 
     def weigh(
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]

@@ -19,14 +19,16 @@ from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
 from swap_prune.fisher.sketch import MINI_BATCH
-from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes
+from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes, forwards_at_once
 from swap_prune.regression.swap import SHARE, SHORTLIST
 from swap_prune.regression.tuning import TUNING_ROWS
+from swap_prune.spill import Spilled
 from swap_prune.surgery import MISFIT_SAMPLES
 
 __all__ = ["Workload", "memory_phases"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
+_OTHER_LIBRARIES = 100 * 2**20  # those that it has not touched when it has run one sample
 _GRAM = 512 * 2**20  # two copies of a block of columns
 _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
@@ -48,11 +50,12 @@ class Workload:
         kept: k of the stage that keeps most.
         method: Name of the method.
         itemsize: Bytes of an entry of a gradient.
-        kept_bytes: Bytes that one sample keeps for its backward pass.
+        kept_bytes: Bytes that one sample keeps for its backward pass; 0: none was run.
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         sample_bytes: Bytes of a sample itself.
+        can_spill: Whether samples can lie in files.
         output_bytes: Bytes of its outputs, where the loss compares them.
         spare: Samples that are held out.
         recalibrated: Samples that BatchNorm is recalibrated with, at the most, a few batches at a time.
@@ -75,6 +78,7 @@ class Workload:
     kept_bytes: int = 0
     largest_bytes: int = 0
     sample_bytes: int = 0
+    can_spill: bool = False
     output_bytes: int = 0
     spare: int = 0
     recalibrated: int = 0
@@ -90,7 +94,9 @@ class Workload:
     unsuited: str = ""
 
 
-def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int = AT_ONCE) -> dict[str, int]:
+def memory_phases(
+    load: Workload, kind: StorageKind, *, lean: bool, at_once: int = AT_ONCE, spilled: Spilled = "nothing"
+) -> dict[str, int]:
     """Return the bytes that the process holds in each phase.
 
     Args:
@@ -98,13 +104,20 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
         kind: How G is held.
         lean: Whether the solver does without copies of many columns.
         at_once: Samples that run through the network forwards and backwards at once.
+        spilled: What lies in files: of samples, then, a few batches are held.
     """
     vector, n = load.itemsize * load.weights, load.rows
     factor = _held_of_g(load, kind)
-    rest = load.held + load.copies + _LIBRARIES + 3 * vector  # copies of the weights: to restore, and to teach
-    common = rest + factor + (load.samples + load.spare) * load.sample_bytes
-    defend = 7 * min(PIECE, n) * vector if kind not in HOLDING_NO_ROWS else 0
-    defend += min(PROBE, n) * vector if kind not in ("float32", *HOLDING_NO_ROWS) else 0
+    libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
+    rest = load.held + load.copies + libraries + 3 * vector  # copies of the weights: to restore, and to teach
+    forwards = forwards_at_once(at_once, spilled)
+    in_hand = _READ * forwards
+    drawn = load.samples + load.spare
+    drawn = drawn if spilled == "nothing" else min(drawn, in_hand)
+    common = rest + factor + drawn * load.sample_bytes
+    defend = 7 * min(PIECE, n) * vector if kind == "float32" else 0  # only these rows are cleaned
+    if kind not in ("float32", *HOLDING_NO_ROWS) and not load.mini_batches:
+        defend = min(PROBE, n) * vector
     blocks = 6 * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
@@ -112,21 +125,21 @@ def memory_phases(load: Workload, kind: StorageKind, *, lean: bool, at_once: int
         copies = _column_copies(load)
         slopes = -(-load.samples // at_once) * vector
     step = min(copies, n * load.kept * load.itemsize)  # a natural-gradient step keeps its columns during trials
-    forward = min(2 * at_once, load.samples) * _forward_bytes(load)
-    backward = min(at_once, load.samples) * _backward_bytes(load)
+    forward = min(forwards, load.samples) * _forward_bytes(load)
+    backward = min(at_once, load.samples) * _backward_bytes(load, spilled)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
-    read = min(load.recalibrated, max(MISFIT_SAMPLES, _READ * 2 * at_once))
+    read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if spilled == "nothing" else in_hand)
     signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     phases = {
-        "capture": common + signs + max(_capture(load, kind, lean, at_once), forward),
+        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), forward),
         "defend": common + defend,
         "solve": solve + copies + passes,
         "trials": solve + taught - blocks + step + slopes + max(forward, backward, passes),
         "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
     }
     if load.trained:  # a batch in hand and what it is made of
-        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load))
+        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load, spilled))
         phases["finetune"] = rest + load.training + step
     return phases
 
@@ -137,8 +150,10 @@ def _forward_bytes(load: Workload) -> int:
     return min(half, _FORWARD_TENSORS * load.largest_bytes) if load.largest_bytes else half
 
 
-def _backward_bytes(load: Workload) -> int:
+def _backward_bytes(load: Workload, spilled: Spilled = "nothing") -> int:
     """Return what a backward pass holds of a sample: what was kept, and a few large tensors or as much again."""
+    if spilled == "activations" and load.largest_bytes:
+        return min(load.kept_bytes, _BACKWARD_TENSORS * load.largest_bytes)
     twice = _BACKWARD * load.kept_bytes
     return min(twice, load.kept_bytes + _BACKWARD_TENSORS * load.largest_bytes) if load.largest_bytes else twice
 
@@ -160,7 +175,7 @@ def _held_of_g(load: Workload, kind: StorageKind) -> int:
             return 0
 
 
-def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
+def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int, spilled: Spilled) -> int:
     """Return what capture holds beside the rows that are done."""
     vector = load.itemsize * load.weights
     budget = chunk_bytes(load.device, at_once, lean=lean and kind != "low-rank")
@@ -170,7 +185,7 @@ def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int
         chunk = MINI_BATCH if load.mini_batches else chunk
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
     if load.mini_batches:
-        return MINI_BATCH * _backward_bytes(load) + 3 * vector
+        return MINI_BATCH * _backward_bytes(load, spilled) + 3 * vector
     chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
     return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
@@ -184,7 +199,7 @@ def _passes(load: Workload, at_once: int) -> int:
     vector = load.itemsize * load.weights
     columns = 2 * max(block_bytes(load.device), BLOCK_VECTORS * vector)
     part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
-    return columns + max(part, _capture(load, "matrix-free", True, at_once)) + _PASS_VECTORS * vector
+    return columns + max(part, _capture(load, "matrix-free", True, at_once, "nothing")) + _PASS_VECTORS * vector
 
 
 def _column_copies(load: Workload) -> int:

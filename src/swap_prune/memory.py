@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["held_memory", "memory_limit", "parse_memory", "peak_memory", "reset_peak_memory"]
+__all__ = ["held_memory", "memory_limit", "parse_memory", "peak_memory", "reset_peak_memory", "return_free_memory"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -63,6 +64,12 @@ def held_memory(device: torch.device | None = None) -> int:
             return int(line.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):  # no Linux: the largest so far is a bound
         return _largest_so_far()
+
+
+def return_free_memory() -> None:
+    """Give memory back that was freed and that the C library keeps for later, where it can be told to (glibc)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:

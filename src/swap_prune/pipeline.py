@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,12 +40,15 @@ from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import check_run, workload
 from swap_prune.selection import DEFAULT_TARGETS, Selection
+from swap_prune.spill import Spill
 from swap_prune.stage import StageRunner
 from swap_prune.staging import search_stages
 from swap_prune.surgery import repair_batchnorm, restored_on_error
 from swap_prune.teaching import Teacher
 
 __all__ = ["plan", "prune"]
+
+_IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
 
 
 def prune(
@@ -154,10 +157,14 @@ def prune(
             notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
         if held.at_once < AT_ONCE:
             notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
+        if held.spilled != "nothing":
+            notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
     if device is not None:
         model.to(place)
     generator = torch.Generator().manual_seed(seed)
-    calibration = CalibrationStream(data, generator, place, 2 * held.at_once)
+    spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
+    keep = None if spill is None else spill.keep
+    calibration = CalibrationStream(data, generator, place, held.forwards, keep)
     runner = StageRunner(
         model=model,
         selection=selection,
@@ -191,6 +198,7 @@ def prune(
         slow_attention(),
         torch.compiler.set_stance("force_eager"),  # what was compiled before does not see hooks that come later
         images_laid_out(model, laid),
+        nullcontext() if spill is None else spill.around(model),
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
@@ -213,7 +221,8 @@ def prune(
             teacher = Teacher(model, changing, loss)
             runner = replace(runner, trainer=teacher if distils else None)
             if solver.needs_held_out:
-                runner = replace(runner, teacher=teacher, doubts=Doubts(teacher, loss) if runner.defended else None)
+                doubts = Doubts(teacher, loss, calibration.kept, held.at_once)
+                runner = replace(runner, teacher=teacher, doubts=doubts if runner.defended else None)
         if stages == "auto":
             records = search_stages(runner, run.schedules, shown)
         else:
@@ -233,7 +242,13 @@ def prune(
         "device": str(place),
         "channels_last": laid,
         "memory": memory,
-        "storage": {"asked": storage, "used": held.kind, "lean": held.lean, "at_once": held.at_once}
+        "storage": {
+            "asked": storage,
+            "used": held.kind,
+            "lean": held.lean,
+            "at_once": held.at_once,
+            "spilled": held.spilled,
+        }
         if solver.needs_gradients
         else None,
     } | ({} if finetune is None else {"finetune": _plain(asdict(finetune))})

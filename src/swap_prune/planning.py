@@ -27,6 +27,7 @@ from swap_prune.forecast import Workload, memory_phases
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.modes import eval_mode
 from swap_prune.randomness import seeded
+from swap_prune.spill import Spilled
 
 __all__ = [
     "Forecast",
@@ -52,7 +53,16 @@ _ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
     ("low-rank", True),
     ("sharded", True),  # never by itself: the pipeline asks for it where there are processes
 )
-_AT_ONCE = (AT_ONCE, AT_ONCE // 2, AT_ONCE // 4)  # samples; the most that fit
+_SPARING: tuple[tuple[int, Spilled], ...] = (  # samples at once, and what is spilled: the first that fits
+    (AT_ONCE, "nothing"),
+    (AT_ONCE, "samples"),
+    (AT_ONCE // 2, "nothing"),
+    (AT_ONCE // 2, "samples"),
+    (AT_ONCE // 4, "nothing"),
+    (AT_ONCE // 4, "samples"),
+    (AT_ONCE // 4, "activations"),
+    (AT_ONCE // 8, "activations"),
+)
 _BY_NAME = "approximates G, and is taken only where it is asked for"
 
 
@@ -63,7 +73,7 @@ class Forecast:
     Attributes:
         storage: Which.
         phases: Phase to bytes held in it.
-        disk: Bytes of a file.
+        disk: Bytes of files.
         obstacle: Why it cannot be taken, or empty.
     """
 
@@ -121,6 +131,7 @@ class MemoryPlan:
             {
                 "storage": f.name,
                 "at_once": f.storage.at_once,
+                "spilled": f.storage.spilled,
                 "need": f.need,
                 "phases": f.phases,
                 "disk": f.disk,
@@ -215,19 +226,30 @@ def plan_memory(
 
 
 def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, directory: Path) -> Forecast:
-    disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
+    """Return the need of a storage with as little spared as fits; else of the way that comes nearest to it."""
     tried = [
-        Forecast(Storage(kind, lean, directory, at_once=n), memory_phases(load, kind, lean=lean, at_once=n), disk, "")
-        for n in _AT_ONCE
+        _attempt(load, Storage(kind, lean, directory, at_once=n, spilled=spilled), limit, directory)
+        for n, spilled in _SPARING
+        if spilled == "nothing" or (load.can_spill and kind != "sharded")
     ]
-    fitting = (one for one in tried if limit is None or one.need <= limit)
-    forecast = next(fitting, min(tried, key=lambda one: one.need))
+    fitting = [one for one in tried if limit is None or one.need <= limit]
+    usable = [one for one in fitting if not one.obstacle]
+    return (usable or fitting or [min(tried, key=lambda one: one.need)])[0]
+
+
+def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Path) -> Forecast:
+    """Return the need of a storage that spares as much as it says, and what stands in its way."""
+    kind = storage.kind
+    phases = memory_phases(load, kind, lean=storage.lean, at_once=storage.at_once, spilled=storage.spilled)
+    disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
+    disk += 0 if storage.spilled == "nothing" else (load.samples + load.spare) * load.sample_bytes
+    forecast = Forecast(storage, phases, disk, "")
     if load.row_noise and kind != "float32":
         return replace(forecast, obstacle="noise on gradients needs them in float32")
     if load.unsuited and kind == "low-rank":
         return replace(forecast, obstacle=f"{load.unsuited}; use another storage, such as 'matrix-free'")
     if limit is not None and forecast.need > limit:
-        phase = max(forecast.phases, key=forecast.phases.__getitem__)
+        phase = max(phases, key=phases.__getitem__)
         return replace(
             forecast,
             obstacle=f"{phase} needs about {forecast.need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB",
@@ -250,8 +272,9 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     least = min(forecasts, key=lambda f: f.need)
     reason = least.obstacle if len(forecasts) == 1 else "; ".join(f"{f.name}: {f.obstacle}" for f in forecasts)
     asked = "" if storage == "auto" else f" in storage {storage!r}"
+    offered = "" if offer is None else "; or storage='low-rank', which fits, and approximates G"
     if limit is None or any(f.need <= limit for f in forecasts):  # memory is not what stands in the way
-        return f"G cannot be held{asked}: {reason}"
+        return f"G cannot be held{asked}: {reason}{offered}"
     if max(least.phases, key=least.phases.__getitem__) == "finetune":
         remedy = f"lower its batch_size (now {load.trained}), or give more memory"
         return f"fine-tuning does not fit: {least.obstacle}; {remedy}"
@@ -263,7 +286,5 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
         tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
         low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
     remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"
-    if offer is not None:
-        remedy += "; or storage='low-rank', which fits, and approximates G"
     held = f" ({load.held / 1e9:.1f} GB of it are held already)" if limit is not None else ""
-    return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}"
+    return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"

@@ -25,13 +25,14 @@ from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory import held_memory
+from swap_prune.memory import held_memory, return_free_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.modes import check_no_inference
 from swap_prune.numbered import NumberedSamples, known_length
 from swap_prune.planning import Workload, check_storage, output_bytes, sample_bytes
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
+from swap_prune.spill import can_spill
 from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
 
 __all__ = ["Run", "check_run", "workload"]
@@ -149,6 +150,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     drawn, spare = share_out_samples(size - judged, run.samples, held_out)
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
+    return_free_memory()
     sample = peek(data, own)
     with torch.compiler.set_stance("force_eager"):  # nothing need be compiled for one sample
         kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
@@ -162,6 +164,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     hooks = [(type(one).apply, type(one).apply_) for one in run.noise.models]
+    altered = any(type(one).corrupt != NoiseModel.corrupt for one in run.noise.models)  # into others, in memory
     return Workload(
         rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
         samples=max(1, drawn),
@@ -172,6 +175,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         kept_bytes=kept.total,
         largest_bytes=kept.largest,
         sample_bytes=sum(own_bytes),
+        can_spill=can_spill(place) and not altered,
         output_bytes=outputs,
         spare=spare + judged,
         recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,

@@ -16,8 +16,9 @@ Place in the pipeline: a defence, before capture, where the dense network contra
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from swap_prune.batches import split_batches
+from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.modes import eval_mode
 
@@ -38,7 +40,6 @@ _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label:
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
 _LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
-_BATCH = 64  # samples shifted at a time: their activations are kept
 
 
 def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> bool:
@@ -58,7 +59,13 @@ def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Seq
 
 
 def shift_seen(
-    model: nn.Module, loss_fn: LossFn, batches: Sequence[Any], generator: torch.Generator, *, known: bool = False
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    generator: torch.Generator,
+    *,
+    known: bool = False,
+    at_once: int = AT_ONCE,
 ) -> float | None:
     """Return how far inputs seem to have been shifted against their labels.
 
@@ -68,36 +75,40 @@ def shift_seen(
         batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
         generator: Draws the other classes (CPU).
         known: Whether such a shift was seen in earlier samples of the run: then only its radius is looked for.
+        at_once: Samples that run through the network at once.
 
     Returns:
         The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
     """
     if not _can_be_asked(loss_fn, batches):
         return None
-    inputs, labels = (torch.cat([batch[part] for batch in batches])[:_LOOKED_AT] for part in (0, 1))
+    inputs, labels = _first_samples(batches, _LOOKED_AT)
     with eval_mode(model):
-        outputs = _outputs(model, inputs)
+        outputs = _outputs(model, inputs, at_once)
         wrong = outputs.argmax(1) != labels
         if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()):
             return None
         if float(_surplus(outputs, labels).mean()) >= 0:
             return None
         for radius in (r * float(inputs.std()) for r in _RADII):
-            moved = _outputs(model, _shifted(model, inputs, labels, radius))
+            moved = _outputs(model, _shifted(model, inputs, labels, radius, at_once), at_once)
             if float(_surplus(moved, labels).mean()) >= 0:
                 if known or _is_rarer_than_chance(wrong, outputs.shape[1]):
                     return radius
                 reached = (moved.argmax(1) == labels)[wrong]
                 others = _other_classes(outputs, labels, generator)[wrong]
-                led = _outputs(model, _shifted(model, inputs[wrong], others, radius)).argmax(1) == others
+                elsewhere = _shifted(model, inputs[wrong], others, radius, at_once)
+                led = _outputs(model, elsewhere, at_once).argmax(1) == others
                 return radius if _is_nearer(reached, led) else None
     return None
 
 
-def shift_back(model: nn.Module, batches: Sequence[Any], radius: float) -> list[Any]:
-    """Return pairs whose inputs went down the loss at their labels, by ``radius`` in each entry at the most."""
-    with eval_mode(model):
-        return [(_shifted(model, inputs, labels, radius), labels) for inputs, labels in batches]
+def shift_back(model: nn.Module, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:
+    """Yield pairs whose inputs went down the loss at their labels, by ``radius`` in each entry at the most."""
+    for inputs, labels in batches:
+        with eval_mode(model):
+            shifted = _shifted(model, inputs, labels, radius, at_once)
+        yield shifted, labels
 
 
 def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
@@ -113,10 +124,18 @@ def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
     return len({batch[0].shape[1:] for batch in batches}) == 1
 
 
+def _first_samples(batches: Sequence[Any], count: int) -> tuple[Tensor, Tensor]:
+    """Return the first inputs and labels of pairs; what comes behind them is not read."""
+    sizes = itertools.accumulate((len(batch[0]) for batch in batches), initial=0)
+    looked_at = [batch for before, batch in zip(sizes, batches, strict=False) if before < count]
+    inputs, labels = (torch.cat([batch[part] for batch in looked_at])[:count] for part in (0, 1))
+    return inputs, labels
+
+
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+def _outputs(model: nn.Module, inputs: Tensor, at_once: int) -> Tensor:
     """Return the logits, (n, classes)."""
-    return torch.cat([model(part) for part in torch.split(inputs, _BATCH)])
+    return torch.cat([model(part) for part in torch.split(inputs, at_once)])
 
 
 def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -126,10 +145,10 @@ def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float) -> Tensor:
+def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float, at_once: int) -> Tensor:
     """Go down the loss at classes (n,), within the ball of the largest entry around the inputs."""
     parts = []
-    for part, goal in split_batches([(inputs, classes)], _BATCH):
+    for part, goal in split_batches([(inputs, classes)], at_once):
         shift = torch.zeros_like(part)
         for _ in range(_STEPS):
             moved = (part + shift).requires_grad_()

@@ -22,6 +22,7 @@ from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.half import ALIGNED, HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
 from swap_prune.selection import Selection
+from swap_prune.spill import Spilled
 
 __all__ = [
     "AT_ONCE",
@@ -34,6 +35,7 @@ __all__ = [
     "StorageKind",
     "check_rows",
     "chunk_bytes",
+    "forwards_at_once",
 ]
 
 StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
@@ -54,9 +56,10 @@ class Storage:
     Attributes:
         kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
         lean: Whether the solver does without copies of many columns. All but float32 are lean.
-        scratch: Directory of the file, for ``mapped``.
-        at_once: Samples that run through the network forwards and backwards at once, at the most; forwards alone twice
-            as many. Mini-batches that make a row keep their own size.
+        scratch: Directory of files: of G for ``mapped``, of what is spilled.
+        at_once: Samples that run through the network forwards and backwards at once, at the most. Mini-batches that
+            make a row keep their own size.
+        spilled: What is spilled to files: the samples of a stage, and what a forward pass keeps for its backward pass.
         team: The processes that share G, for ``sharded``; None until the run has them.
     """
 
@@ -65,6 +68,7 @@ class Storage:
     scratch: Path | None = None
     team: Team | None = None
     at_once: int = AT_ONCE
+    spilled: Spilled = "nothing"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(StorageKind):
@@ -75,6 +79,11 @@ class Storage:
     def chunk_bytes(self, device: torch.device) -> int:
         """Return the bytes of one chunk of samples at capture."""
         return chunk_bytes(device, self.at_once, lean=self.lean or self.kind != "float32")
+
+    @property
+    def forwards(self) -> int:
+        """Samples that run through the network forwards alone at once, at the most."""
+        return forwards_at_once(self.at_once, self.spilled)
 
     @property
     def holds_rows(self) -> bool:
@@ -102,6 +111,11 @@ class Storage:
             return SharedStore(n, selection, dtype, device, self.team)
         assert self.scratch is not None, "checked when it was made"
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
+
+
+def forwards_at_once(at_once: int, spilled: Spilled) -> int:
+    """Return how many samples run forwards alone at once: twice as many, unless memory is shortest."""
+    return at_once if spilled == "activations" else 2 * at_once
 
 
 def chunk_bytes(device: torch.device, at_once: int, *, lean: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
 import torch
@@ -198,8 +199,10 @@ class _Contest:
         steps = self._settings.first_order == "auto" and self._problem.slope is not None
         if self._blank is None and steps and self._problem.blank is not None and len(candidates) > 1:
             self._blank = self._problem.blank()
-        for candidate in candidates:
+        for candidate, following in zip_longest(candidates, candidates[1:]):
             self._enter(candidate)
+            if following is None or following[1:] != candidate[1:]:
+                self._last = None  # its vectors are of no use any more
         assert self._best is not None, "there is at least one candidate"
         return self._best
 
