@@ -45,12 +45,14 @@ class Refit:
         gram: The Gram matrix behind it, or None where the k x k system was solved, or none was formed.
         fitted: ``G w``, (n,), where solving gave it.
         gradient: ``grad Q`` at w, (p,), where solving gave it.
+        system: The factorised system of n equations, where one was solved.
     """
 
     weights: Tensor
     gram: ScaledGram | None
     fitted: Tensor | None = None
     gradient: Tensor | None = None
+    system: SquareSystem | None = None
 
 
 @dataclass(frozen=True)
@@ -139,30 +141,30 @@ class WeightedRidge:
             fitted = self.target - residual + columns @ change
             return Refit(result.index_copy(0, support, kept + change), None, fitted)
         scale = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
-        gram, dual, exact = self._dual(scale, len(support), residual, previous)
+        gram, system, dual = self._dual(scale, len(support), residual, previous)
         pulled = self.factor.rmatvec(dual)
         weights = result.index_copy(0, support, kept + (scale * pulled).index_select(0, support))
-        if gram is None or self.penalty == 0 or not exact:
+        if gram is None or self.penalty == 0 or system is None or system.kind == "inverse":
             return Refit(weights, gram)
         gradient = (weights - self.reference).mul_(self.metric).sub_(pulled).mul_(self.penalty)
-        return Refit(weights, gram, self.target - residual + gram.matrix @ dual, gradient)
+        return Refit(weights, gram, self.target - residual + gram.matrix @ dual, gradient, system)
 
     def _dual(
         self, scale: Tensor, keep: int, residual: Tensor, previous: Refit | None
-    ) -> tuple[ScaledGram | None, Tensor, bool]:
+    ) -> tuple[ScaledGram | None, SquareSystem | None, Tensor]:
         """Return v with ``(S G diag(scale) G^T + n lam I) v = S r``.
 
         Returns:
-            The Gram matrix if there is one, v, and whether v solves the system, and not only as far as it can be told
-            from a singular one.
+            The Gram matrix and the factorised system, if there are any, and v. Of a system that cannot be told from a
+            singular one, v solves only as much as can.
         """
         if self.factor.iterative:
-            return None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual), False
+            return None, None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
         gram = self._gram(scale, keep, previous)
         system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
         system.diagonal().add_(self.penalty)
         factors = SquareSystem.of(system, symmetric=self.smoothing is None)
-        return gram, factors.solve(self.smooth(residual)), factors.kind != "inverse"
+        return gram, factors, factors.solve(self.smooth(residual))
 
     def _gram(self, scale: Tensor, keep: int, previous: Refit | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""

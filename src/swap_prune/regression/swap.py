@@ -137,10 +137,12 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
         return columns if problem.smoothing is None else problem.smoothing.double() @ columns
 
     if refit.gram is not None:
-        kernel = refit.gram.matrix if problem.smoothing is None else problem.smoothing @ refit.gram.matrix
-        kernel = kernel.to(torch.float64, copy=True)  # the Gram matrix itself is used again
-        kernel.diagonal().add_(penalty)
-        system = SquareSystem.of(kernel, symmetric=problem.smoothing is None)
+        system = refit.system
+        if system is None:
+            kernel = refit.gram.matrix if problem.smoothing is None else problem.smoothing @ refit.gram.matrix
+            kernel = kernel.to(torch.float64, copy=True)  # the Gram matrix itself is used again
+            kernel.diagonal().add_(penalty)
+            system = SquareSystem.of(kernel, symmetric=problem.smoothing is None)
 
         def explained(columns: Tensor) -> Tensor:
             g = columns.double()
