@@ -3,6 +3,7 @@
     python benchmarks/storage.py [--samples 200]     # the embedded network
     python benchmarks/storage.py --network wide      # 784-3000-500-10, random: what is measured is memory and time
     python benchmarks/storage.py --network mobilenetv1 --sparsity 0.5 --weights W.safetensors --data-dir DIR
+    python benchmarks/storage.py ... --budgets 12GB 2GB 1GB    # instead: what is taken within each, by itself
 
 LR, one stage, one thread: accuracy, the share of the weights kept by float32 that are kept as well, the most memory
 that the process held and what was forecast, processor seconds, and passes through the network. Each run is a process of
@@ -66,20 +67,23 @@ def measure(
     sparsity: float = 0.9,
     weights: Path | None = None,
     data_dir: Path | None = None,
+    memory: str | None = None,
 ) -> dict[str, Any]:
-    """Prune with a storage, in this process."""
+    """Prune with a storage, or within a budget, in this process."""
     torch.set_num_threads(1)
     model, data, test, method = prepare(network, samples, weights, data_dir)
-    forecast = plan(model, data, sparsity, method, samples=samples, storage=storage).require()
+    forecast = plan(model, data, sparsity, method, samples=samples, storage=storage, memory=memory).require()
     started = time.process_time()
-    report = prune(model, data, sparsity, method, samples=samples, storage=storage, progress=False)
+    report = prune(model, data, sparsity, method, samples=samples, storage=storage, memory=memory, progress=False)
     seconds = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # kilobytes on Linux
     parameters = dict(model.named_parameters())
     kept = torch.cat([parameters[name].detach().flatten() != 0 for name in report.layers])
     passes = report.stages[0].evidence.get("passes")
     return {
-        "storage": storage,
+        "storage": forecast.name,
+        "at_once": forecast.storage.at_once,
+        "spilled": forecast.storage.spilled,
         "accuracy": None if test is None else evaluate(model, test).accuracy,
         "kept": kept.nonzero().squeeze(1).tolist(),
         "peak_gb": peak,
@@ -89,9 +93,16 @@ def measure(
     }
 
 
-def measured_apart(storage: str, arguments: list[str]) -> dict[str, Any]:
+def measured_apart(storage: str, memory: str | None, arguments: list[str]) -> dict[str, Any]:
     """Do the same in a process of its own."""
-    command = [sys.executable, __file__, *arguments, "--one", storage]
+    command = [
+        sys.executable,
+        __file__,
+        *arguments,
+        "--one",
+        storage,
+        *([] if memory is None else ["--memory", memory]),
+    ]
     result: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return result
 
@@ -104,24 +115,37 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--storages", nargs="+", choices=STORAGES, default=STORAGES, help="float32 first")
-    parser.add_argument("--one", choices=STORAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--budgets", nargs="+", default=[], help="such as 2GB; the largest first")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     given = parser.parse_args()
     samples = given.samples or _SAMPLES[given.network]
     if given.one:
-        print(json.dumps(measure(given.one, given.network, samples, given.sparsity, given.weights, given.data_dir)))
+        run = (given.one, given.network, samples, given.sparsity, given.weights, given.data_dir, given.memory)
+        print(json.dumps(measure(*run)))
         return
-    print("| storage | accuracy, % | kept set, % | peak, GB | forecast, GB | processor seconds | passes |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    ways: list[tuple[str, str | None]] = [(storage, None) for storage in given.storages]
+    if given.budgets:
+        ways = [("auto", budget) for budget in given.budgets]
+        print("| budget | storage | at once | in files | ", end="")
+    else:
+        print("| storage | ", end="")
+    print("accuracy, % | kept set, % | peak, GB | forecast, GB | processor seconds | passes |")
+    print("|---" * (10 if given.budgets else 7) + "|", flush=True)
     reference: set[int] = set()
-    for storage in given.storages:
-        one = measured_apart(storage, sys.argv[1:])
+    for storage, budget in ways:
+        one = measured_apart(storage, budget, sys.argv[1:])
         kept = set(one["kept"])
         reference = reference or kept
         cells = ["" if one["accuracy"] is None else f"{one['accuracy']:.2f}"]
         cells += [f"{100 * len(kept & reference) / len(reference):.2f}"]
         cells += [f"{one['peak_gb']:.2f}", f"{one['forecast_gb']:.2f}", f"{one['cpu_seconds']:.1f}"]
         cells += ["" if one["passes"] is None else f"{one['passes']}"]
-        print(f"| {storage} | " + " | ".join(cells) + " |", flush=True)
+        if budget is not None:
+            cells = [budget, one["storage"], str(one["at_once"]), one["spilled"], *cells]
+        else:
+            cells = [storage, *cells]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
