@@ -16,14 +16,14 @@ import argparse
 import torch
 from timing import best_time
 
-from swap_prune.batches import split_batches
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.sketch import sketch_curvature
 from swap_prune.fisher.storage import Storage, StorageKind
-from swap_prune.layout import images_laid_out
 from swap_prune.losses import cross_entropy
-from swap_prune.modes import eval_mode, exact_kernels
+from swap_prune.network.layout import images_laid_out
+from swap_prune.network.modes import eval_mode, exact_kernels
+from swap_prune.samples.batches import split_batches
 from swap_prune.selection import select_parameters
 
 _MOST = {"mobilenetv1": 32, "resnet50": 32}  # samples, on a CPU

@@ -29,7 +29,6 @@ from timing import best_time
 from torch import Tensor
 
 from swap_prune.artifact import load_weights
-from swap_prune.calibration import CalibrationStream
 from swap_prune.experiments.datasets import load_dataset
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
@@ -38,6 +37,7 @@ from swap_prune.losses import cross_entropy
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import swap_weights
+from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.schedule import keep_count
 from swap_prune.selection import select_parameters
 

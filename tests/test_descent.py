@@ -16,7 +16,7 @@ from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
 from tests.cases import generator
-from tests.test_held_out import problem_with
+from tests.samples.test_held_out import problem_with
 
 
 def start_of(problem):
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_a_number_is_infinite_and_one_sample_of_it_counts_as_
 def test_without_confidence_a_coupling_is_left(monkeypatch):
     """A large mean gain that rests on one sample."""
     from swap_prune.regression.tuning import Coupling
-    from tests.test_held_out import fit_of
+    from tests.samples.test_held_out import fit_of
 
     monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
     problem = problem_with(None)

@@ -26,8 +26,8 @@ from swap_prune.fisher.half import HalfFactor
 from swap_prune.fisher.sketch import sketch_curvature
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
-from swap_prune.memory import held_memory, memory_limit, peak_memory, reset_peak_memory
-from swap_prune.modes import exact_kernels
+from swap_prune.memory.process import held_memory, memory_limit, peak_memory, reset_peak_memory
+from swap_prune.network.modes import exact_kernels
 from swap_prune.pipeline import plan
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric

@@ -1,4 +1,4 @@
-"""Imports go one way: numerics <- methods <- request, stage <- staging <- pipeline <- experiments <- cli."""
+"""Imports go one way: numerics <- methods <- request, stages <- pipeline <- experiments <- cli."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ LAYERS = {
     "regression": 1,
     "methods": 2,
     "request": 3,
-    "stage": 3,
-    "staging": 4,
-    "pipeline": 5,
-    "experiments": 6,
-    "cli": 7,
+    "stages": 3,
+    "pipeline": 4,
+    "experiments": 5,
+    "cli": 6,
 }
 
 

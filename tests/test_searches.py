@@ -18,9 +18,9 @@ from swap_prune.regression.tuning import Coupling, choose_coupling
 from swap_prune.regression.two_regime import critical_step, two_regime_step
 from tests.cases import dense_parts, generator, orthogonal_regression, pruning_problem, random_regression
 from tests.reference import best_subset
-from tests.test_active_set import identity
-from tests.test_swap import fit_on, scale_of
-from tests.test_two_regime import sparse_start
+from tests.regression.test_active_set import identity
+from tests.regression.test_swap import fit_on, scale_of
+from tests.regression.test_two_regime import sparse_start
 
 
 def test_the_first_support_is_found_along_a_path_of_refits(monkeypatch):

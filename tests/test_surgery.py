@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swap_prune.calibration import CalibrationStream
 from swap_prune.losses import cross_entropy
+from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.surgery import recalibrate_batchnorm
 from tests.cases import generator, normal
 

@@ -4,8 +4,6 @@ One call, ``prune(model, data, sparsity)``, on any ``torch.nn.Module``; start re
 """
 
 from swap_prune.artifact import load_pruned
-from swap_prune.distillation import SelfDistillation
-from swap_prune.finetune import FineTune, FineTuneReport, finetune
 from swap_prune.fisher.noise import (
     AdversarialInputs,
     AnalogMemory,
@@ -15,11 +13,13 @@ from swap_prune.fisher.noise import (
     NoiseModel,
     PoisonedRows,
 )
-from swap_prune.masks import MaskKeeper, keep_masks, masks_of
+from swap_prune.losses.distillation import SelfDistillation
+from swap_prune.losses.tokens import TokenCrossEntropy
 from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
-from swap_prune.tokens import TokenCrossEntropy
+from swap_prune.training.finetune import FineTune, FineTuneReport, finetune
+from swap_prune.training.masks import MaskKeeper, keep_masks, masks_of
 
 __all__ = [
     "CBS",

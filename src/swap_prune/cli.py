@@ -21,18 +21,18 @@ from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
 from swap_prune.console import print_json, run, say
-from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
-from swap_prune.finetune import parse_finetune
 from swap_prune.methods import METHODS, resolve_method
+from swap_prune.network.device import usable_device
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.training.finetune import parse_finetune
 
 __all__ = ["app", "main"]
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swap_prune.batches import map_tensors
+from swap_prune.samples.batches import map_tensors
 
 __all__ = ["PARTS", "Team", "is_first", "launched", "local_count", "own_device", "process_count", "team_of"]
 

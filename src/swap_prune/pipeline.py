@@ -23,28 +23,28 @@ import torch
 from torch import nn
 
 from swap_prune.artifact import count_layers, save_artifact
-from swap_prune.calibration import CalibrationStream, peek
-from swap_prune.device import usable_device
 from swap_prune.distributed import is_first, local_count, team_of
-from swap_prune.doubts import Doubts
-from swap_prune.finetune import FineTune
+from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.storage import AT_ONCE, Storage
-from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import GaussNewtonLoss, LossFn
-from swap_prune.memory import memory_limit
+from swap_prune.memory.planning import MemoryPlan, plan_memory, scratch_directory
+from swap_prune.memory.process import memory_limit
 from swap_prune.methods import Method
-from swap_prune.modes import exact_kernels, slow_attention
-from swap_prune.planning import MemoryPlan, plan_memory, scratch_directory
+from swap_prune.network.device import usable_device
+from swap_prune.network.layout import images_laid_out, takes_channels_last
+from swap_prune.network.modes import exact_kernels, slow_attention
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import check_run, workload
+from swap_prune.samples.calibration import CalibrationStream, peek
+from swap_prune.samples.spill import Spill
 from swap_prune.selection import DEFAULT_TARGETS, Selection
-from swap_prune.spill import Spill
-from swap_prune.stage import StageRunner
-from swap_prune.staging import search_stages
+from swap_prune.stages.runner import StageRunner
+from swap_prune.stages.search import search_stages
 from swap_prune.surgery import repair_batchnorm, restored_on_error
-from swap_prune.teaching import Teacher
+from swap_prune.training.finetune import FineTune
+from swap_prune.training.teaching import Teacher
 
 __all__ = ["plan", "prune"]
 

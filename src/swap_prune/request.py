@@ -14,26 +14,26 @@ import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from swap_prune.batches import map_tensors
-from swap_prune.calibration import HELD_OUT, JUDGED, peek, share_out_samples
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.distributed import process_count
-from swap_prune.finetune import FineTune
 from swap_prune.fisher.capture import SavedBytes
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory import held_memory, return_free_memory
+from swap_prune.memory.planning import Workload, check_storage, output_bytes, sample_bytes
+from swap_prune.memory.process import held_memory, return_free_memory
 from swap_prune.methods import Method, resolve_method
-from swap_prune.modes import check_no_inference
-from swap_prune.numbered import NumberedSamples, known_length
-from swap_prune.planning import Workload, check_storage, output_bytes, sample_bytes
+from swap_prune.network.modes import check_no_inference
+from swap_prune.samples.batches import map_tensors
+from swap_prune.samples.calibration import HELD_OUT, JUDGED, peek, share_out_samples
+from swap_prune.samples.numbered import NumberedSamples, known_length
+from swap_prune.samples.spill import can_spill
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
-from swap_prune.spill import can_spill
 from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
+from swap_prune.training.finetune import FineTune
 
 __all__ = ["Run", "check_run", "workload"]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from swap_prune.batches import is_single
-from swap_prune.calibration import CalibrationStream
 from swap_prune.losses import LossFn, check_calibration, run_loss
-from swap_prune.modes import eval_mode
+from swap_prune.network.modes import eval_mode
+from swap_prune.samples.batches import is_single
+from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.selection import Selection
 
 __all__ = [

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from swap_prune.batches import slice_batch
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.losses import cross_entropy
+from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import select_parameters
 from tests.cases import generator
 from tests.reference import per_sample_gradients

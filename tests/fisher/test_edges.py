@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from swap_prune.batches import batch_size
 from swap_prune.fisher import sketch
 from swap_prune.fisher.capture import capture_gradients, saved_bytes
 from swap_prune.fisher.defence import LowRank
@@ -14,6 +13,7 @@ from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import mini_batches, sketch_curvature
 from swap_prune.losses import cross_entropy
+from swap_prune.samples.batches import batch_size
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import write_weights
 from tests.cases import generator, normal

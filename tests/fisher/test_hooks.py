@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from swap_prune.batches import slice_batch
 from swap_prune.fisher import capture as capture_module
 from swap_prune.fisher import layers as layers_module
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.hooks import OutputGradients, check_against
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.losses import cross_entropy
+from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import select_parameters
 from tests.cases import generator, normal
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swap_prune.fisher import layers as layers_module
 from swap_prune.fisher import low_rank as low_rank_module
+from swap_prune.fisher.blocked import BLOCK_BYTES
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.hooks import UnsupportedLayerError
 from swap_prune.fisher.low_rank import LowRankFactor, OuterRows, PlainRows
@@ -70,7 +71,7 @@ def test_what_a_solver_asks_for_beside_products() -> None:
     low = factor()
     torch.testing.assert_close(low.leading(2), multiplied_out(low)[:2])
     assert low.leading(99).shape == (N, 88)
-    assert not low.iterative and low.column_limit == 32 * 2**20 // (8 * N)
+    assert not low.iterative and low.column_limit == BLOCK_BYTES // (8 * N)
 
 
 def test_columns_and_rows_in_the_order_asked_for() -> None:

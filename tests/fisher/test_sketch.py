@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional
 
-from swap_prune.batches import batch_size, slice_batch
 from swap_prune.fisher import sketch
 from swap_prune.fisher.sketch import CurvatureSketch, sketch_curvature, sketch_rows
 from swap_prune.losses import CrossEntropy, GaussNewtonLoss, cross_entropy
+from swap_prune.samples.batches import batch_size, slice_batch
 from swap_prune.selection import select_parameters
 from tests.cases import generator
 

@@ -13,16 +13,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from swap_prune.artifact import load_weights
-from swap_prune.calibration import CalibrationStream, peek
 from swap_prune.experiments.config import Experiment
 from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation, evaluate
 from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
-from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import cross_entropy
-from swap_prune.modes import exact_kernels
+from swap_prune.network.layout import images_laid_out, takes_channels_last
+from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
+from swap_prune.samples.calibration import CalibrationStream, peek
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
 

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from swap_prune.console import print_json, say
-from swap_prune.device import usable_device
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
+from swap_prune.network.device import usable_device
 
 __all__ = ["experiment", "report"]
 

@@ -28,11 +28,11 @@ from pydantic import (
     model_validator,
 )
 
-from swap_prune.finetune import FineTune, parse_finetune
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.schedule import SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.training.finetune import FineTune, parse_finetune
 
 __all__ = ["Experiment", "MethodEntry", "Run", "plan_runs", "read_experiment"]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.experiments.images import iterate
-from swap_prune.layout import images_laid_out, takes_channels_last
 from swap_prune.losses import check_labels, check_pair, describe
-from swap_prune.modes import eval_mode, exact_kernels
+from swap_prune.network.layout import images_laid_out, takes_channels_last
+from swap_prune.network.modes import eval_mode, exact_kernels
 
 __all__ = ["Evaluation", "evaluate"]
 

@@ -21,7 +21,7 @@ from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import RunResult, open_results
-from swap_prune.memory import peak_memory, reset_peak_memory
+from swap_prune.memory.process import peak_memory, reset_peak_memory
 from swap_prune.pipeline import prune
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport, versions

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from swap_prune.batches import batch_size, is_sliceable, map_tensors, slice_batch
-from swap_prune.bound import Bound
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import CHUNK_BYTES, RowSink, RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe, least_precise
-from swap_prune.modes import eval_mode
+from swap_prune.network.bound import Bound
+from swap_prune.network.modes import eval_mode
+from swap_prune.samples.batches import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
 __all__ = ["Backend", "Capture", "Passed", "capture_gradients", "check_rows", "pass_rows", "saved_bytes"]

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size, in_own_containers
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn
-from swap_prune.modes import eval_mode
+from swap_prune.network.modes import eval_mode
+from swap_prune.samples.batches import batch_size, in_own_containers
 from swap_prune.selection import Selection
 
 __all__ = ["LowRank", "low_rank_rows", "outer_product_layers"]

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn, check_calibration, run_loss
-from swap_prune.modes import eval_mode
+from swap_prune.network.modes import eval_mode
 from swap_prune.selection import Selection
 
 __all__ = ["LayerInputs"]

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from swap_prune.batches import batch_size, is_sliceable, slice_batch, split_batches
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.hooks import OutputGradients, check_against, hooked_layers
 from swap_prune.fisher.layers import UnsupportedLayerError
@@ -33,7 +32,8 @@ from swap_prune.fisher.outer_products import Collector, LayerCalls, is_outer
 from swap_prune.fisher.source import joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
-from swap_prune.modes import batch_statistics, eval_mode
+from swap_prune.network.modes import batch_statistics, eval_mode
+from swap_prune.samples.batches import batch_size, is_sliceable, slice_batch, split_batches
 from swap_prune.selection import Selection
 
 __all__ = ["JOINED_RANK", "RANK", "LowRankCapture", "capture_low_rank", "numbers_of_a_row"]

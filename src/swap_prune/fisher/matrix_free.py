@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import is_sliceable, select_samples, split_batches
 from swap_prune.fisher.blocked import SubFactor, column_limit
 from swap_prune.fisher.capture import Capture, Passed
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
@@ -29,6 +28,7 @@ from swap_prune.fisher.passes import NetworkPasses, Way
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import check_calibration, check_independence
+from swap_prune.samples.batches import is_sliceable, select_samples, split_batches
 from swap_prune.selection import Selection
 
 __all__ = ["BLOCK_VECTORS", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]

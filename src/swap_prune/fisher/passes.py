@@ -28,13 +28,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from swap_prune.batches import batch_size, is_sliceable
-from swap_prune.bound import Bound
 from swap_prune.fisher.capture import Backend, Passed, pass_rows
 from swap_prune.fisher.hooks import without_gradient
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, RowStream, chunk_bytes
 from swap_prune.losses import check_losses
+from swap_prune.network.bound import Bound
+from swap_prune.samples.batches import batch_size, is_sliceable
 from swap_prune.selection import Selection
 from swap_prune.surgery import temporary_weights
 

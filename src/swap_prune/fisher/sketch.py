@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size, is_single, split_batches
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import RowStore, Storage
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses, failures_named
-from swap_prune.modes import batch_statistics, eval_mode
+from swap_prune.network.modes import batch_statistics, eval_mode
+from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.selection import Selection
 
 __all__ = [

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import batch_size
-from swap_prune.bound import Bound, flat_gradient
 from swap_prune.losses import LossFn
-from swap_prune.modes import batch_statistics, eval_mode
+from swap_prune.network.bound import Bound, flat_gradient
+from swap_prune.network.modes import batch_statistics, eval_mode
+from swap_prune.samples.batches import batch_size
 from swap_prune.selection import Selection
 
 __all__ = ["RowSource", "joined_gradients"]

@@ -21,8 +21,8 @@ from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.half import ALIGNED, HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
+from swap_prune.samples.spill import Spilled
 from swap_prune.selection import Selection
-from swap_prune.spill import Spilled
 
 __all__ = [
     "AT_ONCE",

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swap_prune.masks import MaskKeeper, keep_masks
 from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.training.masks import MaskKeeper, keep_masks
 
 __all__ = ["MaskCallback"]
 

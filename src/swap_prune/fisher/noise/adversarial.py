@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.batches import select_samples
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_choice, check_number
 from swap_prune.fisher.noise.data import choose, inputs_of, replace_part
 from swap_prune.fisher.noise.rows import RowNoise
 from swap_prune.losses import LossFn, check_calibration, describe
-from swap_prune.modes import eval_mode
+from swap_prune.network.modes import eval_mode
+from swap_prune.samples.batches import select_samples
 
 __all__ = ["AdversarialInputs", "PoisonedRows"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swap_prune.fisher.noise.base import NoiseModel, check_choice, check_number
 from swap_prune.losses import LossFn, check_labels, describe
-from swap_prune.modes import eval_mode
+from swap_prune.network.modes import eval_mode
 
 __all__ = ["InputNoise", "LabelNoise", "choose", "inputs_of", "replace_part"]
 

@@ -1,0 +1,1 @@
+"""Can the samples be believed? Labels and inputs that the dense network contradicts."""

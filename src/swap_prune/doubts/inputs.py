@@ -1,0 +1,184 @@
+"""Calibration inputs that an attacker has shifted, shifted back.
+
+An attack moves an input x to where the loss at its label is high, within a small ball: ``max loss(x + d)``. The network
+is close to linear there, so that as many steps *down* the loss at the label lead back to about x. It is the
+anti-adversary of Alfarra et al. (AAAI 2022, arXiv 2103.14347), which has to guess labels; calibration samples have
+theirs. The radius is not known. It is the smallest at which labels are as likely as the network says that they are::
+
+    mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
+
+Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
+is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
+is as far as to any other.
+
+Place in the pipeline: a defence, before capture, where the dense network contradicts the labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from swap_prune.fisher.storage import AT_ONCE
+from swap_prune.losses import CrossEntropy, LossFn
+from swap_prune.network.modes import eval_mode
+from swap_prune.samples.batches import split_batches
+
+__all__ = ["labels_contradicted", "shift_back", "shift_seen"]
+
+_RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
+_STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
+_LOOKED_AT = 256  # samples that the radius is found on
+_LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than expected
+_LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
+_LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
+_LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
+_LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
+
+
+def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> bool:
+    """Whether labels are less likely, beyond chance, than the network's predictions say that they should be.
+
+    Args:
+        loss_fn: Only for the cross-entropy of one label a sample is there an answer; else False.
+        outputs: Logits of the network on the batches, (n, classes) each.
+        batches: Pairs of inputs and class indices (n,).
+    """
+    if not _can_be_asked(loss_fn, batches) or any(z.ndim != 2 for z in outputs):
+        return False
+    surplus = _surplus(torch.cat(list(outputs)), torch.cat([batch[1] for batch in batches]))
+    if len(surplus) < 2:
+        return False
+    return float(surplus.mean()) < -_LEAST_EVIDENCE * float(surplus.std()) / math.sqrt(len(surplus))
+
+
+def shift_seen(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    generator: torch.Generator,
+    *,
+    known: bool = False,
+    at_once: int = AT_ONCE,
+) -> float | None:
+    """Return how far inputs seem to have been shifted against their labels.
+
+    Args:
+        model: The network that may have been attacked; asked in eval mode.
+        loss_fn: Only for the cross-entropy of one label a sample is there an answer.
+        batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
+        generator: Draws the other classes (CPU).
+        known: Whether such a shift was seen in earlier samples of the run: then only its radius is looked for.
+        at_once: Samples that run through the network at once.
+
+    Returns:
+        The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
+    """
+    if not _can_be_asked(loss_fn, batches):
+        return None
+    inputs, labels = _first_samples(batches, _LOOKED_AT)
+    with eval_mode(model):
+        outputs = _outputs(model, inputs, at_once)
+        wrong = outputs.argmax(1) != labels
+        if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()):
+            return None
+        if float(_surplus(outputs, labels).mean()) >= 0:
+            return None
+        for radius in (r * float(inputs.std()) for r in _RADII):
+            moved = _outputs(model, _shifted(model, inputs, labels, radius, at_once), at_once)
+            if float(_surplus(moved, labels).mean()) >= 0:
+                if known or _is_rarer_than_chance(wrong, outputs.shape[1]):
+                    return radius
+                reached = (moved.argmax(1) == labels)[wrong]
+                others = _other_classes(outputs, labels, generator)[wrong]
+                elsewhere = _shifted(model, inputs[wrong], others, radius, at_once)
+                led = _outputs(model, elsewhere, at_once).argmax(1) == others
+                return radius if _is_nearer(reached, led) else None
+    return None
+
+
+def shift_back(model: nn.Module, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:
+    """Yield pairs whose inputs went down the loss at their labels, by ``radius`` in each entry at the most."""
+    for inputs, labels in batches:
+        with eval_mode(model):
+            shifted = _shifted(model, inputs, labels, radius, at_once)
+        yield shifted, labels
+
+
+def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
+    def is_pair(batch: Any) -> bool:
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+            return False
+        inputs, labels = batch
+        classes = labels.ndim == 1 and not labels.is_floating_point() and bool((labels >= 0).all())  # -100: no label
+        return inputs.is_floating_point() and classes
+
+    if not isinstance(loss_fn, CrossEntropy) or not batches or not all(map(is_pair, batches)):
+        return False
+    return len({batch[0].shape[1:] for batch in batches}) == 1
+
+
+def _first_samples(batches: Sequence[Any], count: int) -> tuple[Tensor, Tensor]:
+    """Return the first inputs and labels of pairs; what comes behind them is not read."""
+    sizes = itertools.accumulate((len(batch[0]) for batch in batches), initial=0)
+    looked_at = [batch for before, batch in zip(sizes, batches, strict=False) if before < count]
+    inputs, labels = (torch.cat([batch[part] for batch in looked_at])[:count] for part in (0, 1))
+    return inputs, labels
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Tensor, at_once: int) -> Tensor:
+    """Return the logits, (n, classes)."""
+    return torch.cat([model(part) for part in torch.split(inputs, at_once)])
+
+
+def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return ``log q(label) - sum_c q(c) log q(c)``, (n,): 0 in the mean where predictions are calibrated."""
+    logs = outputs.double().log_softmax(1)
+    return logs.gather(1, labels.long().unsqueeze(1)).squeeze(1) - (logs.exp() * logs).sum(1)
+
+
+@torch.enable_grad()
+def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float, at_once: int) -> Tensor:
+    """Go down the loss at classes (n,), within the ball of the largest entry around the inputs."""
+    parts = []
+    for part, goal in split_batches([(inputs, classes)], at_once):
+        shift = torch.zeros_like(part)
+        for _ in range(_STEPS):
+            moved = (part + shift).requires_grad_()
+            loss = cross_entropy(model(moved), goal.long(), reduction="sum")
+            slope = torch.autograd.grad(loss, moved, allow_unused=True)[0] if loss.requires_grad else None
+            if slope is None:  # what comes first in the network is detached: nobody attacked it by gradients
+                break
+            shift = (shift - radius / 4 * slope.sign()).clamp_(-radius, radius)
+        parts.append(part + shift)
+    return torch.cat(parts)
+
+
+def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
+    drawn = torch.rand(outputs.shape, generator=generator).to(outputs.device)
+    barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
+    return drawn.scatter(1, barred, -1.0).argmax(1)
+
+
+def _is_rarer_than_chance(wrong: Tensor, classes: int) -> bool:
+    """Whether fewer labels are predicted than of labels drawn at random would be: somebody saw to it, (m,)."""
+    expected = len(wrong) / classes
+    right = len(wrong) - int(wrong.sum())
+    return expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes))
+
+
+def _is_nearer(reached: Tensor, led: Tensor) -> bool:
+    """Whether a shift leads to most labels, and to more of them than of other classes, both boolean, (m,): paired."""
+    if float(reached.double().mean()) < _LEAST_REACHED:
+        return False
+    gap = reached.double() - led.double()
+    error = float(gap.std(correction=0)) / math.sqrt(len(gap))
+    return float(gap.mean()) >= max(_LEAST_GAP, _LEAST_ERRORS * error)

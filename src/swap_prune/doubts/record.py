@@ -1,0 +1,95 @@
+"""Can the calibration samples be believed? What the dense network has made of them, stage by stage.
+
+Inputs may have been shifted against their labels (:mod:`swap_prune.doubts.inputs`), and labels may be wrong
+(:mod:`swap_prune.doubts.labels`). The first is undone before gradients are taken. For the second, slopes and choices
+believe labels only as far as the dense network bears them out.
+
+Either is remembered for the rest of the run, where it was seen once: an attacker who reads the weights fits the inputs
+of a later stage to a pruned network, and soon no longer fools the dense one.
+
+Place in the pipeline: a defence, around capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swap_prune.doubts.inputs import labels_contradicted, shift_back, shift_seen
+from swap_prune.doubts.labels import LabelDoubt, doubt_labels
+from swap_prune.fisher.storage import AT_ONCE
+from swap_prune.losses import GaussNewtonLoss, check_calibration
+from swap_prune.network.modes import eval_mode
+from swap_prune.training.teaching import Taught, Teacher
+
+__all__ = ["Doubts"]
+
+
+class Doubts:
+    """What has been seen of the samples of a run.
+
+    Args:
+        teacher: The dense network.
+        loss_fn: Per-sample loss.
+        keep: Makes a list of altered batches, each of which comes as it is put in its place.
+        at_once: Samples that are shifted at once.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        loss_fn: GaussNewtonLoss,
+        keep: Callable[[Iterable[Any]], list[Any]] = list,
+        at_once: int = AT_ONCE,
+    ) -> None:
+        self._teacher = teacher
+        self._loss_fn = loss_fn
+        self._keep, self._at_once = keep, at_once
+        self._shifted = False
+        self._labels: LabelDoubt | None = None
+
+    def restore(
+        self, model: nn.Module, fitting: list[Any], held_out: list[Any], generator: torch.Generator
+    ) -> tuple[list[Any], list[Any], float | None]:
+        """Return batches with inputs shifted back, where they seem to have been shifted, and how far.
+
+        Args:
+            model: The network that may have been attacked, as the stages so far have left it.
+            fitting: Batches that gradients will be taken of; they are asked.
+            held_out: Others.
+            generator: Draws the classes that labels are compared with.
+
+        Raises:
+            ValueError: If the loss cannot be used.
+        """
+        with eval_mode(model):
+            check_calibration(model, self._loss_fn, fitting)
+        if not self._shifted and not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
+            return fitting, held_out, None
+        radius = shift_seen(model, self._loss_fn, fitting, generator, known=self._shifted, at_once=self._at_once)
+        if radius is None:
+            return fitting, held_out, None
+        if not self._shifted:  # what was doubted before were labels of inputs that had moved
+            self._shifted, self._labels = True, None
+        back = [self._keep(shift_back(model, batches, radius, self._at_once)) for batches in (fitting, held_out)]
+        return back[0], back[1], radius
+
+    def weigh(
+        self, fitting: Sequence[Taught], held_out: Sequence[Taught]
+    ) -> tuple[list[Taught], list[Taught], float | None]:
+        """Return batches whose labels have the trust that they deserve, and the share of labels that say nothing."""
+        outputs = [one.teacher for one in fitting if one.teacher is not None]
+        seen = doubt_labels(self._loss_fn, outputs, [one.batch for one in fitting])
+        if seen is not None and (self._labels is None or seen.rate > self._labels.rate):
+            self._labels = seen
+        doubt = self._labels
+        if doubt is None:
+            return list(fitting), list(held_out), None
+
+        def weighed(one: Taught) -> Taught:
+            return one if one.teacher is None else one._replace(trust=doubt.trust(one.teacher, one.batch[1]))
+
+        return list(map(weighed, fitting)), list(map(weighed, held_out)), doubt.rate

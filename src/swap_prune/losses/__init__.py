@@ -1,0 +1,36 @@
+"""Per-sample losses: classes, tokens, self-distillation; and the checks of those that a caller brings.
+
+What a loss has to give is in :mod:`~swap_prune.losses.base`.
+"""
+
+from swap_prune.losses.base import (
+    CrossEntropy,
+    GaussNewtonLoss,
+    LossFn,
+    check_calibration,
+    check_independence,
+    check_labels,
+    check_losses,
+    check_pair,
+    cross_entropy,
+    describe,
+    failures_named,
+    least_precise,
+    run_loss,
+)
+
+__all__ = [
+    "CrossEntropy",
+    "GaussNewtonLoss",
+    "LossFn",
+    "check_calibration",
+    "check_independence",
+    "check_labels",
+    "check_losses",
+    "check_pair",
+    "cross_entropy",
+    "describe",
+    "failures_named",
+    "least_precise",
+    "run_loss",
+]

@@ -1,0 +1,213 @@
+"""How many bytes a run will hold in each of its phases, from counts.
+
+Forecasts come from counts (rows, weights, samples) and from the bytes that one sample keeps for its backward pass; they
+are meant to lie above what is then measured.
+
+Place in the pipeline: beneath planning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from swap_prune.distributed import PARTS
+from swap_prune.fisher.blocked import block_bytes
+from swap_prune.fisher.defence import PIECE, PROBE
+from swap_prune.fisher.inverse import WHOLE
+from swap_prune.fisher.layers import piece_bytes
+from swap_prune.fisher.matrix_free import BLOCK_VECTORS
+from swap_prune.fisher.sketch import MINI_BATCH
+from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes, forwards_at_once
+from swap_prune.regression.swap import SHARE, SHORTLIST
+from swap_prune.regression.tuning import TUNING_ROWS
+from swap_prune.samples.spill import Spilled
+from swap_prune.surgery import MISFIT_SAMPLES
+
+__all__ = ["Workload", "memory_phases"]
+
+_LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
+_OTHER_LIBRARIES = 100 * 2**20  # those that it has not touched when it has run one sample
+_GRAM = 512 * 2**20  # two copies of a block of columns
+_VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
+_SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
+_BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
+_FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
+_READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
+_PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
+_EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the need of a run depends on.
+
+    Attributes:
+        rows: n, rows of G.
+        samples: Calibration samples a stage.
+        weights: p.
+        kept: k of the stage that keeps most.
+        method: Name of the method.
+        itemsize: Bytes of an entry of a gradient.
+        kept_bytes: Bytes that one sample keeps for its backward pass; 0: none was run.
+        largest_bytes: Bytes of the largest tensor among them; 0: not known.
+        mini_batches: Whether a row is the gradient of a mini-batch.
+        row_noise: Whether a noise model changes the rows of G.
+        sample_bytes: Bytes of a sample itself.
+        can_spill: Whether samples can lie in files.
+        output_bytes: Bytes of its outputs, where the loss compares them.
+        spare: Samples that are held out.
+        recalibrated: Samples that BatchNorm is recalibrated with, at the most, a few batches at a time.
+        trained: Samples of a step of fine-tuning; 0: there is none.
+        training: Bytes of gradients and of the optimiser's state in fine-tuning.
+        copies: Bytes of copies of the whole network, where all of it will change.
+        held: Bytes that the process holds already, the model included.
+        device: Whose memory is meant.
+        processes: How many share G, in storage ``sharded``.
+        row_numbers: Numbers that a row of low rank takes.
+        unsuited: Why rows of low rank are not to be had, or empty.
+    """
+
+    rows: int
+    samples: int
+    weights: int
+    kept: int
+    method: str
+    itemsize: int = 4
+    kept_bytes: int = 0
+    largest_bytes: int = 0
+    sample_bytes: int = 0
+    can_spill: bool = False
+    output_bytes: int = 0
+    spare: int = 0
+    recalibrated: int = 0
+    trained: int = 0
+    training: int = 0
+    copies: int = 0
+    mini_batches: bool = False
+    row_noise: bool = False
+    held: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    processes: int = 1
+    row_numbers: int = 0
+    unsuited: str = ""
+
+
+def memory_phases(
+    load: Workload, kind: StorageKind, *, lean: bool, at_once: int = AT_ONCE, spilled: Spilled = "nothing"
+) -> dict[str, int]:
+    """Return the bytes that the process holds in each phase.
+
+    Args:
+        load: The run.
+        kind: How G is held.
+        lean: Whether the solver does without copies of many columns.
+        at_once: Samples that run through the network forwards and backwards at once.
+        spilled: What lies in files: of samples, then, a few batches are held.
+    """
+    vector, n = load.itemsize * load.weights, load.rows
+    factor = _held_of_g(load, kind)
+    libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
+    rest = load.held + load.copies + libraries + 3 * vector  # copies of the weights: to restore, and to teach
+    forwards = forwards_at_once(at_once, spilled)
+    in_hand = _READ * forwards
+    drawn = load.samples + load.spare
+    drawn = drawn if spilled == "nothing" else min(drawn, in_hand)
+    common = rest + factor + drawn * load.sample_bytes
+    defend = 7 * min(PIECE, n) * vector if kind == "float32" else 0  # only these rows are cleaned
+    if kind not in ("float32", *HOLDING_NO_ROWS) and not load.mini_batches:
+        defend = min(PROBE, n) * vector
+    blocks = 6 * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
+    copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
+    if not lean:
+        copies = _column_copies(load)
+        slopes = -(-load.samples // at_once) * vector
+    step = min(copies, n * load.kept * load.itemsize)  # a natural-gradient step keeps its columns during trials
+    forward = min(forwards, load.samples) * _forward_bytes(load)
+    backward = min(at_once, load.samples) * _backward_bytes(load, spilled)
+    passes = _passes(load, at_once) if kind == "matrix-free" else 0
+    read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if spilled == "nothing" else in_hand)
+    signs = 0 if load.mini_batches else load.samples * load.output_bytes
+    taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
+    phases = {
+        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), forward),
+        "defend": common + defend,
+        "solve": solve + copies + passes,
+        "trials": solve + taught - blocks + step + slopes + max(forward, backward, passes),
+        "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
+    }
+    if load.trained:  # a batch in hand and what it is made of
+        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load, spilled))
+        phases["finetune"] = rest + load.training + step
+    return phases
+
+
+def _forward_bytes(load: Workload) -> int:
+    """Return what a forward pass alone holds of a sample: a few large tensors, or half of what it would keep."""
+    half = int(_FORWARD * load.kept_bytes)
+    return min(half, _FORWARD_TENSORS * load.largest_bytes) if load.largest_bytes else half
+
+
+def _backward_bytes(load: Workload, spilled: Spilled = "nothing") -> int:
+    """Return what a backward pass holds of a sample: what was kept, and a few large tensors or as much again."""
+    if spilled == "activations" and load.largest_bytes:
+        return min(load.kept_bytes, _BACKWARD_TENSORS * load.largest_bytes)
+    twice = _BACKWARD * load.kept_bytes
+    return min(twice, load.kept_bytes + _BACKWARD_TENSORS * load.largest_bytes) if load.largest_bytes else twice
+
+
+def _held_of_g(load: Workload, kind: StorageKind) -> int:
+    """Return what is held of G itself."""
+    entries = load.rows * load.weights
+    match kind:
+        case "float32":
+            return load.itemsize * entries
+        case "float16" | "bfloat16":
+            return 2 * entries
+        case "low-rank":
+            return load.itemsize * load.rows * load.row_numbers
+        case "sharded":
+            own = -(-PARTS // load.processes) * -(-load.weights // PARTS)  # columns
+            return load.itemsize * load.rows * min(load.weights, own)
+        case "mapped" | "matrix-free":
+            return 0
+
+
+def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int, spilled: Spilled) -> int:
+    """Return what capture holds beside the rows that are done."""
+    vector = load.itemsize * load.weights
+    budget = chunk_bytes(load.device, at_once, lean=lean and kind != "low-rank")
+    piece = piece_bytes(load.device)
+    if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
+        chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)
+        chunk = MINI_BATCH if load.mini_batches else chunk
+        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
+    if load.mini_batches:
+        return MINI_BATCH * _backward_bytes(load, spilled) + 3 * vector
+    chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))
+    buffered = 1 if kind != "float32" else 0
+    return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
+
+
+def _passes(load: Workload, at_once: int) -> int:
+    """Return what products hold that pass through the network: columns, and a chunk of rows that they are cut out of.
+
+    A pass along a direction, or back, holds less than the chunk or what a trial does.
+    """
+    vector = load.itemsize * load.weights
+    columns = 2 * max(block_bytes(load.device), BLOCK_VECTORS * vector)
+    part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
+    return columns + max(part, _capture(load, "matrix-free", True, at_once, "nothing")) + _PASS_VECTORS * vector
+
+
+def _column_copies(load: Workload) -> int:
+    """Return the bytes of columns of G that the method copies at once, where nothing holds it back."""
+    n, k, p = load.rows, load.kept, load.weights
+    if load.method in ("lr", "ewr"):
+        coupled = min(n, TUNING_ROWS) * p * load.itemsize if load.method == "ewr" else 0
+        return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)
+    if load.method == "chita":
+        return int(1.5 * n * k) * load.itemsize
+    return 4 * 8 * n * min(p, WHOLE) if load.method == "woodfisher" else 0

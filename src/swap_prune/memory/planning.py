@@ -1,0 +1,290 @@
+"""How much memory a run will need, known before any work is done, and how G is to be held.
+
+Every storage has a forecast (:mod:`swap_prune.memory.forecast`): the bytes that the process will hold in each phase,
+what it holds already included. The fastest one whose largest phase fits the limit is taken; one that changes what G is,
+beyond rounding, only if it is asked for.
+
+Place in the pipeline: before everything.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from swap_prune.fisher.capture import SavedBytes, saved_bytes
+from swap_prune.fisher.storage import AT_ONCE, Storage, StorageKind
+from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.memory.forecast import Workload, memory_phases
+from swap_prune.network.modes import eval_mode
+from swap_prune.randomness import seeded
+from swap_prune.samples.batches import in_own_containers
+from swap_prune.samples.spill import Spilled
+
+__all__ = [
+    "Forecast",
+    "MemoryPlan",
+    "StorageName",
+    "Workload",
+    "check_storage",
+    "output_bytes",
+    "plan_memory",
+    "sample_bytes",
+    "scratch_directory",
+]
+
+StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
+
+_ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
+    ("float32", False),
+    ("float32", True),
+    ("float16", True),
+    ("bfloat16", True),
+    ("mapped", True),
+    ("matrix-free", True),
+    ("low-rank", True),
+    ("sharded", True),  # never by itself: the pipeline asks for it where there are processes
+)
+_SPARING: tuple[tuple[int, Spilled], ...] = (  # samples at once, and what is spilled: the first that fits
+    (AT_ONCE, "nothing"),
+    (AT_ONCE, "samples"),
+    (AT_ONCE // 2, "nothing"),
+    (AT_ONCE // 2, "samples"),
+    (AT_ONCE // 4, "nothing"),
+    (AT_ONCE // 4, "samples"),
+    (AT_ONCE // 4, "activations"),
+    (AT_ONCE // 8, "activations"),
+)
+_BY_NAME = "approximates G, and is taken only where it is asked for"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The need of one storage.
+
+    Attributes:
+        storage: Which.
+        phases: Phase to bytes held in it.
+        disk: Bytes of files.
+        obstacle: Why it cannot be taken, or empty.
+    """
+
+    storage: Storage
+    phases: dict[str, int]
+    disk: int
+    obstacle: str
+
+    @property
+    def name(self) -> str:
+        """The storage in a word or two."""
+        dense = self.storage.kind == "float32"
+        return "float32 (no copies)" if dense and self.storage.lean else self.storage.kind
+
+    @property
+    def exact(self) -> bool:
+        """Whether G is the same up to rounding."""
+        return self.storage.kind != "low-rank"
+
+    @property
+    def need(self) -> int:
+        """Bytes held in the phase that needs most."""
+        return max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All forecasts, and which one is taken.
+
+    Attributes:
+        limit: Bytes that the process may hold on the device where it computes; None where nobody knows.
+        forecasts: The candidates, fastest first.
+        chosen: The one taken.
+        why: The reason, in words.
+    """
+
+    limit: int | None
+    forecasts: tuple[Forecast, ...]
+    chosen: Forecast | None
+    why: str
+
+    def require(self) -> Forecast:
+        """Return the forecast taken.
+
+        Raises:
+            ValueError: If nothing fits.
+        """
+        if self.chosen is None:
+            raise ValueError(self.why)
+        return self.chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        rows = [
+            {
+                "storage": f.name,
+                "at_once": f.storage.at_once,
+                "spilled": f.storage.spilled,
+                "need": f.need,
+                "phases": f.phases,
+                "disk": f.disk,
+                "obstacle": f.obstacle,
+            }
+            for f in self.forecasts
+        ]
+        chosen = None if self.chosen is None else self.chosen.name
+        return {"limit": self.limit, "storage": chosen, "why": self.why, "forecasts": rows}
+
+
+def check_storage(storage: str) -> None:
+    """Refuse a storage that does not exist.
+
+    Raises:
+        ValueError: If it is none of the known ones.
+    """
+    if storage not in get_args(StorageName):
+        raise ValueError(f"storage must be one of {', '.join(get_args(StorageName))}, got {storage!r}")
+
+
+def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
+    """Return what a batch of one sample keeps for its backward pass, parameters apart.
+
+    What cannot be run counts as nothing: the run itself will say what is wrong.
+    """
+    own = (*model.parameters(), *model.buffers())
+    try:
+        with eval_mode(model), seeded(0, own[0].device if own else None):
+            return saved_bytes(lambda: loss_fn(model, sample), own)
+    except Exception:  # whatever the caller's model or loss raises
+        return SavedBytes(0, 0)
+
+
+def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int:
+    """Return the bytes of what the network gives for a batch of one sample; 0 if it cannot be run."""
+    place = next(model.parameters()).device
+    try:
+        with eval_mode(model), seeded(0, place), torch.no_grad():
+            return loss_fn.outputs(model, in_own_containers(sample)).nbytes
+    except Exception:  # whatever the caller's model or loss raises
+        return 0
+
+
+@contextmanager
+def scratch_directory(storage: Storage) -> Iterator[Storage]:
+    """Give a storage that needs it a directory of its own, deleted at the end.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    if storage.kind != "mapped":
+        yield storage
+        return
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="swap-prune-", dir=storage.scratch)
+    except OSError as error:
+        raise ValueError(f"scratch must be a directory to write to, got {str(storage.scratch)!r}: {error}") from error
+    with directory as path:
+        yield replace(storage, scratch=Path(path))
+
+
+def plan_memory(
+    load: Workload, limit: int | None, storage: str = "auto", scratch: str | Path | None = None
+) -> MemoryPlan:
+    """Choose how G is held.
+
+    Args:
+        load: The run.
+        limit: Bytes that the process may hold; None: no limit is known, and the fastest storage is taken.
+        storage: One that must be taken, or ``"auto"``.
+        scratch: Directory of a file; by default the system's for temporary files.
+    """
+    check_storage(storage)
+    directory = Path(tempfile.gettempdir() if scratch is None else scratch)
+    forecasts = tuple(
+        _forecast(load, kind, lean, limit, directory)
+        for kind, lean in _ORDER
+        if storage == kind or (storage == "auto" and kind != "sharded")
+    )
+    chosen = next((f for f in forecasts if not f.obstacle and (storage != "auto" or f.exact)), None)
+    if storage == "auto":
+        forecasts = tuple(f if f.exact or f.obstacle else replace(f, obstacle=_BY_NAME) for f in forecasts)
+    if chosen is None:
+        return MemoryPlan(limit, forecasts, None, _refusal(load, limit, storage, directory, forecasts))
+    if chosen is forecasts[0]:
+        why = "asked for" if storage != "auto" else "the fastest, and it fits"
+    else:
+        passed = [f for f in forecasts[: forecasts.index(chosen)] if f.exact]
+        why = "; ".join(f"{f.name}: {f.obstacle}" for f in passed)
+    return MemoryPlan(limit, forecasts, chosen, why)
+
+
+def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, directory: Path) -> Forecast:
+    """Return the need of a storage with as little spared as fits; else of the way that comes nearest to it."""
+    tried = [
+        _attempt(load, Storage(kind, lean, directory, at_once=n, spilled=spilled), limit, directory)
+        for n, spilled in _SPARING
+        if spilled == "nothing" or (load.can_spill and kind != "sharded")
+    ]
+    fitting = [one for one in tried if limit is None or one.need <= limit]
+    usable = [one for one in fitting if not one.obstacle]
+    return (usable or fitting or [min(tried, key=lambda one: one.need)])[0]
+
+
+def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Path) -> Forecast:
+    """Return the need of a storage that spares as much as it says, and what stands in its way."""
+    kind = storage.kind
+    phases = memory_phases(load, kind, lean=storage.lean, at_once=storage.at_once, spilled=storage.spilled)
+    disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
+    disk += 0 if storage.spilled == "nothing" else (load.samples + load.spare) * load.sample_bytes
+    forecast = Forecast(storage, phases, disk, "")
+    if load.row_noise and kind != "float32":
+        return replace(forecast, obstacle="noise on gradients needs them in float32")
+    if load.unsuited and kind == "low-rank":
+        return replace(forecast, obstacle=f"{load.unsuited}; use another storage, such as 'matrix-free'")
+    if limit is not None and forecast.need > limit:
+        phase = max(phases, key=phases.__getitem__)
+        return replace(
+            forecast,
+            obstacle=f"{phase} needs about {forecast.need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB",
+        )
+    if disk:
+        try:
+            free = shutil.disk_usage(directory).free
+        except OSError as error:
+            return replace(forecast, obstacle=f"{directory} cannot be used ({error.strerror}); name another scratch=")
+        if disk > free:
+            text = f"its file needs {disk / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB free"
+            return replace(forecast, obstacle=f"{text}; name another scratch=")
+    return forecast
+
+
+def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, forecasts: tuple[Forecast, ...]) -> str:
+    """Say that nothing fits, and how many samples would."""
+    offer = next((f for f in forecasts if f.obstacle == _BY_NAME), None)
+    forecasts = tuple(f for f in forecasts if f is not offer and (storage != "auto" or f.exact))
+    least = min(forecasts, key=lambda f: f.need)
+    reason = least.obstacle if len(forecasts) == 1 else "; ".join(f"{f.name}: {f.obstacle}" for f in forecasts)
+    asked = "" if storage == "auto" else f" in storage {storage!r}"
+    offered = "" if offer is None else "; or storage='low-rank', which fits, and approximates G"
+    if limit is None or any(f.need <= limit for f in forecasts):  # memory is not what stands in the way
+        return f"G cannot be held{asked}: {reason}{offered}"
+    if max(least.phases, key=least.phases.__getitem__) == "finetune":
+        remedy = f"lower its batch_size (now {load.trained}), or give more memory"
+        return f"fine-tuning does not fit: {least.obstacle}; {remedy}"
+    per_row = max(1, load.samples // load.rows)
+    low, high = 0, load.rows  # most rows that fit: the need grows with them
+    while high - low > 1:
+        middle = (low + high) // 2
+        fewer = replace(load, rows=middle, samples=middle * per_row)
+        tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
+        low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
+    remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"
+    held = f" ({load.held / 1e9:.1f} GB of it are held already)" if limit is not None else ""
+    return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"

@@ -1,0 +1,375 @@
+"""Calibration data: an endless, reproducible stream of samples drawn from what the caller has.
+
+Second step of the pipeline. ``data`` may be a map-style ``Dataset`` or a ``DataLoader`` over one (samples are drawn at
+random, without repetition until all were seen; :mod:`swap_prune.samples.numbered`), an iterable of batches such as a
+list (read in order, each stage going on where the last one stopped, from the start again at the end), or a one-shot
+iterator (remembered as it is read). A draw larger than the data returns all of it, once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from swap_prune.samples.batches import (
+    batch_size,
+    in_own_containers,
+    is_sliceable,
+    join_batches,
+    map_tensors,
+    slice_batch,
+    split_batches,
+)
+from swap_prune.samples.numbered import NumberedSamples, known_length
+
+__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "peek", "share_out_samples"]
+
+HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
+JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
+BATCH = 128  # samples, where the stream makes the batches itself
+_END = object()  # of a pass over the data
+
+
+class CalibrationStream:
+    """Draws calibration batches; the only object of the package that remembers where it is.
+
+    Args:
+        data: Dataset, DataLoader, iterable of batches, or iterator of batches.
+        generator: Random state for drawing samples by number (CPU).
+        device: Where the drawn batches are put.
+        size: Samples of a batch, at the most, but for single ones that would be left alone: batches that the data bring
+            are joined and split.
+        keep: Puts a batch that stays for a while where it is to stay (:mod:`swap_prune.samples.spill`); None: it stays
+            where it is.
+
+    Raises:
+        ValueError: If ``data`` is neither.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        size: int = BATCH,
+        keep: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if isinstance(data, Tensor | str | bytes | Mapping) or not (
+            isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
+        ):
+            raise ValueError(
+                f"data must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
+            )
+        if isinstance(data, IterableDataset):
+            data = DataLoader(data, batch_size=size)
+        self._data = data
+        self._generator = generator
+        self._device = device
+        self._size = size
+        self._keep = keep
+        self._samples = NumberedSamples.of(data)
+        self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
+        self._gradients = torch.is_grad_enabled()  # the caller's mode; data may be read in the midst of a computation
+        self._order: list[int] = []  # numbers of samples that were not drawn yet
+        self._reserved: list[int] = []  # numbers of samples that are held out of what is fitted
+        self._barred: set[int] = set()  # numbers of samples that are never drawn again
+        self._passes = self._read_passes() if self._samples is None else iter(())
+        self._pass_size: int | None = None  # samples in one pass, once one was completed
+        self._read = 0  # samples read in the first pass
+        self._rest: Any = None  # what a draw left of its last batch
+
+    def draw(self, samples: int) -> list[Any]:
+        """Return batches with ``samples`` samples together, or all the data if it holds fewer.
+
+        Raises:
+            ValueError: If the data is empty or exhausted.
+        """
+        return self.kept(self.read(samples))
+
+    def read(self, samples: int) -> Iterator[Any]:
+        """Yield the batches of such a draw one after the other, each read when it is asked for.
+
+        Raises:
+            ValueError: If the data is empty or exhausted.
+        """
+        if self._samples is not None:
+            return self._in_batches(self._take(samples))
+        parts = (part for batch in self._draw_iterated(samples) for part in split_batches([batch], self._size))
+        return map(self._placed, join_batches(parts, self._size))
+
+    def read_pass(self, size: int, generator: torch.Generator) -> Iterator[tuple[float, Any]]:
+        """Yield as many samples as the data holds, batch by batch, to train on.
+
+        A Dataset is read in a new order, and so is a DataLoader that shuffles. Other data goes on where it was, in
+        batches as they come. No batch has more than ``size`` samples.
+
+        Args:
+            size: Samples a batch.
+            generator: Random state of a new order (CPU). What ``draw`` draws does not depend on it.
+
+        Yields:
+            How much of the pass came before a batch, in [0, 1], and the batch. For data of unknown length it is 0.
+
+        Raises:
+            ValueError: If the data is empty or exhausted.
+        """
+        if self._samples is not None:
+            numbers = [i for i in range(self._samples.count()) if i not in self._barred]
+            parts = list(self._samples.training_parts(numbers, size, generator))
+            *starts, total = itertools.accumulate(map(len, parts), initial=0)
+            for start, batch in zip(starts, self._guarded(self._samples.batches(parts)), strict=True):
+                yield start / total, self._placed(batch)
+            return
+        length = known_length(self._data) or float("inf")
+        for number, batch in enumerate(self._draw_iterated(sys.maxsize)):
+            parts = split_batches([batch], size)
+            for place, part in enumerate(parts):
+                yield min((number + place / len(parts)) / length, 1.0), self._placed(part)
+
+    def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
+        """Draw ``samples`` samples, and ``held_out`` more that are not among them.
+
+        Data that hold fewer are shared out (:func:`share_out_samples`). Numbered samples that are too few for all the
+        draws are held out alike in each of them, so that what is chosen by them was never fitted before.
+
+        Args:
+            samples: To fit.
+            held_out: To choose by, at the most.
+            draws: How many such draws there will be.
+
+        Returns:
+            Both as batches.
+        """
+        if self._samples is not None and held_out > 0 and self._left() < draws * (samples + held_out):
+            return self._draw_reserving(samples, held_out)
+        drawn = self.draw(samples + held_out)
+        missing, _ = share_out_samples(sum(map(batch_size, drawn)), samples, held_out)
+        fitting: list[Any] = []
+        apart: list[Any] = []
+        for batch in drawn:
+            size = batch_size(batch)
+            if missing >= size or not is_sliceable(batch):
+                (fitting if missing > 0 else apart).append(batch)
+            else:
+                fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
+                apart.append(slice_batch(batch, max(missing, 0), size))
+            missing -= size
+        return self.kept(join_batches(fitting, self._size)), self.kept(join_batches(apart, self._size))
+
+    def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
+        """Do the same from numbered samples; what is held out is drawn once and never fitted."""
+        if not self._reserved:
+            _, spare = share_out_samples(self._left(), samples, held_out)
+            self._reserved = self._permuted()[:spare]
+        fitting = self._take(samples, frozenset(self._reserved))
+        return self.kept(self._in_batches(fitting)), self.kept(self._in_batches(self._reserved))
+
+    def hold_out(self, samples: int) -> list[Any]:
+        """Draw samples that will not be drawn again: a fifth of a Dataset, or of that of a DataLoader, at the most.
+
+        Other data is read from its start again, where it ends, and then gives them again.
+
+        Raises:
+            ValueError: If there are fewer than five samples.
+        """
+        if self._samples is None:
+            return self.draw(samples)
+        if self._left() < 5:
+            raise ValueError(f"a fifth of the data is held out: at least five samples are needed, got {self._left()}")
+        own = self._permuted()[: min(samples, self._left() // 5)]
+        self._barred.update(own)
+        return self.kept(self._in_batches(own))
+
+    def kept(self, batches: Iterable[Any]) -> list[Any]:
+        """Return batches that stay for a while; each is put in its place before the next is read."""
+        return list(batches) if self._keep is None else list(map(self._keep, batches))
+
+    def beside(self, data: Any, generator: torch.Generator) -> CalibrationStream:
+        """Return a stream for what looks at samples without fitting to them, or trains: it changes no draw of this one.
+
+        What this one holds out is left out of it too; also of other data that has as many samples, which are taken to
+        be the same ones in another form.
+
+        Args:
+            data: Its data; None for those of this stream, which is then the stream itself where they have no numbers.
+            generator: Random state for drawing (CPU).
+        """
+        if data is None and self._samples is None:
+            return self
+        other = CalibrationStream(self._data if data is None else data, generator, self._device, self._size, self._keep)
+        if self._samples is not None and other._samples is not None:
+            sizes = (known_length(one.dataset) for one in (self._samples, other._samples))
+            if len(set(sizes)) == 1:
+                other._barred = self._barred
+        return other
+
+    def _permuted(self) -> list[int]:
+        """Return the numbers that may be drawn, in a new order."""
+        order: list[int] = torch.randperm(self._count(), generator=self._generator).tolist()
+        return [i for i in order if i not in self._barred]
+
+    def _left(self) -> int:
+        return self._count() - len(self._barred)
+
+    def _placed(self, batch: Any) -> Any:
+        return map_tensors(lambda t: t.to(self._device, copy=t.is_inference()), batch)
+
+    def _count(self) -> int:
+        assert self._samples is not None, "only they have numbers"
+        return self._samples.count()
+
+    def _take(self, samples: int, barred: Set[int] = frozenset()) -> list[int]:
+        """Return the next numbers, but for some."""
+        barred = barred | self._barred
+        take = min(samples, self._count() - len(barred))
+        self._order = [i for i in self._order if i not in barred]
+        if len(self._order) < take:  # a new permutation; nothing is drawn twice within one draw
+            held = set(self._order)
+            fresh = [i for i in self._permuted() if i not in barred]
+            self._order += [i for i in fresh if i not in held] + [i for i in fresh if i in held]
+        numbers, self._order = self._order[:take], self._order[take:]
+        return numbers
+
+    def _in_batches(self, numbers: Sequence[int]) -> Iterator[Any]:
+        """Yield the samples with some numbers, batch by batch."""
+        assert self._samples is not None, "only they have numbers"
+        parts = [numbers[i : i + self._size] for i in range(0, len(numbers), self._size)]
+        return map(self._placed, join_batches(self._guarded(self._samples.batches(parts)), self._size))
+
+    def _draw_iterated(self, samples: int) -> Iterator[Any]:
+        got = 0
+        while got < min(samples, self._pass_size or samples):
+            batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
+            if batch is _END:
+                self._pass_size = self._read
+                if self._pass_size == 0:
+                    raise ValueError(
+                        "the calibration data is empty or exhausted: it gave no sample (a generator can be "
+                        "read only once: pass a list, a DataLoader or a Dataset; with drop_last=True no batch may be "
+                        "larger than the data)"
+                    )
+                continue
+            size = batch_size(batch)
+            surplus = got + size - min(samples, self._pass_size or samples)
+            if surplus > 0 and is_sliceable(batch):
+                self._rest = slice_batch(batch, size - surplus, size)
+                batch = slice_batch(batch, 0, size - surplus)
+            got += min(size, size - surplus) if is_sliceable(batch) else size
+            yield batch
+
+    def _read_passes(self) -> Iterator[Any]:
+        """Yield batch after batch for ever, ``_END`` at the end of each pass."""
+        one_shot = isinstance(self._data, Iterator)
+        source, remembered = self._data, []
+        for passes in itertools.count():
+            for batch in self._guarded(source):
+                if batch is None:
+                    raise ValueError("the calibration data gave None for a batch; leave it out in the loader")
+                if batch_size(batch) == 0:
+                    continue
+                if passes == 0:
+                    self._read += batch_size(batch)
+                    if one_shot:
+                        batch = self.kept([batch])[0]
+                        remembered.append(batch)
+                yield in_own_containers(batch) if isinstance(batch, Mapping) else batch
+            if one_shot:
+                source = remembered
+            yield _END
+
+    def _guarded(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Yield what an iterable gives, with a random state of the stream's own in place of PyTorch's global one."""
+        with self._own_randomness():
+            batches = iter(source)
+        while True:
+            with self._own_randomness():
+                try:
+                    batch = next(batches, _END)
+                except Exception as error:
+                    _report(error)
+            if batch is _END:
+                return
+            yield batch
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Let what reads torch's global random state read one of the stream's own, and leave the global one.
+
+        Gradients are on or off as they were where the stream was made.
+        """
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self._gradients):
+            torch.set_rng_state(self._reading)
+            yield
+            self._reading = torch.get_rng_state()
+
+
+def _report(error: Exception) -> NoReturn:
+    """Raise what data that fail are reported by: a ValueError of one line, or their own ValueError or OSError."""
+    lines = str(error).splitlines() or [""]
+    if lines[0].startswith("Caught ") and " DataLoader worker " in lines[0]:  # then a traceback, and what it was
+        raise ValueError(f"the calibration data failed in a worker of the DataLoader: {lines[-1]}") from error
+    if isinstance(error, ValueError | OSError):
+        raise error
+    raise ValueError(f"the calibration data failed: {type(error).__name__}: {lines[0]}") from error
+
+
+def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:
+    """Return how many of the samples that there are get fitted, and how many are held out.
+
+    Where there are fewer than are asked for, a fifth is held out, or what is left beside ``samples``, if that is more.
+
+    Args:
+        size: Samples that there are.
+        samples: To fit, at the most.
+        held_out: To hold out, at the most.
+    """
+    if size >= samples + held_out:
+        return samples, held_out
+    spare = max(min(held_out, size // 5), size - samples)
+    return size - spare, spare
+
+
+def peek(data: Any, device: torch.device | str = "cpu") -> Any:
+    """Return one sample as a batch, or None; reads nothing away, and leaves torch's random state.
+
+    A Dataset and a sequence of batches can be looked at, a DataLoader through its Dataset. Iterators are left alone.
+
+    Args:
+        data: As for :class:`CalibrationStream`.
+        device: Where the sample is put.
+    """
+    drawn_from = [(generator, generator.get_state()) for generator in _generators(data)]
+    try:
+        return map_tensors(lambda t: t.to(device), _first(data))
+    finally:
+        for generator, state in drawn_from:
+            generator.set_state(state)
+
+
+def _generators(data: Any) -> Iterator[torch.Generator]:
+    """Yield the random states that a data set, or one that it is a part of, keeps for its augmentation."""
+    while isinstance(data, Dataset | DataLoader):
+        yield from (value for value in vars(data).values() if isinstance(value, torch.Generator))
+        data = getattr(data, "dataset", None)
+
+
+def _first(data: Any) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(data, DataLoader) and data.collate_fn is not None:
+                return data.collate_fn([data.dataset[0]])
+            samples = NumberedSamples.of(data)
+            if samples is not None:
+                return next(iter(samples.batches([[0]])))
+        if isinstance(data, list | tuple) and data and is_sliceable(data[0]):
+            return slice_batch(data[0], 0, 1)
+    except Exception:  # what is wrong with the data is said where it is drawn
+        return None
+    return None

@@ -1,0 +1,337 @@
+"""One stage of pruning: fresh samples, their gradients, the regression, and the answer written to the network.
+
+    draw -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> (fine-tune) -> recalibrate
+
+What all stages of a run share is a :class:`StageRunner`; the pipeline makes one and runs it stage by stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.doubts.record import Doubts
+from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.defence import LowRank
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.inputs import LayerInputs
+from swap_prune.fisher.low_rank_capture import capture_low_rank
+from swap_prune.fisher.mapped import MappedFactor
+from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
+from swap_prune.fisher.noise import NoiseChain
+from swap_prune.fisher.outliers import clip_rows_
+from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
+from swap_prune.fisher.source import RowSource
+from swap_prune.fisher.storage import Storage
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
+from swap_prune.methods import Method
+from swap_prune.network.modes import eval_mode
+from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator
+from swap_prune.report import StageReport
+from swap_prune.samples.batches import batch_size, is_single, split_batches
+from swap_prune.samples.calibration import HELD_OUT, CalibrationStream
+from swap_prune.schedule import keep_count
+from swap_prune.selection import Selection
+from swap_prune.stages.trials import Trials
+from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
+from swap_prune.training.finetune import FineTune, train
+from swap_prune.training.teaching import Taught, Teacher
+
+__all__ = ["StageRunner"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """What every stage of a run shares.
+
+    Attributes:
+        model: The network.
+        selection: Where the p weights lie.
+        solver: The method.
+        noise: What disturbs samples, weights and gradients.
+        noise_generator: Its random state.
+        seed: Of the run.
+        loss_fn: Per-sample loss.
+        curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
+        samples: Calibration samples a stage.
+        stages: How many stages there will be, at the most.
+        generator: Random state of what is drawn for G.
+        calibration: Where samples come from.
+        recalibration: Where those for BatchNorm's statistics come from.
+        normalised: Whether BatchNorm is recalibrated.
+        defended: Whether noise in gradients is looked for.
+        finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
+        floors: How many weights of a layer are kept at the least, by its name.
+        storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense; where no rows
+            are held none are looked at.
+        teacher: The network before pruning, where the method asks it and the loss can compare outputs.
+        trainer: The same, where fine-tuning asks it.
+        doubts: What it has made of the samples so far; None where they are not doubted.
+    """
+
+    model: nn.Module
+    selection: Selection
+    solver: Method
+    noise: NoiseChain
+    noise_generator: torch.Generator
+    seed: int
+    loss_fn: LossFn
+    curvature: GaussNewtonLoss | None
+    samples: int
+    stages: int
+    generator: torch.Generator
+    calibration: CalibrationStream
+    recalibration: CalibrationStream
+    normalised: bool
+    defended: bool
+    finetune: FineTune | None = None
+    storage: Storage = Storage()  # noqa: RUF009 (immutable)
+    floors: Mapping[str, int] = field(default_factory=dict)
+    teacher: Teacher | None = None
+    trainer: Teacher | None = None
+    doubts: Doubts | None = None
+
+    def run_all(self, sparsities: Sequence[float], shown: StageProgress) -> list[StageReport]:
+        """Run one stage after another."""
+        shown.expect(len(sparsities))
+        return [
+            self.run(sparsity, shown, number, final=number == len(sparsities))
+            for number, sparsity in enumerate(sparsities, start=1)
+        ]
+
+    def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
+        """Capture, solve, apply, fine-tune, recalibrate."""
+        started = time.perf_counter()
+        keep, places = keep_count(self.selection.total, sparsity), self.selection.slices()
+        floors = [(places[name], least) for name, least in self.floors.items()]
+        problem = PruningProblem(self.selection.read(self.model), keep, selection=self.selection, floors=floors)
+        evidence: dict[str, Any] = {}
+        solution, samples, loss = self._solve(problem, sparsity, shown, number, evidence)
+        self._check_floors(solution.kept)
+        write_weights(self.model, self.selection, solution.weights, solution.kept)
+        if self.finetune is not None:
+            evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
+        if self.normalised:
+            batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else self.samples)
+            if recalibrate_batchnorm(self.model, batches, self._paced(self.loss_fn)) == 0:
+                evidence["not_recalibrated"] = "no batch of the data holds two samples"
+        if self.storage.team is not None:  # training may differ in its last bits, on GPUs
+            self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
+        return StageReport(
+            sparsity=sparsity,
+            kept=keep,
+            samples=samples,
+            loss=loss,
+            seconds=time.perf_counter() - started,
+            converged=solution.converged,
+            iterations=solution.iterations,
+            evidence=evidence | dict(solution.evidence),
+        )
+
+    def _solve(
+        self, problem: PruningProblem, sparsity: float, shown: StageProgress, number: int, evidence: dict[str, Any]
+    ) -> tuple[PruningSolution, int, float | None]:
+        """Draw samples, capture, and let the method solve; what G takes is free again afterwards.
+
+        Returns:
+            The solution, the number of samples, and their mean loss where gradients were taken.
+        """
+        fitting: list[Any] = []
+        samples, loss = 0, None
+        if self.solver.needs_gradients or self.solver.needs_inputs:
+            held_out = min(self.samples, HELD_OUT) if self.solver.needs_held_out else 0
+            fitting, spare = map(self.corrupt, self.calibration.draw_apart(self.samples, held_out, self.stages))
+            samples = sum(map(batch_size, fitting))
+            if self.storage.team is not None:
+                self.storage.team.agree("calibration samples", [fitting, spare])
+            if self.doubts is not None:
+                classes = forked_generator(self.seed, f"restoration {number}")
+                fitting, spare, radius = self.doubts.restore(self.model, fitting, spare, classes)
+                evidence |= {} if radius is None else {"inputs_shifted_back": radius}
+            shown.stage(number, sparsity, samples)
+        if self.solver.needs_gradients:
+            capture = self._capture(fitting, shown.advance)
+            samples, loss = len(capture.losses), float(capture.losses.mean())
+            factor, defence = self._defended(capture, fitting[0], evidence)
+            slopes = forked_generator(self.seed, f"slopes {number}")
+            trials = self._trials(fitting, spare, defence, slopes, evidence)
+            problem = self._asking(replace(problem, factor=factor), trials)
+        if self.solver.needs_inputs:
+            inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
+            problem = replace(problem, inputs=inputs)
+        solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
+        self._let_go(problem.factor, evidence)
+        return solution, samples, loss
+
+    def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
+        """Return a problem whose method may ask the network."""
+        problem = replace(problem, slope=trials.slope)
+        if not trials.held_out:
+            return problem
+        bears_any = isinstance(self.loss_fn, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
+        return replace(problem, held_out=trials.losses, blank=trials.blank if bears_any else None)
+
+    def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
+        """Delete the file of a factor, or report the passes that it made."""
+        if isinstance(factor, MappedFactor):
+            factor.delete()
+        if isinstance(factor, MatrixFreeFactor):
+            evidence["passes"] = factor.log.summary() | {"way": factor.passes.way}
+
+    def _check_floors(self, kept: Tensor) -> None:
+        places = self.selection.slices()
+        for name, least in self.floors.items():
+            count = int(kept[places[name]].sum())
+            if count < least:
+                raise ValueError(
+                    f"method {self.solver.name!r} kept {count} weights of {name!r}, and min_keep asks for {least}: it "
+                    "takes no account of min_keep; leave that out, or use ewr, lr or magnitude"
+                )
+
+    def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
+        """Train under the mask of a stage; returns the mean loss of each epoch."""
+        shown.train(settings.epochs, number)
+        masks, generator = self.selection.split(kept), forked_generator(self.seed, f"fine-tuning {number}")
+        reach = self._paced(shown.reach)
+        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, reach, self.trainer)
+        return list(report.losses)
+
+    def _paced(self, function: Callable[..., _T]) -> Callable[..., _T]:
+        """Return a function at whose calls all processes that share G wait for each other, where there are any."""
+        return function if self.storage.team is None else self.storage.team.paced(function)
+
+    def taught(self, batches: list[Any]) -> list[Taught]:
+        """Return batches with what the network before pruning says of them, where there is one to ask."""
+        return list(map(Taught, batches)) if self.teacher is None else self.teacher.teach(batches)
+
+    def judges(self, batches: list[Any]) -> list[Taught]:
+        """Return batches that candidates will be judged by, with what the network before pruning says of them.
+
+        Raises:
+            ValueError: If they cannot be: every candidate would have lost.
+        """
+        with eval_mode(self.model), torch.no_grad():
+            check_calibration(self.model, self.loss_fn, batches)
+            if self.teacher is None:  # else its outputs are checked
+                for batch in batches:
+                    check_losses(run_loss(self.model, batch, self.loss_fn), None)
+        return self.taught(batches)
+
+    def corrupt(self, batches: list[Any]) -> list[Any]:
+        """Return batches with the noise of the run."""
+        return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
+
+    def _disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        return self.noise.disturb(weights, generator, self.selection.slices())
+
+    def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
+        return self.noise.apply_(factor, generator, self.selection.slices())
+
+    def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return G at the weights that noise makes of the network's.
+
+        Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
+        """
+        disturbed = self._disturb(self.selection.read(self.model), self.noise_generator)
+        with temporary_weights(self.model, self.selection, disturbed):
+            if not self.storage.holds_rows:
+                return self._capture_products(batches, advance)
+            if self.curvature is None:
+                return capture_gradients(
+                    self.model, self.selection, batches, self.loss_fn, storage=self.storage, advance=advance
+                )
+            return sketch_curvature(
+                self.model,
+                self.selection,
+                batches,
+                self.curvature,
+                self.generator,
+                in_batches=self._in_batches(batches),
+                storage=self.storage,
+                advance=advance,
+            )
+
+    def _in_batches(self, batches: list[Any]) -> bool:
+        """Whether rows are those of mini-batches, with their statistics; one sample alone has none."""
+        return self.normalised and not all(map(is_single, batches))
+
+    def _capture_products(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return the same G where no rows are held: what they are gradients of is settled first."""
+        source = RowSource(self.loss_fn, batches)
+        if self.curvature is not None:
+            joined = self._in_batches(batches)
+            source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=joined)
+        if self.storage.kind == "matrix-free":
+            return capture_matrix_free(self.model, self.selection, source, advance, self.storage.at_once)
+        low = capture_low_rank(
+            self.model,
+            self.selection,
+            source.batches,
+            source.function,
+            joined=source.joined,
+            advance=advance,
+            at_once=self.storage.at_once,
+        )
+        losses = low.losses if source.losses is None else source.losses
+        return Capture(low.factor, losses, "hooks", low.chunk)
+
+    def _defended(self, capture: Capture, batch: Any, evidence: dict[str, Any]) -> tuple[FisherFactor, LowRank | None]:
+        """Return G with the noise of the run, cleaned where noise is seen, and the defence if it was needed."""
+        factor = capture.factor
+        if isinstance(factor, DenseFactor):
+            factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
+        if not self.defended or not self.storage.holds_rows:
+            return factor, None
+        per_sample = self.curvature is None or not self.normalised
+        defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)
+        share = defence.noise_seen(factor)
+        if share > 0:
+            evidence["noise_seen"] = share
+        if not isinstance(factor, DenseFactor):
+            if share > 0:
+                evidence["noise_left"] = f"rows in {self.storage.kind} are not cleaned"
+            return factor, None
+        clipped = clip_rows_(factor, capture.sizes)
+        if clipped > 0:
+            evidence["rows_clipped"] = clipped
+        if share == 0:
+            return factor, None
+        return replace(defence.clean_rows_(factor), limit=factor.limit), defence
+
+    def _trials(
+        self,
+        fitting: list[Any],
+        spare: list[Any],
+        defence: LowRank | None,
+        generator: torch.Generator,
+        evidence: dict[str, Any],
+    ) -> Trials:
+        """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
+        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once)), self.judges(spare)
+        if self.doubts is not None:
+            taught, held_out, rate = self.doubts.weigh(taught, held_out)
+            evidence |= {} if rate is None else {"label_noise": rate}
+        return Trials(
+            model=self.model,
+            selection=self.selection,
+            loss_fn=self.loss_fn,
+            fitting=taught,
+            held_out=held_out,
+            normalised=self.normalised,
+            disturb=partial(self._disturb, generator=generator),
+            noisy=partial(self._noisy, generator=generator),
+            clean=None if defence is None else defence.mean_row,
+            clip=clip_rows_ if self.defended else None,
+            lean=self.storage.kind != "float32",
+            team=self.storage.team,
+        )

@@ -1,0 +1,91 @@
+"""How many stages? As many as held-out samples favour.
+
+More stages cost time, and gain where much is removed: each starts from gradients of a network closer to the last one.
+So their number is raised fourfold, each time from the dense network, as long as the loss on samples that no stage has
+seen falls.
+
+Place in the pipeline: around the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from swap_prune.methods.descent import mean_loss
+from swap_prune.network.modes import eval_mode
+from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator
+from swap_prune.report import StageReport
+from swap_prune.samples.calibration import JUDGED
+from swap_prune.stages.runner import StageRunner
+from swap_prune.surgery import Snapshot
+from swap_prune.training.teaching import Taught, taught_losses
+
+__all__ = ["search_stages"]
+
+
+class _Outcome(NamedTuple):
+    """A network pruned in some number of stages.
+
+    Attributes:
+        records: What the stages did.
+        loss: Mean loss on samples that no stage has seen.
+        network: What it has that the dense one has not.
+    """
+
+    records: list[StageReport]
+    loss: float
+    network: Snapshot
+
+
+def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], shown: StageProgress) -> list[StageReport]:
+    """Prune by one schedule after another, as long as each is better than the last; keep the best.
+
+    Args:
+        runner: Runs the stages; its network is dense.
+        schedules: Sparsities of the stages, the shortest schedule first; all of them end at the target.
+        shown: Progress.
+
+    Returns:
+        What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
+    """
+    judged = _judges(runner)
+    changing = None if runner.finetune is not None else runner.selection
+    dense = Snapshot(runner.model, changing)
+    best: _Outcome | None = None
+    tried: list[dict[str, Any]] = []
+    for sparsities in schedules:
+        dense.restore()
+        records = runner.run_all(sparsities, shown)
+        loss = _loss(runner, judged)
+        tried.append({"stages": len(sparsities), "held_out_loss": loss})
+        if best is not None and not loss < best.loss:
+            best.network.restore()
+            break
+        best = _Outcome(records, loss, Snapshot(runner.model, changing))
+    assert best is not None, "there is at least one schedule"
+    *before, last = best.records
+    return [*before, last.model_copy(update={"evidence": last.evidence | {"stages_tried": tried}})]
+
+
+def _judges(runner: StageRunner) -> list[Taught]:
+    """Draw what all numbers of stages are judged by, believed as far as the run believes its samples."""
+    batches = runner.corrupt(runner.calibration.hold_out(JUDGED))
+    if runner.doubts is None:
+        return runner.judges(batches)
+    classes = forked_generator(runner.seed, "restoration of what judges")
+    batches, _, _ = runner.doubts.restore(runner.model, batches, [], classes)
+    judged, _, _ = runner.doubts.weigh(runner.judges(batches), [])
+    return judged
+
+
+def _loss(runner: StageRunner, judged: Sequence[Taught]) -> float:
+    """Return the mean loss of the network as it is; processes that share G take that of the first."""
+    with eval_mode(runner.model), torch.no_grad():
+        losses = torch.cat([taught_losses(runner.loss_fn, runner.model, one) for one in judged])
+    if runner.storage.team is not None:
+        runner.storage.team.take_from_first_([losses])
+    return mean_loss(losses)

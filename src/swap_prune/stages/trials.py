@@ -1,0 +1,148 @@
+"""What the network itself says of a candidate: its losses on held-out samples, and its slope.
+
+The regression sees the network through G alone. Settings are chosen, and first-order steps taken, by asking the
+network. A candidate's weights are written to the model. That is safe between the reading of the reference weights and
+the writing of the solution. Where BatchNorm will be recalibrated, it works on the statistics of each batch: that is
+what recalibration will make of the candidate, without a pass through the network to estimate it.
+
+Where there is a teacher, both are those of a mean of the loss and of the divergence from it
+(:mod:`swap_prune.training.teaching`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.distributed import PARTS, Team
+from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.storage import Storage
+from swap_prune.losses import LossFn
+from swap_prune.network.bound import Bound, flat_gradient
+from swap_prune.network.modes import batch_statistics, eval_mode
+from swap_prune.samples.batches import batch_size, is_single
+from swap_prune.selection import Selection
+from swap_prune.surgery import temporary_weights, write_weights
+from swap_prune.training.teaching import Taught, taught_losses
+
+__all__ = ["Trials"]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Candidates tried on the model.
+
+    Attributes:
+        model: The network; a candidate's weights stay in it.
+        selection: Where the p weights lie.
+        loss_fn: Per-sample loss.
+        fitting: The samples that G was captured on, in batches that run backwards at once.
+        held_out: Batches that were not.
+        normalised: Whether BatchNorm will be recalibrated.
+        disturb: What noise does to the weights (p,) that gradients are taken at.
+        noisy: What it does to gradients, the rows of a factor.
+        clean: What a defence makes of noisy gradients of single samples: their mean, (p,); None where there is none.
+        clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
+        lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
+            together; then no noise acts on them.
+        team: The processes that the batches are shared out to; None: all of them are this one's.
+    """
+
+    model: nn.Module
+    selection: Selection
+    loss_fn: LossFn
+    fitting: Sequence[Taught]
+    held_out: Sequence[Taught]
+    normalised: bool
+    disturb: Callable[[Tensor], Tensor]
+    noisy: Callable[[DenseFactor], DenseFactor]
+    clean: Callable[[DenseFactor], Tensor] | None = None
+    clip: Callable[[DenseFactor, Tensor | None], object] | None = None
+    lean: bool = False
+    team: Team | None = None
+
+    def losses(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
+        write_weights(self.model, self.selection, weights, kept)
+        own = range(len(self.held_out)) if self.team is None else self.team.owned(len(self.held_out))
+        with self._mode(), torch.no_grad():
+            found = [self._objective(self.model, self.held_out[number]) for number in own]
+        if self.team is None:
+            return torch.cat(found)
+        return self.team.concatenate(found, _sizes(self.held_out), weights.new_empty(0))
+
+    def blank(self) -> Tensor:
+        """Return the losses of the network without any of the p weights on the held-out samples, (n_v,)."""
+        nothing = torch.zeros_like(self.selection.read(self.model))
+        return self.losses(nothing, nothing.bool())
+
+    def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
+
+        Noise acts on the gradient of each batch; with a defence, on that of each sample.
+        """
+        weights = self.disturb(weights.masked_fill(~kept, 0))
+        if self.clean is None:
+            return self._mean_of_batches(weights)
+        with temporary_weights(self.model, self.selection, weights):
+            storage = Storage(at_once=max(_sizes(self.fitting)))
+            rows = capture_gradients(self.model, self.selection, self.fitting, self._objective, storage=storage).factor
+        assert isinstance(rows, DenseFactor), "capture's default"
+        rows = self.noisy(rows)
+        if self.clip is not None:
+            self.clip(rows, None)
+        return self.clean(rows)
+
+    def _mean_of_batches(self, weights: Tensor) -> Tensor:
+        """Average over one backward pass a batch, (p,)."""
+        sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
+        shares = sizes / sizes.sum()
+        if self.lean:
+            return self._added_up(weights, shares)
+        rows = weights.new_empty(len(self.fitting), len(weights))
+        with self._mode(), torch.enable_grad():
+            for row, one in zip(rows, self.fitting, strict=True):
+                self._write_gradient(row, one, weights)
+        factor = self.noisy(DenseFactor(rows))
+        if self.clip is not None:
+            self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
+        return factor.rmatvec(shares)
+
+    def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
+        """Do the same with one row, (p,), and one more for each part of the batches that this process adds up."""
+        count = len(self.fitting)
+        parts = 1 if self.team is None else min(PARTS, count)
+        own = range(1) if self.team is None else self.team.owned(parts)
+        totals, row = weights.new_zeros(len(own), len(weights)), torch.empty_like(weights)
+        most = len(own) if self.team is None else -(-parts // self.team.size)
+        with self._mode(), torch.enable_grad():
+            for turn in range(most):
+                part = own[turn] if turn < len(own) else parts  # nothing is left
+                for number in range(part * count // parts, min(part + 1, parts) * count // parts):
+                    self._write_gradient(row, self.fitting[number], weights)
+                    totals[turn].add_(row.mul_(shares[number]))
+                if self.team is not None:
+                    self.team.wait()
+        return totals[0] if self.team is None else self.team.add_up(totals, parts)
+
+    def _write_gradient(self, row: Tensor, taught: Taught, weights: Tensor) -> None:
+        """Write the gradient of a batch's mean at weights (p,) to a row, (p,)."""
+        losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
+        flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+
+    def _mode(self) -> AbstractContextManager[None]:
+        """Return the mode in which the network is asked, always the same: one sample alone has no variance."""
+        alone = any(is_single(one.batch) for one in (*self.fitting, *self.held_out))
+        return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
+
+    def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
+        return taught_losses(self.loss_fn, model, taught)
+
+
+def _sizes(batches: Sequence[Taught]) -> list[int]:
+    return [batch_size(one.batch) for one in batches]

@@ -1,0 +1,1 @@
+"""Training under a mask, and what the dense network teaches."""

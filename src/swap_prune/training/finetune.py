@@ -1,0 +1,379 @@
+"""Fine-tuning of a pruned network: ordinary training, with what is pruned kept at exactly zero.
+
+    repeat for every epoch and batch:  w <- optimiser(w, m * grad mean loss),  w <- m * w
+
+The masks m are kept by :mod:`swap_prune.training.masks`. Where the dense network is known, the loss is averaged with
+the divergence from its outputs (knowledge distillation; Hinton et al., 2015; :mod:`swap_prune.training.teaching`).
+
+Place in the pipeline: after a stage's weights are written and before BatchNorm is recalibrated, where gradual pruning
+trains between stages (the paper, section 5); or after pruning, by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from swap_prune.checks import checked_seed, is_number, whole_number
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
+from swap_prune.network.device import usable_device
+from swap_prune.network.layout import images_laid_out, takes_channels_last
+from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernels, training_mode
+from swap_prune.progress import StageProgress
+from swap_prune.randomness import forked_generator, seeded
+from swap_prune.samples.batches import batch_size, is_single
+from swap_prune.samples.calibration import BATCH, CalibrationStream, peek
+from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.surgery import fill_lost, restored_on_error
+from swap_prune.training.masks import MaskKeeper, pair_masks, resolve_masks
+from swap_prune.training.teaching import Taught, Teacher, taught_losses
+
+__all__ = ["FineTune", "FineTuneReport", "finetune", "parse_finetune", "train"]
+
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], FineTune], Optimizer]] = {
+    "sgd": lambda p, s: torch.optim.SGD(p, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+    "adam": lambda p, s: torch.optim.Adam(p, lr=s.lr, betas=(s.momentum, 0.999), weight_decay=s.weight_decay),
+    "adamw": lambda p, s: torch.optim.AdamW(p, lr=s.lr, betas=(s.momentum, 0.999), weight_decay=s.weight_decay),
+}
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the training that is done -> factor of lr
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+_DISTILLATION = 0.9  # share of the dense network's outputs, where there are any
+
+_LARGEST = torch.finfo(torch.float32).max  # a step computes in it
+
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("above 0", lambda value: value > 0),
+    "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "weight_decay": ("of at least 0", lambda value: value >= 0),
+    "distillation": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "temperature": ("above 0", lambda value: value > 0),
+}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Settings of a fine-tuning; in gradual pruning, of the one after each stage.
+
+    Attributes:
+        epochs: Passes over the data, >= 1.
+        optimizer: ``sgd``, ``adam`` or ``adamw``. Each stage begins with a fresh one.
+        lr: Learning rate at the beginning, > 0.
+        momentum: Of SGD; for Adam its first beta. In [0, 1).
+        weight_decay: As torch's optimiser of that name has it, >= 0, on all parameters.
+        schedule: How the learning rate falls to zero over the epochs, step by step: ``cosine``, ``linear``; or
+            ``constant``. Over data of unknown length it falls from epoch to epoch.
+        batch_size: Samples a step, >= 1. Batches that the data brings are split where they hold more.
+        distillation: Share of the divergence from the dense network's outputs in the loss, in [0, 1]; the task has the
+            rest. ``"auto"``: 0.9 where there is a dense network to ask and the loss compares outputs, as the default
+            one does, and is not the distance from it itself; else 0.
+        temperature: That outputs are divided by before they are compared, > 0. A higher one lets every class count.
+    """
+
+    epochs: int = 2
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    batch_size: int = 128
+    distillation: float | Literal["auto"] = "auto"
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            whole_number(f"{name} of fine-tuning", getattr(self, name))
+        for name, (words, holds) in _NUMBERS.items():
+            value = getattr(self, name)
+            if name == "distillation" and value == "auto":
+                continue
+            if not (is_number(value) and holds(value) and value < _LARGEST):
+                choice = "'auto' or " * (name == "distillation")
+                raise ValueError(f"{name} of fine-tuning must be {choice}a finite number {words}, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} of fine-tuning must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def arrays(self) -> int:
+        """Arrays of the size of the parameters that a training holds: gradients and the optimiser's state."""
+        return 3 if self.optimizer != "sgd" else 1 + (self.momentum > 0)
+
+    def share_of_teacher(self, loss_fn: LossFn, *, known: bool) -> float:
+        """Return the share of the dense network's outputs in a loss.
+
+        Args:
+            loss_fn: Per-sample loss.
+            known: Whether there is a dense network to ask.
+
+        Raises:
+            ValueError: If a share was asked for and cannot be had.
+        """
+        compares = isinstance(loss_fn, GaussNewtonLoss)
+        if self.distillation == "auto":
+            itself = getattr(loss_fn, "stationary", False)  # the loss is the distance from the dense network
+            return _DISTILLATION if known and compares and not itself else 0.0
+        if self.distillation > 0 and not known:
+            raise ValueError(f"distillation={self.distillation:g} needs the dense network to learn from: pass teacher=")
+        if self.distillation > 0 and not compares:
+            raise ValueError(
+                f"distillation={self.distillation:g} needs a loss that compares outputs "
+                f"(swap_prune.losses.GaussNewtonLoss), got {loss_fn!r}; use distillation=0"
+            )
+        return float(self.distillation)
+
+
+@dataclass(frozen=True)
+class FineTuneReport:
+    """What a fine-tuning did.
+
+    Attributes:
+        epochs: Passes over the data.
+        steps: Steps of the optimiser.
+        losses: Mean training loss of each epoch, distillation included, while its weights were changing.
+        seconds: Wall-clock seconds.
+    """
+
+    epochs: int
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+
+
+def finetune(
+    model: nn.Module,
+    data: Any,
+    settings: FineTune | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    teacher: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> FineTuneReport:
+    """Train a pruned network in place; what is pruned stays exactly zero.
+
+    All parameters that require a gradient are trained, in training mode: BatchNorm's running statistics move, dropout
+    is active. Modes and gradients are given back afterwards.
+
+    Args:
+        model: The network. If anything goes wrong it is left as it was.
+        data: Training data: a Dataset or a DataLoader, or an iterable of batches that ``loss_fn`` takes and that comes
+            to an end. What it draws from PyTorch's own random state, such as an augmentation, is reproducible from
+            ``seed``, and so is the order of a DataLoader that shuffles.
+        settings: Optimiser, epochs and so on.
+        loss_fn: ``(model, batch) -> (n,)`` per-sample losses, of which the mean is taken; by default the
+            cross-entropy of batches ``(inputs, targets)``.
+        teacher: The dense network, or any that gives outputs of the same kind: it is learnt from too, in eval mode, as
+            ``settings.distillation`` says. It lies where the model does, or is moved with it.
+        masks: Parameter name to boolean mask of its shape, true where a weight is kept. By default what is zero now
+            is pruned.
+        targets: Without ``masks``: where zeros are looked for, as for ``prune``.
+        ignore: The same, where they are not.
+        seed: Seed of the order and of dropout; PyTorch's own random state is the same afterwards.
+        device: Where to compute; the model is moved there. By default where it is.
+        progress: Show progress on standard error.
+
+    Returns:
+        Epochs, steps, losses, seconds.
+
+    Raises:
+        ValueError: If an argument, the data, the model or the loss cannot be used, or the training diverges. The
+            message says what was received and what to do.
+    """
+    settings = FineTune() if settings is None else settings
+    if not isinstance(settings, FineTune):
+        raise ValueError(f"settings must be a swap_prune.FineTune, got {settings!r}")
+    seed = checked_seed(seed)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise ValueError(f"teacher must be a torch.nn.Module or None, got a {type(teacher).__name__}")
+    check_no_inference(model)
+    kept = resolve_masks(model, masks, targets, ignore)
+    loss = cross_entropy if loss_fn is None else loss_fn
+    share = settings.share_of_teacher(loss, known=teacher is not None)
+    if device is not None:
+        model.to(usable_device(device))
+        if teacher is not None:
+            teacher.to(usable_device(device))
+    generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
+    stream = CalibrationStream(data, generator, place, max(BATCH, settings.batch_size))
+    laid = takes_channels_last(model, loss, peek(data, place))
+    with (
+        torch.inference_mode(False),
+        restored_on_error(model),
+        images_laid_out(model, laid),
+        StageProgress(progress) as shown,
+    ):
+        dense = None if teacher is None or share == 0 else Teacher(teacher, None, cast(GaussNewtonLoss, loss))
+        shown.train(settings.epochs)
+        return train(model, stream, settings, loss, kept, generator, shown.reach, dense)
+
+
+def train(
+    model: nn.Module,
+    stream: CalibrationStream,
+    settings: FineTune,
+    loss_fn: LossFn,
+    masks: Mapping[str, Tensor],
+    generator: torch.Generator,
+    reach: Callable[[float], None],
+    teacher: Teacher | None = None,
+) -> FineTuneReport:
+    """Train under masks; see :func:`finetune`. Nothing is given back on an error.
+
+    Args:
+        model: The network, changed in place.
+        stream: The data.
+        settings: Optimiser, epochs and so on.
+        loss_fn: Per-sample loss.
+        masks: Parameter name to mask.
+        generator: Random state of the order, and of what PyTorch's own is seeded with meanwhile (CPU).
+        reach: Called with the number of epochs done, in fractions.
+        teacher: The dense network, where it is learnt from.
+
+    Raises:
+        ValueError: If there is nothing to train, a mask does not fit, a share of the teacher cannot be had, no batch
+            has the two samples that BatchNorm needs, or a loss or a weight is not finite.
+    """
+    started = time.perf_counter()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: unfreeze what is to be trained")
+    share = settings.share_of_teacher(loss_fn, known=teacher is not None)
+    pairs = pair_masks(model, masks)
+    were_zero = [parameter.detach() == 0 for parameter, _ in pairs]
+    losses: list[float] = []
+    steps = 0
+    with _training(model, trained, generator):
+        optimizer = _OPTIMIZERS[settings.optimizer](trained, settings)
+        with MaskKeeper(pairs, [optimizer]):
+            course = _Course(model, optimizer, settings, loss_fn, stream, generator, reach, teacher, share)
+            for epoch in range(settings.epochs):
+                loss, taken = course.run_epoch(epoch)
+                losses.append(loss)
+                steps += taken
+    for (parameter, mask), zero in zip(pairs, were_zero, strict=True):
+        fill_lost(parameter, mask.to(zero.device) & ~zero)
+    if not all(bool(parameter.isfinite().all()) for parameter in trained):
+        raise ValueError(_diverged("the weights are not finite after the last step", settings))
+    return FineTuneReport(settings.epochs, steps, tuple(losses), time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What all epochs of a training share."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    settings: FineTune
+    loss_fn: LossFn
+    stream: CalibrationStream
+    generator: torch.Generator
+    reach: Callable[[float], None]
+    teacher: Teacher | None
+    share: float
+
+    def run_epoch(self, epoch: int) -> tuple[float, int]:
+        """Train on every sample once; returns the mean loss and the number of steps."""
+        total, samples, steps = 0.0, 0, 0
+        alone = any(isinstance(module, _BatchNorm) for module in self.model.modules())  # one sample has no variance
+        for share, batch in self.stream.read_pass(self.settings.batch_size, self.generator):
+            if alone and is_single(batch):
+                continue
+            if epoch == steps == 0:
+                with eval_mode(self.model):
+                    check_calibration(self.model, self.loss_fn, [batch])
+            loss = self._step((epoch + share) / self.settings.epochs, batch)
+            if not math.isfinite(loss):
+                where = f"the loss is {loss} in step {steps + 1} of epoch {epoch + 1}"
+                raise ValueError(_diverged(where, self.settings))
+            size = batch_size(batch)
+            total, samples, steps = total + loss * size, samples + size, steps + 1
+            self.reach(epoch + share)
+        if steps == 0:
+            raise ValueError(
+                "fine-tuning needs batches of at least 2 samples for a network with BatchNorm, got none: raise "
+                f"batch_size (now {self.settings.batch_size}), or give larger batches"
+            )
+        return total / samples, steps
+
+    def _step(self, done: float, batch: Any) -> float:
+        """Take one step of the optimiser; returns the mean loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * _SCHEDULES[self.settings.schedule](done)
+        self.optimizer.zero_grad(set_to_none=True)
+        taught = Taught(batch) if self.teacher is None else self.teacher.teach([batch])[0]
+        with failures_named("training batch", batch):
+            losses = taught_losses(self.loss_fn, self.model, taught, self.share, self.settings.temperature)
+            loss = losses.mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        return loss.item()
+
+
+@contextmanager
+def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
+    """Run a block in training mode, with PyTorch's random state seeded; give modes, gradients and states back."""
+    gradients = [parameter.grad for parameter in trained]
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with seeded(seed, trained[0].device), exact_kernels(trained[0].device), training_mode(model), torch.enable_grad():
+        for parameter in trained:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+
+
+def _diverged(what: str, settings: FineTune) -> str:
+    return f"fine-tuning diverged: {what}; lower lr (now {settings.lr:g}), or check the data and the weights"
+
+
+def parse_finetune(spec: str | Mapping[str, Any]) -> FineTune:
+    """Make settings from text such as ``"epochs=2,lr=0.01"``, or from a table of them.
+
+    Raises:
+        ValueError: If a setting is not known or its value is refused.
+    """
+    known = {field.name: field.default for field in fields(FineTune)}
+    table: dict[str, Any] = {}
+    for name, value in spec.items() if isinstance(spec, Mapping) else map(_parse_item, spec.split(",")):
+        if name not in known:
+            raise ValueError(f"fine-tuning has no setting {name!r}; it has {', '.join(known)}")
+        number = isinstance(spec, str) and (name in _NUMBERS or isinstance(known[name], int)) and value != known[name]
+        table[name] = _parse_number(name, value, whole=isinstance(known[name], int)) if number else value
+    return FineTune(**table)
+
+
+def _parse_item(item: str) -> tuple[str, str]:
+    name, separator, value = (part.strip() for part in item.partition("="))
+    if not (separator and name and value):
+        raise ValueError(f"fine-tuning needs name=value, joined with commas, got {item!r}")
+    return name, value
+
+
+def _parse_number(name: str, text: str, *, whole: bool) -> int | float:
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        raise ValueError(f"{name} of fine-tuning must be a {'whole ' * whole}number, got {text!r}") from None

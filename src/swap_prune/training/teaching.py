@@ -1,0 +1,110 @@
+"""What the network before pruning says of a batch: the teacher of what is made of it.
+
+A loss that can compare outputs (:class:`GaussNewtonLoss`) is then averaged with the divergence from the dense network
+(self-distillation; Hinton et al., 2015)::
+
+    (1 - share) l(z, batch) + share T^2 D(z / T, t / T),      z the outputs, t the dense network's, T a temperature
+
+Labels say where to go, the dense network says it with less noise: a few samples that it gets wrong make up much of a
+loss on labels. Trials of candidates and fine-tuning learn from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from swap_prune.losses import GaussNewtonLoss, LossFn, failures_named
+from swap_prune.network.bound import Bound
+from swap_prune.network.modes import eval_mode
+from swap_prune.samples.batches import in_own_containers
+from swap_prune.selection import Selection
+from swap_prune.surgery import batchnorm_layers
+
+__all__ = ["Taught", "Teacher", "taught_losses"]
+
+_TEACHER_SHARE = 0.75  # of the divergence from the dense network, in trials: slopes and held-out losses
+
+
+class Taught(NamedTuple):
+    """A batch, and what is known of it beside its labels.
+
+    Attributes:
+        batch: The batch.
+        teacher: Outputs of the dense network on it; None without a teacher.
+        trust: How far each label is to be believed, in [0, 1], (n,); None: wholly.
+    """
+
+    batch: Any
+    teacher: Tensor | None = None
+    trust: Tensor | None = None
+
+
+class Teacher:
+    """The network as it was before pruning: what of it will change.
+
+    Args:
+        model: The network, not pruned yet.
+        selection: The weights that will change, beside BatchNorm's statistics; None where all parameters and buffers
+            will.
+        loss: What reads the outputs.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
+        statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
+        names = None if selection is None else selection.names
+        weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
+        weights |= {name: b for name, b in model.named_buffers() if names is None or id(b) in statistics}
+        self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
+        self._bound = Bound(model, loss.outputs)
+
+    def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
+        """Return the dense network's outputs on batches, in eval mode.
+
+        Raises:
+            ValueError: If they are not finite.
+        """
+        with eval_mode(self._bound.model), torch.no_grad():
+            found = []
+            for batch in batches:
+                with failures_named("batch given to the dense network", batch):
+                    found.append(functional_call(self._bound, self._state, (in_own_containers(batch),)))
+        for outputs in found:
+            bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
+            if bad:
+                raise ValueError(
+                    f"the dense network's outputs are not finite on {bad} of {len(outputs)} samples: check the "
+                    "weights, and the samples for NaN and infinity; where that is meant, as of classes that are "
+                    "masked, use a loss_fn of your own, and distillation=0 in fine-tuning"
+                )
+        return found
+
+    def teach(self, batches: Sequence[Any]) -> list[Taught]:
+        """Return batches with these outputs."""
+        return list(map(Taught, batches, self.outputs(batches)))
+
+
+def taught_losses(
+    loss_fn: LossFn, model: nn.Module, taught: Taught, share: float = _TEACHER_SHARE, temperature: float = 1.0
+) -> Tensor:
+    """Return the loss of each sample, (n,), or its mean with the divergence from the teacher.
+
+    Args:
+        loss_fn: Per-sample loss; one that compares outputs where there is a teacher.
+        model: The network, in the mode that the caller wants.
+        taught: The batch.
+        share: Of the divergence, which has that of what is not trusted too.
+        temperature: T, that outputs are divided by before they are compared.
+    """
+    batch, teacher, trust = in_own_containers(taught.batch), taught.teacher, taught.trust
+    if teacher is None:
+        return loss_fn(model, batch)
+    assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
+    outputs = loss_fn.outputs(model, batch)
+    divergence = loss_fn.divergence(outputs / temperature, batch, teacher / temperature) * temperature**2
+    losses = loss_fn.losses(outputs, batch).to(divergence)
+    return torch.lerp(losses, divergence, share if trust is None else 1 - (1 - share) * trust)

@@ -1,0 +1,288 @@
+"""Transformers: dict batches, padding, labels for each token, tied embeddings, LayerNorm, with every method."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev
+from torch.nn import functional
+
+import swap_prune
+from swap_prune import METHODS, SelfDistillation, TokenCrossEntropy, prune
+from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.losses import GaussNewtonLoss
+from swap_prune.samples.batches import slice_batch
+from swap_prune.selection import select_parameters
+from tests.cases import generator
+from tests.reference import per_sample_gradients
+
+WORDS, WIDTH, LENGTH = 13, 8, 6
+
+
+class TinyTransformer(nn.Module):
+    """One block of attention and a perceptron between LayerNorms; the head is the embedding itself."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.causal = causal
+        self.embed = nn.Embedding(WORDS, WIDTH, padding_idx=0)
+        self.places = nn.Parameter(0.3 * torch.randn(LENGTH, WIDTH))
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.embed(input_ids) + self.places[: input_ids.shape[1]]
+        q, k, v = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm1(h)).chunk(3, 2))
+        allowed = attention_mask.bool()[:, None, None]
+        if self.causal:
+            length = input_ids.shape[1]
+            allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(
+            ~allowed, -torch.inf
+        )  # vmap knows these, not the fused ones
+        h = h + self.mix((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return h + self.drop(self.down(functional.gelu(self.up(self.norm2(h)))))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.hidden(input_ids, attention_mask))}
+
+
+def transformer(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return TinyTransformer(**options)
+
+
+def batch(n: int, seed: int = 1, length: int = LENGTH) -> dict[str, Tensor]:
+    """Sentences of two to ``length`` tokens, padded by 0; a third of the tokens has a label."""
+    state = generator(seed)
+    sizes = torch.randint(2, length + 1, (n,), generator=state)
+    sizes[0] = length
+    mask = (torch.arange(length) < sizes[:, None]).long()
+    ids = torch.randint(1, WORDS, (n, length), generator=state) * mask
+    labelled = (torch.rand(n, length, generator=state) < 0.3) & mask.bool()
+    labelled[:, 0] = True
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~labelled, -100)}
+
+
+def zeros(model: nn.Module, names: tuple[str, ...]) -> int:
+    return sum(int((parameter == 0).sum()) for name, parameter in model.named_parameters() if name in names)
+
+
+UNTIED = {"ignore": ("embed",)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparsity", [0.5, 0.83])
+def test_every_method_prunes_the_block_exactly(method: str, sparsity: float) -> None:
+    model = transformer()
+    head = model.embed.weight.detach().clone()
+    report = prune(
+        model, [batch(30), batch(34, 2, 4)], sparsity, method, loss_fn=TokenCrossEntropy(), samples=40, **UNTIED
+    )
+    total = 8 * 8 * (3 + 1 + 2 + 2)
+    wanted = total - int(total * (1 - sparsity))
+    assert report.total == total and zeros(model, tuple(report.layers)) == wanted == total - report.kept
+    assert torch.equal(model.embed.weight, head) and model.head.weight is model.embed.weight
+    assert bool(torch.isfinite(TokenCrossEntropy()(model, batch(5, 3))).all())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("wanda", "sparsegpt")])
+def test_tied_embeddings_are_pruned_once(method: str) -> None:
+    model = transformer()
+    report = prune(model, [batch(64)], 0.7, method, loss_fn=TokenCrossEntropy(), samples=48)
+    assert report.total == 512 + WORDS * WIDTH and set(report.layers) >= {"embed.weight"}
+    assert model.head.weight is model.embed.weight
+    assert zeros(model, tuple(report.layers)) == report.total - report.kept == 616 - int(616 * (1 - 0.7))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_layer_wise_methods_say_what_to_do_about_tied_embeddings(method: str) -> None:
+    with pytest.raises(ValueError, match=r"'embed.weight' is 'weight' of a Embedding: leave it out with ignore="):
+        prune(transformer(), [batch(20)], 0.5, method, loss_fn=TokenCrossEntropy())
+
+
+LOSSES = pytest.mark.parametrize(
+    "loss", [TokenCrossEntropy(), TokenCrossEntropy(causal=True)], ids=["each token", "next token"]
+)
+
+
+@LOSSES
+@pytest.mark.parametrize(("ignore", "backend"), [(("embed",), "hooks"), ((), "vmap")])
+def test_captured_rows_are_those_of_single_backward_passes(
+    loss: TokenCrossEntropy, ignore: tuple[str, ...], backend: str
+) -> None:
+    """Hooks where they can, vmap where the embedding is tied to the head; both agree with the loop."""
+    model, data = transformer(causal=loss.causal), batch(7)
+    selection = select_parameters(model, ignore=ignore)
+    captures = {kind: capture_gradients(model, selection, [data], loss, backend=kind) for kind in ("auto", "loop")}
+    assert captures["auto"].backend == backend
+    singles = [slice_batch(data, i, i + 1) for i in range(7)]
+    rows, losses = per_sample_gradients(copy.deepcopy(model).eval(), selection.names, loss, singles)
+    for capture in captures.values():
+        torch.testing.assert_close(capture.factor.matrix.double(), rows, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(capture.losses.double(), losses, rtol=1e-5, atol=1e-6)
+    assert float(rows.abs().max()) > 1e-3
+
+
+@LOSSES
+def test_gauss_newton_rows_agree_between_back_ends(loss: TokenCrossEntropy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = transformer(causal=loss.causal), batch(7)
+    selection = select_parameters(model, ignore=("embed",))
+    found = sketch_curvature(model, selection, [data], loss, generator(3), in_batches=False)
+    assert found.backend == "hooks"
+
+    def by_loop(*arguments: Any, **named: Any) -> Any:
+        return capture_gradients(*arguments, **named, backend="loop")
+
+    monkeypatch.setattr("swap_prune.fisher.sketch.capture_gradients", by_loop)
+    expected = sketch_curvature(model, selection, [data], loss, generator(3), in_batches=False)
+    torch.testing.assert_close(found.factor.matrix, expected.factor.matrix, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_changes_nothing() -> None:
+    model, data, loss = transformer().eval(), batch(7, length=4), TokenCrossEntropy()
+    padded = {key: functional.pad(part, (0, 2), value=-100 if key == "labels" else 0) for key, part in data.items()}
+    torch.testing.assert_close(loss(model, padded), loss(model, data))
+    selection = select_parameters(model, ignore=("embed",))
+    rows, more = (capture_gradients(model, selection, [one], loss).factor.matrix for one in (data, padded))
+    torch.testing.assert_close(more, rows, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_labelled_tokens() -> None:
+    model, data = transformer().eval(), batch(5)
+    data["labels"][3] = -100
+    logits = model(data["input_ids"], data["attention_mask"])["logits"]
+    for i, value in enumerate(TokenCrossEntropy()(model, data)):
+        expected = functional.cross_entropy(logits[i], data["labels"][i]) if i != 3 else torch.tensor(0.0)
+        torch.testing.assert_close(value, expected)
+    model = transformer(causal=True).eval()
+    logits = model(data["input_ids"], data["attention_mask"])["logits"]
+    value = TokenCrossEntropy(causal=True)(model, data)[0]
+    if bool((data["labels"][0, 1:] != -100).any()):
+        torch.testing.assert_close(value, functional.cross_entropy(logits[0, :-1], data["labels"][0, 1:]))
+
+
+def test_one_label_a_sample() -> None:
+    model, loss = nn.Linear(4, 3), TokenCrossEntropy(labels="y")
+    assert isinstance(loss, GaussNewtonLoss)
+    data = {"input": torch.randn(6, 4, generator=generator(1)), "y": torch.tensor([0, 1, 2, 0, 1, 2])}
+    expected = functional.cross_entropy(model(data["input"]), data["y"], reduction="none")
+    torch.testing.assert_close(loss(model, data), expected)
+
+
+@LOSSES
+def test_the_root_over_all_signs_is_the_second_derivative(loss: TokenCrossEntropy) -> None:
+    loss = TokenCrossEntropy(causal=loss.causal, temperature=1.0)
+    labels = torch.tensor([[1, -100, 2]])
+    z = torch.randn(1, 3, 3 - loss.causal, generator=generator(3), dtype=torch.float64)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=z.numel())), dtype=torch.float64)
+    many = {"labels": labels.expand(len(signs), 3)}
+    roots = loss.curvature_root(z.expand(len(signs), *z.shape[1:]), many, signs.view(-1, *z.shape[1:])).flatten(1)
+
+    def value(flat: Tensor) -> Tensor:
+        return loss.losses(flat.view_as(z), {"labels": labels}).sum()
+
+    torch.testing.assert_close(roots.T @ roots / len(signs), jacrev(jacrev(value))(z.flatten()))
+
+
+@pytest.mark.parametrize("method", ["lr", "ewr"])
+def test_a_trained_transformer_is_pruned_better_than_by_magnitude(method: str) -> None:
+    """Tokens are to be named; also what is padded and has no label takes part."""
+    dense, loss, data = transformer(), TokenCrossEntropy(), batch(256)
+    optimiser = torch.optim.Adam(dense.parameters(), lr=0.01)
+    torch.manual_seed(1)
+    masked = {**data, "input_ids": data["input_ids"].roll(1, 0)}
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss(dense, masked).mean().backward()
+        optimiser.step()
+    after = {}
+    for name in ("magnitude", method):
+        model = copy.deepcopy(dense)
+        report = prune(model, [masked], 0.7, name, loss_fn=loss, samples=200, **UNTIED)
+        after[name] = float(loss(model.eval(), masked).detach().mean())
+    assert after[method] < after["magnitude"]
+    assert report.stages[0].evidence["first_order"]
+
+
+def test_hidden_states_are_distilled() -> None:
+    model, data = transformer(), batch(80)
+    del data["labels"]
+
+    def embed(network: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        counted = inputs["attention_mask"].unsqueeze(2)
+        return (network.hidden(**inputs) * counted).sum(1) / counted.sum(1)  # type: ignore[operator]
+
+    loss = SelfDistillation(embed)
+    pairs = loss.label(model, [data])
+    report = prune(model, pairs, 0.5, loss_fn=loss, samples=64, **UNTIED)
+    assert report.kept == 256 and set(report.layers) == {"qkv.weight", "mix.weight", "up.weight", "down.weight"}
+    assert float(loss(model.eval(), pairs[0]).detach().mean()) < 0.2
+
+
+WRONG: dict[str, tuple[TokenCrossEntropy, Any, str]] = {
+    "no labels": (TokenCrossEntropy(), {"input_ids": torch.ones(4, 3).long()}, "under 'labels', got {input_ids"),
+    "a pair": (TokenCrossEntropy(), (torch.ones(4, 3).long(), torch.ones(4, 3).long()), "needs dict batches"),
+    "labels out of range": (
+        TokenCrossEntropy(),
+        batch(8) | {"labels": torch.full((8, LENGTH), WORDS)},
+        r"labels must lie in 0\.\.12, got 13\.\.13",
+    ),
+    "labels of another shape": (
+        TokenCrossEntropy(),
+        batch(8) | {"labels": torch.ones(8, LENGTH - 1).long()},
+        r"needs logits \(8, 5, 'classes'\)|needs logits \(2, 5, 'classes'\)",
+    ),
+    "an argument that is missing": (TokenCrossEntropy(), {"labels": torch.ones(4, 3).long()}, "the loss failed on"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_one_value_error_and_changes_nothing(case: str) -> None:
+    loss, data, message = WRONG[case]
+    model = transformer()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, [data], 0.5, swap_prune.LR(), loss_fn=loss, **UNTIED)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_temperature_is_checked() -> None:
+    with pytest.raises(ValueError, match="temperature must be a number above 0, got 0"):
+        TokenCrossEntropy(temperature=0)
+
+
+def test_a_sample_whose_only_label_does_not_count_counts_nowhere() -> None:
+    loss = TokenCrossEntropy()
+    batch = {"x": torch.zeros(3, 2), "labels": torch.tensor([1, -100, 0])}
+    outputs, teacher = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    found = [loss.losses(outputs, batch), loss.divergence(outputs, batch, teacher)]
+    found.append(loss.curvature_root(outputs, batch, torch.ones(3, 4)).norm(dim=1))
+    whole = batch | {"labels": torch.tensor([1, 2, 0])}
+    expected = [loss.losses(outputs, whole), loss.divergence(outputs, whole, teacher)]
+    expected.append(loss.curvature_root(outputs, whole, torch.ones(3, 4)).norm(dim=1))
+    for one, other in zip(found, expected, strict=True):
+        assert one[1] == 0 < other[1]
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+
+
+def test_a_causal_loss_needs_labels_of_tokens() -> None:
+    batch = {"x": torch.zeros(3, 2), "labels": torch.tensor([1, 0, 0])}
+    with pytest.raises(ValueError, match=r"needs a label for each token, \(n, T\), got labels \(3,\)"):
+        TokenCrossEntropy(causal=True)(Named(), batch)
+
+
+class Named(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x), 4)

@@ -1,0 +1,64 @@
+"""What forecasts count."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from swap_prune.memory.forecast import memory_phases
+from swap_prune.memory.planning import plan_memory
+from tests.memory.test_process import GB, load
+
+
+def phases(work, kind="float32", lean=False, **named):
+    return memory_phases(work, kind, lean=lean, **named)
+
+
+def test_what_a_method_copies_counts_where_nothing_holds_it_back():
+    n, p = 500, 200_000
+    plain = phases(load(n, p, "obd"))
+    lr, ewr, wood = (phases(load(n, p, name)) for name in ("lr", "ewr", "woodfisher"))
+    assert wood["solve"] - plain["solve"] == 4 * 8 * n * 50_000
+    assert lr["solve"] - plain["solve"] >= 2 * n * (p // 10) * 4
+    assert ewr["solve"] - plain["solve"] >= 256 * p * 4, "rows that the coupling is chosen on are copied"
+    assert phases(load(n, p, "woodfisher"), lean=True)["solve"] == phases(load(n, p, "obd"), lean=True)["solve"]
+
+
+def test_square_arrays_and_libraries_count():
+    small, large = phases(load(1000, 100)), phases(load(4000, 100))
+    assert large["solve"] - small["solve"] >= 6 * 8 * (4000**2 - 1000**2)
+    assert min(small.values()) >= 300 * 2**20 + 200 * 2**20
+
+
+def test_a_row_of_gradients_for_each_batch_counts_in_trials():
+    few, many = (phases(replace(load(100, 10**6), samples=n)) for n in (64, 6400))
+    assert many["trials"] - few["trials"] == 99 * 4 * 10**6
+    assert (
+        phases(replace(load(100, 10**6), samples=6400), lean=True)["trials"]
+        == phases(replace(load(100, 10**6), samples=64), lean=True)["trials"]
+    )
+
+
+def test_a_capture_of_mini_batches_holds_one_of_them():
+    work = replace(load(2000, 1000), kept_bytes=10**6)
+    assert phases(replace(work, mini_batches=True))["capture"] < phases(work)["capture"] - 50 * 2 * 10**6
+
+
+def test_processes_share_what_is_held():
+    one, four = (phases(replace(load(1000, 10**6), processes=n), "sharded", True)["capture"] for n in (1, 4))
+    assert one - four == pytest.approx(0.75 * 4 * 10**9, rel=0.02)
+
+
+def test_the_file_has_all_of_g_and_sharing_is_never_taken_by_itself(tmp_path):
+    assert plan_memory(load(1000, 10**6), None, "mapped").require().disk == 4 * 10**9
+    assert "sharded" not in [f.name for f in plan_memory(load(1000, 10**6), None).forecasts]
+
+
+def test_samples_that_are_offered_make_whole_rows_of_mini_batches():
+    work = replace(load(10**5, 2_600_000), samples=16 * 10**5, mini_batches=True)
+    refused = plan_memory(work, 4 * GB, "float32")
+    fits = int(re.search(r"samples=(\d+)", refused.why)[1])
+    assert fits % 16 == 0
+    fewer = replace(work, rows=fits // 16, samples=fits)
+    plan_memory(fewer, 4 * GB, "float32").require()
+    assert plan_memory(replace(fewer, rows=fits // 16 + 1, samples=fits + 16), 4 * GB, "float32").chosen is None

@@ -1,0 +1,273 @@
+"""The memory budget: what is read, what is forecast, what is taken, and whether the remedy fits."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from swap_prune.memory.planning import Workload, plan_memory
+from swap_prune.memory.process import held_memory, memory_limit, parse_memory, peak_memory, reset_peak_memory
+from swap_prune.pipeline import plan
+from swap_prune.request import check_run, workload
+from swap_prune.training.finetune import FineTune
+
+GB = 10**9
+REST: dict[str, Any] = {
+    "loss_fn": None,
+    "targets": ("Linear",),
+    "ignore": (),
+    "schedule": "linear",
+    "min_keep": 0.0,
+    "recalibrate_batchnorm": True,
+    "finetune": None,
+    "noise": None,
+    "defence": None,
+    "storage": "auto",
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5 gb", 1_500_000_000), (1024, 1024), ("2048", 2048), ("7B", 7)],
+)
+def test_amounts(text: str | int, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4QB", "0", "1e9", True, "4GB please"])
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="memory must be"):
+        parse_memory(text)
+
+
+def test_what_is_held_counts_and_the_default_lies_above_it() -> None:
+    before = held_memory()
+    ballast = torch.ones(2**25)
+    assert held_memory() - before > 0.9 * 4 * len(ballast)
+    limit = memory_limit(None)
+    assert limit is not None and limit > held_memory() > 50 * 2**20, "torch alone is more"
+
+
+def load(n: int, p: int, method: str = "lr", keep: float = 0.1) -> Workload:
+    return Workload(rows=n, samples=n, weights=p, kept=int(keep * p), method=method, held=300 * 2**20)
+
+
+@pytest.mark.parametrize("storage", ["auto", "float32", "float16", "mapped", "matrix-free", "low-rank"])
+@pytest.mark.parametrize(("p", "budget"), [(32_360, 2 * GB), (2_600_000, 4 * GB), (100, 2 * GB)])
+def test_the_number_of_samples_that_is_offered_fits_and_one_more_does_not(p: int, budget: int, storage: str) -> None:
+    refused = plan_memory(load(10**6, p), budget, storage)
+    with pytest.raises(ValueError, match="use samples=") as caught:
+        refused.require()
+    fits = int(re.search(r"samples=(\d+)", str(caught.value))[1])
+    plan_memory(load(fits, p), budget, storage).require()
+    with pytest.raises(ValueError, match=r"memory allows|GB free"):
+        plan_memory(load(fits + 1, p), budget, storage).require()
+
+
+def test_double_precision_needs_twice_as_much() -> None:
+    single = load(300, 2_600_000)
+    assert plan_memory(single, 6 * GB, "float32").require().storage.kind == "float32"
+    with pytest.raises(ValueError, match="needs about"):
+        plan_memory(replace(single, itemsize=8), 6 * GB, "float32").require()
+
+
+def test_less_memory_takes_the_next_storage_in_order() -> None:
+    work = load(2000, 4_000_000, keep=0.5)
+    names = [plan_memory(work, budget * GB).require().name for budget in (100, 40, 20, 10)]
+    assert names == ["float32", "float32 (no copies)", "float16", "mapped"]
+    with pytest.raises(ValueError, match=r"do not fit: float32: .* mapped: "):
+        plan_memory(work, 1 * GB).require()
+
+
+def test_without_a_disk_nothing_is_held(tmp_path) -> None:
+    work = replace(load(2000, 4_000_000, keep=0.5), row_numbers=40_000)
+    taken = plan_memory(work, 10 * GB, scratch=tmp_path / "nowhere")
+    assert taken.require().name == "matrix-free" and taken.require().disk == 0
+    assert taken.why.count("memory allows") == 4 and "mapped: " in taken.why and "low-rank" not in taken.why
+
+
+def test_an_approximation_is_taken_only_where_it_is_asked_for(tmp_path) -> None:
+    work = replace(load(500, 20_000_000, keep=0.5), row_numbers=20_000)
+    needs = {f.name: f.need for f in plan_memory(work, None).forecasts}
+    assert needs["low-rank"] < needs["matrix-free"]
+    budget = (needs["low-rank"] + needs["matrix-free"]) // 2
+    auto = plan_memory(work, budget, scratch=tmp_path / "nowhere")
+    assert auto.chosen is None and "or storage='low-rank', which fits" in auto.why
+    assert plan_memory(work, budget, "low-rank").require().name == "low-rank"
+    assert "low-rank" not in plan_memory(work, budget // 100, scratch=tmp_path / "nowhere").why
+    unsuited = replace(work, unsuited="'a' is an embedding")
+    with pytest.raises(ValueError, match=r"'a' is an embedding; use another storage"):
+        plan_memory(unsuited, None, "low-rank").require()
+
+
+def test_what_is_forecast_for_factors_and_for_nothing() -> None:
+    """Factors grow with n times what a row takes; without G, memory grows with p, and not with n times p."""
+
+    def need(n: int, p: int, storage: str) -> int:
+        return plan_memory(replace(load(n, p), row_numbers=p // 50), None, storage).require().need
+
+    p = 20_000_000
+    assert need(400, p, "low-rank") - need(200, p, "low-rank") == pytest.approx(200 * (p // 50) * 4, rel=0.1)
+    assert need(400, p, "matrix-free") - need(200, p, "matrix-free") < 0.01 * 200 * p * 4
+    assert need(200, 2 * p, "matrix-free") < 2 * need(200, p, "matrix-free") < 200 * p * 4
+
+
+def test_no_known_limit_takes_the_fastest() -> None:
+    assert plan_memory(load(10**5, 10**7), None).require().name == "float32"
+
+
+def test_noise_on_gradients_is_not_to_be_had_in_another_storage() -> None:
+    noisy = replace(load(2000, 4_000_000), row_noise=True)
+    with pytest.raises(ValueError, match="noise on gradients needs them in float32"):
+        plan_memory(noisy, 100 * GB, "float16").require()
+    assert plan_memory(noisy, 100 * GB).require().storage.kind == "float32"
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_planned(tmp_path) -> None:
+    plan = plan_memory(load(10**5, 10**8), 10**13, "mapped", tmp_path)
+    assert plan.chosen is None and "GB free" in plan.why
+    assert "cannot be used" in plan_memory(load(10, 100), 10 * GB, "mapped", tmp_path / "nowhere").why
+
+
+@pytest.mark.parametrize("storage", ["float64", "", "FLOAT32"])
+def test_a_storage_that_does_not_exist_is_refused(storage: str) -> None:
+    with pytest.raises(ValueError, match="storage must be one of"):
+        plan_memory(load(10, 100), None, storage)
+
+
+def test_more_memory_is_not_the_remedy_where_memory_is_not_short() -> None:
+    load = Workload(rows=10, samples=10, weights=1000, kept=100, method="lr")
+    plan = plan_memory(load, 10**12, "mapped", "/no/such/directory")
+    with pytest.raises(ValueError, match="name another scratch") as caught:
+        plan.require()
+    assert "memory" not in str(caught.value) and "samples" not in str(caught.value)
+
+
+def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
+    """What ResNet50 keeps of an image, and 256 of them as sixteen rows of mini-batches."""
+    work = Workload(
+        rows=16, samples=256, weights=25_500_000, kept=2_550_000, method="lr", kept_bytes=88 * 10**6,
+        largest_bytes=3_200_000, mini_batches=True, held=500 * 2**20, row_numbers=1_300_000,
+    )  # fmt: skip
+    plans = {budget: plan_memory(work, budget * GB, "low-rank") for budget in (100, 8, 6)}
+    assert [plan.require().storage.at_once for plan in plans.values()] == [64, 32, 16]
+    assert all(plan.require().need <= budget * GB for budget, plan in plans.items())
+    assert plan_memory(work, None, "low-rank").require().storage.at_once == 64
+    refused = plan_memory(work, 3 * GB, "low-rank")
+    assert refused.chosen is None and refused.forecasts[0].storage.at_once == 16
+
+
+def test_fine_tuning_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.request.held_memory", lambda place: 0)
+    model = nn.Sequential(nn.Linear(3000, 2000), nn.ReLU(), nn.Linear(2000, 2))
+    data = TensorDataset(torch.randn(100, 3000), torch.randint(2, (100,)))
+    size, sample = 4 * (3000 * 2000 + 2000 + 4000 + 2), 4 * 3000 + 8
+
+    def phases(**given: Any) -> dict[str, int]:
+        return plan(model, data, 0.5, "lr", samples=50, **given).require().phases
+
+    plain, sgd, adam, large = (
+        phases(finetune=training)
+        for training in (None, FineTune(), FineTune(optimizer="adamw"), FineTune(batch_size=1128))
+    )
+    assert "finetune" not in plain
+    assert sgd["capture"] - plain["capture"] == 2 * size, "to restore and to learn from"
+    assert 0 <= sgd["finetune"] - sgd["recalibrate"] - 2 * size - 128 * 2 * sample < 10**7, "and what it keeps"
+    assert adam["finetune"] - sgd["finetune"] == size
+    assert large["finetune"] - sgd["finetune"] > 1000 * 2 * sample
+    refused = plan(model, data, 0.5, "lr", samples=50, memory=plain["trials"], finetune=FineTune(batch_size=10**6))
+    assert refused.chosen is None and re.search(r"lower its batch_size \(now 1000000\), or give more", refused.why)
+
+
+def test_what_a_pass_holds_is_bounded_by_what_is_kept() -> None:
+    """Where one tensor is all that a sample keeps, counting large tensors would overstate it."""
+    shallow = replace(load(300, 10_000), kept_bytes=10**6)
+    needs = [plan_memory(replace(shallow, largest_bytes=b), None).require().phases["trials"] for b in (0, 10**6, 10**4)]
+    assert needs[0] == needs[1] > needs[2] > 64 * 10**6
+
+
+def test_peak_memory_is_that_since_the_reset() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("only Linux forgets a peak")
+    block = torch.ones(40_000_000)
+    reset_peak_memory()
+    high = peak_memory()
+    del block
+    reset_peak_memory()
+    assert peak_memory() < high - 100_000_000
+
+
+def test_samples_are_counted() -> None:
+    """All that are fitted; those that BatchNorm is recalibrated with by a few batches of 128."""
+    load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr")
+    without = plan_memory(load, None).require().phases
+    counted = replace(load, sample_bytes=600_000, spare=200, recalibrated=10_000)
+    phases = plan_memory(counted, None).require().phases
+    assert {name: phases[name] - without[name] for name in phases} == {
+        "capture": 1200 * 600_000,
+        "defend": 1200 * 600_000,
+        "solve": 1200 * 600_000,
+        "trials": 1200 * 600_000,
+        "recalibrate": 512 * 600_000,
+    }
+    few = plan_memory(replace(counted, recalibrated=90), None).require().phases
+    assert few["recalibrate"] - without["recalibrate"] == 90 * 600_000
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "samples", "fitted", "spare"),
+    [
+        ("lr", 1, 80, 80, 20),
+        ("lr", 1, 40, 40, 40),
+        ("lr", 1, 500, 80, 20),
+        ("obd", 1, 500, 100, 0),
+        ("lr", "auto", 30, 30, 50),
+    ],
+)
+def test_samples_held_out_are_of_those_that_there_are(
+    method: str, stages: Any, samples: int, fitted: int, spare: int
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
+    run = check_run(model, sparsity=0.5, method=method, stages=stages, samples=samples, **REST)
+    load = workload(model, data, run, torch.device("cpu"))
+    assert (load.samples, load.spare) == (fitted, spare)
+
+
+def test_outputs_are_counted_where_they_are_held() -> None:
+    """Signs of the sketch, one for each output, and the dense network's outputs, for samples held out as well."""
+    load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr", spare=200)
+    without, single, joined = (
+        plan_memory(one, None).require().phases
+        for one in (load, replace(load, output_bytes=10**6), replace(load, output_bytes=10**6, mini_batches=True))
+    )
+    assert single["capture"] - without["capture"] == 1000 * 10**6
+    assert single["trials"] - without["trials"] == 1200 * 10**6
+    assert joined["capture"] <= without["capture"] and single["solve"] == without["solve"]
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2000))
+    data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
+    run = check_run(model, sparsity=0.5, method="lr", stages=1, samples=80, **REST)
+    assert workload(model, data, run, torch.device("cpu")).output_bytes == 2000 * 4
+    plain = check_run(
+        model, sparsity=0.5, method="magnitude", stages=1, samples=80, **REST | {"loss_fn": lambda net, b: b}
+    )
+    assert workload(model, data, plain, torch.device("cpu")).output_bytes == 0, "a function knows of no outputs"
+
+
+def test_a_run_knows_the_bytes_of_its_samples() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    data = TensorDataset(torch.randn(90, 3, 8, 8), torch.randint(2, (90,)))
+    own = 3 * 8 * 8 * 4 + 8
+    recalibrated, as_it_is = (
+        plan(model, data, 0.5, "lr", samples=64, recalibrate_batchnorm=chosen).require().phases
+        for chosen in (True, False)
+    )
+    assert 0 <= recalibrated["recalibrate"] - as_it_is["recalibrate"] - 90 * own < 10**6

@@ -1,0 +1,70 @@
+"""Switches of torch that are set for a while."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from swap_prune.network.modes import eval_mode, exact_kernels
+
+PRECISION = hasattr(torch.backends.cudnn, "conv")
+
+
+def test_recurrent_layers_on_cudnn_go_back_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their dropout, the one thing that is different there."""
+    model = nn.Sequential(nn.LSTM(3, 4, 2, dropout=0.5, batch_first=True))
+    x = torch.randn(2, 5, 3)
+    with eval_mode(model):
+        assert not model[0].training
+        expected = model(x)[0]
+    monkeypatch.setattr("swap_prune.network.modes._is_on_cudnn", lambda module: isinstance(module, nn.RNNBase))
+    with eval_mode(model):
+        assert model[0].training and not model.training and model[0].dropout == 0
+        assert torch.equal(model(x)[0], expected)
+    assert model[0].dropout == 0.5 and model[0].training
+
+
+def switches() -> dict[str, object]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    found: dict[str, object] = {"deterministic": cudnn.deterministic, "benchmark": cudnn.benchmark}
+    if PRECISION:
+        precisions = {name: one.fp32_precision for name, one in (("conv", cudnn.conv), ("rnn", cudnn.rnn))}
+        return found | precisions | {"matmul": matmul.fp32_precision}
+    return found | {"conv": cudnn.allow_tf32, "matmul": matmul.allow_tf32}
+
+
+def test_cuda_computes_in_full_float32_for_a_while() -> None:
+    before = switches()
+    with exact_kernels(torch.device("cpu")):
+        assert switches() == before
+    with pytest.raises(KeyError), exact_kernels(torch.device("cuda")):
+        inside = switches()
+        raise KeyError
+    assert inside["deterministic"] is True and inside["benchmark"] is False
+    assert {inside["conv"], inside["matmul"]} == ({"ieee"} if PRECISION else {False})
+    assert switches() == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.cudnn.allow_tf32 = False",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_what_a_caller_has_set_is_given_back(setting: str) -> None:
+    """Of either kind of switch: torch refuses to read one kind where the other was set."""
+    if "fp32_precision" in setting and not PRECISION:
+        pytest.skip("torch has no such switch yet")
+    code = "import torch\nfrom swap_prune.network.modes import exact_kernels\n"
+    code += "from tests.network.test_modes import switches\n"
+    code += f"{setting}\nbefore = switches()\n"
+    code += "with exact_kernels(torch.device('cuda')), torch.backends.cudnn.flags(enabled=False): pass\n"
+    code += "assert switches() == before\n"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

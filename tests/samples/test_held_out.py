@@ -1,0 +1,396 @@
+"""Choices by held-out loss: what is chosen is what the held-out samples favour."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from swap_prune import EWR, LR, prune
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.methods.descent import loss_after_steps, polyak_length, step_down
+from swap_prune.methods.pairing import candidates_of, fair_floors, pairing_regression
+from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.regression.iht import SparseFit, solve_sparse
+from swap_prune.regression.natural_gradient import NaturalGradient
+from swap_prune.regression.tuning import Coupling
+from swap_prune.samples.batches import batch_size
+from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.selection import select_parameters
+
+
+def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
+    """A random problem whose slope is the same everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-2, 1, p)
+    factor = DenseFactor(torch.randn(n, p, generator=generator) * scale)
+    slope = torch.randn(p, generator=generator)
+    return PruningProblem(torch.randn(p, generator=generator), keep, factor, held_out, lambda w, kept: slope)
+
+
+@pytest.mark.parametrize("favoured", range(4))
+def test_the_candidate_that_held_out_samples_favour_is_taken(favoured: int) -> None:
+    seen: list[Tensor] = []
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        seen.append(w)
+        return torch.full((5,), float(len(seen) - 1 != favoured))
+
+    solution = LR(first_order=0, swaps=0).solve(problem_with(held_out), torch.Generator())
+    expected = candidates_of(LR())[favoured]
+    assert {key: solution.evidence[key] for key in expected._fields} == expected._asdict()
+    assert [one["held_out_loss"] for one in solution.evidence["candidates"]].index(0) == favoured
+    assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 4
+    alone = LR(**expected._asdict(), first_order=0, swaps=0).solve(problem_with(None), torch.Generator())
+    assert torch.equal(alone.weights, solution.weights)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "taken"),
+    [
+        ((5.0, 4.0, 3.0, 2.0), (0.9, 0.1, 0.8, 0.7), 1),  # all have lost all: one step from each
+        ((5.0, math.inf, 3.0, math.inf), (0.9, 0.0, 0.8, 0.0), 2),
+        ((5.0, 4.0, 0.9, 2.0), (0.1, 0.1, 0.9, 0.1), 2),  # one has not, and the last is not looked at further
+        ((0.3, 4.0, 0.9, 2.0), (0.3, 0.1, 0.9, 0.1), 0),
+    ],
+)
+def test_candidates_that_have_lost_all_are_compared_after_steps(
+    before: tuple[float, ...], after: tuple[float, ...], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        seen.append(w)
+        return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
+
+    def loss_after_steps(problem: PruningProblem, regression: object, fit: SparseFit, blank: Tensor) -> float:
+        assert torch.equal(fit.weights, seen[-1]) and bool((blank == 1).all())
+        return after[len(seen) - 1]
+
+    monkeypatch.setattr("swap_prune.methods.pairing.loss_after_steps", loss_after_steps)
+    monkeypatch.setattr("swap_prune.methods.lr.step_down", lambda problem, regression, fit, length: (fit, []))
+    problem = replace(problem_with(held_out), blank=lambda: torch.ones(3))
+    solution = LR(swaps=0).solve(problem, torch.Generator())
+    candidates = solution.evidence["candidates"]
+    assert [one.get("held_out_loss", math.inf) for one in candidates] == list(before)
+    assert torch.equal(solution.weights, seen[taken])
+    first = next((number for number, loss in enumerate(before) if loss < 1), 4)
+    for number, one in enumerate(candidates):
+        asked = number < first and before[number] < math.inf
+        assert one.get("loss_after_steps") == (after[number] if asked else None)
+
+
+def test_the_loss_after_steps_is_that_of_the_samples_that_are_not_lost() -> None:
+    """Of five samples two fall as far as three steps go, and three stay where they say nothing."""
+    start: list[Tensor] = []
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        moved = float((w - start[0]).norm()) if start else 0.0
+        return torch.tensor([2.0 - moved, 3.0 - moved, 50.0, 60.0, math.nan]).nan_to_num(70.0)
+
+    problem = problem_with(held_out)
+    diagonal = problem.fisher().diagonal()
+    regression = pairing_regression(problem, 0.1, 1.0, diagonal=diagonal)
+    fit = solve_sparse(regression, 15)
+    start.append(fit.weights)
+    found = loss_after_steps(problem, regression, fit, torch.full((5,), 2.5))
+    _, lengths = step_down(problem, regression, fit, "auto")
+    descent, w = NaturalGradient.on(regression, fit.support, 0.1, fit.refit), fit.weights
+    assert len(lengths) > 3
+    for length in lengths[:3]:
+        w = w + length * descent.direction(problem.slope(w, None))
+    moved = float((w - fit.weights).norm())
+    assert found == pytest.approx((min(2.5, 2 - moved) + min(2.5, 3 - moved) + 3 * 2.5) / 5, rel=1e-5)
+
+
+def test_the_first_candidate_is_taken_where_nothing_is_held_out() -> None:
+    evidence = LR(first_order=0, swaps=0).solve(problem_with(None), torch.Generator()).evidence
+    assert (evidence["ridge"], evidence["damping"], evidence["metric"]) == (0.025, 1.0, "diagonal")
+
+
+@pytest.mark.parametrize(("rows", "weights", "few"), [(1, 9_999, False), (1, 10_001, True), (3, 10_001, False)])
+def test_a_small_damping_is_tried_where_rows_are_few(rows: int, weights: int, few: bool) -> None:
+    found = candidates_of(LR(), torch.ones(weights), rows)
+    assert len(found) == 4 and found[:3] == candidates_of(LR())[:3]
+    assert (found[3] == (0.025, 0.03, "diagonal", 0.0)) == few
+    (fixed,) = candidates_of(LR(damping=2.0, ridge=0.1, metric="layer", floor=0.3), torch.ones(weights), rows)
+    assert fixed == (0.1, 2.0, "layer", 0.3)
+
+
+def starving(held_out: object, keep: int = 40) -> PruningProblem:
+    """A problem whose first layer, 200 of 300 weights, is worth little by the rows of G."""
+    model = nn.Sequential(nn.Linear(10, 20, bias=False), nn.Linear(20, 5, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.cat([torch.full((200,), 1e-3), torch.ones(100)])
+    rows, w = torch.randn(12, 300, generator=generator) * scale, torch.randn(300, generator=generator)
+    slope = torch.randn(300, generator=generator)
+    selection = select_parameters(model)
+    return PruningProblem(w, keep, DenseFactor(rows), held_out, lambda w, kept: slope, selection=selection)
+
+
+def kept_by_layer(kept: Tensor) -> list[int]:
+    return [int(part.sum()) for part in kept.split([200, 100])]
+
+
+def test_floors_are_tried_where_a_layer_is_starved_and_taken_where_held_out_samples_gain() -> None:
+    asked: list[list[int]] = []
+
+    def gains(w: Tensor, kept: Tensor) -> Tensor:
+        """Samples lose a layer that has fewer than half of what it would keep if all kept alike."""
+        asked.append(kept_by_layer(kept))
+        return torch.full((5,), 1.0 if asked[-1][0] < 14 else 0.5 + asked[-1][0] / 1000)
+
+    solution = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0).solve(starving(gains), torch.Generator())
+    floors = [one["floor"] for one in solution.evidence["candidates"]]
+    assert floors == [0.0] * 3 + [0.5] * 3 + [0.75]
+    assert all(kept[0] < 14 for kept in asked[:3]) and [kept[0] for kept in asked[3:]] == [14] * 3 + [20]
+    assert solution.evidence["floor"] == 0.5 and kept_by_layer(solution.kept) == [14, 26]
+    again = LR(metric="diagonal", damping=1.0, first_order=0).solve(starving(gains), torch.Generator())
+    assert kept_by_layer(again.kept)[0] >= 14, "swaps keep to it"
+
+
+def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
+    def equal(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.ones(5)
+
+    tried = LR(first_order=0, swaps=0).solve(starving(equal), torch.Generator())
+    assert tried.evidence["floor"] == 0.0 and len(tried.evidence["candidates"]) == 9
+    for settings, held_out in (({"floor": 0}, equal), ({}, None)):
+        alone = LR(first_order=0, swaps=0, **settings).solve(starving(held_out), torch.Generator())
+        assert torch.equal(alone.kept, tried.kept) and alone.evidence["floor"] == 0.0
+    fixed = LR(first_order=0, swaps=0, floor=0.9).solve(starving(None), torch.Generator())
+    assert kept_by_layer(fixed.kept) == [24, 16]
+    paper = EWR(solver="algorithm1", floor=0.9).solve(starving(None), torch.Generator())
+    assert kept_by_layer(paper.kept)[0] >= 24
+
+
+def test_fair_floors_are_shares_of_what_layers_would_keep_if_all_kept_alike() -> None:
+    problem = starving(None)
+    first, second = slice(0, 200), slice(200, 300)
+    assert list(fair_floors(problem, 0.5)) == [(first, 14), (second, 7)]
+    given = replace(problem, floors=[(second, 20)])
+    assert list(fair_floors(given, 0.5)) == [(first, 14), (second, 20)]
+    assert list(fair_floors(given, 0.0)) == [(second, 20)]
+    crowded = replace(problem, keep=2, floors=[])
+    assert list(fair_floors(crowded, 0.9)) == [], "one weight for each would be all"
+    crowded = replace(starving(lambda w, kept: torch.ones(5)), keep=2)
+    assert LR(first_order=0).solve(crowded, torch.Generator()).evidence["floor"] == 0
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.0, "some", math.nan])
+def test_a_floor_that_makes_no_sense_is_refused(floor: object) -> None:
+    for method in (LR, EWR):
+        with pytest.raises(ValueError, match=r"floor must be 'auto' or lie in \[0, 1\)"):
+            method(floor=floor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "candidates"),
+    [
+        ({}, 4),
+        ({"ridge": 0.1}, 4),
+        ({"damping": 3.0}, 4),
+        ({"metric": "factored"}, 3),
+        ({"metric": "layer", "damping": 3.0}, 3),
+        ({"metric": "identity"}, 3),
+        ({"metric": "layer", "ridge": 0.1}, 2),
+    ],
+)
+def test_what_is_fixed_is_not_chosen(settings: dict, candidates: int) -> None:
+    problem = problem_with(lambda w, kept: w.square())
+    evidence = LR(first_order=0, **settings).solve(problem, torch.Generator()).evidence
+    assert sum("swaps" not in one for one in evidence["candidates"]) == candidates
+    assert all(evidence[name] == value for name, value in settings.items())
+
+
+def test_swaps_stay_where_held_out_samples_gain_by_them() -> None:
+    generator = torch.Generator()
+    fixed = {"ridge": 0.1, "damping": 1.0, "first_order": 0}
+    still = LR(swaps=0, **fixed).solve(problem_with(None), generator)
+    swapped = LR(**fixed).solve(problem_with(None), generator)
+    assert still.evidence["swaps"] == 0 < swapped.evidence["swaps"]
+    assert swapped.evidence["objective"] < still.evidence["objective"]
+    for target in (still, swapped):
+        problem = problem_with(lambda w, kept, goal=target.weights: (w - goal).square())
+        assert torch.equal(LR(**fixed).solve(problem, generator).weights, target.weights)
+
+
+def test_steps_are_as_long_and_as_many_as_held_out_samples_gain() -> None:
+    generator = torch.Generator()
+    still = LR(ridge=0.1, damping=1.0, swaps=0, first_order=0).solve(problem_with(None), generator)
+    moved = LR(ridge=0.1, damping=1.0, swaps=0, first_order=0.3).solve(problem_with(None), generator)
+    assert not torch.equal(still.weights, moved.weights)
+    away = still.weights + 100 * (moved.weights - still.weights)  # 30 steps of length 1 away
+    for target, steps in ((still.weights, []), (moved.weights, [0.3]), (away, [8.1, 24.3])):
+        problem = problem_with(lambda w, kept, goal=target: 1e6 * (w - goal).square())  # Polyak's length is far off
+        solution = LR(ridge=0.1, damping=1.0, swaps=0).solve(problem, generator)
+        assert solution.evidence["first_order"] == pytest.approx(steps)
+        if target is not away:
+            assert torch.equal(solution.weights, target)
+        assert torch.equal(solution.kept, still.kept)
+
+
+def test_the_first_step_is_no_longer_than_the_loss_can_fall() -> None:
+    slope, direction = torch.tensor([3.0, -4.0]), torch.tensor([-6.0, 2.0])
+    assert polyak_length(slope, direction, 13.0) == pytest.approx(0.5)  # 13 / 26
+    assert polyak_length(slope, -direction, 13.0) == math.inf
+    assert polyak_length(slope, 0 * direction, 13.0) == math.inf
+    assert polyak_length(slope, direction, -13.0) == math.inf  # a loss below 0 bounds nothing
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return (w - goal).square() / 1e2  # so low a loss that a step of 0.3 would promise far more than all of it
+
+    settings = {"ridge": 0.1, "damping": 1.0, "swaps": 0}
+    goal = LR(first_order=0.3, **settings).solve(problem_with(None), torch.Generator()).weights
+    lengths = LR(**settings).solve(problem_with(held_out), torch.Generator()).evidence["first_order"]
+    assert lengths and lengths[0] < 0.3
+
+
+def test_losses_that_are_not_numbers_are_never_favoured() -> None:
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.full((5,), float("nan"))
+
+    solution = LR().solve(problem_with(held_out), torch.Generator())
+    assert bool(torch.isfinite(solution.weights).all()) and solution.evidence["first_order"] == []
+
+
+def test_without_gain_on_held_out_samples_ewr_is_lr() -> None:
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.ones(30)
+
+    generator = torch.Generator().manual_seed(0)
+    ewr = EWR(epsilon=0.1).solve(problem_with(held_out), generator)
+    lr = LR().solve(problem_with(held_out), generator)
+    assert torch.equal(ewr.weights, lr.weights) and ewr.evidence["anchor"] == 0
+
+
+@pytest.mark.parametrize(("gain", "coupled"), [(0.0, False), (5e-4, False), (2e-3, True)])
+def test_a_coupling_that_hardly_gains_is_left(gain: float, coupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However sure the gain is: the samples agree on it."""
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
+    problem = problem_with(None)
+    paired, other = (
+        EWR(epsilon=0.1, anchor=anchor, swaps=0).solve(problem, torch.Generator()) for anchor in (0.0, 1.0)
+    )
+    assert not torch.equal(paired.weights, other.weights)
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        own = gain if torch.equal(w, other.weights) else 0.0
+        return torch.linspace(0.5, 1.5, 5, dtype=torch.float64) - own
+
+    taken = EWR(anchor=1.0, swaps=0, **{"ridge": 0.025, "damping": 1.0, "metric": "diagonal"})
+    monkeypatch.setattr(EWR, "_coupling", lambda *_: (Coupling(1.0, 0.1), {}))  # held-out rows favour it
+    monkeypatch.setattr(EWR, "_coupled", lambda *_: fit_of(other))
+    solution = taken.solve(problem_with(held_out), torch.Generator())
+    assert torch.equal(solution.weights, other.weights if coupled else paired.weights)
+    assert solution.evidence["anchor"] == float(coupled)
+
+
+def fit_of(solution: PruningSolution) -> SparseFit:
+    """State a solution as the fit that it came from."""
+    return SparseFit(solution.weights, solution.kept.nonzero().squeeze(1), 0.0, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("size", "fitting", "apart"), [(100, 30, 10), (40, 30, 10), (39, 30, 9), (20, 16, 4), (3, 3, 0)]
+)
+def test_held_out_samples_are_not_among_the_others(size: int, fitting: int, apart: int) -> None:
+    batches = [torch.arange(i, min(i + 7, size)) for i in range(0, size, 7)]
+    first, second = CalibrationStream(batches, torch.Generator()).draw_apart(30, 10)
+    assert sum(map(batch_size, first)) == fitting and sum(map(batch_size, second)) == apart
+    values = torch.cat([*first, *second]).tolist()
+    assert len(set(values)) == len(values)
+
+
+def numbers(batches: list[list[Tensor]]) -> list[int]:
+    return [number for _, targets in batches for number in targets.tolist()]
+
+
+def test_what_a_small_data_set_holds_out_is_never_fitted() -> None:
+    data = TensorDataset(torch.arange(50.0)[:, None], torch.arange(50))
+    stream = CalibrationStream(data, torch.Generator().manual_seed(0))
+    draws = [[numbers(side) for side in stream.draw_apart(30, 8, 3)] for _ in range(3)]
+    held_out = draws[0][1]
+    assert len(held_out) == 8 and all(apart == held_out for _, apart in draws)
+    fitted = [i for fitting, _ in draws for i in fitting]
+    assert all(len(set(fitting)) == 30 for fitting, _ in draws)
+    assert set(fitted) == set(range(50)) - set(held_out)  # all others were seen
+    assert draws[0][0] != draws[1][0]
+
+
+def test_a_large_data_set_holds_others_out_in_each_draw() -> None:
+    data = TensorDataset(torch.arange(120.0)[:, None], torch.arange(120))
+    stream = CalibrationStream(data, torch.Generator().manual_seed(0))
+    values = [numbers(side) for _ in range(3) for side in stream.draw_apart(30, 10, 3)]
+    assert len(set().union(*values)) == 120
+
+
+def test_a_data_set_smaller_than_one_draw_holds_a_fifth_out_for_good() -> None:
+    stream = CalibrationStream(TensorDataset(torch.arange(20.0)[:, None], torch.arange(20)), torch.Generator())
+    for _ in range(2):
+        fitting, apart = map(numbers, stream.draw_apart(30, 10, 2))
+        assert len(apart) == 4 and sorted(fitting + apart) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["damping", "first_order", "ridge", "fisher", "metric", "iterations", "swaps"])
+def test_settings_out_of_range(name: str) -> None:
+    for config in (LR, EWR):
+        for value in (-1, float("nan"), "much", None, True):
+            with pytest.raises(ValueError, match=name):
+                config(**{name: value})
+
+
+def test_a_loss_less_a_constant_is_stepped_down_alike() -> None:
+    inputs = torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
+    targets = inputs[:, :2].tanh() + inputs[:, 2:4]
+    torch.manual_seed(0)
+    dense = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 2))
+
+    def error(model: torch.nn.Module, batch: list[Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean(1)
+
+    found = []
+    for constant in (0.0, 100.0):
+        model = copy.deepcopy(dense)
+        report = prune(
+            model,
+            TensorDataset(inputs, targets),
+            0.7,
+            "lr",
+            loss_fn=lambda net, batch, c=constant: error(net, batch) - c,
+            progress=False,
+        )
+        steps = report.stages[0].evidence["first_order"]
+        found.append((len(steps), error(model, [inputs, targets]).mean().item()))
+    (steps, plain), (shifted_steps, shifted) = found
+    assert steps > 0 and shifted_steps > 0 and shifted < 2 * plain
+
+
+def test_floors_save_a_network_that_the_regression_would_cut() -> None:
+    """At 97 % the regression leaves the middle layer thirty of 4,096 weights, its fair part being 123."""
+    state = torch.Generator().manual_seed(5)
+    inputs = torch.randn(2500, 20, generator=state)
+    labels = (inputs[:, :5] * inputs[:, 5:10]).argmax(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+        optimizer = torch.optim.AdamW(dense.parameters(), lr=0.003, weight_decay=1e-4)
+        for _ in range(20):
+            for part in torch.randperm(2000).split(64):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(dense(inputs[part]), labels[part]).backward()
+                optimizer.step()
+    accuracies, middle = {}, {}
+    for floor in ("auto", 0.0):
+        model = copy.deepcopy(dense)
+        data = TensorDataset(inputs[:2000], labels[:2000])
+        report = prune(model, data, 0.97, LR(floor=floor), samples=256, progress=False)
+        accuracies[floor] = float((model(inputs[2000:]).argmax(1) == labels[2000:]).float().mean())
+        middle[floor] = report.layers["2.weight"].kept
+    assert middle[0.0] < 40 < 60 < middle["auto"]
+    assert accuracies["auto"] > accuracies[0.0] + 0.25, accuracies

@@ -1,0 +1,209 @@
+"""What one stage hands to the method and to the next stage."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import swap_prune
+from swap_prune import LR, FineTune, prune
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.noise import NoiseModel
+from swap_prune.fisher.outliers import clip_rows_
+from swap_prune.losses import cross_entropy
+from swap_prune.methods import Magnitude
+from swap_prune.selection import select_parameters
+from swap_prune.stages import search as staging
+from tests.cases import generator
+from tests.fisher.test_defence import perceptron
+from tests.stages.test_search import QUIET, net, scripted
+from tests.stages.test_trials import batches, network, trials_on, untaught
+from tests.test_pipeline import small_data, small_network
+from tests.tiny import data
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Remembers its problems, and prunes by magnitude."""
+
+    name: ClassVar[str] = "asking"
+    needs_gradients: ClassVar[bool] = True
+    needs_held_out: ClassVar[bool] = True
+    needs_inputs: ClassVar[bool] = False
+    fisher: ClassVar[str] = "auto"
+    problems: ClassVar[list] = []
+
+    def solve(self, problem, generator):
+        self.problems.append(problem)
+        return Magnitude().solve(problem, generator)
+
+
+def asking():
+    """Return a method that remembers problems of its own; fields of it would be copied to the report."""
+    return type("Own", (Asking,), {"problems": []})()
+
+
+LOUD = "gradient:std=2,fraction=0.25"
+
+
+@pytest.mark.parametrize("noise", [None, LOUD])
+@pytest.mark.parametrize("defence", ["auto", None])
+def test_a_method_asks_through_the_defence(noise, defence):
+    model, _, batch = perceptron()
+    method = asking()
+    prune(model, TensorDataset(*batch), 0.7, method, samples=25, noise=noise, defence=defence, progress=False)
+    (problem,) = method.problems
+    trials = problem.slope.__self__
+    assert (trials.clip is clip_rows_) == (defence == "auto")
+    assert (trials.clean is not None) == (defence == "auto" and noise is not None)
+    assert all(one.teacher is not None for one in [*trials.fitting, *trials.held_out]) and trials.held_out
+    assert problem.blank is not None and not trials.lean
+    own = asking()
+    prune(
+        model, TensorDataset(*batch), 0.7, own, samples=25, loss_fn=lambda net, b: cross_entropy(net, b), progress=False
+    )
+    assert own.problems[0].blank is None and own.problems[0].held_out is not None
+
+
+def test_what_one_stage_chooses_by_no_stage_fits():
+    method = asking()
+    prune(small_network(), small_data(60), 0.5, method, samples=25, stages=3, progress=False)
+    trials = [problem.slope.__self__ for problem in method.problems]
+    fitted = {image.numpy().tobytes() for one in trials for taught in one.fitting for image in taught.batch[0]}
+    apart = {image.numpy().tobytes() for one in trials for taught in one.held_out for image in taught.batch[0]}
+    assert len(trials) == 3 and fitted and apart and not fitted & apart
+
+
+def test_no_more_is_held_out_than_is_fitted():
+    method = asking()
+    prune(small_network(), small_data(200), 0.5, method, samples=20, progress=False)
+    trials = method.problems[0].slope.__self__
+    assert sum(len(one.batch[0]) for one in trials.held_out) == 20
+
+
+def test_the_last_recalibration_reads_all_the_data():
+    model = small_network()
+    prune(model, small_data(256), 0.8, "magnitude", samples=20, progress=False)
+    with torch.no_grad():
+        expected = model[0](small_data(256).tensors[0]).mean((0, 2, 3))
+    torch.testing.assert_close(model[1].running_mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_stand_out_are_clipped_in_a_run():
+
+    @dataclass(frozen=True)
+    class Scaled(NoiseModel):
+        def apply(self, factor, generator, layers=None):
+            rows = factor.matrix.clone()
+            rows[:3] *= 1e4
+            return DenseFactor(rows)
+
+        apply_ = apply
+
+    model, _, batch = perceptron()
+    method = asking()
+    report = prune(model, TensorDataset(*batch), 0.7, method, samples=25, noise=Scaled(), progress=False)
+    norms = method.problems[0].factor.matrix.norm(dim=1)
+    assert report.stages[0].evidence["rows_clipped"] == pytest.approx(3 / len(norms))
+    assert float(norms.max()) < 20 * float(norms.median())
+
+
+def test_rows_of_samples_that_the_network_is_unsure_of_are_not_clipped():
+    """Most have a tiny curvature, and a few do not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(4 * torch.eye(3, 4))
+    x = torch.zeros(100, 4)
+    x[:, 0] = 12.0
+    x[:8, 1] = 12.0
+    x += 0.01 * torch.randn(100, 4, generator=generator(1))
+    report = prune(model, TensorDataset(x, torch.zeros(100).long()), 0.5, asking(), samples=80, progress=False)
+    assert "rows_clipped" not in report.stages[0].evidence
+
+
+def test_gradients_that_slopes_are_averaged_over_are_clipped_for_their_size():
+    model, fitting = network(False), batches(4, 16)
+    selection = select_parameters(model, ("Linear",), ())
+    w = selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    plain = trials_on(model, selection, untaught(fitting), False).slope(w, kept)
+    seen = []
+
+    def clip(factor, sizes):
+        seen.append(sizes)
+        factor.matrix.mul_(2)
+
+    slope = trials_on(model, selection, untaught(fitting), False, clip=clip).slope(w, kept)
+    torch.testing.assert_close(slope, 2 * plain)
+    torch.testing.assert_close(seen[0], torch.tensor([0.5, 0.25], dtype=w.dtype))
+
+    def clean(factor):
+        return factor.matrix.mean(0)
+
+    slope = trials_on(model, selection, untaught(fitting), False, clip=clip, clean=clean).slope(w, kept)
+    torch.testing.assert_close(slope, 2 * plain)
+    assert seen[1] is None
+
+
+def test_gradients_of_batches_are_added_up_where_memory_is_short(monkeypatch):
+    model, fitting = network(False), batches(4, 16, 3)
+    selection = select_parameters(model, ("Linear",), ())
+    w = selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    plain = trials_on(model, selection, untaught(fitting), False).slope(w, kept)
+
+    def noisy(factor):
+        raise AssertionError("the rows are not held together")
+
+    lean = trials_on(model, selection, untaught(fitting), False, lean=True, noisy=noisy).slope(w, kept)
+    torch.testing.assert_close(lean, plain)
+
+
+def test_each_fine_tuned_trial_starts_from_the_dense_network_and_the_best_is_given_back(monkeypatch):
+    """Biases are trained too."""
+    model = net()
+    dense = {name: t.clone() for name, t in model.state_dict().items()}
+    seen = scripted(monkeypatch, [2.0, 1.0, 1.5])
+    started = []
+    run_all = staging.StageRunner.run_all
+
+    def watched(self, *arguments):
+        started.append(all(torch.equal(t, dense[name]) for name, t in self.model.state_dict().items()))
+        return run_all(self, *arguments)
+
+    monkeypatch.setattr(staging.StageRunner, "run_all", watched)
+    swap_prune.prune(model, data()[0], **QUIET | {"finetune": FineTune(epochs=1, batch_size=20)})
+    assert started == [True, True, True]
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_number_of_stages_is_judged_as_everything_else(monkeypatch):
+    """On noisy samples, with the dense network's opinion, in eval mode."""
+    original = {x.numpy().tobytes() for x, _ in data()[0]}
+    judged = []
+    taught_losses = staging.taught_losses
+
+    def watched(loss_fn, model, one):
+        judged.append((one, any(m.training for m in model.modules())))
+        return taught_losses(loss_fn, model, one)
+
+    monkeypatch.setattr(staging, "taught_losses", watched)
+    model = net().train()
+    swap_prune.prune(model, data()[0], **QUIET | {"noise": "input"})
+    assert judged and not any(training for _, training in judged) and model.training
+    assert all(one.teacher is not None for one, _ in judged)
+    assert not {x.numpy().tobytes() for one, _ in judged for x in one.batch[0]} & original
+
+
+@pytest.mark.parametrize("fisher", ["auto", "empirical"])
+def test_clean_runs_with_batchnorm_are_the_same_with_and_without_a_defence(fisher):
+    """Rows of mini-batches have no rank 1, and that is not noise."""
+    models = [small_network() for _ in range(2)]
+    for model, defence in zip(models, ("auto", None), strict=False):
+        report = prune(model, small_data(200), 0.7, LR(fisher=fisher), samples=128, defence=defence, progress=False)
+        assert not {"noise_seen", "rows_clipped", "label_noise"} & set(report.stages[0].evidence)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=False))
