@@ -198,7 +198,7 @@ def prune(
         slow_attention(),
         torch.compiler.set_stance("force_eager"),  # what was compiled before does not see hooks that come later
         images_laid_out(model, laid),
-        nullcontext() if spill is None else spill.around(model),
+        nullcontext() if spill is None else spill.around(),
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:

@@ -19,7 +19,7 @@ from swap_prune import EWR, METHODS, prune
 from swap_prune.memory.planning import plan_memory
 from swap_prune.memory.process import held_memory
 from swap_prune.samples.calibration import CalibrationStream
-from swap_prune.samples.spill import Spill
+from swap_prune.samples.spill import Spill, _Segment
 from tests.memory.test_process import load
 from tests.test_pipeline import small_data, small_network
 
@@ -70,10 +70,10 @@ def test_a_file_goes_with_its_last_tensor() -> None:
     part = kept[0][3:5]
     del kept
     gc.collect()
-    assert len(spill._maps) == 1
+    assert len(spill._files) == 1
     del part
     gc.collect()
-    assert len(spill._maps) == 0
+    assert len(spill._files) == 0
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
@@ -110,13 +110,91 @@ def test_gradients_are_the_same_to_the_bit_and_activations_are_not_held() -> Non
     model, inputs = convolutional(), torch.randn(8, 3, 32, 32)
     plain = torch.autograd.grad(model(inputs).square().sum(), list(model.parameters()))
     spill = Spill(activations=True)
-    with spill.around(model):
+    with spill.around():
         value = model(inputs).square().sum()
-        assert len(spill._maps) >= 3, "inputs of convolutions, BatchNorm and ReLU"
+        assert len(spill._files) == 1, "inputs of convolutions, BatchNorm and ReLU"
         spilled = torch.autograd.grad(value, list(model.parameters()))
     gc.collect()
-    assert len(spill._maps) == 0, "what a backward pass has used is free"
+    assert len(spill._files) == 0, "what a backward pass has used is free"
     assert all(map(torch.equal, plain, spilled))
+
+
+def test_weights_are_not_written_and_what_two_layers_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes: list[int] = []
+    add = _Segment.add
+    monkeypatch.setattr(_Segment, "add", lambda self, tensor: sizes.append(tensor.numel()) or add(self, tensor))
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3)))
+    inputs = torch.randn(256, 512)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    with Spill(activations=True).around():
+        functional_call(model, weights, (inputs,)).square().sum().backward()
+    assert sizes == [256 * 512] * 3, "what goes into each layer"
+
+    class Shared(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x.sigmoid()
+            return self[0](h) + self[1](h) + h.square()
+
+    sizes.clear()
+    with Spill(activations=True).around():
+        value = Shared(*model)(inputs.requires_grad_()).sum()
+    value.backward()
+    assert sizes == [256 * 512]
+
+
+def test_many_small_files_are_not_needed() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(60)))
+    spill = Spill(activations=True)
+    with spill.around():
+        value = model(torch.randn(512, 256)).sum()
+        assert 1 <= len(spill._files) <= 2, "512 kB each"
+        value.backward()
+
+
+def test_what_is_changed_in_place_later_has_the_gradient_of_what_it_was() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x).sigmoid()
+            y = self.b(h)
+            return y + (h.mul_(0.5) if self.training else h * 0.5)
+
+    torch.manual_seed(0)
+    model, x = InPlace(), torch.randn(3, 4)
+    plain = torch.autograd.grad(model.eval()(x).square().sum(), list(model.parameters()))
+    with Spill(activations=True).around():
+        value = model.train()(x).square().sum()
+    changed = torch.autograd.grad(value, list(model.parameters()))
+    for one, other in zip(plain, changed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_parts_of_a_network_that_are_called_alone_let_go_too() -> None:
+    spill = Spill(activations=True)
+    kept, model = spill.keep(torch.randn(2**22)), convolutional()
+    with spill.around():
+        kept.sum()
+        held = held_memory()
+        part = model[0](torch.randn(32, 3, 32, 32))
+        assert held - held_memory() > 2**23
+        assert len(spill._files) == 2, "its input is kept for the backward pass"
+        part.sum().backward()
+
+
+def test_an_interrupted_call_leaves_no_hooks() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    spill = Spill(activations=True)
+    with pytest.raises(KeyboardInterrupt), spill.around():
+        nn.Sequential(Interrupted())(torch.zeros(1))
+    torch.randn(2**20, requires_grad=True).square().sum()
+    assert len(spill._files) == 0
 
 
 def test_second_derivatives_and_functorch_pass_through() -> None:
@@ -132,7 +210,7 @@ def test_second_derivatives_and_functorch_pass_through() -> None:
         return torch.autograd.grad(slope.square().sum(), weight)[0]
 
     rows, curved = vmap(grad(loss), (None, 0))(weights, inputs), second()
-    with Spill(activations=True).around(model):
+    with Spill(activations=True).around():
         again = vmap(grad(loss), (None, 0))(weights, inputs)
         assert all(torch.equal(rows[name], again[name]) for name in rows)
         assert torch.equal(second(), curved)
@@ -145,12 +223,12 @@ def test_a_network_that_fails_leaves_nothing_behind() -> None:
 
     model, spill = nn.Sequential(Failing()), Spill(activations=True)
     for _ in range(2):
-        with pytest.raises(RuntimeError), spill.around(model):
+        with pytest.raises(RuntimeError), spill.around():
             model(torch.zeros(1))
     assert not model._forward_pre_hooks and not model._forward_hooks
     large = torch.randn(2**18, requires_grad=True)
     large.square().sum()
-    assert len(spill._maps) == 0, "no hook on saved tensors is left"
+    assert len(spill._files) == 0, "no hook on saved tensors is left"
 
 
 @pytest.mark.parametrize("spilled", ["samples", "activations"])
