@@ -180,7 +180,7 @@ def prune(
         calibration=calibration,
         recalibration=calibration.beside(recalibration_data, forked_generator(seed, "recalibration")),
         normalised=run.normalised,
-        defended=defence == "auto",
+        defended=run.defended,
         finetune=finetune,
         storage=held,
         floors=run.floors,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,13 +17,13 @@ from torch.nn.modules.loss import _Loss
 
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.distributed import process_count
-from swap_prune.fisher.capture import SavedBytes
+from swap_prune.fisher.footprint import SavedBytes
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank_capture import numbers_of_a_row
 from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
 from swap_prune.fisher.sketch import sketch_rows
-from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory.planning import Workload, check_storage, output_bytes, sample_bytes
+from swap_prune.losses import CrossEntropy, GaussNewtonLoss, LossFn, cross_entropy
+from swap_prune.memory.planning import Workload, check_storage, output_bytes, row_bytes, sample_bytes
 from swap_prune.memory.process import held_memory, return_free_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.network.modes import check_no_inference
@@ -34,6 +35,7 @@ from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
 from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
 from swap_prune.training.finetune import FineTune
+from swap_prune.training.teaching import losses_beside_own
 
 __all__ = ["Run", "check_run", "workload"]
 
@@ -51,6 +53,7 @@ class Run:
         loss: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         normalised: Whether BatchNorm is recalibrated.
+        defended: Whether noise is looked for.
         finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
         seed: Of the run's random state.
@@ -65,6 +68,7 @@ class Run:
     loss: LossFn
     curvature: GaussNewtonLoss | None
     normalised: bool
+    defended: bool
     finetune: FineTune | None
     samples: int
     seed: int
@@ -133,6 +137,7 @@ def check_run(
         loss=loss,
         curvature=_curvature(solver, loss),
         normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
+        defended=defence == "auto",
         finetune=finetune,
         samples=samples,
         seed=seed,
@@ -153,7 +158,10 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     return_free_memory()
     sample = peek(data, own)
     with torch.compiler.set_stance("force_eager"):  # nothing need be compiled for one sample
-        kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, run.loss, sample)
+        taught = run.curvature if run.solver.needs_held_out else None
+        function = run.loss if taught is None else partial(losses_beside_own, taught)
+        kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, function, sample)
+        row = 0 if sample is None or in_batches else row_bytes(model, run.selection, run.loss, sample)
         outputs = 0 if sample is None or run.curvature is None else output_bytes(model, run.curvature, sample)
     own_bytes: list[int] = []
     map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
@@ -174,13 +182,17 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         itemsize=run.selection.read(model).element_size(),
         kept_bytes=kept.total,
         largest_bytes=kept.largest,
+        row_bytes=row,
         sample_bytes=sum(own_bytes),
         can_spill=can_spill(place) and not altered,
         output_bytes=outputs,
-        spare=spare + judged,
+        spare=spare,
+        judged=judged,
         recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,
+        doubted=run.defended and run.solver.needs_held_out and isinstance(run.loss, CrossEntropy),
         trained=0 if run.finetune is None else run.finetune.batch_size,
         training=0 if run.finetune is None else run.finetune.arrays * trainable,
+        largest_parameter=max((p.nbytes for p in model.parameters() if p.requires_grad), default=0),
         copies=0 if run.finetune is None else (4 if len(run.schedules) > 1 else 2) * _bytes(model),
         mini_batches=in_batches,
         row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from swap_prune.fisher import sketch
-from swap_prune.fisher.capture import capture_gradients, saved_bytes
+from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.defence import LowRank
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.footprint import saved_bytes
 from swap_prune.fisher.half import HalfFactor
 from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.outliers import clip_rows_

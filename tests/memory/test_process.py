@@ -180,7 +180,8 @@ def test_fine_tuning_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert "finetune" not in plain
     assert sgd["capture"] - plain["capture"] == 2 * size, "to restore and to learn from"
-    assert 0 <= sgd["finetune"] - sgd["recalibrate"] - 2 * size - 128 * 2 * sample < 10**7, "and what it keeps"
+    beside = 2 * 4 * 3000 * 2000 + 2 * (3000 * 2000 + 4000)  # temporaries of the optimiser and masks
+    assert 0 <= sgd["finetune"] - sgd["recalibrate"] - 2 * size - 128 * 2 * sample - beside < 10**7, "and what it keeps"
     assert adam["finetune"] - sgd["finetune"] == size
     assert large["finetune"] - sgd["finetune"] > 1000 * 2 * sample
     refused = plan(model, data, 0.5, "lr", samples=50, memory=plain["trials"], finetune=FineTune(batch_size=10**6))
@@ -188,10 +189,15 @@ def test_fine_tuning_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_a_pass_holds_is_bounded_by_what_is_kept() -> None:
-    """Where one tensor is all that a sample keeps, counting large tensors would overstate it."""
+    """And by its largest tensor: where there are many small ones by eight of it, where it is most of all by four."""
     shallow = replace(load(300, 10_000), kept_bytes=10**6)
-    needs = [plan_memory(replace(shallow, largest_bytes=b), None).require().phases["trials"] for b in (0, 10**6, 10**4)]
-    assert needs[0] == needs[1] > needs[2] > 64 * 10**6
+
+    def held(largest: int) -> int:
+        return plan_memory(replace(shallow, largest_bytes=largest), None).require().phases["trials"]
+
+    assert held(0) - held(10**4) == 64 * (2 * 10**6 - 1_080_000)
+    assert held(10**5) - held(10**4) == 64 * (1_800_000 - 1_080_000)
+    assert held(6 * 10**5) - held(0) == 64 * (3_400_000 - 2 * 10**6), "an image after a first convolution"
 
 
 def test_peak_memory_is_that_since_the_reset() -> None:
@@ -239,7 +245,7 @@ def test_samples_held_out_are_of_those_that_there_are(
     data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
     run = check_run(model, sparsity=0.5, method=method, stages=stages, samples=samples, **REST)
     load = workload(model, data, run, torch.device("cpu"))
-    assert (load.samples, load.spare) == (fitted, spare)
+    assert (load.samples, load.spare + load.judged) == (fitted, spare)
 
 
 def test_outputs_are_counted_where_they_are_held() -> None:
@@ -249,9 +255,10 @@ def test_outputs_are_counted_where_they_are_held() -> None:
         plan_memory(one, None).require().phases
         for one in (load, replace(load, output_bytes=10**6), replace(load, output_bytes=10**6, mini_batches=True))
     )
-    assert single["capture"] - without["capture"] == 1000 * 10**6
-    assert single["trials"] - without["trials"] == 1200 * 10**6
-    assert joined["capture"] <= without["capture"] and single["solve"] == without["solve"]
+    compared = 8 * 10**6  # a sample that runs forwards
+    assert single["capture"] - without["capture"] == pytest.approx(1000 * 10**6 + 128 * compared, rel=0.05)
+    assert single["trials"] - without["trials"] == 1200 * 10**6 + 128 * compared
+    assert joined["capture"] <= without["capture"] + 16 * compared and single["solve"] == without["solve"]
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2000))
     data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
     run = check_run(model, sparsity=0.5, method="lr", stages=1, samples=80, **REST)

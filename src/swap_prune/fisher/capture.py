@@ -16,16 +16,17 @@ since a chunk chosen by the clock would make two runs of one seed differ in thei
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from swap_prune.fisher.factor import FisherFactor
+from swap_prune.fisher.footprint import allocated_bytes, saved_bytes, unrolls
 from swap_prune.fisher.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
@@ -36,11 +37,13 @@ from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
-__all__ = ["Backend", "Capture", "Passed", "capture_gradients", "check_rows", "pass_rows", "saved_bytes"]
+__all__ = ["Backend", "Capture", "Passed", "bytes_of_a_row", "capture_gradients", "check_rows", "pass_rows"]
 
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 
 _MAX_CHUNK = 256
+_HEAP = 3  # what the C library was seen to hold of many pieces that come and go, in units of what is used
+_UNCOUNTED_CHUNK = 8  # samples, where what one keeps cannot be counted
 _CHECKED = 2  # samples with backward passes of their own; fewer cannot show a loss that mixes them
 
 
@@ -278,6 +281,14 @@ class _Capturer:
         losses[: len(values)] = values.detach()
         return len(values)
 
+    def _bytes_of_a_row(self, sample: Any) -> int:
+        """Count the bytes that making one row by vmap takes; 0 where that does not work."""
+        rows = next(iter(self._weights.values())).new_empty(1, self._selection.total)
+        try:
+            return _HEAP * allocated_bytes(lambda: self._fill_vmap(sample, rows, rows.new_empty(1)))
+        except Exception:  # a network may refuse in many ways; rows are then made otherwise
+            return 0
+
     def _measure_chunk(self, sample: Any) -> int:
         """Count the bytes that one sample keeps for its backward pass, and fit a chunk to the budget."""
         weights = {name: w.detach().requires_grad_() for name, w in self._weights.items()}
@@ -286,11 +297,35 @@ class _Capturer:
         def run() -> None:
             check_dependence(functional_call(self._module, state, (sample,)))
 
-        kept = saved_bytes(run, state.values()).total
+        try:
+            kept = saved_bytes(run, state.values()).total
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # torch.func inside the network knows none: nothing is counted
+                raise
+            return _UNCOUNTED_CHUNK
+        if self.backend == "vmap" and unrolls(self._module):
+            kept = max(kept, self._bytes_of_a_row(sample))
         gradient = 4 * self._selection.total
         place = next(iter(self._weights.values())).device
         budget = self._chunk_bytes - (piece_bytes(place) if self.backend == "hooks" else 0)
         return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
+
+
+def bytes_of_a_row(model: nn.Module, selection: Selection, loss_fn: LossFn, sample: Any) -> int:
+    """Return the bytes that making a row takes where that is more than a sample keeps for its backward pass; else 0.
+
+    Args:
+        model: The network.
+        selection: The p weights.
+        loss_fn: Per-sample loss.
+        sample: A batch of one sample.
+    """
+    if not unrolls(model):
+        return 0
+    with eval_mode(model):
+        capturer = _Capturer(Bound(model, loss_fn), selection, "auto", CHUNK_BYTES)
+        one = map_tensors(without_gradient, sample)
+        return capturer._bytes_of_a_row(one) if capturer.backend == "vmap" else 0
 
 
 def check_dependence(losses: Tensor) -> None:
@@ -304,37 +339,3 @@ def check_dependence(losses: Tensor) -> None:
             "the loss does not depend on the selected weights: check that neither the model nor loss_fn detaches them, "
             "or works under torch.no_grad()"
         )
-
-
-class SavedBytes(NamedTuple):
-    """What a forward pass keeps for its backward pass.
-
-    Attributes:
-        total: Bytes of all tensors.
-        largest: Bytes of the largest.
-    """
-
-    total: int
-    largest: int
-
-
-def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> SavedBytes:
-    """Count what a forward pass keeps for its backward pass.
-
-    Args:
-        run: The forward pass.
-        own: Tensors that are there anyway and do not count.
-    """
-    known = {tensor.untyped_storage().data_ptr() for tensor in own if tensor.layout is torch.strided}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided:  # what a sparse one takes is not asked
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return SavedBytes(sum(kept.values()), max(kept.values(), default=0))

@@ -28,12 +28,13 @@ from swap_prune.surgery import MISFIT_SAMPLES
 __all__ = ["Workload", "memory_phases"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
-_OTHER_LIBRARIES = 100 * 2**20  # those that it has not touched when it has run one sample
+_OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
 _GRAM = 512 * 2**20  # two copies of a block of columns
 _VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
+_COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
@@ -52,15 +53,19 @@ class Workload:
         itemsize: Bytes of an entry of a gradient.
         kept_bytes: Bytes that one sample keeps for its backward pass; 0: none was run.
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
+        row_bytes: Bytes that a row takes while it is made, where that is more than what a sample keeps; else 0.
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         sample_bytes: Bytes of a sample itself.
         can_spill: Whether samples can lie in files.
         output_bytes: Bytes of its outputs, where the loss compares them.
-        spare: Samples that are held out.
+        spare: Samples that are held out of a stage.
+        judged: Samples that the number of stages is judged by, all along.
         recalibrated: Samples that BatchNorm is recalibrated with, at the most, a few batches at a time.
+        doubted: Whether inputs may be shifted back.
         trained: Samples of a step of fine-tuning; 0: there is none.
         training: Bytes of gradients and of the optimiser's state in fine-tuning.
+        largest_parameter: Bytes of the largest parameter that is trained.
         copies: Bytes of copies of the whole network, where all of it will change.
         held: Bytes that the process holds already, the model included.
         device: Whose memory is meant.
@@ -77,13 +82,17 @@ class Workload:
     itemsize: int = 4
     kept_bytes: int = 0
     largest_bytes: int = 0
+    row_bytes: int = 0
     sample_bytes: int = 0
     can_spill: bool = False
     output_bytes: int = 0
     spare: int = 0
+    judged: int = 0
     recalibrated: int = 0
+    doubted: bool = False
     trained: int = 0
     training: int = 0
+    largest_parameter: int = 0
     copies: int = 0
     mini_batches: bool = False
     row_noise: bool = False
@@ -114,6 +123,7 @@ def memory_phases(
     in_hand = _READ * forwards
     drawn = load.samples + load.spare
     drawn = drawn if spilled == "nothing" else min(drawn, in_hand)
+    rest += load.judged * load.sample_bytes if spilled == "nothing" else 0
     common = rest + factor + drawn * load.sample_bytes
     defend = 7 * min(PIECE, n) * vector if kind == "float32" else 0  # only these rows are cleaned
     if kind not in ("float32", *HOLDING_NO_ROWS) and not load.mini_batches:
@@ -124,22 +134,32 @@ def memory_phases(
     if not lean:
         copies = _column_copies(load)
         slopes = -(-load.samples // at_once) * vector
-    step = min(copies, n * load.kept * load.itemsize)  # a natural-gradient step keeps its columns during trials
+    # a natural-gradient step keeps its columns during trials, and multiplies them before
+    step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)
     forward = min(forwards, load.samples) * _forward_bytes(load)
     backward = min(at_once, load.samples) * _backward_bytes(load, spilled)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
+    compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
+    drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.mini_batches else compared
+    shifted = 0
+    if load.doubted:  # before G is there; shifted samples lie beside those that they were
+        shifted = rest + (2 if spilled == "nothing" else 1) * drawn * load.sample_bytes + backward
+    again = 0
+    if load.row_noise and not load.mini_batches:  # slopes are then means over rows like those of G
+        again = factor + _capture(load, kind, lean=False, at_once=at_once, spilled=spilled)
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if spilled == "nothing" else in_hand)
     signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     phases = {
-        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), forward),
-        "defend": common + defend,
+        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), forward + drawing),
+        "defend": max(common + defend, shifted),
         "solve": solve + copies + passes,
-        "trials": solve + taught - blocks + step + slopes + max(forward, backward, passes),
+        "trials": solve + taught + step + slopes + max(forward + compared, backward, passes, again),
         "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
     }
     if load.trained:  # a batch in hand and what it is made of
-        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load, spilled))
+        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load, spilled) + _COMPARED * load.output_bytes)
+        step += 2 * load.largest_parameter + 2 * load.weights  # temporaries of the optimiser; masks, and what was zero
         phases["finetune"] = rest + load.training + step
     return phases
 
@@ -154,8 +174,10 @@ def _backward_bytes(load: Workload, spilled: Spilled = "nothing") -> int:
     """Return what a backward pass holds of a sample: what was kept, and a few large tensors or as much again."""
     if spilled == "activations" and load.largest_bytes:
         return min(load.kept_bytes, _BACKWARD_TENSORS * load.largest_bytes)
-    twice = _BACKWARD * load.kept_bytes
-    return min(twice, load.kept_bytes + _BACKWARD_TENSORS * load.largest_bytes) if load.largest_bytes else twice
+    twice, largest = _BACKWARD * load.kept_bytes, load.largest_bytes
+    if not largest:
+        return twice
+    return min(max(twice, load.kept_bytes + 4 * largest), load.kept_bytes + _BACKWARD_TENSORS * largest)
 
 
 def _held_of_g(load: Workload, kind: StorageKind) -> int:
@@ -186,9 +208,10 @@ def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int, spille
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
     if load.mini_batches:
         return MINI_BATCH * _backward_bytes(load, spilled) + 3 * vector
-    chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))
+    chunk = max(1, min(2 * at_once, load.rows, budget // (max(load.kept_bytes, load.row_bytes) + vector)))
     buffered = 1 if kind != "float32" else 0
-    return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
+    own = max(_backward_bytes(load), load.row_bytes)
+    return chunk * (own + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
 
 def _passes(load: Workload, at_once: int) -> int:

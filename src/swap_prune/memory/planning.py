@@ -20,7 +20,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from swap_prune.fisher.capture import SavedBytes, saved_bytes
+from swap_prune.fisher.capture import bytes_of_a_row
+from swap_prune.fisher.footprint import SavedBytes, saved_bytes
+from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage, StorageKind
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.forecast import Workload, memory_phases
@@ -28,6 +30,7 @@ from swap_prune.network.modes import eval_mode
 from swap_prune.randomness import seeded
 from swap_prune.samples.batches import in_own_containers
 from swap_prune.samples.spill import Spilled
+from swap_prune.selection import Selection
 
 __all__ = [
     "Forecast",
@@ -37,6 +40,7 @@ __all__ = [
     "check_storage",
     "output_bytes",
     "plan_memory",
+    "row_bytes",
     "sample_bytes",
     "scratch_directory",
 ]
@@ -166,6 +170,15 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
         return SavedBytes(0, 0)
 
 
+def row_bytes(model: nn.Module, selection: Selection, loss_fn: LossFn, sample: Any) -> int:
+    """Return the bytes that making the row of a sample takes, where that is more than it keeps; else 0."""
+    try:
+        with seeded(0, next(model.parameters()).device):
+            return bytes_of_a_row(model, selection, loss_fn, sample)
+    except Exception:  # whatever the caller's model or loss raises
+        return 0
+
+
 def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int:
     """Return the bytes of what the network gives for a batch of one sample; 0 if it cannot be run."""
     place = next(model.parameters()).device
@@ -242,7 +255,10 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
     kind = storage.kind
     phases = memory_phases(load, kind, lean=storage.lean, at_once=storage.at_once, spilled=storage.spilled)
     disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
-    disk += 0 if storage.spilled == "nothing" else (load.samples + load.spare) * load.sample_bytes
+    if storage.spilled != "nothing":
+        disk += (load.samples + load.spare + load.judged) * load.sample_bytes
+    if storage.spilled == "activations":
+        disk += max(storage.at_once, MINI_BATCH) * load.kept_bytes
     forecast = Forecast(storage, phases, disk, "")
     if load.row_noise and kind != "float32":
         return replace(forecast, obstacle="noise on gradients needs them in float32")

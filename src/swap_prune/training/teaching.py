@@ -25,7 +25,7 @@ from swap_prune.samples.batches import in_own_containers
 from swap_prune.selection import Selection
 from swap_prune.surgery import batchnorm_layers
 
-__all__ = ["Taught", "Teacher", "taught_losses"]
+__all__ = ["Taught", "Teacher", "losses_beside_own", "taught_losses"]
 
 _TEACHER_SHARE = 0.75  # of the divergence from the dense network, in trials: slopes and held-out losses
 
@@ -86,6 +86,13 @@ class Teacher:
     def teach(self, batches: Sequence[Any]) -> list[Taught]:
         """Return batches with these outputs."""
         return list(map(Taught, batches, self.outputs(batches)))
+
+
+def losses_beside_own(loss: GaussNewtonLoss, model: nn.Module, batch: Any) -> Tensor:
+    """Return the losses (n,) of a network that is its own teacher: what trials take, before there is any pruning."""
+    with torch.no_grad():
+        outputs = loss.outputs(model, in_own_containers(batch))
+    return taught_losses(loss, model, Taught(batch, outputs))
 
 
 def taught_losses(
