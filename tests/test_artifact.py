@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,14 @@ def _densify(folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report))
 
 
+def _state(**changed: object) -> Callable[[Path], object]:
+    def alter(folder: Path) -> None:
+        path = folder / "report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+    return alter
+
+
 DAMAGE = {
     "altered weights": (_flip_a_byte, "hash"),
     "truncated weights": (
@@ -120,6 +130,10 @@ DAMAGE = {
     "missing report": (lambda f: (f / "report.json").unlink(), "not a pruning artifact"),
     "report not json": (lambda f: (f / "report.json").write_text("{"), "not a pruning report"),
     "report of something else": (lambda f: (f / "report.json").write_text('{"a": 1}'), "not a pruning report"),
+    "brackets without end": (lambda f: (f / "report.json").write_text("[" * 200_000), "not a pruning report"),
+    "another sparsity": (_state(sparsity=0.99), "was altered: it states 30 of 120 weights at sparsity 0.99"),
+    "other counts": (_state(kept=31), "was altered: it states 31 of 120"),
+    "no layers": (_state(layers={}), "its layers have 0 of 0"),
     "dense weights": (_densify, "the report says"),
 }
 
@@ -180,6 +194,39 @@ def test_unusable_checkpoints(name: str, content: bytes | None, message: str, tm
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_weights(tmp_path / name)
+
+
+ODD = {
+    "sparse": lambda: torch.eye(10, 8).to_sparse(),
+    "meta": lambda: torch.empty(10, 8, device="meta"),
+    "complex64": lambda: torch.zeros(10, 8, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_that_no_parameter_can_hold_are_refused_before_any_is_loaded(kind: str, tmp_path: Path) -> None:
+    model = network()
+    state = network(seed=3).state_dict() | {"2.weight": ODD[kind]()}
+    torch.save(state, tmp_path / "w.pt")
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=f"dense tensors of real numbers, and '2.weight' is .*{kind}"):
+        load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_damaged_files_of_torch_are_refused_whatever_they_lead_to(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    path = tmp_path / "w.pt"
+    for legacy in (False, True):
+        torch.save(network().state_dict(), path, _use_new_zipfile_serialization=not legacy)
+        whole = path.read_bytes()
+        for _ in range(150):
+            data = bytearray(whole)
+            for place in torch.randint(len(data), (6,), generator=draw).tolist():
+                data[place] = int(torch.randint(256, (), generator=draw))
+            path.write_bytes(data)
+            with suppress(ValueError):  # what is left of it may be read, or is refused; nothing else is raised
+                read_weights(path)
 
 
 def test_a_network_whose_only_child_is_called_module(tmp_path: Path) -> None:

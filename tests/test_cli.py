@@ -313,6 +313,32 @@ def test_interruptions_are_told(
     assert out == "" and message in err and "Traceback" not in err
 
 
-def test_what_a_factory_prints_is_not_mixed_into_json(call) -> None:
-    status, text, error = call("eval", "--model", "tests.chatty:network", "--data", "tests.tiny:data", "--json")
-    assert status == 0 and json.loads(text)["test_samples"] == 200 and "building the network" in error
+@pytest.mark.parametrize("command", ["eval", "prune", "plan"])
+def test_what_models_and_data_print_is_not_mixed_into_results(call, command: str) -> None:
+    named = ("--model", "tests.chatty:network", "--data", "tests.chatty:data")
+    status, text, error = call(command, *named, "--json", *(["--samples", "40"] if command != "eval" else []))
+    assert status == 0 and json.loads(text)
+    assert "building the network" in error and "forward" in error
+    status, text, _ = call(command, *named)
+    assert status == 0 and text and "forward" not in text and "item" not in text
+
+
+def test_help_is_a_result(call) -> None:
+    status, text, error = call("--help")
+    assert status == 0 and text.startswith("Usage") and error == ""
+
+
+def test_outputs_that_are_not_numbers_are_wrong_and_said(call) -> None:
+    named = ("--model", "tests.chatty:mute", "--data", "tests.tiny:data", "--method", "magnitude")
+    status, text, error = call("prune", *named, "--json")
+    result = json.loads(text)
+    assert status == 0 and result["accuracy"] == 0 and result["loss"] is None
+    note = "the outputs of 200 of 200 test samples are not numbers"
+    assert note in result["notes"][-1] and note in error
+    assert "loss  not finite" in call("prune", *named)[1]
+
+
+def test_noise_beyond_all_numbers_is_one_line(call) -> None:
+    named = ("--model", "tests.tiny:network", "--data", "tests.tiny:data", "--samples", "40")
+    status, text, error = call("prune", *named, "--method", "lr", "--noise", "gradient:std=1e25", "--no-recalibrate")
+    assert (status, text) == (2, "") and "noise=" in error.splitlines()[-1]

@@ -33,6 +33,7 @@ __all__ = [
     "load_weights",
     "read_weights",
     "save_artifact",
+    "write_directory",
 ]
 
 _WEIGHTS, _REPORT = "weights.safetensors", "report.json"
@@ -57,14 +58,28 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
         kinds = ", ".join(sorted({str(value.dtype) for value in state.values()}))
         raise ValueError(f"safetensors cannot hold the model's state_dict, of {kinds}: {error}") from error
     content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
+    text = json.dumps(content, indent=2) + "\n"
+    return write_directory(target, {_WEIGHTS: data, _REPORT: text.encode()})  # the report makes it an artifact
+
+
+def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
+    """Write files to a new or empty directory: all of them or, if that fails, at most some of them.
+
+    Args:
+        target: The directory, as :func:`check_output_directory` gave it.
+        files: Contents by name, in the order in which they appear.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)) as scratch:
             made = Path(scratch, target.name)
             made.mkdir()
-            (made / _WEIGHTS).write_bytes(data)
-            (made / _REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for name, content in files.items():
+                (made / name).write_bytes(content)
             if target.is_dir():  # maybe a mount point: it stays
-                for name in (_WEIGHTS, _REPORT):  # which makes it an artifact
+                for name in files:
                     os.replace(made / name, target / name)
             else:
                 os.replace(made, target)
@@ -224,17 +239,44 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"weights file {path} is a pickle that holds more than tensors and was not loaded, since that could "
             "run code; save its state_dict as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, OSError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file raises whatever it leads torch to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"weights file {path} is damaged or not a checkpoint: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
+    _check_state(path, state)
+    return dict(state)
+
+
+def _check_state(path: Path, state: Any) -> None:
+    """Refuse what is not a mapping of names to tensors that parameters can be copied from."""
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights file {path} must hold a state_dict of tensors, got a {type(state).__name__}")
+    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        raise ValueError(
+            f"weights file {path} must hold dense tensors of real numbers, and {odd[0]!r} is "
+            f"{_kind_of(state[odd[0]])}; save it as a dense float tensor"
+        )
     if not all(isinstance(name, str) for name in state):
         raise ValueError(f"weights file {path} must hold a state_dict of tensors by name; its keys are no names")
-    return dict(state)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied to a parameter as it is."""
+    dense = tensor.layout is torch.strided and not tensor.is_nested
+    return dense and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
+
+
+def _kind_of(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
+    return f"{tensor.dtype}".removeprefix("torch.")
 
 
 def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerReport]:
@@ -275,8 +317,15 @@ def _read_report(directory: Path) -> tuple[PruningReport, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("weights_sha256")
-        return PruningReport.model_validate(content), str(digest)
+        report = PruningReport.model_validate(content)
     except OSError as error:
         raise ValueError(f"{directory} is not a pruning artifact: cannot read {path}: {error.strerror}") from error
-    except (ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValidationError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a pruning report, or was altered") from error
+    kept, total = (sum(getattr(layer, part) for layer in report.layers.values()) for part in ("kept", "total"))
+    if (report.kept, report.total) != (kept, total) or report.sparsity != 1 - kept / max(total, 1):
+        raise ValueError(
+            f"{path} was altered: it states {report.kept} of {report.total} weights at sparsity {report.sparsity}, and "
+            f"its layers have {kept} of {total}"
+        )
+    return report, str(digest)

@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
-from swap_prune.console import print_json, run, say
+from swap_prune.console import own_output, print_json, run, say, show, show_table
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
@@ -73,6 +72,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 @app.command()
+@own_output
 def demo(
     out: Annotated[Path, typer.Option(help="new directory for the report")] = Path("demo-report"),
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
@@ -92,11 +92,12 @@ def demo(
     for row in rows:
         noisy = "-" if row["noisy"] is None else f"{row['noisy']:.2f}"
         table.add_row(row["method"], f"{row['clean']:.2f}", noisy, f"{row['seconds']:.1f}")
-    Console().print(table)
-    print(f"report: {target / 'report.html'}")
+    show_table(table)
+    show(f"report: {target / 'report.html'}")
 
 
 @app.command()
+@own_output
 def prune(
     model: Model,
     data: Data,
@@ -171,6 +172,8 @@ def prune(
         raise ValueError(
             f"{error} (the pruned network is in {target})" if target is not None else str(error)
         ) from error
+    for note in measured.notes:
+        say(f"note: {note}")
     result = {
         "model": model,
         "data": data,
@@ -184,7 +187,7 @@ def prune(
         "seconds": report.seconds,
         "seed": report.seed,
         "stages": len(report.stages),
-        "notes": report.notes,
+        "notes": [*report.notes, *measured.notes],
         "layers": {name: layer.kept for name, layer in report.layers.items()},
     }
     if target is not None:
@@ -207,6 +210,7 @@ _PASSED_ON = ("samples", "schedule", "min_keep", "noise", "defence", "memory", "
 
 
 @app.command()
+@own_output
 @with_options_of(prune)
 def plan(**given: Any) -> None:
     """Say how much memory prune would need with the same arguments, without running it. No weights are read."""
@@ -237,16 +241,15 @@ def plan(**given: Any) -> None:
         cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]
         table.add_row(one.name, *cells, "taken" if one is forecast.chosen else "")
     if forecast.forecasts:
-        console = Console()
-        console.width = max(console.width, 100)  # figures are not cut off
-        console.print(table)
-    print(forecast.why)
+        show_table(table, width=100)  # figures are not cut off
+    show(forecast.why)
     for one in forecast.forecasts:
         if one.obstacle and one.obstacle not in forecast.why:
-            print(f"{one.name}: {one.obstacle}")
+            show(f"{one.name}: {one.obstacle}")
 
 
 @app.command("eval")
+@own_output
 def evaluate_model(
     model: Model,
     data: Data,
@@ -275,13 +278,15 @@ def evaluate_model(
     for note in notes:
         say(f"note: {note}")
     measured = evaluate(network, images.test)
+    for note in measured.notes:
+        say(f"note: {note}")
     result: dict[str, Any] = {
         "model": model,
         "data": data,
         "accuracy": measured.accuracy,
         "loss": measured.loss,
         "test_samples": measured.samples,
-        "notes": notes,
+        "notes": [*notes, *measured.notes],
     }
     if pruned is not None:
         report = load_report(pruned)
@@ -295,8 +300,8 @@ def evaluate_model(
     _print_result(result, as_json)
 
 
-app.command()(commands.experiment)
-app.command()(commands.report)
+app.command()(own_output(commands.experiment))
+app.command()(own_output(commands.report))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -354,8 +359,10 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     for name, value in result.items():
         if name == "layers":
             value = ", ".join(f"{layer} {kept}" for layer, kept in value.items())
+        if name == "loss" and value is None:
+            value = "not finite"
         if value not in (None, []):
-            print(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
+            show(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import redirect_stdout
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from swap_prune.distributed import is_first
 
-__all__ = ["print_json", "run", "say"]
+__all__ = ["own_output", "print_json", "run", "say", "show", "show_table"]
 
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)  # where a command's results go
 _INTERRUPTED = "interrupted; a file that was written is whole"
 
 
@@ -57,6 +65,33 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def own_output(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Keep standard output for a command's results: what models and data print meanwhile goes to standard error."""
+
+    @functools.wraps(command)
+    def apart(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        token = _results.set(sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                return command(*args, **kwargs)
+        finally:
+            _results.reset(token)
+
+    return apart
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Print a result for programs, to standard output."""
-    print(json.dumps(result, allow_nan=False))
+    show(json.dumps(result, allow_nan=False))
+
+
+def show(text: str) -> None:
+    """Print a result for people, to standard output."""
+    print(text, file=_results.get() or sys.stdout)
+
+
+def show_table(table: Table, width: int = 0) -> None:
+    """Print a table for people, to standard output; at least so many characters wide."""
+    console = Console(file=_results.get() or sys.stdout)
+    console.width = max(console.width, width)
+    console.print(table)

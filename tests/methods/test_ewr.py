@@ -81,3 +81,9 @@ def test_iterations_are_those_asked_for():
     one, many = (LR(**fixed, iterations=i).solve(problem, generator()) for i in (1, 10))
     assert one.iterations == 1 < many.iterations and not one.converged
     assert many.evidence["objective"] < one.evidence["objective"]
+
+
+@pytest.mark.parametrize("value", ["False", "no", 0, None, []])
+def test_debias_is_a_truth_value(value: object) -> None:
+    with pytest.raises(ValueError, match="debias must be true or false"):
+        EWR(debias=value)

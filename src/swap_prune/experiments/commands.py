@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from swap_prune.console import print_json, say
+from swap_prune.console import print_json, say, show
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
 from swap_prune.network.device import usable_device
@@ -46,8 +46,8 @@ def experiment(
     if as_json:
         print_json(result)
     else:
-        print(f"{outcome.total} runs: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
-        print(f"tables and plots: {shlex.join(['swap-prune', 'report', str(out)])}")
+        show(f"{outcome.total} runs: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
+        show(f"tables and plots: {shlex.join(['swap-prune', 'report', str(out)])}")
     if outcome.failed:
         say(f"{outcome.failed} runs failed; their errors are in {out / 'results.jsonl'}, and --resume tries them again")
         raise typer.Exit(1)
@@ -76,5 +76,5 @@ def report(
         }
         print_json(content | {"files": [str(path) for path in files]})
         return
-    print(as_markdown(summary))
-    print("written: " + ", ".join(map(str, files)))
+    show(as_markdown(summary))
+    show("written: " + ", ".join(map(str, files)))

@@ -9,9 +9,6 @@ import base64
 import html
 import io
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.resources import as_file, files
@@ -24,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune.artifact import load_weights
+from swap_prune.artifact import load_weights, write_directory
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.methods import METHODS
@@ -161,15 +158,10 @@ def _write(target: Path, rows: list[dict[str, Any]], picture: bytes, test_images
         error=f"{error:.1f}",
         settings=html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
     )
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        (scratch / "report.html").write_text(page, encoding="utf-8")
-        (scratch / "picture.png").write_bytes(picture)
-        (scratch / "results.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-        scratch.chmod(0o755)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    results = json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n"
+    write_directory(
+        target, {"results.json": results.encode(), "picture.png": picture, "report.html": page.encode("utf-8")}
+    )
 
 
 _PAGE = """<!doctype html>

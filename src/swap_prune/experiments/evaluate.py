@@ -25,14 +25,23 @@ class Evaluation:
     """Figures of one evaluation.
 
     Attributes:
-        accuracy: Correct top-1 predictions, in percent.
+        accuracy: Correct top-1 predictions, in percent; one whose logits hold NaN is wrong.
         loss: Mean cross-entropy; None when it is not finite.
         samples: Number of samples.
+        undefined: How many of them have logits that hold NaN.
     """
 
     accuracy: float
     loss: float | None
     samples: int
+    undefined: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know."""
+        if self.undefined == 0:
+            return []
+        return [f"the outputs of {self.undefined} of {self.samples} test samples are not numbers: they count as wrong"]
 
 
 def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 256) -> Evaluation:
@@ -48,7 +57,7 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
-    correct, total, loss = 0, 0, 0.0
+    correct, total, undefined, loss = 0, 0, 0, 0.0
     with eval_mode(model), torch.no_grad(), exact_kernels(device), ExitStack() as layout:
         for batch in iterate(dataset, batch_size=batch_size):
             check_pair(batch)
@@ -76,13 +85,15 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
             if targets.is_floating_point():
                 raise ValueError(f"evaluation needs class indices for labels, got {targets.dtype}: convert them")
             check_labels(targets, logits.shape[1])
-            correct += int((logits.argmax(1) == targets).sum())
+            bad = logits.isnan().any(1)
+            correct += int(((logits.argmax(1) == targets) & ~bad).sum())
+            undefined += int(bad.sum())
             loss += float(functional.cross_entropy(logits.double(), targets.long(), reduction="sum"))
             total += len(targets)
     if total == 0:
         raise ValueError("the test data is empty: nothing to evaluate on")
     mean = loss / total
-    return Evaluation(100 * correct / total, mean if math.isfinite(mean) else None, total)
+    return Evaluation(100 * correct / total, mean if math.isfinite(mean) else None, total, undefined)
 
 
 def _forward(model: nn.Module, inputs: Tensor) -> Tensor:

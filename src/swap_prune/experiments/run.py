@@ -113,7 +113,7 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
         "total": report.total,
         "layers": {name: layer.sparsity for name, layer in report.layers.items()},
         "evidence": [stage.evidence for stage in report.stages],
-        "notes": report.notes,
+        "notes": [*report.notes, *measured.notes],
         "seconds": report.seconds,
         "peak_memory": peak,
     }

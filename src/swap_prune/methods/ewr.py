@@ -89,6 +89,8 @@ class EWR:
         for setting, allowed in choices.items():
             if getattr(self, setting) not in allowed:
                 raise ValueError(f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}")
+        if not isinstance(self.debias, bool):
+            raise ValueError(f"debias must be true or false, got {self.debias!r}")
         whole_number("couplings", self.couplings)
 
     @property

@@ -169,7 +169,14 @@ class StageRunner:
         if self.solver.needs_inputs:
             inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
             problem = replace(problem, inputs=inputs)
-        solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
+        try:
+            solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"method {self.solver.name!r} met numbers that are too large or too small to compute with ({reason}): "
+                "check the weights, the loss and noise="
+            ) from error
         self._let_go(problem.factor, evidence)
         return solution, samples, loss
 
