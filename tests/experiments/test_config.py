@@ -56,6 +56,7 @@ BAD = {
     "unknown method": (GOOD.replace('"ewr"', '"sgd"'), "methods.1.name: must be one of ewr"),
     "unknown setting": (GOOD.replace("anchor", "anker"), "methods.1.settings: method 'ewr' has no setting 'anker'"),
     "bad setting": (GOOD.replace("anchor = 0.5", "anchor = 2"), "methods.1.settings: anchor must be"),
+    "setting beyond floats": (GOOD.replace("anchor = 0.5", f"epsilon = 1{'0' * 400}"), "methods.1.settings: int too"),
     "setting of a wrong type": (GOOD.replace("anchor = 0.5", "iterations = [1]"), "methods.1.settings: "),
     "missing key": (GOOD.replace('model = "mlpnet"', ""), "model: this key is missing"),
     "no name": (GOOD.replace('name = "lr"', 'label = "x"'), "methods.0.name: this key is missing"),
@@ -151,6 +152,18 @@ def test_without_fine_tuning_ids_are_those_of_before_it_was_there() -> None:
     (run, *_) = plan_runs(tiny.experiment(), "w")
     assert run.id == "2cf09fdaeb6aed77"
     assert "finetune" not in run.settings and "finetune" not in tiny.experiment().model_dump(mode="json")
+
+
+def test_ids_do_not_depend_on_how_a_number_is_written() -> None:
+    def ids(number: object) -> list[str]:
+        methods = [{"name": "lr", "settings": {"damping": number}}, {"name": "ewr", "settings": {"epsilon": number}}]
+        options = {"a": number, "b": {"c": [number]}}
+        return [run.id for run in plan_runs(tiny.experiment(methods=methods, model_options=options), "w")]
+
+    assert ids(1) == ids(1.0) != ids(2)
+    flags = [plan_runs(tiny.experiment(model_options={"a": flag}), "w")[0].id for flag in (1, True)]
+    assert flags[0] != flags[1]
+    assert tiny.experiment(model_options={"a": 1.0}).model_options["a"].__class__ is float, "as the factory gets it"
 
 
 def test_ids_depend_on_the_weights_but_not_on_their_path() -> None:

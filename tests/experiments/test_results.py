@@ -108,6 +108,18 @@ def test_another_experiment_is_refused(tmp_path: Path) -> None:
         write(tmp_path)
 
 
+def test_a_number_is_the_same_however_it_is_written_and_no_flag_is_a_number(tmp_path: Path) -> None:
+    def opened(number: object) -> None:
+        with open_results(tmp_path, {"model_options": {"a": [number]}}, resume=True):
+            pass
+
+    for number in (1, 1.0):
+        opened(number)
+    for number in (True, 1.5):
+        with pytest.raises(ValueError, match="another experiment: model_options differ"):
+            opened(number)
+
+
 def test_a_start_that_was_cut_off_before_the_config(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json").write_text("{")

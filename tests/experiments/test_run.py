@@ -80,6 +80,28 @@ def test_a_finished_experiment_has_nothing_to_do(tmp_path: Path) -> None:
     assert (tmp_path / "results.jsonl").read_bytes() == content
 
 
+def test_the_same_numbers_written_in_another_way_are_the_same_experiment(tmp_path: Path) -> None:
+    def grid(number: float, flag: object) -> Experiment:
+        methods = [{"name": "lr", "settings": {"damping": number, "first_order": 0.0}}]
+        return tiny.experiment(methods=methods, model_options={"normalised": flag}, seeds=0)
+
+    start(tmp_path, grid(1, True))
+    assert start(tmp_path, grid(1.0, True)) == Outcome(total=2, done=0, failed=0, skipped=2)
+    with pytest.raises(ValueError, match="another experiment: model_options differ"):
+        start(tmp_path, grid(1, 1))
+
+
+def test_results_of_runs_that_are_not_planned_are_not_mixed_with_others(tmp_path: Path) -> None:
+    start(tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    written = {**json.loads(lines[2]), "id": "0123456789abcdef"}
+    other = "".join([*lines[:2], json.dumps(written) + "\n", *lines[3:]])
+    (tmp_path / "results.jsonl").write_text(other)
+    with pytest.raises(ValueError, match=r"results\.jsonl holds 1 results .*0123456789abcdef, magnitude.*version"):
+        start(tmp_path)
+    assert (tmp_path / "results.jsonl").read_text() == other
+
+
 @pytest.mark.parametrize("data", ["data", "batches", "shuffled"])
 def test_wherever_it_is_cut_it_ends_in_the_same_bytes(tmp_path: Path, data: str) -> None:
     experiment = tiny.experiment(data=f"tests.tiny:{data}", noise=["none", "gradient:std=2"], seeds=0)

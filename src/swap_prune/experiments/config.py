@@ -11,7 +11,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,13 +28,14 @@ from pydantic import (
     model_validator,
 )
 
+from swap_prune.checks import is_number
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.schedule import SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.training.finetune import FineTune, parse_finetune
 
-__all__ = ["Experiment", "MethodEntry", "Run", "plan_runs", "read_experiment"]
+__all__ = ["Experiment", "MethodEntry", "Run", "comparable", "plan_runs", "read_experiment"]
 
 _Axis = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 
@@ -122,8 +123,9 @@ class MethodEntry(_Table):
     def _accepted(cls, settings: dict[str, Any], info: Any) -> dict[str, Any]:
         if "name" in info.data:
             try:
+                settings = _as_declared(METHODS[info.data["name"]], settings)
                 resolve_method(info.data["name"], settings)
-            except TypeError as error:
+            except (TypeError, OverflowError) as error:
                 raise ValueError(str(error)) from error
         return settings
 
@@ -237,6 +239,7 @@ def plan_runs(experiment: Experiment, weights_sha256: str) -> list[Run]:
         weights_sha256: Hash of the dense network's weights.
     """
     shared = experiment.model_dump(include=_SHARED) | {"weights_sha256": weights_sha256}
+    shared["model_options"] = comparable(shared["model_options"])
     grid = itertools.product(
         experiment.seeds, experiment.stages, experiment.noise, experiment.sparsities, experiment.methods
     )
@@ -244,6 +247,15 @@ def plan_runs(experiment: Experiment, weights_sha256: str) -> list[Run]:
         _run(method, seed, shared | {"stages": stages, "noise": noise, "sparsity": sparsity})
         for seed, stages, noise, sparsity, method in grid
     ]
+
+
+def comparable(value: Any) -> Any:
+    """Return a value whose JSON text is that of all values which mean the same: 1.0 becomes 1, and true stays true."""
+    if isinstance(value, Mapping):
+        return {name: comparable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [comparable(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _SHARED = set(Experiment.model_fields) - {"methods", "sparsities", "stages", "noise", "seeds", "weights"}
@@ -256,6 +268,12 @@ def _run(method: MethodEntry, seed: int, settings: dict[str, Any]) -> Run:
         settings |= {"defence": method.defence}
     text = json.dumps([settings, seed], sort_keys=True, default=str)  # TOML has dates
     return Run(hashlib.sha256(text.encode()).hexdigest()[:16], method, seed, settings)
+
+
+def _as_declared(method: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings, whole numbers as floats where its config has floats: 1 and 1.0 are one run."""
+    floats = {field.name for field in fields(method) if "float" in str(field.type)}
+    return {name: float(value) if name in floats and is_number(value) else value for name, value in settings.items()}
 
 
 def _explain(error: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from swap_prune.experiments.config import comparable
+
 __all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "replacing"]
 
 _CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
@@ -79,12 +81,12 @@ class Results:
     """
 
     def __init__(self, path: Path, records: list[RunResult]) -> None:
-        self._path = path
+        self.path = path
         self.records = records
 
     def append(self, record: RunResult) -> None:
         """Add a line and force it to the disk."""
-        with self._path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write(record.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -183,7 +185,7 @@ def _keep_config(target: Path, config: Mapping[str, Any]) -> None:
         return
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        differ = sorted(key for key in kept.keys() | wanted.keys() if kept.get(key) != wanted.get(key))
+        differ = sorted(key for key in kept.keys() | wanted.keys() if _text(kept.get(key)) != _text(wanted.get(key)))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; choose another directory") from error
     if differ:
@@ -191,6 +193,10 @@ def _keep_config(target: Path, config: Mapping[str, Any]) -> None:
             f"{target} holds another experiment: {', '.join(differ)} differ from {path}; restore them, or choose "
             "another directory"
         )
+
+
+def _text(value: Any) -> str:
+    return json.dumps(comparable(value), sort_keys=True)
 
 
 def _recover(path: Path) -> list[RunResult]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from swap_prune.experiments.bench import Bench
 from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
-from swap_prune.experiments.results import RunResult, open_results
+from swap_prune.experiments.results import Results, RunResult, open_results
 from swap_prune.memory.process import peak_memory, reset_peak_memory
 from swap_prune.pipeline import prune
 from swap_prune.randomness import seeded
@@ -67,6 +67,7 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
     runs = plan_runs(bench.experiment, sha256)
     config = bench.experiment.model_dump(mode="json", exclude={"weights"})
     with open_results(out, config | {"weights_sha256": sha256, "device": str(bench.device)}, resume=resume) as results:
+        _check_planned(results, runs)
         finished = {record.id for record in results.records if record.error is None}
         missing = [run for run in runs if run.id not in finished]
         say(f"dense network: {dense.accuracy:.2f} %; {len(missing)} of {len(runs)} runs to do")
@@ -78,6 +79,18 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
             left = (time.perf_counter() - started) / number * (len(missing) - number)
             say(f"[{number}/{len(missing)}] {_describe(record)}; {_duration(left)} left")
     return Outcome(len(runs), len(missing) - failed, failed, len(runs) - len(missing))
+
+
+def _check_planned(results: Results, runs: Sequence[Run]) -> None:
+    """Refuse results of runs that are not of the grid: its own would be done beside them, and count twice."""
+    planned = {run.id for run in runs}
+    strangers = [record for record in results.records if record.id not in planned]
+    if strangers:
+        raise ValueError(
+            f"{results.path} holds {len(strangers)} results of runs that are not of this grid (the first: "
+            f"{strangers[0].id}, {strangers[0].label}, seed {strangers[0].seed}), as another version of swap-prune "
+            "writes them; resume with that version, or choose another directory"
+        )
 
 
 def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation) -> RunResult:
