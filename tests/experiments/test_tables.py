@@ -154,13 +154,3 @@ def test_files_are_written_and_are_the_same_again(tmp_path: Path) -> None:
     for name in ("accuracy.png", "seconds.png", "layers.png"):
         pixels = matplotlib.image.imread(tmp_path / name)
         assert pixels.shape[0] > 500 and pixels.shape[1] > 800 and pixels.std() > 0.05
-
-
-def test_plots_of_results_that_all_failed(tmp_path: Path) -> None:
-    failed = result("lr", 0, None, error="bad", seconds=None, layers={})
-    assert all(path.exists() for path in write_plots(summarise([failed]), tmp_path))
-
-
-def test_a_label_is_no_formula(tmp_path: Path) -> None:
-    results = [result(label, 0, 90.0, noise="a$b$") for label in ("lr $x^$ y", "$")]
-    assert all(path.exists() for path in write_plots(summarise(results), tmp_path))

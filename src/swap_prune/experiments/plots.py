@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from swap_prune.experiments.results import replacing
@@ -48,22 +50,22 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         draw(axis, summary, panel)
-        axis.set_title(f"{panel[0]} stage{'s' * (panel[0] != 1)}, noise: {panel[1]}", fontsize=10)
+        axis.set_title(_plain(f"{panel[0]} stage{'s' * (panel[0] != 1)}, noise: {panel[1]}"), fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axis.set_axisbelow(True)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
-    figure.suptitle(summary.title, fontsize=12)
+    labels = [_plain(label) for label in summary.labels()]  # a panel may lack one
+    handles = [Line2D([], [], **_style(number)) for number in range(len(labels))]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
+    figure.suptitle(_plain(summary.title), fontsize=12)
     return figure
 
 
-def _plain(label: str) -> str:
-    """Return a label that matplotlib does not read as a formula."""
-    return label.replace("$", r"\$")
+def _plain(text: str) -> str:
+    """Return a text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -82,15 +84,21 @@ def _measured(summary: Summary, label: str, panel: tuple[int | str, str]) -> lis
     return [cell for cell in summary.row(label, panel) if cell.accuracy is not None]
 
 
+def _errors(cells: list[Cell]) -> list[float]:
+    """Return the standard errors; one run has none, and its point no band, which 0 would claim to be exact."""
+    errors = [cell.accuracy.error for cell in cells if cell.accuracy]
+    return [math.nan if error is None else error for error in errors]
+
+
 def _accuracy(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
     """Accuracy over the logarithm of the fraction kept, which spreads the high sparsities out."""
     for number, label in enumerate(summary.labels()):
         cells = _measured(summary, label, panel)
         x = np.array([-np.log2(1 - cell.sparsity) for cell in cells])
         mean = np.array([cell.accuracy.mean for cell in cells if cell.accuracy])
-        error = np.array([cell.accuracy.error or 0.0 for cell in cells if cell.accuracy])
+        error = np.array(_errors(cells))
         style = _style(number)
-        axis.plot(x, mean, label=_plain(label), **style)
+        axis.plot(x, mean, **style)
         axis.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
     if summary.dense is not None:
         axis.axhline(summary.dense, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
@@ -106,8 +114,7 @@ def _seconds(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
         cells = [cell for cell in _measured(summary, label, panel) if cell.seconds]
         seconds = [cell.seconds for cell in cells]
         accuracy = [cell.accuracy.mean for cell in cells if cell.accuracy]
-        error = [cell.accuracy.error or 0.0 for cell in cells if cell.accuracy]
-        axis.errorbar(seconds, accuracy, yerr=error, label=_plain(label), **_style(number) | {"linestyle": "none"})
+        axis.errorbar(seconds, accuracy, yerr=_errors(cells), **_style(number) | {"linestyle": "none"})
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the default labels of a short range run into each other
     axis.xaxis.set_major_formatter("{x:g}")
@@ -124,9 +131,10 @@ def _layers(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
         cells = [cell for cell in _measured(summary, label, panel) if cell.sparsity == highest]
         for cell in cells:
             names = list(cell.layers)
-            axis.plot(range(len(names)), list(cell.layers.values()), label=_plain(label), **_style(number))
+            axis.plot(range(len(names)), list(cell.layers.values()), **_style(number))
     axis.axhline(highest, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
-    axis.set_xticks(range(len(names)), [name.removesuffix(".weight") for name in names], rotation=90, fontsize=7)
+    shown = [_plain(name.removesuffix(".weight")) for name in names]
+    axis.set_xticks(range(len(names)), shown, rotation=90, fontsize=7)
     axis.set_ylim(0, 1.05)  # room for the marker of a layer that is emptied
     axis.set_xlabel(f"layer (dashed: all of them, {highest:g})")
     axis.set_ylabel("sparsity")

@@ -1,0 +1,73 @@
+"""Plots: what the legend names, where a band is drawn, and texts that are no formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from tests.experiments.test_tables import NOISE, result
+
+from swap_prune.experiments.plots import write_plots
+from swap_prune.experiments.results import RunResult
+from swap_prune.experiments.tables import summarise
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Draw the plots of some results; returns the figures by the names of their files."""
+    figures: list[Figure] = []
+
+    def keep(figure: Figure, path: Path, **_: object) -> None:
+        figure.canvas.draw()
+        figures.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def draw(*results: RunResult) -> dict[str, Figure]:
+        figures.clear()
+        names = [path.name for path in write_plots(summarise(results), tmp_path)]
+        return dict(zip(names, figures, strict=True))
+
+    return draw
+
+
+def test_every_method_is_in_every_legend(drawn) -> None:
+    failed = result("_slow", 0, None, error="bad", seconds=None, layers={})
+    figures = drawn(result("lr", 0, 90.0), failed, result("_slow", 0, 85.0, NOISE), result("$x", 0, 80.0, NOISE))
+    for name, figure in figures.items():
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["lr", "_slow", r"\$x"], name
+        colours = [line.get_color() for line in legend.get_lines()]
+        assert len(set(colours)) == 3
+        assert set(colours[1:]) <= {line.get_color() for line in figure.axes[1].get_lines()}, name
+
+
+def test_one_run_has_no_band(drawn) -> None:
+    sparsities = {0.5: (90.0, 92.0), 0.7: (80.0,), 0.8: (70.0, 74.0), 0.9: (60.0, 64.0)}
+    runs = [
+        result("lr", seed, accuracy, sparsity=sparsity)
+        for sparsity, accuracies in sparsities.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    figures = drawn(*runs)
+    (band,) = figures["accuracy.png"].axes[0].collections
+    reached = np.concatenate([path.vertices[:, 0] for path in band.get_paths()])
+    assert not np.isclose(reached, -np.log2(1 - 0.7)).any() and np.isclose(reached, -np.log2(1 - 0.8)).any()
+    (bars,) = figures["seconds.png"].axes[0].collections
+    assert [len(bar) for bar in bars.get_segments()] == [2, 0, 2, 2]
+
+
+def test_plots_of_results_that_all_failed(tmp_path: Path) -> None:
+    failed = result("lr", 0, None, error="bad", seconds=None, layers={})
+    assert all(path.exists() for path in write_plots(summarise([failed]), tmp_path))
+
+
+def test_no_text_is_a_formula(tmp_path: Path) -> None:
+    settings = {**result("lr", 0, 90.0).settings, "model": r"nets:$\a$", "noise": r"$\b$"}
+    results = [
+        result(label, 0, 90.0, settings=settings, layers={r"a$\c$": 0.8, "$": 0.9}) for label in ("lr $x^$ y", "$")
+    ]
+    assert all(path.exists() for path in write_plots(summarise(results), tmp_path))
