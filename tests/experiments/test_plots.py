@@ -45,6 +45,13 @@ def test_every_method_is_in_every_legend(drawn) -> None:
         assert set(colours[1:]) <= {line.get_color() for line in figure.axes[1].get_lines()}, name
 
 
+def test_sparsities_that_are_near_are_told_apart(drawn) -> None:
+    figures = drawn(result("lr", 0, 90.0), result("lr", 0, 90.0, sparsity=0.9000001))
+    (axis,) = figures["accuracy.png"].axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["0.9", "0.9000001"]
+    assert "0.9000001)" in figures["layers.png"].axes[0].get_xlabel()
+
+
 def test_one_run_has_no_band(drawn) -> None:
     sparsities = {0.5: (90.0, 92.0), 0.7: (80.0,), 0.8: (70.0, 74.0), 0.9: (60.0, 64.0)}
     runs = [

@@ -146,3 +146,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with replacing(path) as scratch:
         scratch.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_replace_a_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("one")
+        second.write_text("other")
+        assert first.suffix == ".png", "which says what is drawn"
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]

@@ -91,6 +91,13 @@ def test_the_same_numbers_written_in_another_way_are_the_same_experiment(tmp_pat
         start(tmp_path, grid(1, 1))
 
 
+def test_what_is_said_tells_sparsities_apart(tmp_path: Path) -> None:
+    said: list[str] = []
+    near = bench(tiny.experiment(sparsities=[0.8, 0.8000001], seeds=0, methods=[{"name": "magnitude"}]))
+    run_experiment(near, tmp_path, resume=False, say=said.append)
+    assert "sparsity 0.8, stages" in said[1] and "sparsity 0.8000001, stages" in said[2]
+
+
 def test_results_of_runs_that_are_not_planned_are_not_mixed_with_others(tmp_path: Path) -> None:
     start(tmp_path)
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)

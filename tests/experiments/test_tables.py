@@ -99,7 +99,18 @@ def test_markdown() -> None:
     assert "| lr | 92.00 ± 1.15 |\n" in clean and "| ewr | 1.17 ± 0.44 |" in clean
     assert "| lr | 10.00 | 3 |" in clean  # median seconds, largest memory in MB
     assert "without noise" not in clean and "BatchNorm" not in clean
-    assert "| lr | 4.50 ± 0.50 |" in noisy and "| ewr | 1.00 (1 runs) |" in noisy
+    assert "| lr | 4.50 ± 0.50 (2 runs) |" in noisy and "| ewr | 1.00 (1 runs) |" in noisy
+
+
+def test_a_cell_over_fewer_seeds_is_marked_where_no_other_has_more() -> None:
+    text = as_markdown(summarise([*RESULTS[:3], RESULTS[3], RESULTS[6], RESULTS[8]]))
+    assert "| lr | 92.00 ± 1.15 |" in text and "| ewr | 1.00 (1 runs) |" in text
+    assert "| lr | 85.00 (1 runs) |" in text and "| ewr | 5.00 (1 runs) |" in text
+
+
+def test_sparsities_that_are_near_have_headings_of_their_own() -> None:
+    text = as_markdown(summarise([result("lr", 0, 90.0, sparsity=s) for s in (0.0, 0.9, 0.9000001, 0.1234567)]))
+    assert "| method | 0 | 0.1234567 | 0.9 | 0.9000001 |\n" in text
 
 
 def test_before_recalibration_has_a_table_where_it_was_measured() -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from swap_prune.experiments.results import replacing
+from swap_prune.experiments.results import replacing, shortest
 from swap_prune.experiments.tables import Cell, Summary
 
 __all__ = ["write_plots"]
@@ -103,7 +103,7 @@ def _accuracy(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None
     if summary.dense is not None:
         axis.axhline(summary.dense, color="#9aa0a6", linestyle="--", linewidth=1, zorder=0)
     sparsities = summary.sparsities()
-    axis.set_xticks([-np.log2(1 - s) for s in sparsities], [f"{s:g}" for s in sparsities])
+    axis.set_xticks([-np.log2(1 - s) for s in sparsities], list(map(shortest, sparsities)))
     axis.set_xlabel("sparsity (dashed: dense network)")
     axis.set_ylabel("test accuracy, %")
 
@@ -136,5 +136,5 @@ def _layers(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
     shown = [_plain(name.removesuffix(".weight")) for name in names]
     axis.set_xticks(range(len(names)), shown, rotation=90, fontsize=7)
     axis.set_ylim(0, 1.05)  # room for the marker of a layer that is emptied
-    axis.set_xlabel(f"layer (dashed: all of them, {highest:g})")
+    axis.set_xlabel(f"layer (dashed: all of them, {shortest(highest)})")
     axis.set_ylabel("sparsity")

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swap_prune.experiments.config import comparable
 
-__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "replacing"]
+__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "replacing", "shortest"]
 
 _CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
 
@@ -163,12 +164,17 @@ def read_results(directory: str | Path) -> list[RunResult]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a file beside another one to write to, which takes its place when the block ends well."""
-    scratch = path.with_name(f".{path.name}")
+    scratch = path.with_name(f".{uuid4().hex}.{path.name}")  # two may write the same file at once
     try:
         yield scratch
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def shortest(sparsity: float) -> str:
+    """Return a sparsity in as few digits as tell it from every other one: 0.9, and 0 for 0.0."""
+    return repr(float(sparsity)).removesuffix(".0")
 
 
 def _keep_config(target: Path, config: Mapping[str, Any]) -> None:

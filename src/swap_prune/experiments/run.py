@@ -20,7 +20,7 @@ from swap_prune.experiments.bench import Bench
 from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
-from swap_prune.experiments.results import Results, RunResult, open_results
+from swap_prune.experiments.results import Results, RunResult, open_results, shortest
 from swap_prune.memory.process import peak_memory, reset_peak_memory
 from swap_prune.pipeline import prune
 from swap_prune.randomness import seeded
@@ -161,8 +161,8 @@ def _copy_statistics(source: nn.Module, target: nn.Module) -> None:
 
 
 def _describe(record: RunResult) -> str:
-    settings = record.settings
-    text = f"{record.label}, sparsity {settings['sparsity']:g}, stages {settings['stages']}, noise {settings['noise']}"
+    sparsity, stages, noise = (record.settings[name] for name in ("sparsity", "stages", "noise"))
+    text = f"{record.label}, sparsity {shortest(sparsity)}, stages {stages}, noise {noise}"
     if record.error is not None:
         return f"{text}, seed {record.seed}: failed: {record.error}"
     return f"{text}, seed {record.seed}: {record.accuracy:.2f} % in {record.seconds:.1f} s"

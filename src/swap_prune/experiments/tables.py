@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from swap_prune.experiments.results import RunResult, replacing
+from swap_prune.experiments.results import RunResult, replacing, shortest
 
 __all__ = ["Cell", "Estimate", "Summary", "as_csv", "as_markdown", "summarise", "write_tables"]
 
@@ -89,6 +89,7 @@ class Summary:
         title: Model and data.
         reference: Label of the method that differences are taken from.
         dense: Accuracy of the dense network, in percent.
+        seeds: Number of seeds in the results; a cell over fewer is marked.
         cells: All methods at all points.
         notes: What a reader should know.
     """
@@ -96,6 +97,7 @@ class Summary:
     title: str
     reference: str
     dense: float | None
+    seeds: int
     cells: list[Cell]
     notes: list[str]
 
@@ -139,7 +141,8 @@ def summarise(results: Sequence[RunResult], reference: str | None = None) -> Sum
     ]
     first = next((result for result in results if result.error is None), results[0])
     title = f"{first.settings['model']} on {first.settings['data']}"
-    return Summary(title, reference, first.dense_accuracy, cells, _notes(results, first))
+    seeds = len({result.seed for result in results})
+    return Summary(title, reference, first.dense_accuracy, seeds, cells, _notes(results, first))
 
 
 def _point(result: RunResult) -> _Point:
@@ -241,18 +244,17 @@ def _table(
 ) -> list[str]:
     """Return a table of methods by sparsity; nothing, where there is nothing to show."""
     rows = {label: {cell.sparsity: pick(cell) for cell in summary.row(label, panel)} for label in summary.labels()}
-    counts = [estimate.runs for row in rows.values() for estimate in row.values() if estimate is not None]
-    if not counts:
+    if not any(estimate for row in rows.values() for estimate in row.values()):
         return []
     sparsities = summary.sparsities()
-    lines = ["", f"{title}:", "", "| method | " + " | ".join(f"{s:g}" for s in sparsities) + " |"]
+    lines = ["", f"{title}:", "", "| method | " + " | ".join(map(shortest, sparsities)) + " |"]
     lines.append("|---|" + "---|" * len(sparsities))
     for label, row in rows.items():
         if not any(row.values()):
             continue
         shown = []
         for estimate in map(row.get, sparsities):
-            fewer = f" ({estimate.runs} runs)" if estimate is not None and estimate.runs < max(counts) else ""
+            fewer = f" ({estimate.runs} runs)" if estimate is not None and estimate.runs < summary.seeds else ""
             shown.append("-" if estimate is None else f"{estimate}{fewer}")
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
     return lines
