@@ -342,3 +342,20 @@ def test_noise_beyond_all_numbers_is_one_line(call) -> None:
     named = ("--model", "tests.tiny:network", "--data", "tests.tiny:data", "--samples", "40")
     status, text, error = call("prune", *named, "--method", "lr", "--noise", "gradient:std=1e25", "--no-recalibrate")
     assert (status, text) == (2, "") and "noise=" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["prune", "eval"])
+def test_a_network_that_ends_the_process_has_not_succeeded(
+    call, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaving_net.py").write_text(
+        "import sys\n"
+        "from torch import nn\n"
+        "class Leaving(nn.Linear):\n"
+        "    def forward(self, inputs): sys.exit(0)\n"
+        "def network(): return Leaving(6, 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    status, text, error = call(command, "--model", "leaving_net:network", "--data", "tests.tiny:data", "--json")
+    assert (status, text) == (2, "") and error.count("\n") == 1
+    assert "the model or the data called sys.exit(0); raise an error instead" in error

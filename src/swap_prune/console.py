@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from swap_prune.distributed import is_first
+from swap_prune.distributed import EndedByAnother, is_first
 
 __all__ = ["own_output", "print_json", "run", "say", "show", "show_table"]
 
@@ -33,13 +33,8 @@ def run(command: Callable[[], Any]) -> int:
         status = command()
     except (KeyboardInterrupt, InterruptedError) as stop:
         return _fail(str(stop) or _INTERRUPTED, 130)
-    except typer.Exit as leave:
-        return leave.exit_code
-    except typer.Abort as stop:
-        cause = stop.__cause__ or stop.__context__
-        if isinstance(cause, EOFError):
-            return _fail(f"a file ended too early: {cause or 'EOFError'}", 2)
-        return _fail(_INTERRUPTED, 130)
+    except (typer.Exit, typer.Abort, SystemExit) as stop:
+        return _status_of(stop)
     except (ValueError, OSError) as error:
         return _fail(str(error) or type(error).__name__, 2)
     except Exception as error:
@@ -52,6 +47,20 @@ def run(command: Callable[[], Any]) -> int:
     if status == 130:  # what typer makes of Ctrl-C
         return _fail(_INTERRUPTED, 130)
     return status if isinstance(status, int) else 0
+
+
+def _status_of(stop: typer.Exit | typer.Abort | SystemExit) -> int:
+    """Return the exit status of a command that was left half-way."""
+    if isinstance(stop, typer.Exit):
+        return stop.exit_code
+    if isinstance(stop, EndedByAnother):
+        return 2
+    if isinstance(stop, SystemExit):  # its own status may be that of success, and there is no result
+        return _fail(f"the model or the data called sys.exit({stop.code!r}); raise an error instead", 2)
+    cause = stop.__cause__ or stop.__context__
+    if isinstance(cause, EOFError):
+        return _fail(f"a file ended too early: {cause or 'EOFError'}", 2)
+    return _fail(_INTERRUPTED, 130)
 
 
 def _fail(message: str, status: int) -> int:

@@ -26,7 +26,17 @@ from torch import Tensor
 
 from swap_prune.samples.batches import map_tensors
 
-__all__ = ["PARTS", "Team", "is_first", "launched", "local_count", "own_device", "process_count", "team_of"]
+__all__ = [
+    "PARTS",
+    "EndedByAnother",
+    "Team",
+    "is_first",
+    "launched",
+    "local_count",
+    "own_device",
+    "process_count",
+    "team_of",
+]
 
 PARTS = 8  # of every sum over the columns of G, and of the calibration batches; as many processes at the most
 _TIMEOUT = 25.0  # seconds; torchrun takes 30 more to end what does not end by itself
@@ -34,6 +44,10 @@ _PIECE_BYTES = 32 * 2**20  # of what is gathered at once
 _FAILED = "swap-prune failed"  # key of the first failure in the store
 
 _T = TypeVar("_T")
+
+
+class EndedByAnother(SystemExit):
+    """Ends a process in silence: another one has said what failed."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +274,7 @@ def launched() -> Iterator[None]:
     The first of them to fail says why, and the others end in silence.
 
     Raises:
-        SystemExit: With status 2 on a process that ends because another one failed.
+        EndedByAnother: With status 2 on a process that ends because another one failed.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or process_count() > 0:
         yield
@@ -275,7 +289,7 @@ def launched() -> Iterator[None]:
         yield
     except Exception as error:
         if not _fails_first(store, rank):
-            raise SystemExit(2) from error
+            raise EndedByAnother(2) from error
         if isinstance(error, ValueError) and size > 1:
             raise ValueError(f"process {rank} of {size}: {error}") from error
         raise

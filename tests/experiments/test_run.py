@@ -177,6 +177,28 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: p
     assert {result.id: result.accuracy for result in read_results(tmp_path)} == ids
 
 
+@pytest.mark.parametrize(
+    ("raised", "text"),
+    [
+        (SystemExit(0), "the model or the data called sys.exit(0)"),
+        (RuntimeError("no file \udcff\n of this name"), "no file \\udcff of this name"),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["exit", "surrogate", "no text"],
+)
+def test_whatever_a_run_fails_by_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, text: str
+) -> None:
+    def fails(*arguments: object, **settings: object) -> object:
+        if settings["seed"] == 0:
+            raise raised
+        return prune(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "prune", fails)
+    assert start(tmp_path) == Outcome(total=8, done=4, failed=4, skipped=0)
+    assert {r.error for r in read_results(tmp_path)} == {text, None}
+
+
 def test_before_recalibration_is_the_dense_networks_statistics(tmp_path: Path) -> None:
     options = {"evaluate_before_recalibration": True, "seeds": 0, "methods": [{"name": "magnitude"}]}
     start(tmp_path / "with", tiny.experiment(**options))

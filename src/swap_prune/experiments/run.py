@@ -100,8 +100,16 @@ def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation)
     try:
         with seeded(run.seed):
             return RunResult(**line, **_figures(bench, run, dense_network))
-    except Exception as error:  # out of memory, LAPACK, the user's data or model: the other runs are still worth doing
-        return RunResult(**line, error=" ".join(str(error).split()) or type(error).__name__)
+    except (Exception, SystemExit) as error:  # out of memory, LAPACK, the user's data or model: others may do well
+        return RunResult(**line, error=_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line, which JSON can hold: no lone surrogates."""
+    if isinstance(error, SystemExit):
+        return f"the model or the data called sys.exit({error.code!r})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]:
