@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import METHODS, load_pruned, prune
-from swap_prune.artifact import load_report, load_weights, read_weights
+from swap_prune.artifact import check_output_directory, load_report, load_weights, read_weights
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -185,6 +185,12 @@ def test_checkpoints_of_every_kind_load(tmp_path: Path) -> None:
         assert torch.equal(load_weights(network(seed=4), tmp_path / name)[0].weight, model[0].weight)
 
 
+def test_a_home_directory_that_is_not_known_is_refused() -> None:
+    for call in (read_weights, load_report, check_output_directory):
+        with pytest.raises(ValueError, match=r"~nosuchuser/x.* names a home directory that is not known; write"):
+            call("~nosuchuser/x.pt")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [("none.pt", None, "does not exist"), ("x.pt", b"", "damaged"), ("x.onnx", b"abc", "must end in")],
@@ -254,7 +260,9 @@ class Noting(nn.Linear):
 def test_states_of_more_than_tensors_are_not_saved(tmp_path: Path) -> None:
     model = nn.Sequential(Noting(8, 3))
     report = prune(model, [(torch.randn(20, 8), torch.arange(20) % 3)], 0.5, "magnitude", progress=False)
-    with pytest.raises(ValueError, match="more than dense tensors, which is not saved"):
+    with pytest.raises(
+        ValueError, match=r"must hold dense tensors, which alone are saved, got more: '0\._extra_state'"
+    ):
         report.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     torch.save({3: torch.zeros(2)}, tmp_path / "numbers.pt")

@@ -23,9 +23,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from swap_prune.checks import user_path
 from swap_prune.report import LayerReport, PruningReport
 
 __all__ = [
+    "check_dense",
     "check_output_directory",
     "count_layers",
     "load_pruned",
@@ -48,9 +50,7 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
             "the model no longer has the sparsity reported (it was changed after pruning); save right after "
             "pruning, or prune again"
         )
-    odd = [name for name, value in model.state_dict().items() if not _is_dense(value)]
-    if odd:
-        raise ValueError(f"the model's state_dict holds more than dense tensors, which is not saved: {_some(odd)}")
+    check_dense(model, "which alone are saved")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     try:
         data = safetensors.torch.save(state)
@@ -97,7 +97,7 @@ def check_output_directory(directory: str | Path) -> Path:
     Raises:
         ValueError: If it exists and is not an empty directory, or cannot be written.
     """
-    target = Path(directory).expanduser().absolute()
+    target = user_path(directory).absolute()
     target = target.resolve() if target.is_dir() else target
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"output {target} exists and is not a directory; choose another")
@@ -117,8 +117,25 @@ def _beside(target: Path) -> Path:
     return target if target.is_dir() else target.parent
 
 
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
+def check_dense(model: nn.Module, purpose: str) -> None:
+    """Check that a model's state_dict holds dense tensors and nothing else.
+
+    Args:
+        model: The model.
+        purpose: What they are for, as a clause of the message.
+
+    Raises:
+        ValueError: If it holds more.
+    """
+    odd = [
+        name
+        for name, value in model.state_dict().items()
+        if not (isinstance(value, Tensor) and value.layout is torch.strided)
+    ]
+    if odd:
+        raise ValueError(
+            f"the model's state_dict must hold dense tensors, {purpose}, got more: {_some(odd)}; leave that out of it"
+        )
 
 
 def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -166,7 +183,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
 def _folder(directory: str | Path) -> Path:
     if not isinstance(directory, str | Path):
         raise ValueError(f"directory must be a path, got {directory!r}")
-    return Path(directory).expanduser()
+    return user_path(directory)
 
 
 def load_report(directory: str | Path) -> PruningReport:
@@ -221,7 +238,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file is missing, damaged, or holds anything but tensors.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise ValueError(f"weights file {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from pathlib import Path
 from typing import Any
 
-__all__ = ["checked_seed", "is_number", "positive_number", "whole_number"]
+__all__ = ["checked_seed", "is_number", "positive_number", "user_path", "whole_number"]
 
 
 def is_number(value: object) -> bool:
@@ -59,3 +60,15 @@ def checked_seed(seed: Any) -> int:
     if number >= 2**63:
         raise ValueError(f"seed must be below 2**63, got {seed}")
     return number
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path with a leading ``~`` or ``~name`` replaced by that home directory.
+
+    Raises:
+        ValueError: If there is no such home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} names a home directory that is not known; write the path in full") from error

@@ -13,7 +13,9 @@ CONFIG = {"seeds": [0, 1], "model": "m"}
 
 
 def record(number: int, **changes: object) -> RunResult:
-    fields: dict[str, object] = {"id": f"run{number}", "label": "lr", "seed": number, "settings": {"sparsity": 0.5}}
+    settings = {"model": "mlpnet", "data": "mnist", "samples": 100, "schedule": "cubic", "recalibrate_batchnorm": True}
+    settings |= {"sparsity": 0.5, "stages": 1, "noise": "none"}
+    fields: dict[str, object] = {"id": f"run{number}", "label": "lr", "seed": number, "settings": settings}
     return RunResult.model_validate(fields | {"accuracy": 90 + number / 3} | changes)
 
 
@@ -60,6 +62,26 @@ def test_a_damaged_line_in_the_middle_is_an_error_and_stays(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="line 2, is not a result"):
             use()
     assert (tmp_path / "results.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{}", "line 2, is not a result .*settings.*Field required"),
+        ('{"sparsity":1.0}', "line 2, is not a result"),
+    ],
+)
+def test_a_line_without_its_settings_is_an_error_even_where_it_is_the_last(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    content = write(tmp_path, record(1), record(2))
+    start = content.rindex(b'"settings":') + len(b'"settings":')
+    altered = content[:start] + settings.encode() + content[content.index(b"}", start) + 1 :]
+    (tmp_path / "results.jsonl").write_bytes(altered)
+    for use in (lambda: write(tmp_path), lambda: read_results(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert (tmp_path / "results.jsonl").read_bytes() == altered
 
 
 def test_the_last_line_of_a_run_counts(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from swap_prune.artifact import load_weights
+from swap_prune.artifact import check_dense, load_weights
+from swap_prune.checks import user_path
 from swap_prune.experiments.config import Experiment
 from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation, evaluate
@@ -81,7 +82,8 @@ class Bench:
 
 def repair(network: nn.Module, images: ImageData, seed: int) -> list[str]:
     """Repair a dense network's BatchNorm statistics in place, where they do not fit the data; return notes on it."""
-    source, place = recalibration_data(images, seed) or images.train, next(network.parameters()).device
+    source, first = recalibration_data(images, seed) or images.train, next(network.parameters(), None)
+    place = torch.device("cpu") if first is None else first.device
     stream = CalibrationStream(source, torch.Generator().manual_seed(seed), place)
     laid = takes_channels_last(network, cross_entropy, peek(source, place), backwards=False)
     with exact_kernels(place), images_laid_out(network, laid):
@@ -105,6 +107,7 @@ def prepare(
     """
     with seeded(0):  # a factory of the user's may draw its weights
         network, entry = build_model(experiment.model, **experiment.model_options)
+    check_dense(network, "by which an experiment knows its network")
     path = weights if weights is not None else _find_weights(experiment.weights, folder, data_dir)
     if path is not None:
         load_weights(network, path)
@@ -126,7 +129,7 @@ def _find_weights(name: str | None, folder: Path, data_dir: Path | None) -> Path
         return None
     environment = os.environ.get("SWAP_PRUNE_DATA")
     roots = [folder, *([data_dir] if data_dir else []), *([Path(environment)] if environment else [])]
-    paths = [(root / Path(name).expanduser()).absolute() for root in roots]
+    paths = [(user_path(root) / user_path(name)).absolute() for root in roots]
     for path in paths:
         if path.exists():
             return path

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from swap_prune.checks import user_path
 from swap_prune.console import print_json, say, show
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
@@ -32,6 +33,7 @@ def experiment(
     from swap_prune.experiments.results import check_directory  # file locks: not on every system
     from swap_prune.experiments.run import run_experiment
 
+    file = user_path(file)
     grid = read_experiment(file)
     check_directory(out, resume=resume)
     try:
@@ -65,6 +67,7 @@ def report(
     from swap_prune.experiments.results import read_results
     from swap_prune.experiments.tables import as_markdown, summarise, write_tables
 
+    directory = user_path(directory)
     results = read_results(directory)
     summary = summarise(results, reference)
     files = [*write_tables(summary, directory), *write_plots(summary, directory)]

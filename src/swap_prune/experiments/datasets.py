@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from swap_prune.checks import user_path
 from swap_prune.experiments.images import (
     AugmentedBatches,
     AugmentedImages,
@@ -189,7 +190,7 @@ def _find(name: str, source: Source, data_dir: Path | str | None) -> Path:
     environment = os.environ.get("SWAP_PRUNE_DATA")
     roots = [Path(environment)] if environment else []
     roots.append(Path("~/.cache/swap-prune/data"))
-    roots = [root.expanduser() for root in ([Path(data_dir)] if data_dir is not None else roots)]
+    roots = [user_path(root) for root in ([data_dir] if data_dir is not None else roots)]
     for root in roots:
         folder = root / source.folder
         if all(_existing(folder, need) for need in source.train + source.test):

@@ -16,13 +16,30 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from swap_prune.checks import user_path
 from swap_prune.experiments.config import comparable
 
 __all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "replacing", "shortest"]
 
 _CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
+
+
+class _Settings(BaseModel):
+    """What reports read of a run's settings."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    data: str
+    samples: int
+    schedule: str
+    recalibrate_batchnorm: bool
+    sparsity: float = Field(ge=0, lt=1)
+    stages: int | str
+    noise: str
+    finetune: dict[str, Any] = {}
 
 
 class RunResult(BaseModel):
@@ -72,6 +89,12 @@ class RunResult(BaseModel):
     seconds: float | None = None
     peak_memory: int | None = None
 
+    @field_validator("settings")
+    @classmethod
+    def _readable(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        _Settings.model_validate(settings)
+        return settings
+
 
 class Results:
     """The results of one experiment, open for writing; :func:`open_results` makes it.
@@ -103,7 +126,7 @@ def check_directory(directory: str | Path, *, resume: bool) -> Path:
     Raises:
         ValueError: If it is not a directory, or holds what it should not.
     """
-    target = Path(directory).expanduser().absolute()
+    target = user_path(directory).absolute()
     if target.exists() and not target.is_dir():
         raise ValueError(f"output {target} exists and is not a directory; choose another")
     present = {path.name for path in target.iterdir()} - {_LOCK, _SCRATCH} if target.exists() else set()
@@ -227,9 +250,14 @@ def _parse(path: Path, content: bytes) -> tuple[list[RunResult], int]:
         try:
             records.append(RunResult.model_validate_json(line))
         except ValidationError as error:
-            if number == len(lines) and not torn:  # the disk may keep the end of a line and lose its beginning
-                return records, len(content) - len(line) - 1
-            raise ValueError(f"{path}, line {number}, is not a result: the file was altered or damaged") from error
+            first = error.errors(include_url=False, include_context=False)[0]
+            if number == len(lines) and not torn and first["type"] == "json_invalid":
+                return records, len(content) - len(line) - 1  # the disk kept the end of a line, not its beginning
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{path}, line {number}, is not a result ({place}{': ' * bool(place)}{first['msg']}): the file was "
+                "altered or damaged; mend or remove the line"
+            ) from error
     return records, len(content) - len(torn)
 
 
