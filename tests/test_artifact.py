@@ -260,9 +260,7 @@ class Noting(nn.Linear):
 def test_states_of_more_than_tensors_are_not_saved(tmp_path: Path) -> None:
     model = nn.Sequential(Noting(8, 3))
     report = prune(model, [(torch.randn(20, 8), torch.arange(20) % 3)], 0.5, "magnitude", progress=False)
-    with pytest.raises(
-        ValueError, match=r"must hold dense tensors, which alone are saved, got more: '0\._extra_state'"
-    ):
+    with pytest.raises(ValueError, match="more than dense tensors, which is not saved"):
         report.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     torch.save({3: torch.zeros(2)}, tmp_path / "numbers.pt")

@@ -158,6 +158,11 @@ def test_eval_of_the_dense_network(call) -> None:
     assert status == 0 and json.loads(text)["accuracy"] > 93
 
 
+def test_eval_of_a_network_without_parameters(call) -> None:
+    status, text, _ = call("eval", "--model", "tests.tiny:fixed", "--data", "tests.tiny:data", "--json")
+    assert status == 0 and json.loads(text)["accuracy"] == 100
+
+
 def test_help_and_no_arguments(call) -> None:
     for arguments in (("--help",), ("prune", "--help")):
         status, text, _ = call(*arguments)
@@ -198,6 +203,9 @@ BAD = {
     "stages text": ([*PRUNE, "--stages", "many"], "--stages needs a whole number or auto"),
     "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
     "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),
+    "artifact of nobody": (["eval", *PRUNE[1:5], "--pruned", "~nosuchuser/x"], "home directory that is not known"),
+    "seed of eval": (["eval", *PRUNE[1:], "--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
+    "large seed of eval": (["eval", *PRUNE[1:], "--seed", str(2**63)], "seed must be below 2**63"),
     "no artifact": (["eval", *PRUNE[1:5], "--pruned", "x"], "not a pruning artifact"),
     "data folder": ([*PRUNE, "--data-dir", "empty"], "mnist"),
     "demo out": (["demo", "--out", "."], "not empty"),

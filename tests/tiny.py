@@ -15,6 +15,29 @@ def network(normalised: bool = True) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), *middle, nn.ReLU(), nn.Linear(12, 3))
 
 
+class _Noting(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def noting() -> nn.Module:
+    """Keeps something in its state_dict that is no tensor."""
+    return _Noting(6, 3)
+
+
+class _Fixed(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[:, :3]
+
+
+def fixed() -> nn.Module:
+    """Has no parameters, and is always right."""
+    return _Fixed()
+
+
 def data() -> tuple[TensorDataset, TensorDataset]:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(260, 6, generator=generator)

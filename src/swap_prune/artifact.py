@@ -50,7 +50,7 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
             "the model no longer has the sparsity reported (it was changed after pruning); save right after "
             "pruning, or prune again"
         )
-    check_dense(model, "which alone are saved")
+    check_dense(model, "which is not saved")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     try:
         data = safetensors.torch.save(state)
@@ -117,12 +117,12 @@ def _beside(target: Path) -> Path:
     return target if target.is_dir() else target.parent
 
 
-def check_dense(model: nn.Module, purpose: str) -> None:
+def check_dense(model: nn.Module, trouble: str) -> None:
     """Check that a model's state_dict holds dense tensors and nothing else.
 
     Args:
         model: The model.
-        purpose: What they are for, as a clause of the message.
+        trouble: What is wrong with more, as a clause of the message.
 
     Raises:
         ValueError: If it holds more.
@@ -133,9 +133,7 @@ def check_dense(model: nn.Module, purpose: str) -> None:
         if not (isinstance(value, Tensor) and value.layout is torch.strided)
     ]
     if odd:
-        raise ValueError(
-            f"the model's state_dict must hold dense tensors, {purpose}, got more: {_some(odd)}; leave that out of it"
-        )
+        raise ValueError(f"the model's state_dict holds more than dense tensors, {trouble}: {_some(odd)}")
 
 
 def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
+from swap_prune.checks import checked_seed
 from swap_prune.console import own_output, print_json, run, say, show, show_table
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
@@ -271,6 +272,7 @@ def evaluate_model(
     """Measure a dense or pruned network on the test images."""
     if pruned is not None and weights is not None:
         raise ValueError("give either --weights or --pruned, not both")
+    seed = checked_seed(seed)
     network, images = _load(model, weights, data, data_dir, width, pruned)
     place = _device(device) or torch.device("cpu")
     network.to(place)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tests import tiny
 
 from swap_prune.cli import app, run
 from swap_prune.experiments import demo
@@ -60,6 +62,21 @@ def test_resume_and_text_for_people(call) -> None:
         assert out == f"8 runs: {done} done, 0 failed, {there} were there\ntables and plots: swap-prune report out\n"
 
 
+def test_a_home_directory_is_found_wherever_it_is_named(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    for name in ("dd", "ee"):
+        (home / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    torch.save(tiny.network().state_dict(), home / "dd" / "w.pt")
+    (home / "grid.toml").write_text(FILE.replace("data =", 'weights = "w.pt"\ndata ='))
+    status, _, _ = call("experiment", "~/grid.toml", "--out", "~/out", "--data-dir", "~/dd")
+    assert status == 0 and (home / "out" / "results.jsonl").exists()
+    monkeypatch.setenv("SWAP_PRUNE_DATA", "~/dd")
+    assert call("experiment", "~/grid.toml", "--out", "~/out", "--data-dir", "~/ee", "--resume")[0] == 0
+    status, out, _ = call("report", "~/out", "--json")
+    assert status == 0 and str(home / "out" / "tables.md") in json.loads(out)["files"]
+
+
 def test_interrupted(call, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **settings: object) -> object:
         if settings["seed"] == 1:
@@ -95,10 +112,29 @@ BAD = {
     "option of the model": (FILE.replace("data =", "model_options = { width = 2 }\ndata ="), (), "width"),
     "weights": (FILE, ("--weights", "none.pt"), "does not exist"),
     "weights in the file": (FILE.replace("data =", 'weights = "none.pt"\ndata ='), (), "was not found"),
+    "weights of nobody": (FILE, ("--weights", "~nosuchuser/x.pt"), "home directory that is not known"),
+    "weights of nobody in the file": (
+        FILE.replace("data =", 'weights = "~nosuchuser/x.pt"\ndata ='),
+        (),
+        "home directory that is not known",
+    ),
+    "data directory of nobody": (
+        FILE.replace("data =", 'weights = "x.pt"\ndata ='),
+        ("--data-dir", "~nosuchuser/x"),
+        "home directory that is not known",
+    ),
+    "more than tensors": (
+        FILE.replace(":network", ":noting"),
+        (),
+        "more than dense tensors, which an experiment cannot",
+    ),
     "targets": (FILE.replace("data =", 'targets = ["fc9"]\ndata ='), (), "fc9"),
     "data": (FILE.replace("tests.tiny:data", "letters"), (), "letters"),
     "data that does not fit": (FILE.replace("tests.tiny:data", f"{demo.__name__}:embedded_data"), (), "shapes"),
     "device": (FILE, ("--device", "tpu9"), "tpu9"),
+    "out of nobody": (FILE, ("--out", "~nosuchuser/x"), "home directory that is not known"),
+    "optimizer": (FILE.replace("samples", 'finetune = { optimizer = ["sgd"] }\nsamples'), (), "optimizer of fine-tun"),
+    "spec": (FILE.replace("samples", 'model_options = { spec = "a" }\nsamples'), (), "'spec'"),
     "out": (FILE, ("--out", "."), "not empty; go on with --resume"),
     "resume of something else": (FILE, ("--out", ".", "--resume"), "holds no experiment"),
 }
@@ -122,6 +158,7 @@ def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, case: st
         (("experiment", "grid.toml"), "--out"),
         (("report", "nowhere"), "holds no results"),
         (("report", "."), "holds no results"),
+        (("report", "~nosuchuser/x"), "home directory that is not known"),
     ],
 )
 def test_missing_files_are_one_line(call, arguments: tuple[str, ...], message: str) -> None:

@@ -148,6 +148,8 @@ def test_user_factory_from_the_working_directory(user_module):
         ("zoo_user_bad:factory", {}, "SyntaxError"),
         ("zoo_user:number", {}, "not callable"),
         ("zoo_user:linear", {"breadth": 1}, "unexpected keyword argument 'breadth'"),
+        ("mlpnet", {"spec": "a"}, r"must be among \[\], got \['spec'\]"),
+        ("zoo_user:linear", {"spec": "a"}, "unexpected keyword argument 'spec'"),
         ("zoo_user:nothing", {}, "which returned NoneType"),
         ("zoo_user:broken", {}, "RuntimeError: first line:"),
         ("zoo_user:leaves", {}, "SystemExit"),

@@ -305,6 +305,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "momentum": ({"momentum": 1}, "momentum"),
     "weight_decay": ({"weight_decay": -1e-4}, "weight_decay"),
     "optimizer": ({"optimizer": "lion"}, "optimizer of fine-tuning must be one of sgd, adam, adamw, got 'lion'"),
+    "optimizers": ({"optimizer": ["sgd"]}, "optimizer of fine-tuning must be one of sgd, .*, got \\['sgd'\\]"),
+    "schedules": ({"schedule": ["x"]}, "schedule of fine-tuning must be one of cosine, .*, got \\['x'\\]"),
     "schedule": ({"schedule": "steps"}, "schedule"),
     "distillation": ({"distillation": 1.1}, r"must be 'auto' or a finite number in \[0, 1\], got 1.1"),
     "distillation text": ({"distillation": "some"}, "distillation of fine-tuning must be 'auto' or"),

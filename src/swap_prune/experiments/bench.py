@@ -107,7 +107,7 @@ def prepare(
     """
     with seeded(0):  # a factory of the user's may draw its weights
         network, entry = build_model(experiment.model, **experiment.model_options)
-    check_dense(network, "by which an experiment knows its network")
+    check_dense(network, "which an experiment cannot compare: leave it out")
     path = weights if weights is not None else _find_weights(experiment.weights, folder, data_dir)
     if path is not None:
         load_weights(network, path)

@@ -224,7 +224,7 @@ MODELS: dict[str, ZooEntry] = {
 }
 
 
-def build_model(spec: str, **options: Any) -> tuple[nn.Module, ZooEntry | None]:
+def build_model(spec: str, /, **options: Any) -> tuple[nn.Module, ZooEntry | None]:
     """Build the model that a user named.
 
     Args:

@@ -105,10 +105,9 @@ class FineTune:
                 raise ValueError(f"{name} of fine-tuning must be {choice}a finite number {words}, got {value!r}")
             object.__setattr__(self, name, float(value))
         for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} of fine-tuning must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+            chosen = getattr(self, name)
+            if not (isinstance(chosen, str) and chosen in known):
+                raise ValueError(f"{name} of fine-tuning must be one of {', '.join(known)}, got {chosen!r}")
 
     @property
     def arrays(self) -> int:
