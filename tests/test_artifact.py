@@ -83,6 +83,17 @@ def test_nothing_is_written_over_or_into(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "report.json").exists()
 
 
+def test_folders_above_are_made_when_there_is_something_to_write(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    assert check_output_directory(out) == out and list(tmp_path.iterdir()) == []
+    pruned()[1].save(out)
+    assert load_report(out).kept == 30
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for impossible in ("link", "x" * 300):
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_output_directory(tmp_path / impossible / "out")
+
+
 def test_a_model_changed_after_pruning_is_not_saved(tmp_path: Path) -> None:
     model, report = pruned()
     with torch.no_grad():

@@ -185,6 +185,7 @@ BAD = {
     "keys": ([*PRUNE[:-1], "other.safetensors"], "keys"),
     "shapes": ([*PRUNE[:-1], "shapes.safetensors"], "shapes"),
     "out not empty": ([*PRUNE, "--out", "."], "not empty"),
+    "weights of a new out": ([*PRUNE[:-1], "none.safetensors", "--out", "deep/er/x"], "does not exist"),
     "out not writable": ([*PRUNE, "--out", "w.safetensors/below"], "cannot be written"),
     "noise": ([*PRUNE, "--noise", "thunder"], "noise must be one of gradient"),
     "second noise": ([*PRUNE, "--noise", "gradient", "--noise", "input:kind=rain"], "gaussian, impulse"),
@@ -195,6 +196,7 @@ BAD = {
     "setting": ([*PRUNE, "--method", "lr", "--set", "colour=1"], "colour"),
     "setting form": ([*PRUNE, "--set", "ridge"], "name=value"),
     "setting value": ([*PRUNE, "--method", "lr", "--set", "ridge=-1"], "ridge"),
+    "device without code": ([*PRUNE, "--device", "ipu"], "'ipu' cannot be used: this PyTorch has no code for it; use"),
     "device": ([*PRUNE, "--device", "tpu9"], "device"),
     "option": ([*PRUNE, "--colour", "red"], "colour"),
     "command": (["paint"], "paint"),
@@ -262,14 +264,15 @@ def test_demo_needs_nothing_and_writes_a_report(call, tmp_path: Path, monkeypatc
     monkeypatch.setattr("swap_prune.experiments.demo.SAMPLES", 60)
     monkeypatch.setattr("swap_prune.experiments.demo.STAGES", 1)
     monkeypatch.delenv("SWAP_PRUNE_DATA")
-    status, text, _ = call("demo", "--out", str(tmp_path / "report"), "--json")
+    status, text, _ = call("demo", "--out", str(tmp_path / "new" / "report"), "--json")
     assert status == 0
     rows = {row["method"]: row for row in json.loads(text)["rows"]}
     assert set(rows) == {"dense", "magnitude", "lr", "ewr"}
     assert rows["dense"]["clean"] > 97 > rows["magnitude"]["clean"]
     assert rows["lr"]["noisy"] is not None and rows["magnitude"]["noisy"] is None
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["picture.png", "report.html", "results.json"]
-    assert (tmp_path / "report" / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    report = tmp_path / "new" / "report"
+    assert sorted(p.name for p in report.iterdir()) == ["picture.png", "report.html", "results.json"]
+    assert (report / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow

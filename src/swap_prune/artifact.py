@@ -73,6 +73,7 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
         ValueError: If it cannot be written.
     """
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)) as scratch:
             made = Path(scratch, target.name)
             made.mkdir()
@@ -89,7 +90,7 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def check_output_directory(directory: str | Path) -> Path:
-    """Check that a new directory can be written, before any work is done.
+    """Check that a new directory can be written, before any work is done; makes nothing that stays.
 
     Returns:
         Its absolute path.
@@ -98,15 +99,15 @@ def check_output_directory(directory: str | Path) -> Path:
         ValueError: If it exists and is not an empty directory, or cannot be written.
     """
     target = user_path(directory).absolute()
-    target = target.resolve() if target.is_dir() else target
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ValueError(f"output {target} exists and is not a directory; choose another")
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"output directory {target} is not empty; choose another or remove it")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)):
-            pass
+        target = target.resolve() if target.is_dir() else target
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise ValueError(f"output {target} exists and is not a directory; choose another")
+        if target.is_dir() and any(target.iterdir()):
+            raise ValueError(f"output directory {target} is not empty; choose another or remove it")
+        there = next(path for path in (target, *target.parents) if os.path.lexists(path))
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=there) as scratch:
+            Path(scratch, target.relative_to(there)).mkdir(parents=True, exist_ok=True)  # its names may be refused
     except OSError as error:
         raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error
     return target

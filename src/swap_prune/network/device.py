@@ -15,6 +15,8 @@ def usable_device(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.empty(1, device=torch.device(name)).device  # "cuda" is "cuda:0" from here on
+    except (NotImplementedError, ImportError) as error:  # which list all that PyTorch could have
+        raise ValueError(f"device {str(name)!r} cannot be used: this PyTorch has no code for it; use cpu") from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
