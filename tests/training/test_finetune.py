@@ -334,6 +334,7 @@ def test_settings_as_text_and_as_a_table() -> None:
         "epochs=2,": "name=value",
         "epochs=two": "epochs of fine-tuning must be a whole number, got 'two'",
         "lr=fast": "lr of fine-tuning must be a number",
+        "epochs=1,epochs=2": "each setting once, got 'epochs' twice",
         "eras=2": "no setting 'eras'; it has epochs, optimizer, lr",
     }.items():
         with pytest.raises(ValueError, match=message):

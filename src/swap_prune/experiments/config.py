@@ -46,10 +46,25 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values
 
 
+def _check_label(label: str) -> str:
+    if not label.strip() or label.splitlines() != [label] or "|" in label:
+        raise ValueError(f"must be one line of text without |, and not only blanks, got {label!r}")
+    return label
+
+
 def _check_noise(spec: str) -> str:
     if spec != "none":
         parse_noise(spec)
     return spec
+
+
+def _differ(specs: list[str]) -> list[str]:
+    models = [parse_noise(spec).models for spec in specs]
+    for number, own in enumerate(models):
+        if own in models[:number]:
+            first = specs[models.index(own)]
+            raise ValueError(f"must differ, got {first!r} and {specs[number]!r}, which are the same: leave one out")
+    return specs
 
 
 def _check_schedule(name: str) -> str:
@@ -96,7 +111,7 @@ class MethodEntry(_Table):
     """
 
     name: str
-    label: Annotated[str, Field(pattern=r"^[^|\n]+$")]
+    label: Annotated[str, AfterValidator(_check_label)]
     settings: dict[str, Any] = {}
     defence: Literal["auto", "none"] = "auto"
 
@@ -167,7 +182,7 @@ class Experiment(_Table):
     methods: Annotated[list[MethodEntry], Field(min_length=1)]
     sparsities: Annotated[list[_Sparsity], _Axis, Field(min_length=1), AfterValidator(_distinct)]
     stages: Annotated[list[_Stages], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [1]
-    noise: Annotated[list[_Noise], _Axis, Field(min_length=1), AfterValidator(_distinct)] = ["none"]
+    noise: Annotated[list[_Noise], _Axis, Field(min_length=1), AfterValidator(_differ)] = ["none"]
     seeds: Annotated[list[_Seed], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [0]
     samples: _Whole = 1024
     schedule: Annotated[str, AfterValidator(_check_schedule)] = "exponential"

@@ -359,6 +359,8 @@ def parse_finetune(spec: str | Mapping[str, Any]) -> FineTune:
     for name, value in spec.items() if isinstance(spec, Mapping) else map(_parse_item, spec.split(",")):
         if name not in known:
             raise ValueError(f"fine-tuning has no setting {name!r}; it has {', '.join(known)}")
+        if name in table:
+            raise ValueError(f"fine-tuning must have each setting once, got {name!r} twice in {spec!r}")
         number = isinstance(spec, str) and (name in _NUMBERS or isinstance(known[name], int)) and value != known[name]
         table[name] = _parse_number(name, value, whole=isinstance(known[name], int)) if number else value
     return FineTune(**table)

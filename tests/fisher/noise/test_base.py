@@ -95,6 +95,7 @@ def test_noise_from_text_and_objects(noise, expected):
         ("gradient:std=much", "std.*much"),
         ("gradient:std", "std"),
         ("gradient:std=-1", "std"),
+        ("gradient:std=1,batch=2,std=4", "once, got 'std' twice in 'gradient:std=1,batch=2,std=4'"),
         ("gradient:std=nan", "std"),
         ("gradient:std=inf", "std"),
         ("gradient:fraction=1.5", r"fraction.*\[0, 1\].*1.5"),

@@ -86,6 +86,8 @@ def _parse_one(spec: str) -> Any:
         key, _, value = (part.strip() for part in item.partition("="))
         if key not in known:
             raise ValueError(f"noise {name!r} has no setting {key!r}; it has {', '.join(sorted(known))}")
+        if key in settings:
+            raise ValueError(f"noise {name!r} must have each setting once, got {key!r} twice in {spec!r}")
         settings[key] = _parse_value(known[key], value)
     missing = [key for key, field in known.items() if key not in settings and _default(field) is MISSING]
     if missing:
