@@ -155,7 +155,6 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     drawn, spare = share_out_samples(size - judged, run.samples, held_out)
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
-    return_free_memory()
     sample = peek(data, own)
     with torch.compiler.set_stance("force_eager"):  # nothing need be compiled for one sample
         taught = run.curvature if run.solver.needs_held_out else None
@@ -170,6 +169,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
     except UnsupportedLayerError as error:
         unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
+    return_free_memory()  # of the sample's passes
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     hooks = [(type(one).apply, type(one).apply_) for one in run.noise.models]
     altered = any(type(one).corrupt != NoiseModel.corrupt for one in run.noise.models)  # into others, in memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.func import grad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import TensorDataset
 
 from swap_prune import prune
@@ -61,3 +62,13 @@ def test_a_network_that_differentiates_itself_can_be_pruned() -> None:
     data = TensorDataset(torch.randn(60, 4), torch.randint(3, (60,)))
     report = prune(Slopes(), data, 0.5, "lr", samples=40, progress=False)
     assert report.kept == 22
+
+
+def test_nothing_of_a_pass_stays() -> None:
+    seen: list[StorageWeakRef] = []
+
+    def run() -> None:
+        outputs = torch.randn(10, requires_grad=True).sigmoid()  # which keeps them for its backward pass
+        seen.append(StorageWeakRef(outputs.untyped_storage()))
+
+    assert saved_bytes(run, ()).total == 40 and seen[0].expired()

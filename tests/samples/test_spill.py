@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, METHODS, prune
@@ -281,3 +282,18 @@ def test_files_are_taken_before_fewer_samples_run_at_once_and_only_where_there_i
     assert short.require().storage.spilled == "activations" and short.require().storage.at_once == 8
     nowhere = plan_memory(work, held.need - 10**6, "float32", tmp_path / "nowhere")
     assert nowhere.chosen is None or nowhere.chosen.storage.spilled == "nothing"
+
+
+def test_nothing_of_a_call_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            outputs = x.sigmoid()
+            seen.append(StorageWeakRef(outputs.untyped_storage()))
+            return outputs
+
+    seen: list[StorageWeakRef] = []
+    for least in (1, 2**18):
+        monkeypatch.setattr("swap_prune.samples.spill._LEAST", least)
+        with Spill(activations=True).around():
+            Kept()(torch.randn(100, requires_grad=True))
+    assert [one.expired() for one in seen] == [True, True]

@@ -47,7 +47,7 @@ def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> SavedBytes:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the node that holds it for ever
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()

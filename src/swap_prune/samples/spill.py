@@ -195,7 +195,7 @@ class _Activations:
     def _pack(self, tensor: Tensor) -> Tensor:
         """Return a tensor's copy: torch does not see any more whether the network changes it in place afterwards."""
         if not self._spill._can_be_mapped(tensor) or tensor.untyped_storage().data_ptr() in self._own:
-            return tensor
+            return tensor.detach()  # itself, it would hold the node that holds it for ever
         if tensor.nbytes < _LEAST:
             return tensor.detach().clone()
         key = (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
