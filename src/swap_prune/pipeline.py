@@ -25,6 +25,7 @@ from torch import nn
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.distributed import is_first, local_count, team_of
 from swap_prune.doubts.record import Doubts
+from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.planning import MemoryPlan, plan_memory, scratch_directory
@@ -164,7 +165,8 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
     keep = None if spill is None else spill.keep
-    calibration = CalibrationStream(data, generator, place, held.forwards, keep)
+    rows_of = MINI_BATCH if run.normalised and run.curvature is not None else 1
+    calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
     runner = StageRunner(
         model=model,
         selection=selection,

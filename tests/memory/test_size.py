@@ -219,3 +219,23 @@ def test_no_more_samples_than_planned_run_at_once(storage: str, monkeypatch: pyt
     report = prune(model, small_data(300), 0.5, "lr", samples=150, storage=storage, progress=False)
     assert report.settings["storage"]["at_once"] == 16
     assert 2 <= seen[True] <= 17 and seen[False] <= 33  # one sample left over joins the batch before it
+
+
+def test_rows_are_of_sixteen_samples_however_few_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Watched(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    outcomes = []
+    for spilled in ("nothing", "activations"):
+        torch.manual_seed(0)
+        model = Watched(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+        monkeypatch.setattr("swap_prune.memory.planning._SPARING", ((8, spilled),))
+        report = prune(model, small_data(300), 0.5, "lr", samples=160, progress=False)
+        assert report.settings["storage"]["at_once"] == 8 and max(sizes) == 16
+        outcomes.append(report.stages[0].evidence["candidates"][0]["held_out_loss"])
+        sizes.clear()
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=0.2), "the same rows; judged on batches of 16 and 8"

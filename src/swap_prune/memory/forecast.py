@@ -120,7 +120,8 @@ def memory_phases(
     libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
     rest = load.held + load.copies + libraries + 3 * vector  # copies of the weights: to restore, and to teach
     forwards = forwards_at_once(at_once, spilled)
-    in_hand = _READ * forwards
+    drawn_at_once = max(forwards, MINI_BATCH) if load.mini_batches else forwards
+    in_hand = _READ * drawn_at_once
     drawn = load.samples + load.spare
     drawn = drawn if spilled == "nothing" else min(drawn, in_hand)
     rest += load.judged * load.sample_bytes if spilled == "nothing" else 0
@@ -137,6 +138,7 @@ def memory_phases(
     # a natural-gradient step keeps its columns during trials, and multiplies them before
     step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)
     forward = min(forwards, load.samples) * _forward_bytes(load)
+    asking = min(drawn_at_once, load.samples) * _forward_bytes(load)
     backward = min(at_once, load.samples) * _backward_bytes(load, spilled)
     passes = _passes(load, at_once) if kind == "matrix-free" else 0
     compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
@@ -151,11 +153,11 @@ def memory_phases(
     signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     phases = {
-        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), forward + drawing),
+        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
         "defend": max(common + defend, shifted),
         "solve": solve + copies + passes,
         "trials": solve + taught + step + slopes + max(forward + compared, backward, passes, again),
-        "recalibrate": rest + (read * load.sample_bytes + forward if load.recalibrated else 0),
+        "recalibrate": rest + (read * load.sample_bytes + asking if load.recalibrated else 0),
     }
     if load.trained:  # a batch in hand and what it is made of
         step = load.trained * (2 * load.sample_bytes + _backward_bytes(load, spilled) + _COMPARED * load.output_bytes)

@@ -26,7 +26,7 @@ from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
 from swap_prune.fisher.noise import NoiseChain
 from swap_prune.fisher.outliers import clip_rows_
-from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
+from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
@@ -324,6 +324,8 @@ class StageRunner:
         evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
+        if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
+            spare = split_batches(spare, self.storage.forwards)
         taught, held_out = self.taught(split_batches(fitting, self.storage.at_once)), self.judges(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
