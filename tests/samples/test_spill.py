@@ -20,10 +20,11 @@ from torch.utils.data import TensorDataset
 from swap_prune import EWR, METHODS, prune
 from swap_prune.memory.planning import plan_memory
 from swap_prune.samples.calibration import CalibrationStream
-from swap_prune.samples.spill import Spill, _Segment
+from swap_prune.samples.spill import Spill, _Segment, can_spill
 from tests.memory.test_process import load
 from tests.test_pipeline import small_data, small_network
 
+pytestmark = pytest.mark.skipif(not can_spill(torch.device("cpu")), reason="this system does not let pages go")
 Pair = namedtuple("Pair", ["left", "right"])
 CPU_BITS = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
