@@ -179,3 +179,23 @@ def test_gradients_are_the_same_whatever_takes_them(backend: Backend) -> None:
     assert usual.backend == laid.backend == backend
     assert isinstance(usual.factor, DenseFactor) and isinstance(laid.factor, DenseFactor)
     torch.testing.assert_close(laid.factor.matrix, usual.factor.matrix, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "groups", "laid"),
+    [
+        (2, 1, 2, 1, False),
+        (15, 1, (1, 2), 1, False),
+        (32, 1, 2, 4, False),
+        (16, 1, 2, 1, True),
+        (2, 1, 1, 1, True),
+        (2, 3, 2, 1, True),
+    ],
+)
+def test_layers_whose_gradients_write_past_their_memory_keep_their_layout(channels, kernel, stride, groups, laid):
+    convolution = nn.Conv2d(channels, 16, kernel, stride, groups=groups)
+    network = nn.Sequential(convolution, nn.Flatten(), nn.LazyLinear(3))
+    sample = torch.randn(1, channels, 8, 8), torch.tensor([1])
+    network(sample[0])
+    assert takes_channels_last(network, cross_entropy, sample) is laid
+    assert takes_channels_last(network, cross_entropy, sample, backwards=False), "forwards alone nothing is wrong"

@@ -22,6 +22,7 @@ from swap_prune.samples.batches import map_tensors
 
 __all__ = ["images_laid_out", "takes_channels_last"]
 
+_CHANNEL_BLOCK = 16  # of oneDNN's 1 x 1 convolutions on AVX-512; 8 on AVX2
 _SHARED_DIGITS = 3e-3  # relative: what losses in both layouts may differ by
 
 
@@ -40,6 +41,8 @@ def takes_channels_last(
     map_tensors(lambda t: images.append(t) if _is_image(t) else None, sample)
     convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
     if not (images and convolves) or any(image.device.type != "cpu" for image in images):
+        return False
+    if backwards and any(map(_overruns, model.modules())):
         return False
     two = map_tensors(lambda t: t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim else t.clone(), sample)
     try:
@@ -75,6 +78,14 @@ def images_laid_out(model: nn.Module, laid: bool = True) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _overruns(module: nn.Module) -> bool:
+    """Whether the gradient of a layer's weight writes past its memory on channels last (oneDNN, issue 6035)."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    strided = set(module.kernel_size) == {1} and max(module.stride) > 1
+    return strided and module.in_channels // module.groups < _CHANNEL_BLOCK
 
 
 def _arranged(value: Any, layout: torch.memory_format) -> Any:
