@@ -116,25 +116,18 @@ def memory_phases(
         spilled: What lies in files: of samples, then, a few batches are held.
     """
     vector, n = load.itemsize * load.weights, load.rows
-    factor = _held_of_g(load, kind)
+    factor, in_memory = _held_of_g(load, kind), spilled == "nothing"
     libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
     rest = load.held + load.copies + libraries + 3 * vector  # copies of the weights: to restore, and to teach
+    rest += load.judged * load.sample_bytes if in_memory else 0
     forwards = forwards_at_once(at_once, spilled)
     drawn_at_once = max(forwards, MINI_BATCH) if load.mini_batches else forwards
     in_hand = _READ * drawn_at_once
-    drawn = load.samples + load.spare
-    drawn = drawn if spilled == "nothing" else min(drawn, in_hand)
-    rest += load.judged * load.sample_bytes if spilled == "nothing" else 0
+    drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
     common = rest + factor + drawn * load.sample_bytes
-    defend = 7 * min(PIECE, n) * vector if kind == "float32" else 0  # only these rows are cleaned
-    if kind not in ("float32", *HOLDING_NO_ROWS) and not load.mini_batches:
-        defend = min(PROBE, n) * vector
     blocks = 6 * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
-    copies, slopes = 0, (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
-    if not lean:
-        copies = _column_copies(load)
-        slopes = -(-load.samples // at_once) * vector
+    copies = 0 if lean else _column_copies(load)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
     step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)
     forward = min(forwards, load.samples) * _forward_bytes(load)
@@ -145,25 +138,44 @@ def memory_phases(
     drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.mini_batches else compared
     shifted = 0
     if load.doubted:  # before G is there; shifted samples lie beside those that they were
-        shifted = rest + (2 if spilled == "nothing" else 1) * drawn * load.sample_bytes + backward
+        shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
     if load.row_noise and not load.mini_batches:  # slopes are then means over rows like those of G
         again = factor + _capture(load, kind, lean=False, at_once=at_once, spilled=spilled)
-    read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if spilled == "nothing" else in_hand)
+    read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
+    trial = max(forward + compared, backward, passes, again) + _slopes(load, kind, lean, at_once)
     phases = {
         "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
-        "defend": max(common + defend, shifted),
+        "defend": max(common + _defence(load, kind), shifted),
         "solve": solve + copies + passes,
-        "trials": solve + taught + step + slopes + max(forward + compared, backward, passes, again),
+        "trials": solve + taught + step + trial,
         "recalibrate": rest + (read * load.sample_bytes + asking if load.recalibrated else 0),
     }
-    if load.trained:  # a batch in hand and what it is made of
-        step = load.trained * (2 * load.sample_bytes + _backward_bytes(load, spilled) + _COMPARED * load.output_bytes)
-        step += 2 * load.largest_parameter + 2 * load.weights  # temporaries of the optimiser; masks, and what was zero
-        phases["finetune"] = rest + load.training + step
-    return phases
+    return phases | ({"finetune": rest + _training(load, spilled)} if load.trained else {})
+
+
+def _defence(load: Workload, kind: StorageKind) -> int:
+    """Return what looking for noise in the rows holds: a few that are cleaned, or copies of those looked at."""
+    vector = load.itemsize * load.weights
+    if kind == "float32":
+        return 7 * min(PIECE, load.rows) * vector
+    return 0 if kind in HOLDING_NO_ROWS or load.mini_batches else min(PROBE, load.rows) * vector
+
+
+def _slopes(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
+    """Return what gradients of batches take: all of them together, or sums that they are added to."""
+    vector = load.itemsize * load.weights
+    if not lean:
+        return -(-load.samples // at_once) * vector
+    return (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
+
+
+def _training(load: Workload, spilled: Spilled) -> int:
+    """Return what a step of fine-tuning holds: a batch and what it is made of, temporaries, masks and what was zero."""
+    sample = 2 * load.sample_bytes + _backward_bytes(load, spilled) + _COMPARED * load.output_bytes
+    return load.training + load.trained * sample + 2 * load.largest_parameter + 2 * load.weights
 
 
 def _forward_bytes(load: Workload) -> int:
