@@ -67,7 +67,7 @@ def products(p: int) -> dict[str, torch.Tensor]:
                 "diagonal": factor.diagonal(),
                 "columns": factor.columns(index),
                 "gram": factor.gram(scale),
-                "leading": factor.leading(4),
+                "leading": factor.row_span(1, 4),
                 "rows": part.matvec(w),
                 "gram of rows": part.gram(scale),
             }

@@ -69,8 +69,8 @@ def test_products() -> None:
 
 def test_what_a_solver_asks_for_beside_products() -> None:
     low = factor()
-    torch.testing.assert_close(low.leading(2), multiplied_out(low)[:2])
-    assert low.leading(99).shape == (N, 88)
+    torch.testing.assert_close(low.row_span(1, 3), multiplied_out(low)[1:3])
+    assert low.row_span(0, 99).shape == (N, 88)
     assert not low.iterative and low.column_limit == BLOCK_BYTES // (8 * N)
 
 
@@ -222,7 +222,7 @@ def joined(model: nn.Module, **options: Any) -> tuple[Tensor, LowRankCapture, Se
     source = draw_sketch(model, [batch(40)], cross_entropy, generator(5), in_batches=True)
     capture = capture_low_rank(model, selection, source.batches, source.function, joined=True, **options)
     torch.testing.assert_close(source.losses, dense.losses)
-    return dense.factor.leading(3), capture, selection
+    return dense.factor.row_span(0, 3), capture, selection
 
 
 def test_rows_of_mini_batches_of_full_rank_are_exact() -> None:

@@ -96,15 +96,17 @@ class BlockedFactor(ABC):
         """Return the factor of some rows, without a copy."""
         return SubFactor(self, rows=index)
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense."""
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense; as many of them as there are."""
         n, p = self.shape
-        result = torch.empty(min(count, n), p, dtype=self.dtype, device=self.device)
+        last = min(last, n)
+        result = torch.empty(last - first, p, dtype=self.dtype, device=self.device)
         for rows, columns, part in self.blocks():
-            if rows.start >= count:
+            start, stop = max(rows.start, first), min(rows.stop, last)
+            if start < stop:
+                result[start - first : stop - first, columns] = part[start - rows.start : stop - rows.start]
+            elif rows.start >= last:
                 break
-            stop = min(rows.stop, count)
-            result[rows.start : stop, columns] = part[: stop - rows.start]
         return result
 
 
@@ -185,7 +187,7 @@ class SubFactor:
         chosen = index if self.rows_of is None else self.rows_of.index_select(0, index)
         return SubFactor(self.whole, rows=chosen, columns=self.columns_of)
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense."""
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense; as many of them as there are."""
         every = torch.arange(self.shape[1], device=None if self.columns_of is None else self.columns_of.device)
-        return self.columns(every)[:count]
+        return self.columns(every)[first:last]

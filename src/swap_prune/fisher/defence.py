@@ -73,8 +73,14 @@ class LowRank:
         """Return the largest share of energy outside rank 1 over the layers where there should be none; 0 for clean."""
         if not self.exact:
             return 0.0
-        probe = factor.leading(PROBE)
-        share = max(_outside(probe[:, self.places[name]], self.shapes[name]) for name in self.exact)
+        seen = min(PROBE, factor.shape[0])
+        energies = {name: [0.0, 0.0] for name in self.exact}
+        for start in range(0, seen, PIECE):
+            rows = factor.row_span(start, min(start + PIECE, seen))
+            for name, (energy, rest) in energies.items():
+                more, beyond = _energies(rows[:, self.places[name]].reshape(-1, *self.shapes[name]))
+                energies[name] = [energy + more, rest + beyond]
+        share = max(rest / energy if energy > 0 else 0.0 for energy, rest in energies.values())
         return share if share > _CLEAN else 0.0
 
     def mean_row(self, factor: DenseFactor) -> Tensor:
@@ -96,14 +102,10 @@ class LowRank:
         return factor
 
 
-def _outside(rows: Tensor, shape: tuple[int, int]) -> float:
-    """Return the share of the energy of rows (m, a b) that lies outside the best matrices (a, b) of rank 1."""
-    energy, rest = 0.0, 0.0
-    for piece in rows.split(PIECE):  # type: ignore[no-untyped-call]
-        matrices = piece.reshape(len(piece), *shape)
-        energy += float(matrices.double().square().sum())
-        rest += float((matrices - low_rank_rows(matrices, 1)).double().square().sum())
-    return rest / energy if energy > 0 else 0.0
+def _energies(matrices: Tensor) -> tuple[float, float]:
+    """Return the energy of matrices (m, a, b), and that outside the best ones of rank 1."""
+    energy = float(matrices.double().square_().sum())
+    return energy, float((matrices - low_rank_rows(matrices, 1)).double().square_().sum())
 
 
 def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any) -> tuple[str, ...]:

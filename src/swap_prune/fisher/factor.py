@@ -62,8 +62,8 @@ class FisherFactor(Protocol):
         """Return the factor of some rows."""
         ...
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense."""
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense; as many of them as there are."""
         ...
 
 
@@ -142,9 +142,9 @@ class DenseFactor:
             return SubFactor(self, rows=index)
         return DenseFactor(self.matrix.index_select(0, index))
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, a view."""
-        return self.matrix[:count]
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, a view."""
+        return self.matrix[first:last]
 
 
 def add_squares_(total: Tensor, rows: Tensor) -> Tensor:

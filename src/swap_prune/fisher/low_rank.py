@@ -253,11 +253,11 @@ class LowRankFactor:
         """Return the factor of some rows."""
         return LowRankFactor({name: layer.rows(index) for name, layer in self.layers.items()})
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense."""
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense; as many of them as there are."""
         n, p = self.shape
-        first = torch.arange(min(count, n), device=self._first.device)
-        return self.rows(first).columns(torch.arange(p, device=first.device))
+        span = torch.arange(first, min(last, n), device=self._first.device)
+        return self.rows(span).columns(torch.arange(p, device=span.device))
 
     @property
     def _first(self) -> Tensor:

@@ -164,10 +164,10 @@ class MatrixFreeFactor:
             counts.append(len(local))
         return SubFactor(MatrixFreeFactor(self.passes, batches, counts, self.log), rows=places)
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense."""
-        first = torch.arange(min(count, self.shape[0]), device=self.passes.weights.device)
-        return self.rows(first).columns(torch.arange(self.shape[1], device=first.device))
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense; as many of them as there are."""
+        span = torch.arange(first, min(last, self.shape[0]), device=self.passes.weights.device)
+        return self.rows(span).columns(torch.arange(self.shape[1], device=span.device))
 
     def gather_squares(self, advance: Callable[[int], None] = lambda _count: None) -> Passed | None:
         """Pass over the rows, and add up the squares of their entries; returns what capture says of the pass."""

@@ -103,12 +103,12 @@ class ShardedFactor:
         """Return the factor of some rows, shared out in the same way."""
         return replace(self, blocks=tuple(block.rows(index) for block in self.blocks), size=(len(index), self.size[1]))
 
-    def leading(self, count: int) -> Tensor:
-        """Return the first rows, (min(count, n), p), dense, on every rank."""
-        rows = min(count, self.size[0])
-        result = self.like.new_zeros(rows, self.size[1])
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense, on every rank; as many of them as there are."""
+        last = min(last, self.size[0])
+        result = self.like.new_zeros(last - first, self.size[1])
         for (a, b), block in zip(self._places(), self.blocks, strict=True):
-            result[:, a:b] = block.leading(rows)
+            result[:, a:b] = block.row_span(first, last)
         return self.team.overlay(result)
 
     def _places(self) -> list[tuple[int, int]]:

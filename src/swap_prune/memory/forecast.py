@@ -14,7 +14,8 @@ import torch
 
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import block_bytes
-from swap_prune.fisher.defence import PIECE, PROBE
+from swap_prune.fisher.defence import PIECE
+from swap_prune.fisher.half import CONVERTED_BYTES
 from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
@@ -29,13 +30,15 @@ __all__ = ["Workload", "memory_phases"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
 _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
+_SEEN = 6  # copies of a row that is looked at: in float64, without its outer product
 _GRAM = 512 * 2**20  # two copies of a block of columns
-_VECTORS = 24  # p-sized arrays that the solver and the pipeline hold at once
+_VECTORS, _SOLVING = 24, 4  # p-sized arrays that the solver and the pipeline hold at once; more while it solves
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
+_BLOCKS = 6  # of G, that products hold
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
@@ -125,7 +128,9 @@ def memory_phases(
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
     common = rest + factor + drawn * load.sample_bytes
-    blocks = 6 * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    converted = kind in ("float16", "bfloat16") and load.device.type == "cpu"
+    block = CONVERTED_BYTES if converted else block_bytes(load.device)
+    blocks = _BLOCKS * block if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies = 0 if lean else _column_copies(load)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
@@ -149,7 +154,7 @@ def memory_phases(
     phases = {
         "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),
-        "solve": solve + copies + passes,
+        "solve": solve + _SOLVING * vector + copies + passes,
         "trials": solve + taught + step + trial,
         "recalibrate": rest + (read * load.sample_bytes + asking if load.recalibrated else 0),
     }
@@ -157,11 +162,10 @@ def memory_phases(
 
 
 def _defence(load: Workload, kind: StorageKind) -> int:
-    """Return what looking for noise in the rows holds: a few that are cleaned, or copies of those looked at."""
-    vector = load.itemsize * load.weights
-    if kind == "float32":
-        return 7 * min(PIECE, load.rows) * vector
-    return 0 if kind in HOLDING_NO_ROWS or load.mini_batches else min(PROBE, load.rows) * vector
+    """Return what looking for noise in the rows holds: a few at once, a few times each."""
+    if kind in HOLDING_NO_ROWS:
+        return 0
+    return _SEEN * min(PIECE, load.rows) * load.itemsize * load.weights
 
 
 def _slopes(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:

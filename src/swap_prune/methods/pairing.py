@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import is_number, whole_number
+from swap_prune.memory.process import return_free_memory
 from swap_prune.methods.descent import held_out_losses, is_significant, kept_set, loss_after_steps, mean_loss
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
@@ -255,6 +256,7 @@ def _fit(
     last: _Fitted | None,
 ) -> _Fitted:
     """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
+    return_free_memory()  # the heap grows with each fit, whose vectors come and go
     regression = pairing_regression(problem, *candidate, diagonal=diagonal, target=target)
     near = last.fit if last is not None and last.candidate[1:] == candidate[1:] else None
     fit = solve_sparse(
@@ -275,6 +277,7 @@ def _swapped(
     tried: list[dict[str, Any]],
 ) -> SparseFit:
     """Return a fit after swaps, where held-out samples gain by them or cannot be asked; else as it is."""
+    return_free_memory()
     swapped = swap_weights(best.regression, best.fit, settings.swaps, diagonal)
     if not swapped.swaps or best.losses is None:
         return swapped
