@@ -50,7 +50,6 @@ def test_products(kind, n, p, block, tmp_path, monkeypatch):
     """All that a solver may ask, in one block and in many; rows of very different size."""
     monkeypatch.setattr(blocked, "BLOCK_BYTES", block)
     monkeypatch.setattr("swap_prune.fisher.mapped.BLOCK_BYTES", block)
-    monkeypatch.setattr("swap_prune.fisher.half.CONVERTED_BYTES", block)
     make, rounding = KINDS[kind]
     G32 = (normal(n, p, seed=n + p) * torch.logspace(-6, 3, n, dtype=torch.float64).unsqueeze(1)).float()
     factor, G = make(G32, tmp_path), G32.double()

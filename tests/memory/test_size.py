@@ -132,7 +132,6 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("swap_prune.fisher.blocked.BLOCK_BYTES", 2**20)
-    monkeypatch.setattr("swap_prune.memory.forecast.CONVERTED_BYTES", 2**20)
     monkeypatch.setattr("swap_prune.fisher.storage._LEAN_CHUNK_BYTES", 2**20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.ReLU(), nn.Linear(3000, 3))
@@ -156,7 +155,6 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
 
 def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swap_prune.fisher.blocked.BLOCK_BYTES", 2**20)
-    monkeypatch.setattr("swap_prune.memory.forecast.CONVERTED_BYTES", 2**20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.ReLU(), nn.Linear(3000, 3))
     data = small_data(220)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from swap_prune.fisher.blocked import BlockedFactor
 
-__all__ = ["ALIGNED", "CONVERTED_BYTES", "HalfFactor", "row_scales"]
+__all__ = ["ALIGNED", "HalfFactor", "row_scales"]
 
 _TOP = 15  # the largest entry of a row lies below two to this power
 _LEAST = -100  # exponent of a scale: its reciprocal is a normal number
@@ -30,7 +30,6 @@ _LEAST_UNIT = -126  # the same of what a vector is divided by
 _PIECES = 3  # of 16 bits, that make a float32
 _WIDTH = 4  # vectors that matrix units multiply at once
 _SLICE = 2**22  # columns of one product
-CONVERTED_BYTES = 33 * 2**20  # of a block on a CPU: above 32 MiB, where glibc keeps memory out of its heap
 ALIGNED = 64  # entries: where a row should begin, for matrix units to read it fast
 
 
@@ -76,13 +75,6 @@ class HalfFactor(BlockedFactor):
     def device(self) -> torch.device:
         """Of the products."""
         return self.stored.device
-
-    @property
-    def column_limit(self) -> int:
-        """Columns that make one block."""
-        if self.device.type != "cpu":
-            return super().column_limit
-        return max(1, CONVERTED_BYTES // (self.shape[0] * self.dtype.itemsize))
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield all rows of some columns."""

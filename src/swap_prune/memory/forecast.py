@@ -15,7 +15,6 @@ import torch
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import block_bytes
 from swap_prune.fisher.defence import PIECE
-from swap_prune.fisher.half import CONVERTED_BYTES
 from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.matrix_free import BLOCK_VECTORS
@@ -38,7 +37,7 @@ _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of w
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
-_BLOCKS = 6  # of G, that products hold
+_BLOCKS = 5  # of G, that products hold
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
@@ -128,9 +127,7 @@ def memory_phases(
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
     common = rest + factor + drawn * load.sample_bytes
-    converted = kind in ("float16", "bfloat16") and load.device.type == "cpu"
-    block = CONVERTED_BYTES if converted else block_bytes(load.device)
-    blocks = _BLOCKS * block if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
+    blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
     copies = 0 if lean else _column_copies(load)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
