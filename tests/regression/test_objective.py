@@ -107,7 +107,7 @@ def test_a_refit_knows_its_products(keep, ridge, smoothed):
     refit = problem.refit(torch.randperm(12, generator=generator(17))[:keep].sort().values)
     w = refit.weights
     if ridge > 0:
-        assert refit.fitted is not None and (keep <= 5) == (refit.gradient is None)
+        assert refit.fitted is not None and (keep <= 5) == (refit.dual is None) == (refit.pulled is None)
     assert problem.value_of(refit) == pytest.approx(problem.value(w), rel=1e-9, abs=1e-9)
     torch.testing.assert_close(problem.gradient_of(refit), problem.gradient(w), rtol=1e-7, atol=1e-8)
 
@@ -237,7 +237,7 @@ def test_an_updated_gram_matrix_gives_the_same_refit(k: int) -> None:
     problem = WeightedRidge(DenseFactor(G), G @ reference, reference, 0.1, metric)
     first = problem.refit(torch.arange(16))
     support = torch.arange(20)[-k:]
-    torch.testing.assert_close(problem.refit(support, first).weights, problem.refit(support).weights)
+    torch.testing.assert_close(problem.refit(support, first.gram).weights, problem.refit(support).weights)
 
 
 def test_each_kind_of_system_takes_its_own_factorisation():

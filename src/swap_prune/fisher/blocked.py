@@ -17,7 +17,7 @@ from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 
 __all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "block_bytes", "column_limit"]
 
-BLOCK_BYTES = 33 * 2**20  # of one block in working precision; from 32 MiB on, glibc keeps memory out of its heap
+BLOCK_BYTES = 16 * 2**20  # of one block in working precision
 _GPU_BLOCK_BYTES = 256 * 2**20  # the same there, where small kernels are dear
 
 

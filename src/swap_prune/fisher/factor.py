@@ -191,6 +191,5 @@ def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:
     n = factor.shape[0]
     result = torch.zeros(n, n, dtype=scale.dtype, device=scale.device)
     for index in torch.split(scale.nonzero().squeeze(1), factor.column_limit):
-        part = factor.columns(index)
-        add_gram_(result, part, scale[index])
+        add_gram_(result, factor.columns(index), scale[index])  # without a name, a block is gone before the next
     return mirror_lower(result)

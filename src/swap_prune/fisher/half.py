@@ -77,11 +77,14 @@ class HalfFactor(BlockedFactor):
         return self.stored.device
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield all rows of some columns."""
+        """Yield all rows of some columns; each block lies where the one before it lay."""
         n, p = self.shape
-        for start in range(0, p, self.column_limit):
-            columns = slice(start, min(start + self.column_limit, p))
-            yield slice(0, n), columns, self._converted(self.stored[:, columns])
+        width = min(self.column_limit, p)
+        place = self.scale.new_empty(n * width)
+        for start in range(0, p, width):
+            columns = slice(start, min(start + width, p))
+            part = place[: n * (columns.stop - start)].view(n, -1).copy_(self.stored[:, columns])
+            yield slice(0, n), columns, self._scaled(part)
 
     def matvec(self, w: Tensor) -> Tensor:
         """Return ``G w``, (n,)."""
@@ -148,8 +151,10 @@ class HalfFactor(BlockedFactor):
         return known and torch.cuda.get_device_capability(self.stored.device) >= (8, 0)
 
     def _converted(self, part: Tensor) -> Tensor:
-        result = part.to(self.dtype)
-        return result if part.dtype == torch.bfloat16 else result.mul_(self.scale.unsqueeze(1))
+        return self._scaled(part.to(self.dtype))
+
+    def _scaled(self, part: Tensor) -> Tensor:
+        return part if self.stored.dtype == torch.bfloat16 else part.mul_(self.scale.unsqueeze(1))
 
 
 def row_scales(rows: Tensor) -> Tensor:

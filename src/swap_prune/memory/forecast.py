@@ -31,13 +31,13 @@ _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it compu
 _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
 _SEEN = 6  # copies of a row that is looked at: in float64, without its outer product
 _GRAM = 512 * 2**20  # two copies of a block of columns
-_VECTORS, _SOLVING = 24, 4  # p-sized arrays that the solver and the pipeline hold at once; more while it solves
+_VECTORS = 18  # p-sized arrays that the solver and the pipeline hold at once
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
-_BLOCKS = 5  # of G, that products hold
+_BLOCKS = 10  # of G, that products hold, or that came and went and left holes in the heap
 _PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
@@ -151,7 +151,7 @@ def memory_phases(
     phases = {
         "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),
-        "solve": solve + _SOLVING * vector + copies + passes,
+        "solve": solve + copies + passes,
         "trials": solve + taught + step + trial,
         "recalibrate": rest + (read * load.sample_bytes + asking if load.recalibrated else 0),
     }

@@ -263,7 +263,7 @@ def _fit(
         regression,
         problem.keep,
         start=None if near is None else near.support,
-        previous=None if near is None else near.refit,
+        previous=None if near is None or near.refit is None else near.refit.gram,
         max_iterations=settings.iterations,
     )
     return _Fitted(candidate, regression, fit, None if problem.held_out is None else held_out_losses(problem, fit))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
 from swap_prune.regression.top_k import top_k
 
 __all__ = ["SparseFit", "hard_threshold", "solve_sparse"]
@@ -63,7 +63,7 @@ def solve_sparse(
     keep: int,
     *,
     start: Tensor | None = None,
-    previous: Refit | None = None,
+    previous: ScaledGram | None = None,
     max_iterations: int = 10,
 ) -> SparseFit:
     """Minimise Q subject to at most ``keep`` non-zero weights.
@@ -72,30 +72,30 @@ def solve_sparse(
         problem: The regression.
         keep: k, ``1 <= k <= p``.
         start: Indices of a first support, (k,); by default the end of the path.
-        previous: A refit of the same factor and metric near that support, whose Gram matrix is used again.
+        previous: That of a refit of the same factor and metric near that support.
         max_iterations: Gradient steps tried.
 
     Returns:
         The best weights found.
     """
-    support, path = (start, previous) if start is not None else shrink_support(problem, keep)
-    refit = problem.refit(support, path)
+    support, known = (start, previous) if start is not None else shrink_support(problem, keep)
+    refit = problem.refit(support, known)
     value = problem.value_of(refit)
     iteration, converged = 0, False
     while iteration < max_iterations and not converged:
-        direction = problem.gradient_of(refit) / problem.metric
-        candidate = _next_support(problem, refit.weights, direction, keep)
-        tried = problem.refit(candidate, refit)
+        candidate = _next_support(problem, refit, keep)
+        refit = refit.lighter()
+        tried = problem.refit(candidate, refit.gram)
         tried_value = problem.value_of(tried)
         if tried_value < value - _RELATIVE_GAIN * abs(value):
             support, refit, value = candidate, tried, tried_value
             iteration += 1
         else:
             converged = True
-    return SparseFit(refit.weights, support, value, iteration, converged, refit)
+    return SparseFit(refit.weights, support, value, iteration, converged, refit.lighter())
 
 
-def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, Refit | None]:
+def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, ScaledGram | None]:
     """Follow the path from about ``_PATH_START`` of the weights down to ``keep`` of them.
 
     Args:
@@ -104,24 +104,27 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
         share: Share of the weights that one step keeps, in (0, 1).
 
     Returns:
-        Indices of the support, (k,), in increasing order, and the last refit of the path, if it had any.
+        Indices of the support, (k,), in increasing order, and the Gram matrix of the path's last refit, if it had any.
     """
-    w, refit = problem.reference, None
+    w, known = problem.reference, None
     first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / share)))
     steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
     for step in range(1, steps + 1):
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))
         support = top_k(w.square().mul_(problem.metric), size, problem.floors)
         if step < steps:
-            refit = problem.refit(support, refit)
-            w = refit.weights
-    return support, refit
+            refit = problem.refit(support, known)
+            w, known = refit.weights, refit.gram
+            del refit  # its vectors are not asked for
+    return support, known
 
 
-def _next_support(problem: WeightedRidge, w: Tensor, direction: Tensor, keep: int) -> Tensor:
+def _next_support(problem: WeightedRidge, refit: Refit, keep: int) -> Tensor:
     """Go to the line minimum along the preconditioned gradient and keep the k largest weights there."""
+    direction = problem.gradient_of(refit).div_(problem.metric)
     moved = problem.factor.matvec(direction)
     slope = torch.dot(problem.metric * direction, direction)
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
-    u = torch.addcmul(w, slope / curvature.clamp_min(torch.finfo(w.dtype).tiny), direction, value=-1)
+    length = slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
+    u = torch.addcmul(refit.weights, length, direction, value=-1, out=direction)
     return top_k(u.square_().mul_(problem.metric), keep, problem.floors)

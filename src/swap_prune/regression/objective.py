@@ -10,7 +10,7 @@ paper's Algorithm 1 has ``t = y`` and ``S = n P``: residuals smoothed over neigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ __all__ = ["Refit", "ScaledGram", "WeightedRidge"]
 
 @dataclass(frozen=True)
 class ScaledGram:
-    """``G diag(scale) G^T``.
+    """``G_s M^-1 G_s^T``.
 
     Attributes:
-        scale: (p,), ``1/m`` on the support and zero elsewhere.
+        support: s, indices, (k,).
         matrix: (n, n).
     """
 
-    scale: Tensor
+    support: Tensor
     matrix: Tensor
 
 
@@ -44,15 +44,21 @@ class Refit:
         weights: w, (p,), zero outside the support.
         gram: The Gram matrix behind it, or None where the k x k system was solved, or none was formed.
         fitted: ``G w``, (n,), where solving gave it.
-        gradient: ``grad Q`` at w, (p,), where solving gave it.
+        dual: v with ``S (G w - t) = -n lam v``, (n,), where it was solved for.
+        pulled: ``G^T v``, (p,), of which the gradient is made; None where it is not held any more.
         system: The factorised system of n equations, where one was solved.
     """
 
     weights: Tensor
     gram: ScaledGram | None
     fitted: Tensor | None = None
-    gradient: Tensor | None = None
+    dual: Tensor | None = None
+    pulled: Tensor | None = None
     system: SquareSystem | None = None
+
+    def lighter(self) -> Refit:
+        """Return the same with a vector of p less: asking for its gradient again takes a pass."""
+        return replace(self, pulled=None)
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,13 @@ class WeightedRidge:
         return self.value(refit.weights, refit.fitted)
 
     def gradient_of(self, refit: Refit) -> Tensor:
-        """Return ``grad Q`` at a refit, (p,)."""
-        return self.gradient(refit.weights, refit.fitted) if refit.gradient is None else refit.gradient
+        """Return ``grad Q`` at a refit, (p,), a vector of its own."""
+        if refit.dual is None:
+            return self.gradient(refit.weights, refit.fitted)
+        pulled = self.factor.rmatvec(refit.dual) if refit.pulled is None else refit.pulled
+        return (refit.weights - self.reference).mul_(self.metric).sub_(pulled).mul_(self.penalty)
 
-    def refit(self, support: Tensor, previous: Refit | None = None) -> Refit:
+    def refit(self, support: Tensor, previous: ScaledGram | None = None) -> Refit:
         """Minimise Q over the weights of a support, exactly.
 
         The stationarity condition for the change ``d`` on the support is
@@ -120,8 +129,8 @@ class WeightedRidge:
 
         Args:
             support: Indices of the kept weights, (k,).
-            previous: An earlier refit of the same factor and metric; where the supports differ by less than k,
-                its Gram matrix is up- and downdated instead of being computed anew.
+            previous: That of an earlier refit of the same factor and metric; where the supports differ by less than k,
+                it is up- and downdated instead of being computed anew.
 
         Returns:
             The weights, zero outside the support, and what the next refit can use.
@@ -129,9 +138,7 @@ class WeightedRidge:
         n = self.factor.shape[0]
         kept = self.reference.index_select(0, support)
         metric = self.metric.index_select(0, support)
-        result = torch.zeros_like(self.reference)
-        start = result.index_copy(0, support, kept)
-        residual = self.target - self.factor.matvec(start)
+        residual = self.target - self.factor.matvec(self._placed(support, kept))
         if len(support) <= n:
             columns = self.factor.columns(support)
             weighted = columns if self.smoothing is None else self.smoothing @ columns
@@ -139,18 +146,20 @@ class WeightedRidge:
             matrix.diagonal().add_(self.penalty * metric)
             change = solve_square(matrix, columns.T @ self.smooth(residual))
             fitted = self.target - residual + columns @ change
-            return Refit(result.index_copy(0, support, kept + change), None, fitted)
-        scale = torch.zeros_like(self.metric).index_copy(0, support, 1 / metric)
-        gram, system, dual = self._dual(scale, len(support), residual, previous)
+            return Refit(self._placed(support, kept + change), None, fitted)
+        gram, system, dual = self._dual(support, residual, previous)
         pulled = self.factor.rmatvec(dual)
-        weights = result.index_copy(0, support, kept + (scale * pulled).index_select(0, support))
+        weights = self._placed(support, kept + (1 / metric) * pulled.index_select(0, support))
         if gram is None or self.penalty == 0 or system is None or system.kind == "inverse":
             return Refit(weights, gram)
-        gradient = (weights - self.reference).mul_(self.metric).sub_(pulled).mul_(self.penalty)
-        return Refit(weights, gram, self.target - residual + gram.matrix @ dual, gradient, system)
+        return Refit(weights, gram, self.target - residual + gram.matrix @ dual, dual, pulled, system)
+
+    def _placed(self, support: Tensor, values: Tensor) -> Tensor:
+        """Return the vector (p,) that has values on a support and zeros elsewhere."""
+        return torch.zeros_like(self.reference).index_copy_(0, support, values)
 
     def _dual(
-        self, scale: Tensor, keep: int, residual: Tensor, previous: Refit | None
+        self, support: Tensor, residual: Tensor, previous: ScaledGram | None
     ) -> tuple[ScaledGram | None, SquareSystem | None, Tensor]:
         """Return v with ``(S G diag(scale) G^T + n lam I) v = S r``.
 
@@ -159,17 +168,20 @@ class WeightedRidge:
             singular one, v solves only as much as can.
         """
         if self.factor.iterative:
+            scale = self._placed(support, 1 / self.metric.index_select(0, support))
             return None, None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
-        gram = self._gram(scale, keep, previous)
+        gram = self._gram(support, previous)
         system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
         system.diagonal().add_(self.penalty)
         factors = SquareSystem.of(system, symmetric=self.smoothing is None)
         return gram, factors, factors.solve(self.smooth(residual))
 
-    def _gram(self, scale: Tensor, keep: int, previous: Refit | None) -> ScaledGram:
+    def _gram(self, support: Tensor, previous: ScaledGram | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""
-        if previous is not None and previous.gram is not None:
-            difference = scale - previous.gram.scale
-            if int(difference.count_nonzero()) < keep:
-                return ScaledGram(scale, previous.gram.matrix + self.factor.gram(difference))
-        return ScaledGram(scale, self.factor.gram(scale))
+        scale = self._placed(support, 1 / self.metric.index_select(0, support))
+        if previous is not None:
+            scale.index_add_(0, previous.support, 1 / self.metric.index_select(0, previous.support), alpha=-1)
+            if int(scale.count_nonzero()) < len(support):
+                return ScaledGram(support, previous.matrix + self.factor.gram(scale))
+            scale.zero_().index_copy_(0, support, 1 / self.metric.index_select(0, support))
+        return ScaledGram(support, self.factor.gram(scale))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.regression.iht import SparseFit
-from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
 from swap_prune.regression.square import SquareSystem
 from swap_prune.regression.top_k import Floors
 
@@ -56,30 +56,34 @@ def swap_weights(
     scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0])
     scale.clamp_min_(torch.finfo(scale.dtype).tiny)
     batch = max(1, round(SHARE * keep))
+    refit = fit.refit
     for _ in range(max_batches):
-        exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient_of(fit.refit))
-        leaving, entering = propose_swaps(exchange, scale, batch)
-        better = _first_gain(problem, fit, leaving, entering)
+        gradient, refit = problem.gradient_of(refit), refit.lighter()
+        fit = replace(fit, refit=refit)
+        leaving, entering = propose_swaps(exchange_of(problem, fit.support, refit, gradient), scale, batch)
+        del gradient
+        better = _first_gain(problem, fit, refit.gram, leaving, entering)
         if better is None:
             break
-        batch = max(1, min(batch, 2 * (better.swaps - fit.swaps)))
-        fit = better
-    return fit
+        batch = max(1, min(batch, 2 * (better[0].swaps - fit.swaps)))
+        fit, refit = better
+    return replace(fit, refit=refit.lighter())
 
 
-def _first_gain(problem: WeightedRidge, fit: SparseFit, leaving: Tensor, entering: Tensor) -> SparseFit | None:
-    """Return the refit of the longest batch, of those halved and halved again, that lowers Q; None if none does."""
+def _first_gain(
+    problem: WeightedRidge, fit: SparseFit, known: ScaledGram | None, leaving: Tensor, entering: Tensor
+) -> tuple[SparseFit, Refit] | None:
+    """Return the fit of the longest batch, of those halved and halved again, that lowers Q; None if none does."""
     count = len(leaving)
     for _ in range(_HALVINGS + 1):
         if count == 0:
             return None
         support = fit.support.index_copy(0, leaving[:count], entering[:count]).sort().values
-        refit = problem.refit(support, fit.refit)
+        refit = problem.refit(support, known)
         value = problem.value_of(refit)
         if value < fit.value - _RELATIVE_GAIN * abs(fit.value):
-            return replace(
-                fit, weights=refit.weights, support=support, value=value, refit=refit, swaps=fit.swaps + count
-            )
+            swaps = fit.swaps + count
+            return replace(fit, weights=refit.weights, support=support, value=value, swaps=swaps), refit
         count //= 2
     return None
 
