@@ -186,8 +186,8 @@ def test_every_product(name: str, rows: str) -> None:
 @pytest.mark.parametrize("rows", ["empirical", "mini-batch"])
 def test_columns_in_many_blocks(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_free, "column_limit", lambda n, itemsize, device: 1)
-    monkeypatch.setattr(matrix_free, "BLOCK_VECTORS", 1)
     factor, G, _ = both(build(perceptron), VECTORS, rows)
+    factor.block_vectors = 1
     assert factor.column_limit == G.shape[1] // len(G)
     assert_products(factor, G)
 
@@ -280,18 +280,21 @@ def test_passes_are_counted_and_known_products_cost_none() -> None:
     factor, G, _ = both(build(perceptron), VECTORS, "empirical")
     before = factor.log.summary()
     assert (before["along"], before["back"], before["rows"]) == (0, 0, 1), "f was gathered on the way"
-    vectors = [normal(G.shape[1], seed=i) for i in range(4)]
+    vectors = [normal(G.shape[1], seed=i) for i in range(2 + matrix_free._REMEMBERED)]
     for w in vectors[:3]:
         factor.matvec(w).zero_()  # what a caller does with the answer is its own affair
     torch.testing.assert_close(factor.matvec(vectors[0].clone()), G @ vectors[0])
     factor.diagonal()
     assert factor.log.summary()["along"] == 3
-    factor.matvec(vectors[3])
+    for w in vectors[3:]:
+        factor.matvec(w)
+    factor.matvec(vectors[2])
+    assert factor.log.summary()["along"] == len(vectors)
     factor.matvec(vectors[0])  # forgotten
     factor.rmatvec(G[:, 0])
     factor.gram(torch.ones(G.shape[1], dtype=torch.float64))
     after = factor.log.summary()
-    assert (after["along"], after["back"], after["rows"]) == (5, 1, 2) and after["seconds"] > 0
+    assert (after["along"], after["back"], after["rows"]) == (len(vectors) + 1, 1, 2) and after["seconds"] > 0
 
 
 def test_what_it_cannot_take_is_said() -> None:

@@ -115,7 +115,8 @@ def test_what_is_forecast_for_factors_and_for_nothing() -> None:
         return plan_memory(replace(load(n, p), row_numbers=p // 50), None, storage).require().need
 
     p = 20_000_000
-    assert need(400, p, "low-rank") - need(200, p, "low-rank") == pytest.approx(200 * (p // 50) * 4, rel=0.1)
+    more = (need(400, p, "low-rank") - need(200, p, "low-rank")) / (200 * (p // 50) * 4)
+    assert 0.9 < more < 2.1, "once, or twice where its parts are put together"
     assert need(400, p, "matrix-free") - need(200, p, "matrix-free") < 0.01 * 200 * p * 4
     assert need(200, 2 * p, "matrix-free") < 2 * need(200, p, "matrix-free") < 200 * p * 4
 

@@ -1,7 +1,7 @@
 """A Fisher factor that holds nothing of G: every product is a pass through the network.
 
 What is held beside the network and its samples is a few vectors of p: the weights that gradients are taken at, f, and
-the last few w that ``G w`` was asked of. The rest is time. A product costs one pass over the samples
+a block of columns. The rest is time. A product costs one pass over the samples
 (:mod:`~swap_prune.fisher.passes`); so does a block of columns, of which a Gram matrix takes as many as its support has
 blocks. Up to some thousands of rows that is exact and takes fewer passes than iterating: a block is a few vectors of p,
 so that ``G G^T`` takes about n / 12 of them. Beyond that the solver is told to iterate instead.
@@ -11,6 +11,7 @@ Place in the pipeline: in the place of :class:`~swap_prune.fisher.factor.DenseFa
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,16 +27,16 @@ from swap_prune.fisher.capture import Capture, Passed
 from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 from swap_prune.fisher.passes import NetworkPasses, Way
 from swap_prune.fisher.source import RowSource
-from swap_prune.fisher.storage import AT_ONCE
+from swap_prune.fisher.storage import AT_ONCE, BLOCK_VECTORS
 from swap_prune.losses import check_calibration, check_independence
+from swap_prune.memory.process import return_free_memory
 from swap_prune.samples.batches import is_sliceable, select_samples, split_batches
 from swap_prune.selection import Selection
 
-__all__ = ["BLOCK_VECTORS", "MatrixFreeFactor", "PassLog", "capture_matrix_free"]
+__all__ = ["MatrixFreeFactor", "PassLog", "capture_matrix_free"]
 
-BLOCK_VECTORS = 12  # vectors of p that a block of columns may take
 _WAYS: tuple[Way, ...] = ("forward", "double backward")  # in the order of their cost; rows always do
-_REMEMBERED = 3  # products G w; solvers ask for some of them again
+_REMEMBERED = 8  # products G w; solvers ask for some of them again
 _MOST_PASSES = 400  # of a Gram matrix of all columns; an iterative solver takes up to 400 as well
 
 
@@ -77,16 +78,22 @@ class MatrixFreeFactor:
         batches: The samples, a few at a time.
         counts: Rows of each batch.
         log: Where passes are counted; by default a new one.
+        block_vectors: Vectors of p that a block of columns may take.
     """
 
     def __init__(
-        self, passes: NetworkPasses, batches: Sequence[Any], counts: Sequence[int], log: PassLog | None = None
+        self,
+        passes: NetworkPasses,
+        batches: Sequence[Any],
+        counts: Sequence[int],
+        log: PassLog | None = None,
+        block_vectors: int = BLOCK_VECTORS,
     ) -> None:
-        self.passes = passes
+        self.passes, self.block_vectors = passes, block_vectors
         self._batches, self._counts = tuple(batches), tuple(counts)
         self.log = PassLog(sum(counts)) if log is None else log
         self._squares: Tensor | None = None
-        self._remembered: list[tuple[Tensor, Tensor]] = []
+        self._remembered: dict[bytes, Tensor] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,7 +104,7 @@ class MatrixFreeFactor:
     def column_limit(self) -> int:
         """Columns that make a block of a few vectors of p."""
         (n, p), weights = self.shape, self.passes.weights
-        return max(column_limit(n, weights.dtype.itemsize, weights.device), BLOCK_VECTORS * p // n)
+        return max(column_limit(n, weights.dtype.itemsize, weights.device), self.block_vectors * p // n)
 
     @property
     def iterative(self) -> bool:
@@ -106,18 +113,20 @@ class MatrixFreeFactor:
 
     def matvec(self, w: Tensor) -> Tensor:
         """Return ``G w``, (n,), from a forward pass that carries derivatives along w."""
-        for known, product in self._remembered:
-            if torch.equal(known, w):
-                return product.clone()
-        with self.log.add("along", self.shape[0]), self.passes.source.mode(self.passes.model):
+        digest = _digest(w)
+        if digest in self._remembered:
+            return self._remembered[digest].clone()
+        with self._passing("along"), self.passes.source.mode(self.passes.model):
             product = torch.cat([self.passes.along(batch, w) for batch in self._batches])
-        self._remembered = [*self._remembered[1 - _REMEMBERED :], (w.clone(), product)]
+        self._remembered[digest] = product
+        while len(self._remembered) > _REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]  # the oldest
         return product.clone()
 
     def rmatvec(self, v: Tensor) -> Tensor:
         """Return ``G^T v``, (p,), from a backward pass of weighted values."""
         total = torch.zeros_like(self.passes.weights)
-        with self.log.add("back", self.shape[0]), self.passes.source.mode(self.passes.model):
+        with self._passing("back"), self.passes.source.mode(self.passes.model):
             for batch, part in zip(self._batches, torch.split(v, list(self._counts)), strict=True):
                 self.passes.back(batch, part, total)
         return total
@@ -162,7 +171,8 @@ class MatrixFreeFactor:
                 batch = select_samples(batch, local)
             batches.append(batch)
             counts.append(len(local))
-        return SubFactor(MatrixFreeFactor(self.passes, batches, counts, self.log), rows=places)
+        some = MatrixFreeFactor(self.passes, batches, counts, self.log, self.block_vectors)
+        return SubFactor(some, rows=places)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
@@ -176,11 +186,24 @@ class MatrixFreeFactor:
         self._squares = squares
         return passed
 
+    @contextmanager
+    def _passing(self, kind: str) -> Iterator[None]:
+        """Count and time a pass; where memory is shortest, what it has freed goes back."""
+        with self.log.add(kind, self.shape[0]):
+            yield
+        if self.block_vectors < BLOCK_VECTORS:
+            return_free_memory()
+
     def _see_rows(
         self, see: Callable[[Tensor], object], advance: Callable[[int], None] = lambda _count: None
     ) -> Passed | None:
-        with self.log.add("rows", self.shape[0]):
+        with self._passing("rows"):
             return self.passes.rows(self._batches, self._counts, see, advance)
+
+
+def _digest(w: Tensor) -> bytes:
+    """Return what tells a vector from all others, in 32 bytes: a copy of it would be as large as p."""
+    return hashlib.sha256(w.detach().contiguous().cpu().view(torch.uint8).numpy().data).digest()
 
 
 def capture_matrix_free(
@@ -189,6 +212,7 @@ def capture_matrix_free(
     source: RowSource,
     advance: Callable[[int], None] = lambda _count: None,
     at_once: int = AT_ONCE,
+    block_vectors: int = BLOCK_VECTORS,
 ) -> Capture:
     """Take G at the model's current weights as it comes, and find out how products with it are to be had.
 
@@ -198,6 +222,7 @@ def capture_matrix_free(
         source: What the rows are gradients of.
         advance: Called with the number of samples that were done, for progress.
         at_once: Samples that run through the network at once.
+        block_vectors: Vectors of p that a block of columns may take.
 
     Returns:
         G, and the loss of each sample.
@@ -213,7 +238,7 @@ def capture_matrix_free(
             counts = check_calibration(model, source.function, batches)
             check_independence(model, source.function, batches)
     passes = NetworkPasses(model, selection, source, selection.read(model), at_once=at_once)
-    passed = MatrixFreeFactor(passes, batches, counts)
+    passed = MatrixFreeFactor(passes, batches, counts, block_vectors=block_vectors)
     seen = passed.gather_squares(advance)
     losses = source.losses if seen is None or source.losses is not None else seen.losses
     assert losses is not None, "a sketch finds them when it is drawn"

@@ -26,6 +26,7 @@ from swap_prune.selection import Selection
 
 __all__ = [
     "AT_ONCE",
+    "BLOCK_VECTORS",
     "CHUNK_BYTES",
     "HOLDING_NO_ROWS",
     "RowSink",
@@ -33,6 +34,7 @@ __all__ = [
     "RowStream",
     "Storage",
     "StorageKind",
+    "block_vectors",
     "check_rows",
     "chunk_bytes",
     "forwards_at_once",
@@ -44,6 +46,7 @@ HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_ONCE = 64  # samples, where memory allows
+BLOCK_VECTORS, _FEW_BLOCK_VECTORS = 12, 1  # of p, that a block of columns may take; where memory is shortest
 CHUNK_BYTES = 512 * 2**20  # saved activations and gradients of one chunk of samples at capture together
 _LEAN_CHUNK_BYTES = 64 * 2**20  # the same where memory is short
 _GPU_SAMPLE_BYTES = 64 * 2**20  # the same on a GPU, for each of the samples that may run at once
@@ -86,6 +89,11 @@ class Storage:
         return forwards_at_once(self.at_once, self.spilled)
 
     @property
+    def block_vectors(self) -> int:
+        """Vectors of p that a block of columns may take where nothing is held of G."""
+        return block_vectors(self.spilled)
+
+    @property
     def holds_rows(self) -> bool:
         """Whether there are rows of G somewhere, be it rounded or in a file."""
         return self.kind not in HOLDING_NO_ROWS
@@ -116,6 +124,11 @@ class Storage:
 def forwards_at_once(at_once: int, spilled: Spilled) -> int:
     """Return how many samples run forwards alone at once: twice as many, unless memory is shortest."""
     return at_once if spilled == "activations" else 2 * at_once
+
+
+def block_vectors(spilled: Spilled) -> int:
+    """Return how many vectors of p a block of columns may take where nothing of G is held."""
+    return _FEW_BLOCK_VECTORS if spilled == "activations" else BLOCK_VECTORS
 
 
 def chunk_bytes(device: torch.device, at_once: int, *, lean: bool) -> int:

@@ -17,9 +17,15 @@ from swap_prune.fisher.blocked import block_bytes
 from swap_prune.fisher.defence import PIECE
 from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
-from swap_prune.fisher.matrix_free import BLOCK_VECTORS
 from swap_prune.fisher.sketch import MINI_BATCH
-from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, StorageKind, chunk_bytes, forwards_at_once
+from swap_prune.fisher.storage import (
+    AT_ONCE,
+    HOLDING_NO_ROWS,
+    StorageKind,
+    block_vectors,
+    chunk_bytes,
+    forwards_at_once,
+)
 from swap_prune.regression.swap import SHARE, SHORTLIST
 from swap_prune.regression.tuning import TUNING_ROWS
 from swap_prune.samples.spill import Spilled
@@ -31,14 +37,16 @@ _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it compu
 _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
 _SEEN = 6  # copies of a row that is looked at: in float64, without its outer product
 _GRAM = 512 * 2**20  # two copies of a block of columns
-_VECTORS = 18  # p-sized arrays that the solver and the pipeline hold at once
+_VECTORS, _HOLES = 10, 8  # p-sized arrays that the solver and the pipeline hold at once; freed, and kept by the heap
+_MAPPED_BYTES = 32 * 2**20  # glibc gives arrays of that size back at once
+_INDEX = 64  # bytes that they hold for each weight that stays: indices, and what lies at them
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
 _BLOCKS = 10  # of G, that products hold, or that came and went and left holes in the heap
-_PASS_VECTORS = 8  # p-sized arrays of a factor that holds nothing of G
+_PASS_VECTORS = 3  # p-sized arrays of a factor that holds nothing of G
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
 
@@ -128,14 +136,17 @@ def memory_phases(
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
     common = rest + factor + drawn * load.sample_bytes
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
-    solve = common + _VECTORS * vector + _SQUARES * 8 * n * n + blocks
+    blocks = 0 if kind == "matrix-free" else blocks  # its own are columns
+    vectors = _VECTORS + (_HOLES if vector < _MAPPED_BYTES else 0)
+    solve = common + vectors * vector + _INDEX * load.kept + _SQUARES * 8 * n * n + blocks
     copies = 0 if lean else _column_copies(load)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
     step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)
     forward = min(forwards, load.samples) * _forward_bytes(load)
     asking = min(drawn_at_once, load.samples) * _forward_bytes(load)
     backward = min(at_once, load.samples) * _backward_bytes(load, spilled)
-    passes = _passes(load, at_once) if kind == "matrix-free" else 0
+    known = _PASS_VECTORS * vector if kind == "matrix-free" else 0
+    passes = known + _passes(load, at_once, spilled) if kind == "matrix-free" else 0
     compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
     drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.mini_batches else compared
     shifted = 0
@@ -149,7 +160,7 @@ def memory_phases(
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     trial = max(forward + compared, backward, passes, again) + _slopes(load, kind, lean, at_once)
     phases = {
-        "capture": common + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
+        "capture": common + known + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),
         "solve": solve + copies + passes,
         "trials": solve + taught + step + trial,
@@ -229,22 +240,22 @@ def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int, spille
     return chunk * (own + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
 
-def _passes(load: Workload, at_once: int) -> int:
+def _passes(load: Workload, at_once: int, spilled: Spilled) -> int:
     """Return what products hold that pass through the network: columns, and a chunk of rows that they are cut out of.
 
     A pass along a direction, or back, holds less than the chunk or what a trial does.
     """
     vector = load.itemsize * load.weights
-    columns = 2 * max(block_bytes(load.device), BLOCK_VECTORS * vector)
-    part = _BACKWARD * min(at_once, load.samples) * load.kept_bytes
-    return columns + max(part, _capture(load, "matrix-free", True, at_once, "nothing")) + _PASS_VECTORS * vector
+    columns = 2 * max(block_bytes(load.device), min(load.rows, block_vectors(spilled)) * vector)
+    part = min(at_once, load.samples) * _backward_bytes(load, spilled)
+    return columns + max(part, _capture(load, "matrix-free", True, at_once, spilled))
 
 
 def _column_copies(load: Workload) -> int:
     """Return the bytes of columns of G that the method copies at once, where nothing holds it back."""
     n, k, p = load.rows, load.kept, load.weights
     if load.method in ("lr", "ewr"):
-        coupled = min(n, TUNING_ROWS) * p * load.itemsize if load.method == "ewr" else 0
+        coupled = int(1.1 * min(n, TUNING_ROWS) * p) * load.itemsize if load.method == "ewr" else 0
         return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)
     if load.method == "chita":
         return int(1.5 * n * k) * load.itemsize

@@ -279,7 +279,8 @@ class StageRunner:
             joined = self._in_batches(batches)
             source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=joined)
         if self.storage.kind == "matrix-free":
-            return capture_matrix_free(self.model, self.selection, source, advance, self.storage.at_once)
+            few, wide = self.storage.at_once, self.storage.block_vectors
+            return capture_matrix_free(self.model, self.selection, source, advance, few, wide)
         low = capture_low_rank(
             self.model,
             self.selection,
