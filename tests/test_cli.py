@@ -158,6 +158,19 @@ def test_eval_of_the_dense_network(call) -> None:
     assert status == 0 and json.loads(text)["accuracy"] > 93
 
 
+def test_a_network_without_values_is_refused(call, tmp_path: Path) -> None:
+    file = tmp_path / "e.toml"
+    text = (
+        'model = "tests.tiny:valueless"\ndata = "tests.tiny:data"\nsparsities = 0.5\n[[methods]]\nname = "magnitude"\n'
+    )
+    file.write_text(text)
+    own = ("--model", "tests.tiny:valueless", "--data", "tests.tiny:data")
+    for arguments in (("eval", *own), ("experiment", str(file), "--out", str(tmp_path / "out"))):
+        status, out, errors = call(*arguments)
+        assert (status, out) == (2, "") and "meta device, which holds no values: load its weights" in errors
+        assert len(errors.strip().splitlines()) == 1
+
+
 def test_eval_of_a_network_without_parameters(call) -> None:
     status, text, _ = call("eval", "--model", "tests.tiny:fixed", "--data", "tests.tiny:data", "--json")
     assert status == 0 and json.loads(text)["accuracy"] == 100

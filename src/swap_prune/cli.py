@@ -28,7 +28,7 @@ from swap_prune.experiments.datasets import ImageData, calibration_data, load_da
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.methods import METHODS, resolve_method
-from swap_prune.network.device import usable_device
+from swap_prune.network.device import check_values, usable_device
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
@@ -275,7 +275,7 @@ def evaluate_model(
     seed = checked_seed(seed)
     network, images = _load(model, weights, data, data_dir, width, pruned)
     place = _device(device) or torch.device("cpu")
-    network.to(place)
+    check_values(network).to(place)
     notes = repair(network, images, seed) if pruned is None and recalibrate else []
     for note in notes:
         say(f"note: {note}")

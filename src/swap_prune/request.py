@@ -26,6 +26,7 @@ from swap_prune.losses import CrossEntropy, GaussNewtonLoss, LossFn, cross_entro
 from swap_prune.memory.planning import Workload, check_storage, output_bytes, row_bytes, sample_bytes
 from swap_prune.memory.process import held_memory, return_free_memory
 from swap_prune.methods import Method, resolve_method
+from swap_prune.network.device import check_values
 from swap_prune.network.modes import check_no_inference
 from swap_prune.samples.batches import map_tensors
 from swap_prune.samples.calibration import HELD_OUT, JUDGED, peek, share_out_samples
@@ -124,8 +125,7 @@ def check_run(
     if len(places) > 1:
         raise ValueError(f"the model must lie on one device, got {', '.join(sorted(places))}: move it there first")
     check_no_inference(model)
-    if "meta" in places:
-        raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
+    check_values(model)
     _check_finite(model, selection)
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     return Run(

@@ -20,6 +20,7 @@ from swap_prune.experiments.evaluate import Evaluation, evaluate
 from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.losses import cross_entropy
+from swap_prune.network.device import check_values
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
@@ -115,6 +116,7 @@ def prepare(
         raise ValueError(
             f"model {experiment.model!r} of the zoo has no weights of its own: name them by the key weights"
         )
+    check_values(network)
     select_parameters(network, experiment.targets, experiment.ignore)
     own = entry is not None and entry.dataset == experiment.data
     mean, std = (entry.mean, entry.std) if entry is not None and own else (None, None)

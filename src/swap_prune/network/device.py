@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-__all__ = ["usable_device"]
+__all__ = ["check_values", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -23,3 +24,14 @@ def usable_device(name: str | torch.device) -> torch.device:
     if device.type == "meta":
         raise ValueError("device 'meta' cannot be used: it holds no values; use cpu or cuda")
     return device
+
+
+def check_values(model: nn.Module) -> nn.Module:
+    """Return a model whose parameters and buffers hold values.
+
+    Raises:
+        ValueError: If one lies on the meta device.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
+    return model
