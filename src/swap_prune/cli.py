@@ -275,7 +275,8 @@ def evaluate_model(
     seed = checked_seed(seed)
     network, images = _load(model, weights, data, data_dir, width, pruned)
     place = _device(device) or torch.device("cpu")
-    check_values(network).to(place)
+    check_values(network)
+    network.to(place)
     notes = repair(network, images, seed) if pruned is None and recalibrate else []
     for note in notes:
         say(f"note: {note}")

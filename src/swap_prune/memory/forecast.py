@@ -47,6 +47,7 @@ _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compar
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
 _BLOCKS = 10  # of G, that products hold, or that came and went and left holes in the heap
 _PASS_VECTORS = 3  # p-sized arrays of a factor that holds nothing of G
+_COUPLED = 1.1  # copies of rows that couplings are chosen on, and a little of what is done with them
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
 
@@ -136,7 +137,8 @@ def memory_phases(
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
     common = rest + factor + drawn * load.sample_bytes
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
-    blocks = 0 if kind == "matrix-free" else blocks  # its own are columns
+    if kind == "matrix-free":
+        blocks = 0  # passes count its columns
     vectors = _VECTORS + (_HOLES if vector < _MAPPED_BYTES else 0)
     solve = common + vectors * vector + _INDEX * load.kept + _SQUARES * 8 * n * n + blocks
     copies = 0 if lean else _column_copies(load)
@@ -255,7 +257,7 @@ def _column_copies(load: Workload) -> int:
     """Return the bytes of columns of G that the method copies at once, where nothing holds it back."""
     n, k, p = load.rows, load.kept, load.weights
     if load.method in ("lr", "ewr"):
-        coupled = int(1.1 * min(n, TUNING_ROWS) * p) * load.itemsize if load.method == "ewr" else 0
+        coupled = int(_COUPLED * min(n, TUNING_ROWS) * p) * load.itemsize if load.method == "ewr" else 0
         return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)
     if load.method == "chita":
         return int(1.5 * n * k) * load.itemsize

@@ -26,12 +26,11 @@ def usable_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def check_values(model: nn.Module) -> nn.Module:
-    """Return a model whose parameters and buffers hold values.
+def check_values(model: nn.Module) -> None:
+    """Refuse a model whose parameters or buffers hold no values.
 
     Raises:
         ValueError: If one lies on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
-    return model

@@ -137,19 +137,18 @@ class WeightedRidge:
         """
         n = self.factor.shape[0]
         kept = self.reference.index_select(0, support)
-        metric = self.metric.index_select(0, support)
         residual = self.target - self.factor.matvec(self._placed(support, kept))
         if len(support) <= n:
             columns = self.factor.columns(support)
             weighted = columns if self.smoothing is None else self.smoothing @ columns
             matrix = columns.T @ weighted
-            matrix.diagonal().add_(self.penalty * metric)
+            matrix.diagonal().add_(self.penalty * self.metric.index_select(0, support))
             change = solve_square(matrix, columns.T @ self.smooth(residual))
             fitted = self.target - residual + columns @ change
             return Refit(self._placed(support, kept + change), None, fitted)
         gram, system, dual = self._dual(support, residual, previous)
         pulled = self.factor.rmatvec(dual)
-        weights = self._placed(support, kept + (1 / metric) * pulled.index_select(0, support))
+        weights = self._placed(support, kept + self._inverse(support) * pulled.index_select(0, support))
         if gram is None or self.penalty == 0 or system is None or system.kind == "inverse":
             return Refit(weights, gram)
         return Refit(weights, gram, self.target - residual + gram.matrix @ dual, dual, pulled, system)
@@ -157,6 +156,10 @@ class WeightedRidge:
     def _placed(self, support: Tensor, values: Tensor) -> Tensor:
         """Return the vector (p,) that has values on a support and zeros elsewhere."""
         return torch.zeros_like(self.reference).index_copy_(0, support, values)
+
+    def _inverse(self, support: Tensor) -> Tensor:
+        """Return ``1/m`` on a support, (k,)."""
+        return 1 / self.metric.index_select(0, support)
 
     def _dual(
         self, support: Tensor, residual: Tensor, previous: ScaledGram | None
@@ -168,7 +171,7 @@ class WeightedRidge:
             singular one, v solves only as much as can.
         """
         if self.factor.iterative:
-            scale = self._placed(support, 1 / self.metric.index_select(0, support))
+            scale = self._placed(support, self._inverse(support))
             return None, None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
         gram = self._gram(support, previous)
         system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
@@ -178,10 +181,10 @@ class WeightedRidge:
 
     def _gram(self, support: Tensor, previous: ScaledGram | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""
-        scale = self._placed(support, 1 / self.metric.index_select(0, support))
+        scale = self._placed(support, self._inverse(support))
         if previous is not None:
-            scale.index_add_(0, previous.support, 1 / self.metric.index_select(0, previous.support), alpha=-1)
+            scale.index_add_(0, previous.support, self._inverse(previous.support), alpha=-1)
             if int(scale.count_nonzero()) < len(support):
                 return ScaledGram(support, previous.matrix + self.factor.gram(scale))
-            scale.zero_().index_copy_(0, support, 1 / self.metric.index_select(0, support))
+            scale.zero_().index_copy_(0, support, self._inverse(support))
         return ScaledGram(support, self.factor.gram(scale))
