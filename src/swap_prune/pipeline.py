@@ -194,7 +194,7 @@ def prune(
         torch.autocast(place.type, enabled=False),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
-        restored_on_error(model, changing),
+        restored_on_error(model, changing) as before,
         seeded(seed, place),  # for a network that draws from it
         exact_kernels(place),
         slow_attention(),
@@ -220,7 +220,7 @@ def prune(
         notes += repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
         distils = finetune is not None and finetune.share_of_teacher(loss, known=True) > 0
         if isinstance(loss, GaussNewtonLoss) and (solver.needs_held_out or distils):
-            teacher = Teacher(model, changing, loss)
+            teacher = Teacher(model, changing, loss, before)
             runner = replace(runner, trainer=teacher if distils else None)
             if solver.needs_held_out:
                 doubts = Doubts(teacher, loss, calibration.kept, held.at_once)

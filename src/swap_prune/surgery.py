@@ -107,18 +107,28 @@ class Snapshot:
             for tensor, values in zip(self._tensors, self._values, strict=True):
                 tensor.copy_(values)
 
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """Return the values that a parameter or a buffer has now: those held here, where they are the same."""
+        for own, values in zip(self._tensors, self._values, strict=True):
+            if own.data_ptr() == tensor.data_ptr() and values.shape == tensor.shape and torch.equal(values, tensor):
+                return values
+        return tensor.detach().clone()
+
 
 @contextmanager
-def restored_on_error(model: nn.Module, selection: Selection | None = None) -> Iterator[None]:
+def restored_on_error(model: nn.Module, selection: Selection | None = None) -> Iterator[Snapshot]:
     """Give the model back what it had if the block does not end well.
 
     Args:
         model: The network.
         selection: As for :class:`Snapshot`.
+
+    Yields:
+        What it had.
     """
     before = Snapshot(model, selection)
     try:
-        yield
+        yield before
     except BaseException:
         before.restore()
         raise

@@ -158,7 +158,7 @@ def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
         rows=16, samples=256, weights=25_500_000, kept=2_550_000, method="lr", kept_bytes=88 * 10**6,
         largest_bytes=3_200_000, mini_batches=True, held=500 * 2**20, row_numbers=1_300_000,
     )  # fmt: skip
-    plans = {budget: plan_memory(work, budget * GB, "low-rank") for budget in (100, 8, 6)}
+    plans = {budget: plan_memory(work, budget * GB, "low-rank") for budget in (100, 8, 5)}
     assert [plan.require().storage.at_once for plan in plans.values()] == [64, 32, 16]
     assert all(plan.require().need <= budget * GB for budget, plan in plans.items())
     assert plan_memory(work, None, "low-rank").require().storage.at_once == 64
@@ -258,7 +258,8 @@ def test_outputs_are_counted_where_they_are_held() -> None:
     )
     compared = 8 * 10**6  # a sample that runs forwards
     assert single["capture"] - without["capture"] == pytest.approx(1000 * 10**6 + 128 * compared, rel=0.05)
-    assert single["trials"] - without["trials"] == 1200 * 10**6 + 128 * compared
+    slopes = 16 * 4 * 10_000  # of sixteen batches: not there while outputs are compared
+    assert single["trials"] - without["trials"] == 1200 * 10**6 + 128 * compared - slopes
     assert joined["capture"] <= without["capture"] + 16 * compared and single["solve"] == without["solve"]
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2000))
     data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))

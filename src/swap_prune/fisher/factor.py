@@ -47,7 +47,7 @@ class FisherFactor(Protocol):
         ...
 
     def diagonal(self) -> Tensor:
-        """Return f, (p,): the mean over rows of the squared entries."""
+        """Return f, (p,): the mean over rows of the squared entries. It may be held here, and is not to be changed."""
         ...
 
     def columns(self, index: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class MatrixFreeFactor:
         self.passes, self.block_vectors = passes, block_vectors
         self._batches, self._counts = tuple(batches), tuple(counts)
         self.log = PassLog(sum(counts)) if log is None else log
-        self._squares: Tensor | None = None
+        self._diagonal: Tensor | None = None
         self._remembered: dict[bytes, Tensor] = {}
 
     @property
@@ -133,10 +133,10 @@ class MatrixFreeFactor:
 
     def diagonal(self) -> Tensor:
         """Return f, (p,): the mean over rows of the squared entries. The first call takes a pass."""
-        if self._squares is None:
+        if self._diagonal is None:
             self.gather_squares()
-        assert self._squares is not None, "just gathered"
-        return self._squares / self.shape[0]
+        assert self._diagonal is not None, "just gathered"
+        return self._diagonal
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense, from a pass over the rows."""
@@ -183,7 +183,7 @@ class MatrixFreeFactor:
         """Pass over the rows, and add up the squares of their entries; returns what capture says of the pass."""
         squares = torch.zeros_like(self.passes.weights)
         passed = self._see_rows(partial(add_squares_, squares), advance)
-        self._squares = squares
+        self._diagonal = squares.div_(self.shape[0])
         return passed
 
     @contextmanager
@@ -213,6 +213,7 @@ def capture_matrix_free(
     advance: Callable[[int], None] = lambda _count: None,
     at_once: int = AT_ONCE,
     block_vectors: int = BLOCK_VECTORS,
+    weights: Tensor | None = None,
 ) -> Capture:
     """Take G at the model's current weights as it comes, and find out how products with it are to be had.
 
@@ -223,6 +224,7 @@ def capture_matrix_free(
         advance: Called with the number of samples that were done, for progress.
         at_once: Samples that run through the network at once.
         block_vectors: Vectors of p that a block of columns may take.
+        weights: The model's selected weights, (p,), where they are held already; held here too.
 
     Returns:
         G, and the loss of each sample.
@@ -237,7 +239,8 @@ def capture_matrix_free(
         with source.mode(model):
             counts = check_calibration(model, source.function, batches)
             check_independence(model, source.function, batches)
-    passes = NetworkPasses(model, selection, source, selection.read(model), at_once=at_once)
+    held = selection.read(model) if weights is None else weights
+    passes = NetworkPasses(model, selection, source, held, at_once=at_once)
     passed = MatrixFreeFactor(passes, batches, counts, block_vectors=block_vectors)
     seen = passed.gather_squares(advance)
     losses = source.losses if seen is None or source.losses is not None else seen.losses

@@ -33,7 +33,7 @@ from swap_prune.fisher.hooks import without_gradient
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, RowStream, chunk_bytes
 from swap_prune.losses import check_losses
-from swap_prune.network.bound import Bound
+from swap_prune.network.bound import Bound, add_gradient
 from swap_prune.samples.batches import batch_size, is_sliceable
 from swap_prune.selection import Selection
 from swap_prune.surgery import temporary_weights
@@ -84,9 +84,7 @@ class NetworkPasses:
             if self.source.joined:
                 v = (v / batch_size(batch) ** 0.5).expand(len(values))
             gradients = torch.autograd.grad(values, leaves, v.to(values), allow_unused=True)
-        for place, gradient in zip(self.selection.slices().values(), gradients, strict=True):
-            if gradient is not None:
-                total[place] += gradient.reshape(-1)
+        add_gradient(total, gradients, self.selection)
 
     def rows(
         self,

@@ -37,7 +37,7 @@ _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it compu
 _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
 _SEEN = 6  # copies of a row that is looked at: in float64, without its outer product
 _GRAM = 512 * 2**20  # two copies of a block of columns
-_VECTORS, _HOLES = 10, 8  # p-sized arrays that the solver and the pipeline hold at once; freed, and kept by the heap
+_VECTORS, _HOLES = 8, 8  # p-sized arrays that the solver and the pipeline hold at once; freed, and kept by the heap
 _MAPPED_BYTES = 32 * 2**20  # glibc gives arrays of that size back at once
 _INDEX = 64  # bytes that they hold for each weight that stays: indices, and what lies at them
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
@@ -46,7 +46,7 @@ _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the s
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
 _BLOCKS = 10  # of G, that products hold, or that came and went and left holes in the heap
-_PASS_VECTORS = 3  # p-sized arrays of a factor that holds nothing of G
+_PASS_VECTORS = 1  # p-sized arrays of a factor that holds nothing of G: weights that noise has changed
 _COUPLED = 1.1  # copies of rows that couplings are chosen on, and a little of what is done with them
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
 
@@ -129,7 +129,7 @@ def memory_phases(
     vector, n = load.itemsize * load.weights, load.rows
     factor, in_memory = _held_of_g(load, kind), spilled == "nothing"
     libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
-    rest = load.held + load.copies + libraries + 3 * vector  # copies of the weights: to restore, and to teach
+    rest = load.held + load.copies + libraries + 2 * vector  # copies of the weights: to restore, and those asked of
     rest += load.judged * load.sample_bytes if in_memory else 0
     forwards = forwards_at_once(at_once, spilled)
     drawn_at_once = max(forwards, MINI_BATCH) if load.mini_batches else forwards
@@ -160,7 +160,7 @@ def memory_phases(
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
-    trial = max(forward + compared, backward, passes, again) + _slopes(load, kind, lean, at_once)
+    trial = max(forward + compared, max(backward, again) + _slopes(load, kind, lean, at_once), passes)
     phases = {
         "capture": common + known + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),

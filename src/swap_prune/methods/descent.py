@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,11 +55,16 @@ def step_down(
         descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
-    damped = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), _STEP_METRIC))
-    first = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-    fit, taken, slope = _descend(problem, first, fit)
-    fit, further, _ = _descend(problem, NaturalGradient.on(damped, fit.support, _STEP_RIDGE), fit, slope)
-    return fit, taken + further
+    walk = _Walk(problem, fit)
+    taken = walk.descend(NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit))
+    taken += walk.descend(_in_second_metric(regression, fit.support))
+    return walk.fit, taken
+
+
+def _in_second_metric(regression: WeightedRidge, support: Tensor) -> NaturalGradient:
+    """Factorise the model of steps that go on where the first metric's have ended."""
+    metric = diagonal_metric(regression.factor.diagonal(), _STEP_METRIC)
+    return NaturalGradient.on(replace(regression, metric=metric), support, _STEP_RIDGE)
 
 
 def damping_of(regression: WeightedRidge) -> float:
@@ -82,45 +87,45 @@ def loss_after_steps(problem: PruningProblem, regression: WeightedRidge, fit: Sp
         blank: Losses of the network without any of the p weights, (n_v,).
     """
     descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-    moved, _, _ = _descend(problem, descent, fit, steps=_COMPARED)
-    return mean_loss(torch.fmin(held_out_losses(problem, moved), blank))
+    walk = _Walk(problem, fit)
+    walk.descend(descent, _COMPARED)
+    return mean_loss(torch.fmin(held_out_losses(problem, walk.fit), blank))
 
 
-def _descend(
-    problem: PruningProblem,
-    descent: NaturalGradient,
-    fit: SparseFit,
-    slope: Tensor | None = None,
-    steps: int = _STEPS,
-) -> tuple[SparseFit, list[float], Tensor | None]:
-    """Take steps as long as held-out samples gain.
+@dataclass
+class _Walk:
+    """Steps taken as long as held-out samples gain.
 
-    Args:
-        problem: The pruning problem, with held-out samples.
-        descent: Where to go for a slope.
-        fit: Where the steps start.
-        slope: gamma there, (p,), where it is known.
-        steps: At the most.
-
-    Returns:
-        Where they end, their lengths, and gamma there, where it is known: when no length gained.
+    Attributes:
+        problem: The pruning problem, with held-out samples and a slope.
+        fit: Where they have come to. Nothing else should hold its weights: they are as large as p.
+        slope: gamma there, (p,), where it is known: when no length gained.
     """
-    assert problem.slope is not None, "the caller checks"
-    least = held_out_loss(problem, fit)
-    taken: list[float] = []
-    for _ in range(steps):
-        slope = problem.slope(fit.weights, kept_set(fit)) if slope is None else slope
-        direction = descent.direction(slope)
-        start = min(taken[-1] if taken else _FIRST_LENGTH, polyak_length(slope, direction, least))
-        step, reached = line_search(problem, fit, direction, start, least)
-        if step == 0:
-            break
-        fit, slope = replace(fit, weights=fit.weights + step * direction), None
-        taken.append(step)
-        if least - reached < LEAST_GAIN * abs(least):
-            break
-        least = reached
-    return fit, taken, slope
+
+    problem: PruningProblem
+    fit: SparseFit
+    slope: Tensor | None = None
+
+    def descend(self, descent: NaturalGradient, steps: int = _STEPS) -> list[float]:
+        """Go on where a model says, a number of steps at the most; returns their lengths."""
+        assert self.problem.slope is not None, "the caller checks"
+        least = held_out_loss(self.problem, self.fit)
+        taken: list[float] = []
+        for _ in range(steps):
+            if self.slope is None:
+                self.slope = self.problem.slope(self.fit.weights, kept_set(self.fit))
+            direction = descent.direction(self.slope)
+            start = min(taken[-1] if taken else _FIRST_LENGTH, polyak_length(self.slope, direction, least))
+            step, reached = line_search(self.problem, self.fit, direction, start, least)
+            if step == 0:
+                break
+            self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
+            del direction  # before the next one is there
+            taken.append(step)
+            if least - reached < LEAST_GAIN * abs(least):
+                break
+            least = reached
+        return taken
 
 
 def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:

@@ -112,10 +112,12 @@ def candidates_of(
 
 
 class _Fitted(NamedTuple):
-    """A candidate's sparse fit, and its losses on held-out samples, (n_v,), where there are any."""
+    """A candidate's sparse fit, and its losses on held-out samples, (n_v,), where there are any.
+
+    Its regression is stated anew where it is asked for: the metric is as large as p.
+    """
 
     candidate: Candidate
-    regression: WeightedRidge
     fit: SparseFit
     losses: Tensor | None
 
@@ -135,11 +137,12 @@ def fit_pairing(
         candidates = candidates[:1]
     tried: list[dict[str, Any]] = []
     best = _best_fit(settings, problem, candidates, diagonal, target, tried)
-    fit = _swapped(settings, problem, best, diagonal, tried)
+    regression = pairing_regression(problem, *best.candidate, diagonal=diagonal, target=target)
+    fit = _swapped(settings, problem, regression, best, diagonal, tried)
     evidence: dict[str, Any] = best.candidate._asdict() | {"objective": fit.value, "swaps": fit.swaps}
     if len(tried) > 1:
         evidence["candidates"] = list(map(_finite, tried))
-    return best.regression, fit, _finite(evidence)
+    return regression, fit, _finite(evidence)
 
 
 def _best_fit(
@@ -157,11 +160,12 @@ def _best_fit(
     of a layer are gone.
     """
     contest = _Contest(settings, problem, diagonal, target, tried)
-    best = contest.winner(candidates)
-    for floor, some in ((_FLOORS[0], candidates), (_FLOORS[1], [best.candidate])):
-        if settings.floor == "auto" and problem.held_out is not None and _is_starved(problem, best.fit.support, floor):
-            best = contest.winner([one._replace(floor=floor) for one in some])
-    return best
+    contest.hold(candidates)
+    if settings.floor == "auto" and problem.held_out is not None:
+        for floor, some in ((_FLOORS[0], candidates), (_FLOORS[1], [contest.best.candidate])):
+            if _is_starved(problem, contest.best.fit.support, floor):
+                contest.hold([one._replace(floor=floor) for one in some])
+    return contest.best
 
 
 class _Contest:
@@ -195,8 +199,14 @@ class _Contest:
         self._last: _Fitted | None = None
         self._blank: Tensor | None = None
 
-    def winner(self, candidates: Sequence[Candidate]) -> _Fitted:
-        """Fit candidates, and return the best of all so far."""
+    @property
+    def best(self) -> _Fitted:
+        """The best of all so far: nothing else should hold it while others are fitted."""
+        assert self._best is not None, "there is at least one candidate"
+        return self._best
+
+    def hold(self, candidates: Sequence[Candidate]) -> None:
+        """Fit candidates, and compare them with the best so far."""
         steps = self._settings.first_order == "auto" and self._problem.slope is not None
         if self._blank is None and steps and self._problem.blank is not None and len(candidates) > 1:
             self._blank = self._problem.blank()
@@ -204,8 +214,6 @@ class _Contest:
             self._enter(candidate)
             if following is None or following[1:] != candidate[1:]:
                 self._last = None  # its vectors are of no use any more
-        assert self._best is not None, "there is at least one candidate"
-        return self._best
 
     def _enter(self, candidate: Candidate) -> None:
         fitted = _fit(self._settings, self._problem, candidate, self._diagonal, self._target, self._last)
@@ -214,7 +222,8 @@ class _Contest:
         self._tried.append(candidate._asdict() | {"held_out_loss": loss})
         lost = blank is not None and loss >= mean_loss(blank)
         if blank is not None and lost and self._least[0] and loss < math.inf:
-            loss = loss_after_steps(self._problem, fitted.regression, fitted.fit, blank)
+            stated = pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
+            loss = loss_after_steps(self._problem, stated, fitted.fit, blank)
             self._tried[-1]["loss_after_steps"] = loss
         if self._best is None or (lost, loss) < self._least:
             self._best, self._least = fitted, (lost, loss)
@@ -266,19 +275,20 @@ def _fit(
         previous=None if near is None or near.refit is None else near.refit.gram,
         max_iterations=settings.iterations,
     )
-    return _Fitted(candidate, regression, fit, None if problem.held_out is None else held_out_losses(problem, fit))
+    return _Fitted(candidate, fit, None if problem.held_out is None else held_out_losses(problem, fit))
 
 
 def _swapped(
     settings: RegressionSettings,
     problem: PruningProblem,
+    regression: WeightedRidge,
     best: _Fitted,
     diagonal: Tensor,
     tried: list[dict[str, Any]],
 ) -> SparseFit:
     """Return a fit after swaps, where held-out samples gain by them or cannot be asked; else as it is."""
     return_free_memory()
-    swapped = swap_weights(best.regression, best.fit, settings.swaps, diagonal)
+    swapped = swap_weights(regression, best.fit, settings.swaps, diagonal)
     if not swapped.swaps or best.losses is None:
         return swapped
     after = held_out_losses(problem, swapped)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from swap_prune.selection import Selection
 
-__all__ = ["Bound", "flat_gradient"]
+__all__ = ["Bound", "add_gradient", "flat_gradient"]
 
 
 class Bound(nn.Module):
@@ -51,3 +51,10 @@ def flat_gradient(out: Tensor, gradients: Iterable[Tensor | None], selection: Se
     """Write the gradients of the selected weights to one row, (p,); unused weights have gradient zero."""
     for place, gradient in zip(selection.slices().values(), gradients, strict=True):
         out[place] = 0 if gradient is None else gradient.reshape(-1).to(out.dtype)
+
+
+def add_gradient(total: Tensor, gradients: Iterable[Tensor | None], selection: Selection, share: float = 1.0) -> None:
+    """Add a share of the gradients of the selected weights to a vector, (p,)."""
+    for place, gradient in zip(selection.slices().values(), gradients, strict=True):
+        if gradient is not None:
+            total[place].add_(gradient.reshape(-1).to(total.dtype), alpha=share)

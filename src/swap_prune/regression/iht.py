@@ -83,8 +83,9 @@ def solve_sparse(
     value = problem.value_of(refit)
     iteration, converged = 0, False
     while iteration < max_iterations and not converged:
-        candidate = _next_support(problem, refit, keep)
-        refit = refit.lighter()
+        gradient, refit = problem.gradient_of(refit), refit.lighter()
+        candidate = _next_support(problem, refit.weights, gradient, keep)
+        del gradient
         tried = problem.refit(candidate, refit.gram)
         tried_value = problem.value_of(tried)
         if tried_value < value - _RELATIVE_GAIN * abs(value):
@@ -113,18 +114,22 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))
         support = top_k(w.square().mul_(problem.metric), size, problem.floors)
         if step < steps:
+            del w  # as large as p, and not asked for any more
             refit = problem.refit(support, known)
             w, known = refit.weights, refit.gram
-            del refit  # its vectors are not asked for
+            del refit
     return support, known
 
 
-def _next_support(problem: WeightedRidge, refit: Refit, keep: int) -> Tensor:
-    """Go to the line minimum along the preconditioned gradient and keep the k largest weights there."""
-    direction = problem.gradient_of(refit).div_(problem.metric)
+def _next_support(problem: WeightedRidge, w: Tensor, gradient: Tensor, keep: int) -> Tensor:
+    """Go to the line minimum along the preconditioned gradient, and keep the k largest weights there.
+
+    The gradient is overwritten.
+    """
+    direction = gradient.div_(problem.metric)
     moved = problem.factor.matvec(direction)
     slope = torch.dot(problem.metric * direction, direction)
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
     length = slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
-    u = torch.addcmul(refit.weights, length, direction, value=-1, out=direction)
+    u = torch.addcmul(w, length, direction, value=-1, out=direction)
     return top_k(u.square_().mul_(problem.metric), keep, problem.floors)

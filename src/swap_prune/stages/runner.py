@@ -160,7 +160,7 @@ class StageRunner:
                 evidence |= {} if radius is None else {"inputs_shifted_back": radius}
             shown.stage(number, sparsity, samples)
         if self.solver.needs_gradients:
-            capture = self._capture(fitting, shown.advance)
+            capture = self._capture(problem.reference, fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
             factor, defence = self._defended(capture, fitting[0], evidence)
             slopes = forked_generator(self.seed, f"slopes {number}")
@@ -244,15 +244,15 @@ class StageRunner:
     def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
         return self.noise.apply_(factor, generator, self.selection.slices())
 
-    def _capture(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
-        """Return G at the weights that noise makes of the network's.
+    def _capture(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return G at the weights that noise makes of the network's, (p,).
 
         Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
         """
-        disturbed = self._disturb(self.selection.read(self.model), self.noise_generator)
+        disturbed = self._disturb(weights, self.noise_generator)
         with temporary_weights(self.model, self.selection, disturbed):
             if not self.storage.holds_rows:
-                return self._capture_products(batches, advance)
+                return self._capture_products(disturbed, batches, advance)
             if self.curvature is None:
                 return capture_gradients(
                     self.model, self.selection, batches, self.loss_fn, storage=self.storage, advance=advance
@@ -272,15 +272,15 @@ class StageRunner:
         """Whether rows are those of mini-batches, with their statistics; one sample alone has none."""
         return self.normalised and not all(map(is_single, batches))
 
-    def _capture_products(self, batches: list[Any], advance: Callable[[int], None]) -> Capture:
-        """Return the same G where no rows are held: what they are gradients of is settled first."""
+    def _capture_products(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return the same G, at the network's weights (p,), where no rows are held: their function is settled first."""
         source = RowSource(self.loss_fn, batches)
         if self.curvature is not None:
             joined = self._in_batches(batches)
             source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=joined)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
-            return capture_matrix_free(self.model, self.selection, source, advance, few, wide)
+            return capture_matrix_free(self.model, self.selection, source, advance, few, wide, weights)
         low = capture_low_rank(
             self.model,
             self.selection,

@@ -23,7 +23,7 @@ from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import LossFn
-from swap_prune.network.bound import Bound, flat_gradient
+from swap_prune.network.bound import Bound, add_gradient, flat_gradient
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
 from swap_prune.selection import Selection
@@ -107,33 +107,34 @@ class Trials:
         rows = weights.new_empty(len(self.fitting), len(weights))
         with self._mode(), torch.enable_grad():
             for row, one in zip(rows, self.fitting, strict=True):
-                self._write_gradient(row, one, weights)
+                flat_gradient(row, self._gradients(one, weights), self.selection)
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
             self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
         return factor.rmatvec(shares)
 
     def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
-        """Do the same with one row, (p,), and one more for each part of the batches that this process adds up."""
+        """Do the same with one vector, (p,), for each part of the batches that this process adds up."""
         count = len(self.fitting)
         parts = 1 if self.team is None else min(PARTS, count)
         own = range(1) if self.team is None else self.team.owned(parts)
-        totals, row = weights.new_zeros(len(own), len(weights)), torch.empty_like(weights)
+        totals, share_of = weights.new_zeros(len(own), len(weights)), shares.tolist()
         most = len(own) if self.team is None else -(-parts // self.team.size)
         with self._mode(), torch.enable_grad():
             for turn in range(most):
                 part = own[turn] if turn < len(own) else parts  # nothing is left
                 for number in range(part * count // parts, min(part + 1, parts) * count // parts):
-                    self._write_gradient(row, self.fitting[number], weights)
-                    totals[turn].add_(row.mul_(shares[number]))
+                    gradients = self._gradients(self.fitting[number], weights)
+                    add_gradient(totals[turn], gradients, self.selection, share_of[number])
+                    del gradients  # before the next ones are there
                 if self.team is not None:
                     self.team.wait()
         return totals[0] if self.team is None else self.team.add_up(totals, parts)
 
-    def _write_gradient(self, row: Tensor, taught: Taught, weights: Tensor) -> None:
-        """Write the gradient of a batch's mean at weights (p,) to a row, (p,)."""
+    def _gradients(self, taught: Taught, weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of a batch's mean at weights (p,), one for each selected parameter."""
         losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
-        flat_gradient(row, torch.autograd.grad(losses.mean(), leaves, allow_unused=True), self.selection)
+        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
 
     def _mode(self) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked, always the same: one sample alone has no variance."""

@@ -23,7 +23,7 @@ from swap_prune.network.bound import Bound
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import in_own_containers
 from swap_prune.selection import Selection
-from swap_prune.surgery import batchnorm_layers
+from swap_prune.surgery import Snapshot, batchnorm_layers
 
 __all__ = ["Taught", "Teacher", "losses_beside_own", "taught_losses"]
 
@@ -52,14 +52,18 @@ class Teacher:
         selection: The weights that will change, beside BatchNorm's statistics; None where all parameters and buffers
             will.
         loss: What reads the outputs.
+        before: A snapshot of the network, whose copies are used where they are right.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss) -> None:
+    def __init__(
+        self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss, before: Snapshot | None = None
+    ) -> None:
         statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
         names = None if selection is None else selection.names
         weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
         weights |= {name: b for name, b in model.named_buffers() if names is None or id(b) in statistics}
-        self._state = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
+        copy_of = torch.clone if before is None else before.copy_of
+        self._state = {f"model.{name}": copy_of(tensor) for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
 
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
