@@ -154,6 +154,15 @@ def test_floors_are_tried_where_a_layer_is_starved_and_taken_where_held_out_samp
     assert kept_by_layer(again.kept)[0] >= 14, "swaps keep to it"
 
 
+def test_the_higher_floor_is_tried_with_the_best_of_those_with_the_lower() -> None:
+    """Of three candidates the first is best without a floor, the last with one."""
+    losses = iter([0.7, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3])
+    problem = starving(lambda w, kept: torch.full((5,), next(losses)))
+    solution = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0).solve(problem, torch.Generator())
+    *others, last = solution.evidence["candidates"]
+    assert (last["floor"], last["ridge"]) == (0.75, others[5]["ridge"]) and last["ridge"] != others[0]["ridge"]
+
+
 def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
     def equal(w: Tensor, kept: Tensor) -> Tensor:
         return torch.ones(5)

@@ -162,9 +162,11 @@ def _best_fit(
     contest = _Contest(settings, problem, diagonal, target, tried)
     contest.hold(candidates)
     if settings.floor == "auto" and problem.held_out is not None:
-        for floor, some in ((_FLOORS[0], candidates), (_FLOORS[1], [contest.best.candidate])):
-            if _is_starved(problem, contest.best.fit.support, floor):
-                contest.hold([one._replace(floor=floor) for one in some])
+        low, high = _FLOORS
+        if _is_starved(problem, contest.best.fit.support, low):
+            contest.hold([one._replace(floor=low) for one in candidates])
+        if _is_starved(problem, contest.best.fit.support, high):
+            contest.hold([contest.best.candidate._replace(floor=high)])
     return contest.best
 
 
