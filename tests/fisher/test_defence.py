@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import prune
+from swap_prune import LR, prune
 from swap_prune.fisher.capture import capture_gradients
-from swap_prune.fisher.defence import LowRank, low_rank_rows, outer_product_layers
+from swap_prune.fisher.defence import LowRank, low_rank_rows, middle_mean, outer_product_layers
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.noise import GradientNoise
 from swap_prune.losses import cross_entropy
 from swap_prune.selection import Selection, select_parameters
+from swap_prune.stages.trials import Trials
 from tests.cases import generator, normal
+from tests.test_pipeline import small_data, small_network
 
 
 class Mixed(nn.Module):
@@ -78,8 +80,56 @@ def test_no_noise_is_seen_on_clean_gradients_and_some_on_noisy_ones() -> None:
     factor = capture_gradients(model, selection, [batch], cross_entropy).factor
     assert len(defence.exact) == 3 and defence.noise_seen(factor) == 0
     assert defence.noise_seen(GradientNoise(std=0.5, fraction=0.1).apply(factor, generator(3))) > 0
-    batches = LowRank.of(model, selection, cross_entropy, batch, per_sample=False)
-    assert batches.exact == () and batches.noise_seen(factor) == 0
+
+
+def test_the_middle_mean_leaves_out_what_hits_fewer_than_three_eighths_of_the_rows_at_either_side() -> None:
+    true = normal(40, seed=7)
+    rows = true.repeat(16, 1)
+    for row, sign in ((0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, -1), (7, -1), (8, -1), (9, -1)):
+        rows[row] += sign * 1e6 * normal(40, seed=8 + row).abs()
+    torch.testing.assert_close(middle_mean(rows, [slice(0, 15), slice(15, 40)]), true)
+    assert (middle_mean(torch.cat([rows, rows[:2]]), [slice(0, 40)]) > true + 1e3).any(), (
+        "eight of eighteen are too many"
+    )
+    honest = normal(1000, 30, seed=9)
+    middle = middle_mean(honest, [slice(0, 30)])
+    assert (middle - honest.mean(0)).abs().max() < 4 / 1000**0.5, "of honest rows it is about the mean"
+    assert torch.equal(middle_mean(rows[:1], [slice(0, 40)]), rows[0])
+
+
+def test_noise_on_gradients_of_mini_batches_is_seen_in_those_of_samples_and_left_out_of_slopes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where BatchNorm is recalibrated; 512 samples make 32 rows and as many gradients for a slope."""
+    slopes: list[torch.Tensor] = []
+
+    def watched(self: Trials, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        slopes.append(slope(self, weights, kept))
+        return slopes[-1]
+
+    slope = Trials.slope
+    monkeypatch.setattr(Trials, "slope", watched)
+    method = LR(ridge=0.025, damping=1.0, metric="diagonal", swaps=0, floor=0)
+    data = TensorDataset(small_data(700).tensors[0], torch.zeros(700).long())  # all slopes go one way
+    first = {}
+    for name, noise, defence in (
+        ("clean", None, "auto"),
+        ("held", "gradient:std=8,fraction=0.25", "auto"),
+        ("left", "gradient:std=8,fraction=0.25", None),
+    ):
+        slopes.clear()
+        settings = {"samples": 512, "noise": noise, "defence": defence, "progress": False}
+        report = prune(small_network(), data, 0.5, method, **settings)
+        first[name] = slopes[0]
+        assert ("noise_seen" in report.stages[0].evidence) == (name == "held")
+    cosine = {name: float(torch.cosine_similarity(first[name], first["clean"], dim=0)) for name in ("held", "left")}
+    assert cosine["held"] > 0.9 > 0.7 > cosine["left"], cosine
+
+
+def test_a_layer_that_takes_no_sample_alone_does_not_stand_in_the_way() -> None:
+    model = nn.Sequential(small_network(), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3))
+    report = prune(model, small_data(100), 0.5, "lr", samples=64, progress=False)
+    assert "noise_seen" not in report.stages[0].evidence and report.sparsity == pytest.approx(0.5, abs=0.02)
 
 
 def test_most_of_the_noise_goes_and_the_signal_stays() -> None:

@@ -166,6 +166,14 @@ def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
     assert refused.chosen is None and refused.forecasts[0].storage.at_once == 16
 
 
+def test_slopes_under_noise_hold_the_gradients_of_all_mini_batches() -> None:
+    work = Workload(rows=60, samples=960, weights=10**6, kept=10**5, method="lr", mini_batches=True)
+    quiet, noisy = (
+        plan_memory(replace(work, row_noise=noise), None, "float32").require().phases for noise in (False, True)
+    )
+    assert noisy["trials"] - quiet["trials"] == (61 - 15) * 4 * 10**6
+
+
 def test_fine_tuning_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swap_prune.request.held_memory", lambda place: 0)
     model = nn.Sequential(nn.Linear(3000, 2000), nn.ReLU(), nn.Linear(2000, 2))

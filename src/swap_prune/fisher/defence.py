@@ -13,12 +13,15 @@ Mean gradients of whole batches have no low rank. Where there is noise, slopes a
 single samples. Those of exact rank are cleaned before, which costs nothing of the signal. The others are not: the mean
 over n rows has an n-th of the noise anyway, and what a low rank cuts off adds up.
 
+Where rows are those of mini-batches, noise is looked for in the gradients of a few samples apart. Slopes are then the
+mean of the middle quarter of each entry over mini-batches (:func:`middle_mean`).
+
 Place in the pipeline: between capture and regression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +35,14 @@ from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import batch_size, in_own_containers
 from swap_prune.selection import Selection
 
-__all__ = ["LowRank", "low_rank_rows", "outer_product_layers"]
+__all__ = ["APART", "LowRank", "low_rank_rows", "middle_mean", "outer_product_layers"]
 
 _CLEAN = 1e-4  # share of energy outside rank 1 that rounding may leave
 PROBE = 32  # rows that are looked at to see whether there is noise
 PIECE = 4  # of them at once, for the memory
+APART = 8  # samples whose gradients are taken to look at, where rows are those of mini-batches
 _CONV_RANK = 3  # docs/method.md
+_TRIMMED = 0.375  # of the rows, at either side of a middle mean
 _ITERATIONS = 3  # of the subspace iteration
 _CHUNK_BYTES = 256 * 2**20
 
@@ -66,11 +71,15 @@ class LowRank:
             for name, shape in selection.shapes.items()
             if len(shape) >= 2 and shape.numel() > 0
         }
-        exact = outer_product_layers(model, selection, loss_fn, batch) if per_sample else ()
+        exact = outer_product_layers(model, selection, loss_fn, batch)
         return cls(shapes, selection.slices(), exact, per_sample)
 
     def noise_seen(self, factor: FisherFactor) -> float:
-        """Return the largest share of energy outside rank 1 over the layers where there should be none; 0 for clean."""
+        """Look at per-sample rows.
+
+        Returns:
+            The largest share of energy outside rank 1 over the layers where there should be none; 0 for clean.
+        """
         if not self.exact:
             return 0.0
         seen = min(PROBE, factor.shape[0])
@@ -84,7 +93,12 @@ class LowRank:
         return share if share > _CLEAN else 0.0
 
     def mean_row(self, factor: DenseFactor) -> Tensor:
-        """Return the mean of noisy per-sample rows, (p,), which may be overwritten: cleaned where that is exact."""
+        """Return the mean of noisy rows, (p,), which may be overwritten: cleaned where that is exact.
+
+        Of mini-batches it is the mean of the middle quarter.
+        """
+        if not self.per_sample:
+            return middle_mean(factor.matrix, self.places.values())
         exact = replace(self, shapes={name: self.shapes[name] for name in self.exact})
         return exact.clean_rows_(factor).matrix.mean(0)
 
@@ -100,6 +114,20 @@ class LowRank:
                 rows = factor.matrix[start : start + size, self.places[name]]
                 rows.copy_(low_rank_rows(rows.reshape(-1, a, b), rank).reshape(len(rows), -1))
         return factor
+
+
+def middle_mean(rows: Tensor, places: Iterable[slice]) -> Tensor:
+    """Return the mean of the middle quarter of each entry over rows (n, p), (p,).
+
+    What noise makes of an entry in fewer than three eighths of the rows, to either side, is left out, however loud it
+    is (the coordinate-wise trimmed mean; Yin et al., ICML 2018, arXiv 1803.01498).
+
+    Args:
+        rows: Gradients of batches of one size.
+        places: Columns to look at together; all of them together are sorted nowhere.
+    """
+    cut = int(_TRIMMED * len(rows))
+    return torch.cat([rows[:, one].sort(dim=0).values[cut : len(rows) - cut].mean(0) for one in places])
 
 
 def _energies(matrices: Tensor) -> tuple[float, float]:

@@ -181,6 +181,8 @@ def _defence(load: Workload, kind: StorageKind) -> int:
 def _slopes(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
     """Return what gradients of batches take: all of them together, or sums that they are added to."""
     vector = load.itemsize * load.weights
+    if load.row_noise and load.mini_batches:  # those of mini-batches, and the largest layers' again, sorted
+        return (load.rows + 1) * vector
     if not lean:
         return -(-load.samples // at_once) * vector
     return (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.capture import Capture, capture_gradients
-from swap_prune.fisher.defence import LowRank
+from swap_prune.fisher.defence import APART, LowRank
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.inputs import LayerInputs
 from swap_prune.fisher.low_rank_capture import capture_low_rank
@@ -26,8 +26,8 @@ from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
 from swap_prune.fisher.noise import NoiseChain
 from swap_prune.fisher.outliers import clip_rows_
-from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, sketch_curvature
-from swap_prune.fisher.source import RowSource
+from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature
+from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
 from swap_prune.methods import Method
@@ -162,8 +162,8 @@ class StageRunner:
         if self.solver.needs_gradients:
             capture = self._capture(problem.reference, fitting, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.mean())
-            factor, defence = self._defended(capture, fitting[0], evidence)
-            slopes = forked_generator(self.seed, f"slopes {number}")
+            slopes, apart = (forked_generator(self.seed, f"{name} {number}") for name in ("slopes", "apart"))
+            factor, defence = self._defended(capture, fitting, apart, evidence)
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
         if self.solver.needs_inputs:
@@ -293,16 +293,19 @@ class StageRunner:
         losses = low.losses if source.losses is None else source.losses
         return Capture(low.factor, losses, "hooks", low.chunk)
 
-    def _defended(self, capture: Capture, batch: Any, evidence: dict[str, Any]) -> tuple[FisherFactor, LowRank | None]:
+    def _defended(
+        self, capture: Capture, fitting: list[Any], generator: torch.Generator, evidence: dict[str, Any]
+    ) -> tuple[FisherFactor, LowRank | None]:
         """Return G with the noise of the run, cleaned where noise is seen, and the defence if it was needed."""
         factor = capture.factor
         if isinstance(factor, DenseFactor):
             factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
         if not self.defended or not self.storage.holds_rows:
             return factor, None
-        per_sample = self.curvature is None or not self.normalised
-        defence = LowRank.of(self.model, self.selection, self.loss_fn, batch, per_sample=per_sample)
-        share = defence.noise_seen(factor)
+        per_sample = self.curvature is None or not self._in_batches(fitting)
+        defence = LowRank.of(self.model, self.selection, self.loss_fn, fitting[0], per_sample=per_sample)
+        looked_at = factor if per_sample else self._apart(fitting, generator)
+        share = 0.0 if looked_at is None else defence.noise_seen(looked_at)
         if share > 0:
             evidence["noise_seen"] = share
         if not isinstance(factor, DenseFactor):
@@ -316,6 +319,21 @@ class StageRunner:
             return factor, None
         return replace(defence.clean_rows_(factor), limit=factor.limit), defence
 
+    def _apart(self, batches: list[Any], generator: torch.Generator) -> DenseFactor | None:
+        """Return the gradients of a few samples, each alone, with the noise of the run; None where that cannot be."""
+        singles = list(filter(is_single, split_batches(batches[:1], 1)))[:APART]
+        weights = self.selection.read(self.model)
+        rows = weights.new_empty(len(singles), len(weights))
+        if self.storage.team is not None or not singles:
+            return None
+        free = iter(rows)
+        with eval_mode(self.model):
+            try:
+                list(joined_gradients(self.model, self.selection, singles, self.loss_fn, lambda: next(free)))
+            except ValueError:  # a layer without running statistics takes no sample alone
+                return None
+        return self._noisy(DenseFactor(rows), generator)
+
     def _trials(
         self,
         fitting: list[Any],
@@ -327,7 +345,9 @@ class StageRunner:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
         if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
-        taught, held_out = self.taught(split_batches(fitting, self.storage.at_once)), self.judges(spare)
+        in_batches = defence is not None and not defence.per_sample
+        parts = mini_batches(fitting) if in_batches else split_batches(fitting, self.storage.at_once)
+        taught, held_out = self.taught(parts), self.judges(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}
@@ -341,6 +361,7 @@ class StageRunner:
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.mean_row,
+            per_sample=not in_batches,
             clip=clip_rows_ if self.defended else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,

@@ -46,7 +46,8 @@ class Trials:
         normalised: Whether BatchNorm will be recalibrated.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
-        clean: What a defence makes of noisy gradients of single samples: their mean, (p,); None where there is none.
+        clean: What a defence makes of noisy gradients: their mean, (p,); None where there is none.
+        per_sample: Whether it takes those of single samples, or those of the batches.
         clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
         lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
             together; then no noise acts on them.
@@ -62,6 +63,7 @@ class Trials:
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     clean: Callable[[DenseFactor], Tensor] | None = None
+    per_sample: bool = True
     clip: Callable[[DenseFactor, Tensor | None], object] | None = None
     lean: bool = False
     team: Team | None = None
@@ -84,10 +86,10 @@ class Trials:
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
 
-        Noise acts on the gradient of each batch; with a defence, on that of each sample.
+        Noise acts on the gradient of each batch; with a defence that takes those of samples, on that of each sample.
         """
         weights = self.disturb(weights.masked_fill(~kept, 0))
-        if self.clean is None:
+        if self.clean is None or not self.per_sample:
             return self._mean_of_batches(weights)
         with temporary_weights(self.model, self.selection, weights):
             storage = Storage(at_once=max(_sizes(self.fitting)))
@@ -111,7 +113,7 @@ class Trials:
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
             self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
-        return factor.rmatvec(shares)
+        return factor.rmatvec(shares) if self.clean is None else self.clean(factor)
 
     def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
         """Do the same with one vector, (p,), for each part of the batches that this process adds up."""
