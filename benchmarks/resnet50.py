@@ -1,7 +1,7 @@
 """Does ResNet50 go through the default method within a budget of memory?
 
     python benchmarks/resnet50.py --storage low-rank --memory 6GB
-    python benchmarks/resnet50.py --storage matrix-free --memory 3.6GB --samples 128 --few-passes
+    python benchmarks/resnet50.py --storage matrix-free --memory 3GB --samples 128 --few-passes
 
 25.5 million weights in Linear and Conv layers, to 0.9 in one stage. Random weights and random images of 224 x 224, a
 little brighter in the middle for half of the classes: what is measured is time and memory, not accuracy. One JSON

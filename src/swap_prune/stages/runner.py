@@ -322,10 +322,10 @@ class StageRunner:
     def _apart(self, batches: list[Any], generator: torch.Generator) -> DenseFactor | None:
         """Return the gradients of a few samples, each alone, with the noise of the run; None where that cannot be."""
         singles = list(filter(is_single, split_batches(batches[:1], 1)))[:APART]
+        if self.storage.team is not None or not singles:  # processes could differ in what they see
+            return None
         weights = self.selection.read(self.model)
         rows = weights.new_empty(len(singles), len(weights))
-        if self.storage.team is not None or not singles:
-            return None
         free = iter(rows)
         with eval_mode(self.model):
             try:
