@@ -435,7 +435,7 @@ class Neighbours(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("adjacency", torch.eye(8).to_sparse())
-        self.net = nn.Linear(8, 3)
+        self.net = nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(torch.sparse.mm(self.adjacency, x.T).T)
@@ -443,8 +443,9 @@ class Neighbours(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse")
-def test_a_sparse_buffer(tmp_path: Path) -> None:
-    report = prune(drawn(Neighbours), DATA, 0.5, "lr", progress=False)
+@pytest.mark.parametrize("finetune", [None, FineTune(epochs=1, batch_size=16)])
+def test_a_sparse_buffer(tmp_path: Path, finetune: FineTune | None) -> None:
+    report = prune(drawn(Neighbours), DATA, 0.5, "lr", finetune=finetune, progress=False)
     assert report.kept == 12
     with pytest.raises(ValueError, match=r"more than dense tensors.*'adjacency'"):
         report.save(tmp_path / "out")

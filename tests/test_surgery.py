@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.calibration import CalibrationStream
-from swap_prune.surgery import recalibrate_batchnorm
+from swap_prune.surgery import Snapshot, recalibrate_batchnorm
 from tests.cases import generator, normal
 
 
@@ -56,3 +56,18 @@ def test_statistics_are_good_whatever_is_left_over(size: int) -> None:
     recalibrate_batchnorm(model, CalibrationStream(data, generator()).read(10000), cross_entropy)
     torch.testing.assert_close(model[0].running_mean, data.tensors[0].mean(0))
     assert float((model[0].running_var / data.tensors[0].var(0) - 1).abs().max()) < 0.03
+
+
+def test_a_snapshot_lends_its_copy_as_long_as_that_is_right() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    weight, before = model[0].weight, Snapshot(model)
+    lent = before.copy_of(weight)
+    assert lent is before.copy_of(weight) and torch.equal(lent, weight) and lent.data_ptr() != weight.data_ptr()
+    with torch.no_grad():
+        weight.add_(1)
+    own = before.copy_of(weight)
+    assert own is not lent and torch.equal(own, weight) and own.data_ptr() != weight.data_ptr()
+    before.restore()
+    assert torch.equal(weight, lent)
+    stranger = torch.randn(2)
+    assert torch.equal(before.copy_of(stranger), stranger)

@@ -227,8 +227,9 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Return the bytes of a network's parameters and buffers; sparse ones, such as graphs, count as nothing."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided)
 
 
 def _check_finite(model: nn.Module, selection: Selection) -> None:

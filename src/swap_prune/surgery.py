@@ -78,6 +78,8 @@ def fill_lost(parameter: nn.Parameter, kept: Tensor) -> None:
 
 def _unexpanded(tensor: Tensor) -> Tensor:
     """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
+    if tensor.layout != torch.strided:
+        return tensor.detach()
     for dimension, stride in enumerate(tensor.stride()):
         tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
     return tensor.detach()
@@ -110,8 +112,9 @@ class Snapshot:
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the values that a parameter or a buffer has now: those held here, where they are the same."""
         for own, values in zip(self._tensors, self._values, strict=True):
-            if own.data_ptr() == tensor.data_ptr() and values.shape == tensor.shape and torch.equal(values, tensor):
-                return values
+            dense = own.layout == tensor.layout == torch.strided
+            if dense and own.data_ptr() == tensor.data_ptr() and own.shape == tensor.shape:
+                return values if torch.equal(values, tensor) else tensor.detach().clone()
         return tensor.detach().clone()
 
 
