@@ -70,7 +70,7 @@ class PruningProblem:
     """Keep ``k`` of the weights ``w_bar`` so that the loss, seen through ``factor``, hardly changes.
 
     Attributes:
-        reference: w_bar, (p,), weights before the stage.
+        reference: w_bar, (p,), weights before the stage; not to be changed, for G may be taken at this very vector.
         keep: k, number of weights that may be non-zero, ``0 <= k <= p``.
         factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
         held_out: Maps weights w (p,) and a kept set (p,) to what candidates are judged by, for samples whose gradients

@@ -227,9 +227,15 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers; sparse ones, such as graphs, count as nothing."""
-    tensors = (*model.parameters(), *model.buffers())
-    return sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided)
+    """Return the bytes of a network's parameters and buffers."""
+    return sum(map(_held_by, (*model.parameters(), *model.buffers())))
+
+
+def _held_by(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor; of a sparse one those of its values, and of an index for each and dimension."""
+    if tensor.layout == torch.strided:
+        return tensor.nbytes
+    return tensor._nnz() * (tensor.element_size() + 8 * tensor.ndim)
 
 
 def _check_finite(model: nn.Module, selection: Selection) -> None:

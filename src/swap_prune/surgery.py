@@ -113,7 +113,7 @@ class Snapshot:
         """Return the values that a parameter or a buffer has now: those held here, where they are the same."""
         for own, values in zip(self._tensors, self._values, strict=True):
             dense = own.layout == tensor.layout == torch.strided
-            if dense and own.data_ptr() == tensor.data_ptr() and own.shape == tensor.shape:
+            if dense and own.data_ptr() == tensor.data_ptr() and (own.shape, own.dtype) == (tensor.shape, tensor.dtype):
                 return values if torch.equal(values, tensor) else tensor.detach().clone()
         return tensor.detach().clone()
 

@@ -43,6 +43,7 @@ PIECE = 4  # of them at once, for the memory
 APART = 8  # samples whose gradients are taken to look at, where rows are those of mini-batches
 _CONV_RANK = 3  # docs/method.md
 _TRIMMED = 0.375  # of the rows, at either side of a middle mean
+_SORTED = 2**20  # entries that are sorted at once for it
 _ITERATIONS = 3  # of the subspace iteration
 _CHUNK_BYTES = 256 * 2**20
 
@@ -75,17 +76,20 @@ class LowRank:
         return cls(shapes, selection.slices(), exact, per_sample)
 
     def noise_seen(self, factor: FisherFactor) -> float:
-        """Look at per-sample rows.
+        """Look at the first rows of G, those of single samples; see :meth:`noise_in`."""
+        seen = min(PROBE, factor.shape[0])
+        return self.noise_in(factor.row_span(start, min(start + PIECE, seen)) for start in range(0, seen, PIECE))
+
+    def noise_in(self, pieces: Iterable[Tensor]) -> float:
+        """Look at rows of single samples, a few (m, p) at a time.
 
         Returns:
             The largest share of energy outside rank 1 over the layers where there should be none; 0 for clean.
         """
         if not self.exact:
             return 0.0
-        seen = min(PROBE, factor.shape[0])
         energies = {name: [0.0, 0.0] for name in self.exact}
-        for start in range(0, seen, PIECE):
-            rows = factor.row_span(start, min(start + PIECE, seen))
+        for rows in pieces:
             for name, (energy, rest) in energies.items():
                 more, beyond = _energies(rows[:, self.places[name]].reshape(-1, *self.shapes[name]))
                 energies[name] = [energy + more, rest + beyond]
@@ -98,7 +102,7 @@ class LowRank:
         Of mini-batches it is the mean of the middle quarter.
         """
         if not self.per_sample:
-            return middle_mean(factor.matrix, self.places.values())
+            return middle_mean(factor.matrix)
         exact = replace(self, shapes={name: self.shapes[name] for name in self.exact})
         return exact.clean_rows_(factor).matrix.mean(0)
 
@@ -116,24 +120,28 @@ class LowRank:
         return factor
 
 
-def middle_mean(rows: Tensor, places: Iterable[slice]) -> Tensor:
+def middle_mean(rows: Tensor) -> Tensor:
     """Return the mean of the middle quarter of each entry over rows (n, p), (p,).
 
     What noise makes of an entry in fewer than three eighths of the rows, to either side, is left out, however loud it
     is (the coordinate-wise trimmed mean; Yin et al., ICML 2018, arXiv 1803.01498).
 
     Args:
-        rows: Gradients of batches of one size.
-        places: Columns to look at together; all of them together are sorted nowhere.
+        rows: Gradients of batches that are about as large; they count alike.
     """
     cut = int(_TRIMMED * len(rows))
-    return torch.cat([rows[:, one].sort(dim=0).values[cut : len(rows) - cut].mean(0) for one in places])
+    blocks = torch.split(rows, max(1, _SORTED // len(rows)), dim=1)
+    return torch.cat([block.sort(dim=0).values[cut : len(rows) - cut].mean(0) for block in blocks])
 
 
 def _energies(matrices: Tensor) -> tuple[float, float]:
     """Return the energy of matrices (m, a, b), and that outside the best ones of rank 1."""
-    energy = float(matrices.double().square_().sum())
-    return energy, float((matrices - low_rank_rows(matrices, 1)).double().square_().sum())
+    scale = float(matrices.abs().amax())
+    if scale == 0:
+        return 0.0, 0.0
+    matrices = matrices / scale  # or squares of small gradients would be zero
+    rest = (matrices - low_rank_rows(matrices, 1)).double().square_().sum()
+    return float(matrices.double().square_().sum()) * scale**2, float(rest) * scale**2
 
 
 def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any) -> tuple[str, ...]:

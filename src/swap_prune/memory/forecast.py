@@ -38,6 +38,7 @@ _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run o
 _SEEN = 6  # copies of a row that is looked at: in float64, without its outer product
 _GRAM = 512 * 2**20  # two copies of a block of columns
 _VECTORS, _HOLES = 8, 8  # p-sized arrays that the solver and the pipeline hold at once; freed, and kept by the heap
+_OF_EWR = 2  # more of them: the fit before steps, and the coupled one
 _MAPPED_BYTES = 32 * 2**20  # glibc gives arrays of that size back at once
 _INDEX = 64  # bytes that they hold for each weight that stays: indices, and what lies at them
 _SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
@@ -139,7 +140,7 @@ def memory_phases(
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     if kind == "matrix-free":
         blocks = 0  # passes count its columns
-    vectors = _VECTORS + (_HOLES if vector < _MAPPED_BYTES else 0)
+    vectors = _VECTORS + (_OF_EWR if load.method == "ewr" else 0) + (_HOLES if vector < _MAPPED_BYTES else 0)
     solve = common + vectors * vector + _INDEX * load.kept + _SQUARES * 8 * n * n + blocks
     copies = 0 if lean else _column_copies(load)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
@@ -175,13 +176,14 @@ def _defence(load: Workload, kind: StorageKind) -> int:
     """Return what looking for noise in the rows holds: a few at once, a few times each."""
     if kind in HOLDING_NO_ROWS:
         return 0
-    return _SEEN * min(PIECE, load.rows) * load.itemsize * load.weights
+    looked_at = 2 if load.mini_batches else min(PIECE, load.rows)  # samples apart, one by one, each with its weights
+    return _SEEN * looked_at * load.itemsize * load.weights
 
 
 def _slopes(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
     """Return what gradients of batches take: all of them together, or sums that they are added to."""
     vector = load.itemsize * load.weights
-    if load.row_noise and load.mini_batches:  # those of mini-batches, and the largest layers' again, sorted
+    if load.row_noise and load.mini_batches:  # those of mini-batches, and their mean
         return (load.rows + 1) * vector
     if not lean:
         return -(-load.samples // at_once) * vector

@@ -304,8 +304,7 @@ class StageRunner:
             return factor, None
         per_sample = self.curvature is None or not self._in_batches(fitting)
         defence = LowRank.of(self.model, self.selection, self.loss_fn, fitting[0], per_sample=per_sample)
-        looked_at = factor if per_sample else self._apart(fitting, generator)
-        share = 0.0 if looked_at is None else defence.noise_seen(looked_at)
+        share = defence.noise_seen(factor) if per_sample else self._noise_apart(defence, fitting, generator)
         if share > 0:
             evidence["noise_seen"] = share
         if not isinstance(factor, DenseFactor):
@@ -319,20 +318,27 @@ class StageRunner:
             return factor, None
         return replace(defence.clean_rows_(factor), limit=factor.limit), defence
 
-    def _apart(self, batches: list[Any], generator: torch.Generator) -> DenseFactor | None:
-        """Return the gradients of a few samples, each alone, with the noise of the run; None where that cannot be."""
-        singles = list(filter(is_single, split_batches(batches[:1], 1)))[:APART]
-        if self.storage.team is not None or not singles:  # processes could differ in what they see
-            return None
+    def _noise_apart(self, defence: LowRank, fitting: list[Any], generator: torch.Generator) -> float:
+        """Look for noise in the rows of a few samples, each alone; 0 where a network takes none alone."""
+        if self.storage.team is not None or not defence.exact:  # processes could differ in what they see
+            return 0.0
+        singles = list(filter(is_single, split_batches(fitting[:1], 1)))[:APART]
+        try:
+            return defence.noise_in(self._row_apart(single, generator) for single in singles)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # mini-batches do not need that it does
+            return 0.0
+
+    def _row_apart(self, single: Any, generator: torch.Generator) -> Tensor:
+        """Return the row of one sample, (1, p), as those of G are made, with the noise of the run."""
+        assert self.curvature is not None, "as of all mini-batches"
         weights = self.selection.read(self.model)
-        rows = weights.new_empty(len(singles), len(weights))
-        free = iter(rows)
+        row = weights.new_empty(1, len(weights))
         with eval_mode(self.model):
-            try:
-                list(joined_gradients(self.model, self.selection, singles, self.loss_fn, lambda: next(free)))
-            except ValueError:  # a layer without running statistics takes no sample alone
-                return None
-        return self._noisy(DenseFactor(rows), generator)
+            source = draw_sketch(self.model, [single], self.curvature, generator, in_batches=False)
+            list(joined_gradients(self.model, self.selection, source.batches, source.function, lambda: row[0]))
+        return self._noisy(DenseFactor(row), generator).matrix
 
     def _trials(
         self,

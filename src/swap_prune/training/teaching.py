@@ -52,7 +52,7 @@ class Teacher:
         selection: The weights that will change, beside BatchNorm's statistics; None where all parameters and buffers
             will.
         loss: What reads the outputs.
-        before: A snapshot of the network, whose copies are used where they are right.
+        before: A snapshot of the network, whose copies of what will change are used where they are right.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class Teacher:
         names = None if selection is None else selection.names
         weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
         weights |= {name: b for name, b in model.named_buffers() if names is None or id(b) in statistics}
-        copy_of = torch.clone if before is None else before.copy_of
+        # a network may write to its other buffers, and to those that are given in their place
+        copy_of = torch.clone if before is None or selection is None else before.copy_of
         self._state = {f"model.{name}": copy_of(tensor) for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
 
