@@ -62,6 +62,7 @@ def measure(storage: str, memory: str, samples: int, method: str | Method) -> di
         "kept": report.kept,
         "total": report.total,
         "seconds": round(report.seconds, 1),
+        "passes": report.stages[0].evidence.get("passes"),
         "steps": len(report.stages[0].evidence.get("first_order", [])),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # kilobytes on Linux
         "forecast_gb": forecast.need / 1e9,
