@@ -83,7 +83,9 @@ def test_no_noise_is_seen_on_clean_gradients_and_some_on_noisy_ones() -> None:
     assert defence.noise_seen(GradientNoise(std=0.5, fraction=0.1).apply(factor, generator(3))) > 0
 
 
-def test_the_middle_mean_leaves_out_what_hits_fewer_than_three_eighths_of_the_rows_at_either_side() -> None:
+def test_the_middle_mean_leaves_out_what_hits_fewer_than_three_eighths_of_the_rows_at_either_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     true = normal(40, seed=7)
     rows = true.repeat(16, 1)
     for row, sign in ((0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, -1), (7, -1), (8, -1), (9, -1)):
@@ -94,6 +96,9 @@ def test_the_middle_mean_leaves_out_what_hits_fewer_than_three_eighths_of_the_ro
     middle = middle_mean(honest)
     assert (middle - honest.mean(0)).abs().max() < 4 / 1000**0.5, "of honest rows it is about the mean"
     assert torch.equal(middle_mean(rows[:1]), rows[0])
+    whole = middle_mean(rows)
+    monkeypatch.setattr("swap_prune.fisher.defence._SORTED", 100)
+    assert torch.equal(middle_mean(rows), whole), "six columns at a time, and four at the end"
 
 
 def test_noise_on_gradients_of_mini_batches_is_seen_in_those_of_samples_and_left_out_of_slopes(

@@ -268,7 +268,7 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
         phase = max(phases, key=phases.__getitem__)
         return replace(
             forecast,
-            obstacle=f"{phase} needs about {forecast.need / 1e9:.1f} GB, and memory allows {limit / 1e9:.1f} GB",
+            obstacle=f"{phase} needs about {forecast.need / 1e9:.3g} GB, and memory allows {limit / 1e9:.3g} GB",
         )
     if disk:
         try:
@@ -302,5 +302,5 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
         tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
         low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
     remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"
-    held = f" ({load.held / 1e9:.1f} GB of it are held already)" if limit is not None else ""
+    held = f" ({load.held / 1e9:.3g} GB are held already)" if limit is not None else ""
     return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"
