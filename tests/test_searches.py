@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from swap_prune import EWR
+from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods import ewr as ewr_module
 from swap_prune.regression import active_set, tuning
 from swap_prune.regression.active_set import solve_active_set
@@ -47,6 +48,28 @@ def test_the_first_support_is_found_along_a_path_of_refits(monkeypatch):
     sparse = replace(problem, reference=problem.reference * (torch.arange(200) % 10 == 0))
     solve_sparse(sparse, 8, max_iterations=0)
     assert all(len(support) <= 20 for support, _ in seen), "what an earlier stage removed does not come back"
+
+
+def test_a_path_in_a_known_metric_begins_with_its_gram_matrix(monkeypatch):
+    """A floor or another ridge changes the path, not where it begins: no column of the beginning is multiplied again."""
+    problem = random_regression(12, 200, generator(0), ridge=0.01)
+    other = replace(problem, ridge=0.02, floors=((slice(0, 50), 4),))
+    columns = []
+    gram = DenseFactor.gram
+
+    def counted(self, scale):
+        columns.append(int(scale.count_nonzero()))
+        return gram(self, scale)
+
+    monkeypatch.setattr(DenseFactor, "gram", counted)
+    known = solve_sparse(problem, 30).first
+    columns.clear()
+    fit, before = solve_sparse(other, 30), list(columns)
+    columns.clear()
+    again = solve_sparse(other, 30, previous=known)
+    assert columns == [0, *before[1:]] and before[0] == len(known.support) > 30
+    assert torch.equal(again.weights, fit.weights) and again.value == fit.value
+    assert torch.equal(again.first.matrix, known.matrix)
 
 
 @pytest.mark.parametrize("ridge", [0.05, 5.0])

@@ -33,7 +33,7 @@ from swap_prune.memory.process import memory_limit
 from swap_prune.methods import Method
 from swap_prune.network.device import usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
-from swap_prune.network.modes import exact_kernels, slow_attention
+from swap_prune.network.modes import exact_kernels, slow_attention, uncompiled
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport, StageReport, versions
@@ -198,7 +198,7 @@ def prune(
         seeded(seed, place),  # for a network that draws from it
         exact_kernels(place),
         slow_attention(),
-        torch.compiler.set_stance("force_eager"),  # what was compiled before does not see hooks that come later
+        uncompiled(),
         images_laid_out(model, laid),
         nullcontext() if spill is None else spill.around(),
         StageProgress(progress and is_first()) as shown,

@@ -27,7 +27,7 @@ from swap_prune.memory.planning import Workload, check_storage, output_bytes, ro
 from swap_prune.memory.process import held_memory, return_free_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.network.device import check_values
-from swap_prune.network.modes import check_no_inference
+from swap_prune.network.modes import check_no_inference, uncompiled
 from swap_prune.samples.batches import map_tensors
 from swap_prune.samples.calibration import HELD_OUT, JUDGED, peek, share_out_samples
 from swap_prune.samples.numbered import NumberedSamples, known_length
@@ -156,7 +156,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
     sample = peek(data, own)
-    with torch.compiler.set_stance("force_eager"):  # nothing need be compiled for one sample
+    with uncompiled():  # nothing need be compiled for one sample
         taught = run.curvature if run.solver.needs_held_out else None
         function = run.loss if taught is None else partial(losses_beside_own, taught)
         kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, function, sample)

@@ -163,6 +163,23 @@ def test_the_higher_floor_is_tried_with_the_best_of_those_with_the_lower() -> No
     assert (last["floor"], last["ridge"]) == (0.75, others[5]["ridge"]) and last["ridge"] != others[0]["ridge"]
 
 
+def test_a_path_begins_once_in_each_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates with a floor, and with a higher one, begin with the Gram matrix of the same without."""
+    columns: list[int] = []
+    gram = DenseFactor.gram
+
+    def counted(self: DenseFactor, scale: Tensor) -> Tensor:
+        columns.append(int(scale.count_nonzero()))
+        return gram(self, scale)
+
+    monkeypatch.setattr(DenseFactor, "gram", counted)
+    problem = starving(lambda w, kept: torch.ones(5))
+    solution = LR(first_order=0, swaps=0).solve(problem, torch.Generator())
+    assert len(solution.evidence["candidates"]) == 9
+    assert max(columns) == 80, "of the first support"
+    assert columns.count(80) == 4
+
+
 def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
     def equal(w: Tensor, kept: Tensor) -> Tensor:
         return torch.ones(5)

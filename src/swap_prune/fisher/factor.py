@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DenseFactor", "FisherFactor", "add_gram_", "add_squares_", "gram_of_columns", "mirror_lower"]
+__all__ = ["DenseFactor", "FisherFactor", "add_gram_", "add_squares_", "gram_of_columns", "mirror_lower_"]
 
 _BLOCK_BYTES = 256 * 2**20  # size of the temporary copies in `gram`
 _BLOCK_ROWS = 128  # of a Gram matrix at least, and a quarter of them: smaller products are slower than what they save
@@ -132,7 +132,7 @@ class DenseFactor:
                 index = support[start : start + block]
                 part, own = self.matrix.index_select(1, index), scale.index_select(0, index)
             add_gram_(result, part, own)
-        return mirror_lower(result)
+        return mirror_lower_(result)
 
     def rows(self, index: Tensor) -> FisherFactor:
         """Return the factor of some rows: a copy of them, or products with all where copies are limited."""
@@ -165,7 +165,7 @@ def add_gram_(total: Tensor, columns: Tensor, scale: Tensor) -> None:
     It is symmetric: on a CPU, a block of rows is multiplied with no row below it.
 
     Args:
-        total: (n, n); :func:`mirror_lower` completes it.
+        total: (n, n); :func:`mirror_lower_` completes it.
         columns: C, (n, r).
         scale: (r,), of any sign.
     """
@@ -176,9 +176,19 @@ def add_gram_(total: Tensor, columns: Tensor, scale: Tensor) -> None:
         total[start:stop, :stop].addmm_(scaled[start:stop], columns[:stop].T)
 
 
-def mirror_lower(matrix: Tensor) -> Tensor:
-    """Return the symmetric matrix of a lower triangle, (n, n)."""
-    return matrix.tril() + matrix.tril(-1).T
+def mirror_lower_(matrix: Tensor) -> Tensor:
+    """Make a matrix, (n, n), the symmetric one of its lower triangle, in place; return it.
+
+    In blocks, on a CPU: a fifth of the time of a transposed sum.
+    """
+    n = len(matrix)
+    size = n if matrix.device.type == "cuda" else _BLOCK_ROWS
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        own = matrix[start:stop, start:stop]
+        own.copy_(own.tril() + own.tril(-1).T)
+        matrix[:start, start:stop].copy_(matrix[start:stop, :start].T)
+    return matrix
 
 
 def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:
@@ -192,4 +202,4 @@ def gram_of_columns(factor: FisherFactor, scale: Tensor) -> Tensor:
     result = torch.zeros(n, n, dtype=scale.dtype, device=scale.device)
     for index in torch.split(scale.nonzero().squeeze(1), factor.column_limit):
         add_gram_(result, factor.columns(index), scale[index])  # without a name, a block is gone before the next
-    return mirror_lower(result)
+    return mirror_lower_(result)

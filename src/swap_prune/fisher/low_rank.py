@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.blocked import column_limit
-from swap_prune.fisher.factor import add_gram_, add_squares_, mirror_lower
+from swap_prune.fisher.factor import add_gram_, add_squares_, mirror_lower_
 
 __all__ = ["LowRankFactor", "OuterRows", "PlainRows"]
 
@@ -247,7 +247,7 @@ class LowRankFactor:
                 continue
             for index in part.nonzero().squeeze(1).split(block):  # type: ignore[no-untyped-call]
                 add_gram_(result, layer.columns(index), part[index])
-        return mirror_lower(result)
+        return mirror_lower_(result)
 
     def rows(self, index: Tensor) -> LowRankFactor:
         """Return the factor of some rows."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
@@ -20,7 +21,7 @@ from swap_prune.methods.descent import held_out_losses, is_significant, kept_set
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric, damped_metric
-from swap_prune.regression.objective import WeightedRidge
+from swap_prune.regression.objective import ScaledGram, WeightedRidge
 from swap_prune.regression.swap import swap_weights
 from swap_prune.regression.top_k import Floors
 
@@ -199,6 +200,7 @@ class _Contest:
         self._best: _Fitted | None = None
         self._least = (True, math.inf)  # of the best: whether it has lost all, and its mean loss
         self._last: _Fitted | None = None
+        self._first: dict[tuple[float, Metric], ScaledGram] = {}  # where the path of each metric begins
         self._blank: Tensor | None = None
 
     @property
@@ -218,7 +220,7 @@ class _Contest:
                 self._last = None  # its vectors are of no use any more
 
     def _enter(self, candidate: Candidate) -> None:
-        fitted = _fit(self._settings, self._problem, candidate, self._diagonal, self._target, self._last)
+        fitted = self._fit(candidate)
         self._last, blank = fitted, self._blank
         loss = 0.0 if fitted.losses is None else mean_loss(fitted.losses)
         self._tried.append(candidate._asdict() | {"held_out_loss": loss})
@@ -229,6 +231,25 @@ class _Contest:
             self._tried[-1]["loss_after_steps"] = loss
         if self._best is None or (lost, loss) < self._least:
             self._best, self._least = fitted, (lost, loss)
+
+    def _fit(self, candidate: Candidate) -> _Fitted:
+        """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
+        return_free_memory()  # the heap grows with each fit, whose vectors come and go
+        regression = pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
+        near = self._last.fit if self._last is not None and self._last.candidate[1:] == candidate[1:] else None
+        known = None if near is None or near.refit is None else near.refit.gram
+        metric = (candidate.damping, candidate.metric)
+        fit = solve_sparse(
+            regression,
+            self._problem.keep,
+            start=None if near is None else near.support,
+            previous=self._first.get(metric) if near is None else known,
+            max_iterations=self._settings.iterations,
+        )
+        if fit.first is not None:
+            self._first[metric] = fit.first
+            fit = replace(fit, first=None)
+        return _Fitted(candidate, fit, None if self._problem.held_out is None else held_out_losses(self._problem, fit))
 
 
 def fair_floors(problem: PruningProblem, share: float) -> Floors:
@@ -256,28 +277,6 @@ def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
     bounds = torch.tensor([(place.start, place.stop) for place in places], device=support.device)
     counts = torch.searchsorted(support, bounds).diff(dim=1).squeeze(1)
     return bool((counts < torch.tensor(least, device=support.device)).any())
-
-
-def _fit(
-    settings: RegressionSettings,
-    problem: PruningProblem,
-    candidate: Candidate,
-    diagonal: Tensor,
-    target: Tensor,
-    last: _Fitted | None,
-) -> _Fitted:
-    """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
-    return_free_memory()  # the heap grows with each fit, whose vectors come and go
-    regression = pairing_regression(problem, *candidate, diagonal=diagonal, target=target)
-    near = last.fit if last is not None and last.candidate[1:] == candidate[1:] else None
-    fit = solve_sparse(
-        regression,
-        problem.keep,
-        start=None if near is None else near.support,
-        previous=None if near is None or near.refit is None else near.refit.gram,
-        max_iterations=settings.iterations,
-    )
-    return _Fitted(candidate, fit, None if problem.held_out is None else held_out_losses(problem, fit))
 
 
 def _swapped(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "check_no_inference", "eval_mode", "exact_kernels", "slow_attention", "training_mode"]
+__all__ = [
+    "batch_statistics",
+    "check_no_inference",
+    "eval_mode",
+    "exact_kernels",
+    "slow_attention",
+    "training_mode",
+    "uncompiled",
+]
 
 
 def check_no_inference(model: nn.Module) -> None:
@@ -80,6 +89,15 @@ def slow_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run a block in which what ``torch.compile`` wraps runs as it was written.
+
+    What was compiled before does not see hooks that come later. Where no compiler is loaded nothing is compiled, and
+    none need be loaded to say so: that takes longer than many a run.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class SparseFit:
         iterations: Accepted iterations.
         converged: Whether the search ended because nothing more was to be gained.
         refit: The refit behind the weights, for those who go on from there.
+        first: The Gram matrix of the path's first refit, if there was one: a path in the same metric begins there.
         swaps: Pairs of weights that changed places since (:mod:`swap_prune.regression.swap`).
     """
 
@@ -50,6 +51,7 @@ class SparseFit:
     iterations: int
     converged: bool
     refit: Refit | None = None
+    first: ScaledGram | None = None
     swaps: int = 0
 
 
@@ -72,13 +74,17 @@ def solve_sparse(
         problem: The regression.
         keep: k, ``1 <= k <= p``.
         start: Indices of a first support, (k,); by default the end of the path.
-        previous: That of a refit of the same factor and metric near that support.
+        previous: That of a refit of the same factor and metric near the first support, or near that of the path.
         max_iterations: Gradient steps tried.
 
     Returns:
         The best weights found.
     """
-    support, known = (start, previous) if start is not None else shrink_support(problem, keep)
+    first = None
+    if start is None:
+        support, known, first = shrink_support(problem, keep, previous)
+    else:
+        support, known = start, previous
     refit = problem.refit(support, known)
     value = problem.value_of(refit)
     iteration, converged = 0, False
@@ -93,21 +99,25 @@ def solve_sparse(
             iteration += 1
         else:
             converged = True
-    return SparseFit(refit.weights, support, value, iteration, converged, refit.lighter())
+    return SparseFit(refit.weights, support, value, iteration, converged, refit.lighter(), first)
 
 
-def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE) -> tuple[Tensor, ScaledGram | None]:
+def shrink_support(
+    problem: WeightedRidge, keep: int, previous: ScaledGram | None = None, share: float = _PATH_SHARE
+) -> tuple[Tensor, ScaledGram | None, ScaledGram | None]:
     """Follow the path from about ``_PATH_START`` of the weights down to ``keep`` of them.
 
     Args:
         problem: The regression.
         keep: k, ``1 <= k <= p``.
+        previous: The Gram matrix of another path's first refit, of the same factor and metric.
         share: Share of the weights that one step keeps, in (0, 1).
 
     Returns:
-        Indices of the support, (k,), in increasing order, and the Gram matrix of the path's last refit, if it had any.
+        Indices of the support, (k,), in increasing order, and the Gram matrices of the path's last and first refit, if
+        there were any.
     """
-    w, known = problem.reference, None
+    w, known, beginning = problem.reference, previous, None
     first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / share)))
     steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
     for step in range(1, steps + 1):
@@ -118,7 +128,8 @@ def shrink_support(problem: WeightedRidge, keep: int, share: float = _PATH_SHARE
             refit = problem.refit(support, known)
             w, known = refit.weights, refit.gram
             del refit
-    return support, known
+            beginning = known if step == 1 else beginning
+    return support, known, beginning
 
 
 def _next_support(problem: WeightedRidge, w: Tensor, gradient: Tensor, keep: int) -> Tensor:
