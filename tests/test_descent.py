@@ -9,7 +9,7 @@ import torch
 
 from swap_prune import EWR
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import damping_of, is_significant, loss_after_steps, mean_loss, step_down
+from swap_prune.methods.descent import damping_of, is_significant, mean_loss, step_down, take_steps
 from swap_prune.methods.pairing import pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
@@ -126,12 +126,36 @@ def test_steps_do_not_depend_on_the_unit_of_the_gradients():
         assert torch.allclose(steps[0], steps[1], rtol=1e-3, atol=1e-5), metric
 
 
-def test_a_loss_that_is_not_a_number_is_infinite_and_one_sample_of_it_counts_as_blank():
+def test_a_loss_that_is_not_a_number_is_infinite():
     assert mean_loss(torch.tensor([1.0, math.nan])) == math.inf
+
+
+def test_steps_are_given_up_a_tenth_behind_a_rival():
+    """Compared after as many steps, or with the rival's end."""
     base = problem_with(None)
     regression, fit = start_of(base)
-    problem = replace(base, held_out=lambda w, kept: torch.tensor([2.0, 3.0, 50.0, 60.0, math.nan]))
-    assert loss_after_steps(problem, regression, fit, torch.full((5,), 2.5)) == pytest.approx((2 + 4 * 2.5) / 5)
+    goal = fit.weights + 1.0
+    slopes = []
+
+    def slope(w, kept):
+        slopes.append(w)
+        return w - goal
+
+    problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
+    alone = take_steps(problem, regression, fit)
+    assert len(alone.lengths) >= 4 and len(alone.losses) == len(alone.lengths) + 1
+    assert alone.losses == sorted(alone.losses, reverse=True)
+    moved = alone.applied_to(fit).weights
+    assert float((moved - goal).square().mean()) == pytest.approx(alone.losses[-1])
+    assert torch.equal(moved != 0, fit.weights != 0)
+    near = take_steps(problem, regression, fit, [0.92 * loss for loss in alone.losses])
+    assert torch.equal(near.values, alone.values) and near.lengths == alone.lengths
+    slopes.clear()
+    ahead = [*alone.losses[:2], 0.9 * alone.losses[2], *alone.losses[3:]]
+    assert take_steps(problem, regression, fit, ahead) is None and len(slopes) == 2
+    slopes.clear()
+    short = [*alone.losses[:2], 0.9 * alone.losses[-1]]
+    assert take_steps(problem, regression, fit, short) is None and len(slopes) == 2
 
 
 def test_without_confidence_a_coupling_is_left(monkeypatch):

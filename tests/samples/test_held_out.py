@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR, prune
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import loss_after_steps, polyak_length, step_down
+from swap_prune.methods.descent import polyak_length, step_down
 from swap_prune.methods.pairing import candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit, solve_sparse
@@ -48,64 +48,6 @@ def test_the_candidate_that_held_out_samples_favour_is_taken(favoured: int) -> N
     assert torch.equal(solution.weights, seen[favoured]) and len(seen) == 4
     alone = LR(**expected._asdict(), first_order=0, swaps=0).solve(problem_with(None), torch.Generator())
     assert torch.equal(alone.weights, solution.weights)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "taken"),
-    [
-        ((5.0, 4.0, 3.0, 2.0), (0.9, 0.1, 0.8, 0.7), 1),  # all have lost all: one step from each
-        ((5.0, math.inf, 3.0, math.inf), (0.9, 0.0, 0.8, 0.0), 2),
-        ((5.0, 4.0, 0.9, 2.0), (0.1, 0.1, 0.9, 0.1), 2),  # one has not, and the last is not looked at further
-        ((0.3, 4.0, 0.9, 2.0), (0.3, 0.1, 0.9, 0.1), 0),
-    ],
-)
-def test_candidates_that_have_lost_all_are_compared_after_steps(
-    before: tuple[float, ...], after: tuple[float, ...], taken: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Tensor] = []
-
-    def held_out(w: Tensor, kept: Tensor) -> Tensor:
-        seen.append(w)
-        return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
-
-    def loss_after_steps(problem: PruningProblem, regression: object, fit: SparseFit, blank: Tensor) -> float:
-        assert torch.equal(fit.weights, seen[-1]) and bool((blank == 1).all())
-        return after[len(seen) - 1]
-
-    monkeypatch.setattr("swap_prune.methods.pairing.loss_after_steps", loss_after_steps)
-    monkeypatch.setattr("swap_prune.methods.lr.step_down", lambda problem, regression, fit, length: (fit, []))
-    problem = replace(problem_with(held_out), blank=lambda: torch.ones(3))
-    solution = LR(swaps=0).solve(problem, torch.Generator())
-    candidates = solution.evidence["candidates"]
-    assert [one.get("held_out_loss", math.inf) for one in candidates] == list(before)
-    assert torch.equal(solution.weights, seen[taken])
-    first = next((number for number, loss in enumerate(before) if loss < 1), 4)
-    for number, one in enumerate(candidates):
-        asked = number < first and before[number] < math.inf
-        assert one.get("loss_after_steps") == (after[number] if asked else None)
-
-
-def test_the_loss_after_steps_is_that_of_the_samples_that_are_not_lost() -> None:
-    """Of five samples two fall as far as three steps go, and three stay where they say nothing."""
-    start: list[Tensor] = []
-
-    def held_out(w: Tensor, kept: Tensor) -> Tensor:
-        moved = float((w - start[0]).norm()) if start else 0.0
-        return torch.tensor([2.0 - moved, 3.0 - moved, 50.0, 60.0, math.nan]).nan_to_num(70.0)
-
-    problem = problem_with(held_out)
-    diagonal = problem.fisher().diagonal()
-    regression = pairing_regression(problem, 0.1, 1.0, diagonal=diagonal)
-    fit = solve_sparse(regression, 15)
-    start.append(fit.weights)
-    found = loss_after_steps(problem, regression, fit, torch.full((5,), 2.5))
-    _, lengths = step_down(problem, regression, fit, "auto")
-    descent, w = NaturalGradient.on(regression, fit.support, 0.1, fit.refit), fit.weights
-    assert len(lengths) > 3
-    for length in lengths[:3]:
-        w = w + length * descent.direction(problem.slope(w, None))
-    moved = float((w - fit.weights).norm())
-    assert found == pytest.approx((min(2.5, 2 - moved) + min(2.5, 3 - moved) + 3 * 2.5) / 5, rel=1e-5)
 
 
 def test_the_first_candidate_is_taken_where_nothing_is_held_out() -> None:
@@ -147,20 +89,28 @@ def test_floors_are_tried_where_a_layer_is_starved_and_taken_where_held_out_samp
 
     solution = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0).solve(starving(gains), torch.Generator())
     floors = [one["floor"] for one in solution.evidence["candidates"]]
-    assert floors == [0.0] * 3 + [0.5] * 3 + [0.75]
-    assert all(kept[0] < 14 for kept in asked[:3]) and [kept[0] for kept in asked[3:]] == [14] * 3 + [20]
+    assert floors == [0.0, 0.5, 0.75, 0.5, 0.5], "the others with the floor that the first has come to"
+    assert asked[0][0] < 14 and [kept[0] for kept in asked[1:]] == [14, 20, 14, 14]
     assert solution.evidence["floor"] == 0.5 and kept_by_layer(solution.kept) == [14, 26]
     again = LR(metric="diagonal", damping=1.0, first_order=0).solve(starving(gains), torch.Generator())
     assert kept_by_layer(again.kept)[0] >= 14, "swaps keep to it"
 
 
-def test_the_higher_floor_is_tried_with_the_best_of_those_with_the_lower() -> None:
-    """Of three candidates the first is best without a floor, the last with one."""
-    losses = iter([0.7, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3])
-    problem = starving(lambda w, kept: torch.full((5,), next(losses)))
-    solution = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0).solve(problem, torch.Generator())
-    *others, last = solution.evidence["candidates"]
-    assert (last["floor"], last["ridge"]) == (0.75, others[5]["ridge"]) and last["ridge"] != others[0]["ridge"]
+def test_floors_that_the_others_are_tried_with() -> None:
+    """With the low one and the one that the first has come to; the best of them with those that it starves under."""
+    method = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0)
+    for losses, expected in (
+        ((0.7, 0.6, 0.5, 0.9, 0.8, 0.8, 0.7), (0, 0.5, 0.75, 0.5, 0.75, 0.5, 0.75)),
+        ((0.7, 0.6, 0.8, 0.9, 0.5, 0.4), (0, 0.5, 0.75, 0.5, 0.5, 0.75)),
+        ((0.5, 0.6, 0.8, 0.9, 0.4, 0.3, 0.2), (0, 0.5, 0.75, 0, 0, 0.5, 0.75)),
+    ):
+        left = iter(losses)
+        problem = starving(lambda w, kept, left=left: torch.full((5,), next(left)))
+        tried = method.solve(problem, torch.Generator()).evidence["candidates"]
+        assert tuple(one["floor"] for one in tried) == expected
+        assert tuple(one["held_out_loss"] for one in tried) == pytest.approx(losses)
+        if tried[-1]["ridge"] != tried[-2]["ridge"]:
+            raise AssertionError("the floor is raised of the best, which is the last before it")
 
 
 def test_a_path_begins_once_in_each_metric(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +123,8 @@ def test_a_path_begins_once_in_each_metric(monkeypatch: pytest.MonkeyPatch) -> N
         return gram(self, scale)
 
     monkeypatch.setattr(DenseFactor, "gram", counted)
-    problem = starving(lambda w, kept: torch.ones(5))
+    losses = iter([0.9, 0.8, 0.7] * 3)
+    problem = starving(lambda w, kept: torch.full((5,), next(losses)))
     solution = LR(first_order=0, swaps=0).solve(problem, torch.Generator())
     assert len(solution.evidence["candidates"]) == 9
     assert columns.count(max(columns)) == 4 and max(columns) > 40
@@ -184,7 +135,7 @@ def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
         return torch.ones(5)
 
     tried = LR(first_order=0, swaps=0).solve(starving(equal), torch.Generator())
-    assert tried.evidence["floor"] == 0.0 and len(tried.evidence["candidates"]) == 9
+    assert tried.evidence["floor"] == 0.0 and len(tried.evidence["candidates"]) == 3 + 3
     for settings, held_out in (({"floor": 0}, equal), ({}, None)):
         alone = LR(first_order=0, swaps=0, **settings).solve(starving(held_out), torch.Generator())
         assert torch.equal(alone.kept, tried.kept) and alone.evidence["floor"] == 0.0

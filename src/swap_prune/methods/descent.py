@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +18,13 @@ from swap_prune.regression.objective import WeightedRidge
 
 __all__ = [
     "LEAST_GAIN",
+    "Steps",
     "held_out_loss",
     "held_out_losses",
     "is_significant",
-    "loss_after_steps",
     "mean_loss",
     "step_down",
+    "take_steps",
 ]
 
 _STEPS = 12  # natural-gradient steps a stage in each metric, at the most
@@ -31,7 +34,25 @@ _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of sin
 _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
-_COMPARED = 3  # steps after which candidates that have lost all are compared
+_BEHIND = 0.1  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
+
+
+class Steps(NamedTuple):
+    """Steps that were taken from a fit.
+
+    Attributes:
+        values: Where they led: w on the support, (k,).
+        lengths: Of each.
+        losses: Mean losses on held-out samples, before the first and after each.
+    """
+
+    values: Tensor
+    lengths: list[float]
+    losses: list[float]
+
+    def applied_to(self, fit: SparseFit) -> SparseFit:
+        """Return the fit that they were taken from with its weights moved."""
+        return replace(fit, weights=torch.zeros_like(fit.weights).index_copy_(0, fit.support, self.values))
 
 
 def step_down(
@@ -55,10 +76,32 @@ def step_down(
         descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
-    walk = _Walk(problem, fit)
-    taken = walk.descend(NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit))
-    taken += walk.descend(_in_second_metric(regression, fit.support))
-    return walk.fit, taken
+    steps = take_steps(problem, regression, fit)
+    assert steps is not None, "there is no rival"
+    return steps.applied_to(fit), steps.lengths
+
+
+def take_steps(
+    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, rival: Sequence[float] = ()
+) -> Steps | None:
+    """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
+
+    Args:
+        problem: The pruning problem, with held-out samples and a slope.
+        regression: The regression that was solved.
+        fit: Its sparse solution.
+        rival: Mean held-out losses of other steps, before the first and after each.
+
+    Returns:
+        The steps; None where they were given up, a tenth of the loss behind a rival.
+    """
+    walk = _Walk(problem, fit, rival, [held_out_loss(problem, fit)])
+    walk.descend(NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit))
+    if not walk.is_behind:
+        walk.descend(_in_second_metric(regression, fit.support))
+    if walk.is_behind:
+        return None
+    return Steps(walk.fit.weights.index_select(0, fit.support), walk.lengths, walk.losses)
 
 
 def _in_second_metric(regression: WeightedRidge, support: Tensor) -> NaturalGradient:
@@ -74,24 +117,6 @@ def damping_of(regression: WeightedRidge) -> float:
     return _STEP_RIDGE
 
 
-def loss_after_steps(problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, blank: Tensor) -> float:
-    """Return the mean loss on held-out samples after a few steps, none counting for more than without any weight.
-
-    Far from where the Fisher describes the network, a mean is ruled by how sure the network is where it is wrong. Steps
-    mend that soon. What they build on are the samples that are not lost.
-
-    Args:
-        problem: The pruning problem, with held-out samples and a slope.
-        regression: The regression that was solved.
-        fit: Its sparse solution.
-        blank: Losses of the network without any of the p weights, (n_v,).
-    """
-    descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-    walk = _Walk(problem, fit)
-    walk.descend(descent, _COMPARED)
-    return mean_loss(torch.fmin(held_out_losses(problem, walk.fit), blank))
-
-
 @dataclass
 class _Walk:
     """Steps taken as long as held-out samples gain.
@@ -99,33 +124,46 @@ class _Walk:
     Attributes:
         problem: The pruning problem, with held-out samples and a slope.
         fit: Where they have come to. Nothing else should hold its weights: they are as large as p.
-        slope: gamma there, (p,), where it is known: when no length gained.
+        rival: Mean held-out losses of another walk; empty: there is none.
+        losses: Those of this one, before the first step and after each.
+        lengths: Of the steps.
+        slope: gamma at the fit, (p,), where it is known: when no length gained.
     """
 
     problem: PruningProblem
     fit: SparseFit
+    rival: Sequence[float]
+    losses: list[float]
+    lengths: list[float] = field(default_factory=list)
     slope: Tensor | None = None
 
-    def descend(self, descent: NaturalGradient, steps: int = _STEPS) -> list[float]:
-        """Go on where a model says, a number of steps at the most; returns their lengths."""
+    @property
+    def is_behind(self) -> bool:
+        """Whether the rival was that much lower after as many steps, or at its end."""
+        if not self.rival:
+            return False
+        its = self.rival[min(len(self.losses), len(self.rival)) - 1]
+        return self.losses[-1] > its + _BEHIND * abs(its)
+
+    def descend(self, descent: NaturalGradient) -> None:
+        """Go on where a model says, a number of steps at the most."""
         assert self.problem.slope is not None, "the caller checks"
-        least = held_out_loss(self.problem, self.fit)
-        taken: list[float] = []
-        for _ in range(steps):
+        length = _FIRST_LENGTH
+        for _ in range(_STEPS):
             if self.slope is None:
                 self.slope = self.problem.slope(self.fit.weights, kept_set(self.fit))
-            direction = descent.direction(self.slope)
-            start = min(taken[-1] if taken else _FIRST_LENGTH, polyak_length(self.slope, direction, least))
+            direction, least = descent.direction(self.slope), self.losses[-1]
+            start = min(length, polyak_length(self.slope, direction, least))
             step, reached = line_search(self.problem, self.fit, direction, start, least)
             if step == 0:
                 break
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
             del direction  # before the next one is there
-            taken.append(step)
-            if least - reached < LEAST_GAIN * abs(least):
+            length = step
+            self.lengths.append(step)
+            self.losses.append(reached)
+            if least - reached < LEAST_GAIN * abs(least) or self.is_behind:
                 break
-            least = reached
-        return taken
 
 
 def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:

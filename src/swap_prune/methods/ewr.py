@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import is_number, whole_number
+from swap_prune.methods.contest import fit_pairing
 from swap_prune.methods.descent import LEAST_GAIN, held_out_losses, is_significant, mean_loss, step_down
 from swap_prune.methods.pairing import (
     candidates_of,
     check_regression_settings,
     chooses,
-    fit_pairing,
     pairing_regression,
     solution_of,
 )
@@ -104,12 +104,13 @@ class EWR:
             return problem.trivial_solution()
         if self.solver == "algorithm1":
             return self._algorithm_1(problem)
-        pairing, paired, evidence = fit_pairing(self, problem)
-        coupling, reason = self._coupling(pairing, paired, generator)
+        paired = fit_pairing(self, problem)
+        pairing, evidence = paired.regression, paired.evidence
+        coupling, reason = self._coupling(pairing, paired.fit, generator)
         evidence |= reason
-        fit, steps = step_down(problem, pairing, paired, self.first_order)
+        fit, steps = paired.after_steps(problem, self.first_order)
         if coupling.anchor > 0:
-            coupled = self._coupled(pairing, paired, coupling)
+            coupled = self._coupled(pairing, paired.fit, coupling)
             moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order)
             if self._earns_its_place(problem, fit, moved, evidence):
                 fit, steps = moved, coupled_steps

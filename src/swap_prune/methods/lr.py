@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from swap_prune.methods.descent import step_down
-from swap_prune.methods.pairing import check_regression_settings, chooses, fit_pairing, solution_of
+from swap_prune.methods.contest import fit_pairing
+from swap_prune.methods.pairing import check_regression_settings, chooses, solution_of
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.metric import Metric
 
@@ -65,6 +65,6 @@ class LR:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):
             return problem.trivial_solution()
-        regression, fit, evidence = fit_pairing(self, problem)
-        fit, steps = step_down(problem, regression, fit, self.first_order)
-        return solution_of(fit, evidence | {"first_order": steps})
+        paired = fit_pairing(self, problem)
+        fit, steps = paired.after_steps(problem, self.first_order)
+        return solution_of(fit, paired.evidence | {"first_order": steps})

@@ -1,0 +1,249 @@
+"""Which candidate for ridge, damping, metric and floors: fitted, and compared on held-out samples.
+
+Ridge, damping and metric that are ``"auto"`` are chosen together, then swaps are taken where they gain.
+
+Place in the pipeline: what LR and EWR begin with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swap_prune.memory.process import return_free_memory
+from swap_prune.methods.descent import Steps, held_out_losses, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.pairing import Candidate, RegressionSettings, candidates_of, fair_floors, pairing_regression
+from swap_prune.problem import PruningProblem
+from swap_prune.regression.iht import SparseFit, solve_sparse
+from swap_prune.regression.metric import Metric
+from swap_prune.regression.objective import ScaledGram, WeightedRidge
+from swap_prune.regression.swap import swap_weights
+
+__all__ = ["Paired", "fit_pairing"]
+
+_FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
+
+
+class _Fitted(NamedTuple):
+    """A candidate's sparse fit.
+
+    Its regression is stated anew where it is asked for: the metric is as large as p.
+
+    Attributes:
+        candidate: What was solved.
+        fit: Its solution.
+        losses: On held-out samples, (n_v,), where there are any.
+        steps: Those taken from it, if any were.
+    """
+
+    candidate: Candidate
+    fit: SparseFit
+    losses: Tensor | None
+    steps: Steps | None = None
+
+
+class Paired(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        regression: The regression.
+        fit: Its solution.
+        steps: Those taken from it, where it was chosen after them.
+        evidence: For the report.
+    """
+
+    regression: WeightedRidge
+    fit: SparseFit
+    steps: Steps | None
+    evidence: dict[str, Any]
+
+    def after_steps(self, problem: PruningProblem, length: float | str) -> tuple[SparseFit, list[float]]:
+        """Return the fit after first-order steps, and their lengths; see :func:`step_down`."""
+        if self.steps is None:
+            return step_down(problem, self.regression, self.fit, length)
+        return self.steps.applied_to(self.fit), self.steps.lengths
+
+
+def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired:
+    """Fit with each candidate for ridge, damping and metric, swap weights, and keep what held-out samples favour."""
+    contest = _Contest(settings, problem)
+    contest.hold_all()
+    contest.try_swaps()
+    best, tried = contest.best, contest.tried
+    evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.fit.value, "swaps": best.fit.swaps}
+    if len(tried) > 1:
+        evidence["candidates"] = list(map(_finite, tried))
+    return Paired(contest.stated(best.candidate), best.fit, best.steps, _finite(evidence))
+
+
+class _Contest:
+    """Candidates compared by their held-out losses, where steps will be taken, after them.
+
+    Where a fit ends that many steps start from is not told by where it starts. So one that starts no higher than the
+    best so far takes its steps, until they end or it falls a tenth behind. Those of the best are kept.
+
+    A candidate that is no better than the network without any weight has lost all, and its loss says little about what
+    steps will make of it: beside others like it, it takes all its steps. What counts after them is the mean over
+    samples of which none counts for more than without any weight.
+
+    Where a fit starves a layer, the same candidate is tried with floors. The regression knows what each weight is worth
+    beside those that are there, and not that none of them counts once all of a layer are gone.
+
+    Args:
+        settings: Of the method.
+        problem: The pruning problem.
+    """
+
+    def __init__(self, settings: RegressionSettings, problem: PruningProblem) -> None:
+        self._settings, self._problem = settings, problem
+        fisher = problem.fisher()
+        self._diagonal, self._target = fisher.diagonal(), fisher.matvec(problem.reference)
+        self.tried: list[dict[str, Any]] = []  # for the report
+        self._best: _Fitted | None = None
+        self._least = math.inf  # mean loss of the best
+        self._last: _Fitted | None = None
+        self._first: dict[tuple[float, Metric], ScaledGram] = {}  # where the path of each metric begins
+        self._seen = set[Candidate]()
+        asked = settings.first_order == "auto" and problem.held_out is not None
+        self._takes_steps = asked and problem.slope is not None
+        self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
+
+    @property
+    def best(self) -> _Fitted:
+        """The best of all so far: nothing else should hold it while others are fitted."""
+        assert self._best is not None, "there is at least one candidate"
+        return self._best
+
+    def hold_all(self) -> None:
+        """Fit and compare the candidates: the first with floors as well, the others with those that it has come to."""
+        candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
+        if self._problem.held_out is None:
+            candidates = candidates[:1]
+        if self._takes_steps:
+            candidates.sort(key=lambda one: -one.damping)  # a metric that trusts no single weight gains most
+        if self._settings.floor != "auto" or self._problem.held_out is None:
+            self._hold(candidates)
+            return
+        self._hold(candidates[:1])
+        self._raise_floor()
+        floor = self.best.candidate.floor
+        floors = sorted({floor, min(floor, _FLOORS[0])})
+        self._hold([one._replace(floor=each) for one in candidates[1:] for each in floors])
+        self._raise_floor()
+
+    def try_swaps(self) -> None:
+        """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
+        return_free_memory()
+        best = self.best
+        swapped = swap_weights(self.stated(best.candidate), best.fit, self._settings.swaps, self._diagonal)
+        if not swapped.swaps:
+            return
+        if best.losses is None:
+            self._best = best._replace(fit=swapped)
+            return
+        after = held_out_losses(self._problem, swapped)
+        entry = best.candidate._asdict() | {"swaps": swapped.swaps, "held_out_loss": mean_loss(after)}
+        self.tried.append(entry)
+        if is_significant(best.losses - after):
+            self._judge(_Fitted(best.candidate, swapped, after), entry)
+
+    def stated(self, candidate: Candidate) -> WeightedRidge:
+        """State the regression of a candidate."""
+        return pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
+
+    def _hold(self, candidates: Sequence[Candidate]) -> None:
+        """Fit candidates, and compare them with the best so far."""
+        for candidate, following in zip_longest(candidates, candidates[1:]):
+            self._enter(candidate)
+            if following is None or following[1:] != candidate[1:]:
+                self._last = None  # its vectors are of no use any more
+
+    def _raise_floor(self) -> None:
+        """Try the best with each floor under which it leaves a layer."""
+        for floor in _FLOORS:
+            raised = self.best.candidate._replace(floor=floor)
+            higher = floor > self.best.candidate.floor and raised not in self._seen
+            if higher and _is_starved(self._problem, self.best.fit.support, floor):
+                self._hold([raised])
+
+    def _enter(self, candidate: Candidate) -> None:
+        self._seen.add(candidate)
+        fitted = self._fit(candidate)
+        self._last = fitted
+        loss = 0.0 if fitted.losses is None else mean_loss(fitted.losses)
+        self.tried.append(candidate._asdict() | {"held_out_loss": loss})
+        self._judge(fitted, self.tried[-1])
+
+    def _judge(self, fitted: _Fitted, entry: dict[str, Any]) -> None:
+        """Keep a fit where it is the best, after steps where they are taken."""
+        loss: float = entry["held_out_loss"]
+        if self._takes_steps:
+            fitted = self._after_steps(fitted, loss)
+            if fitted.steps is None:
+                return
+            loss = entry["loss_after_steps"] = self._level(fitted)
+        if self._best is None or loss < self._least:
+            self._best, self._least = fitted, loss
+
+    def _after_steps(self, fitted: _Fitted, loss: float) -> _Fitted:
+        """Take steps from a fit, if it may; without any, it has fallen behind."""
+        rival: Sequence[float] = ()
+        if self._best is not None and self._best.steps is not None:
+            rival = self._best.steps.losses
+            if self._has_lost(loss) and self._has_lost(rival[0]):
+                rival = ()
+            elif loss > rival[0]:
+                return fitted
+        return fitted._replace(steps=take_steps(self._problem, self.stated(fitted.candidate), fitted.fit, rival))
+
+    def _has_lost(self, loss: float) -> bool:
+        """Whether a mean loss is no less than without any weight."""
+        return self._blank is not None and loss >= mean_loss(self._blank)
+
+    def _level(self, fitted: _Fitted) -> float:
+        """Return the mean held-out loss after steps, none counting for more than without any weight."""
+        assert fitted.steps is not None, "the caller checks"
+        if self._blank is None:
+            return fitted.steps.losses[-1]
+        losses = held_out_losses(self._problem, fitted.steps.applied_to(fitted.fit))
+        return mean_loss(torch.fmin(losses, self._blank))
+
+    def _fit(self, candidate: Candidate) -> _Fitted:
+        """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
+        return_free_memory()  # the heap grows with each fit, whose vectors come and go
+        near = self._last.fit if self._last is not None and self._last.candidate[1:] == candidate[1:] else None
+        known = None if near is None or near.refit is None else near.refit.gram
+        metric = (candidate.damping, candidate.metric)
+        fit = solve_sparse(
+            self.stated(candidate),
+            self._problem.keep,
+            start=None if near is None else near.support,
+            previous=self._first.get(metric) if near is None else known,
+            max_iterations=self._settings.iterations,
+        )
+        if fit.first is not None:
+            self._first[metric] = fit.first
+            fit = replace(fit, first=None)
+        return _Fitted(candidate, fit, None if self._problem.held_out is None else held_out_losses(self._problem, fit))
+
+
+def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
+    """Whether a support, in increasing order, leaves a layer fewer weights than its fair floor."""
+    floors = fair_floors(problem, share)
+    if not floors:
+        return False
+    places, least = zip(*floors, strict=True)
+    bounds = torch.tensor([(place.start, place.stop) for place in places], device=support.device)
+    counts = torch.searchsorted(support, bounds).diff(dim=1).squeeze(1)
+    return bool((counts < torch.tensor(least, device=support.device)).any())
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the numbers that JSON cannot hold."""
+    return {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}

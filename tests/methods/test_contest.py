@@ -1,0 +1,137 @@
+"""Candidates are compared where their steps end, and take no more of them than that needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from swap_prune import EWR, LR
+from swap_prune.methods import contest
+from swap_prune.methods.descent import Steps, take_steps
+from swap_prune.problem import PruningProblem
+from swap_prune.regression.iht import SparseFit
+from tests.samples.test_held_out import problem_with
+
+Taken = tuple[int, tuple[float, ...]]
+
+
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, before: Sequence[float], after: Sequence[float | None]
+) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor], list[Taken]]:
+    """Held-out losses of each candidate as it starts, and where its steps end; None: they are given up."""
+    seen, taken = list[Tensor](), list[Taken]()
+
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        seen.append(w)
+        return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
+
+    def steps(problem: object, regression: object, fit: SparseFit, rival: Sequence[float] = ()) -> Steps | None:
+        number = len(seen) - 1
+        assert torch.equal(fit.weights, seen[number])
+        taken.append((number, tuple(rival)))
+        end = after[number]
+        return None if end is None else Steps(fit.weights[fit.support], [], [before[number], end])
+
+    monkeypatch.setattr(contest, "take_steps", steps)
+    return held_out, seen, taken
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "best", "taken"),
+    [
+        ((0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.2, 0.0), 2, [(0, ()), (2, (0.5, 0.3))]),  # only what starts no higher
+        ((0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.35, 0.1), 3, [(0, ()), (2, (0.5, 0.3)), (3, (0.5, 0.3))]),
+        ((0.5, 0.5, 0.4, 0.3), (0.3, None, None, None), 0, [(0, ()), *((i, (0.5, 0.3)) for i in (1, 2, 3))]),
+        ((0.5, math.inf, 0.4, math.inf), (0.3, 0.1, 0.4, 0.1), 0, [(0, ()), (2, (0.5, 0.3))]),
+    ],
+)
+def test_candidates_are_compared_where_their_steps_end(
+    before: tuple[float, ...],
+    after: tuple[float | None, ...],
+    best: int,
+    taken: list[Taken],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held_out, seen, walked = scripted(monkeypatch, before, after)
+    solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+    candidates = solution.evidence["candidates"]
+    assert [one.get("held_out_loss", math.inf) for one in candidates] == pytest.approx(list(before))
+    assert [one["damping"] for one in candidates] == [30.0, 30.0, 1.0, 1.0], "first those that gain most"
+    assert walked == taken and torch.equal(solution.weights, seen[best])
+    asked = {number for number, _ in taken}
+    ends = [after[number] if number in asked else None for number in range(4)]
+    assert [one.get("loss_after_steps") for one in candidates] == ends
+
+
+def test_candidates_that_have_lost_all_take_all_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they start says nothing; one that has not lost all goes on against what starts no higher."""
+    before = (5.0, 6.0, math.inf, 7.0)
+    held_out, seen, taken = scripted(monkeypatch, before, (0.9, 0.7, 0.8, 0.95))
+    blank = torch.ones(3, dtype=torch.float64)
+    method = LR(swaps=0, floor=0)
+    monkeypatch.setattr(contest._Contest, "_level", lambda _self, fitted: fitted.steps.losses[-1])
+    solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
+    assert taken == [(number, ()) for number in range(4)] and torch.equal(solution.weights, seen[1])
+    held_out, seen, taken = scripted(monkeypatch, (5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6))
+    solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
+    assert taken == [(0, ()), (1, (5.0, 0.7)), (2, ()), (3, (5.0, 0.7))] and torch.equal(solution.weights, seen[3])
+
+
+def test_no_sample_counts_for_more_than_without_any_weight() -> None:
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.tensor([2.0, 3.0, 50.0, 60.0, math.nan])
+
+    problem = replace(problem_with(held_out), blank=lambda: torch.full((5,), 2.5))
+    evidence = LR(swaps=0, floor=0).solve(problem, torch.Generator()).evidence
+    expected = pytest.approx((2 + 4 * 2.5) / 5)
+    assert [one["loss_after_steps"] for one in evidence["candidates"]] == [expected] * 4
+
+
+def bowl(monkeypatch: pytest.MonkeyPatch) -> tuple[PruningProblem, list[Tensor], list[int]]:
+    """A problem whose loss is the distance to weights a little off, and what is counted on it."""
+    base = problem_with(None)
+    goal, slopes, steps = base.reference + 0.5, list[Tensor](), list[int]()
+
+    def slope(w: Tensor, kept: Tensor) -> Tensor:
+        slopes.append(w.clone())
+        return (w - goal) * kept
+
+    def counted(*arguments: object) -> Steps | None:
+        before = len(slopes)
+        found = take_steps(*arguments)  # type: ignore[arg-type]
+        steps.append(len(slopes) - before)
+        return found
+
+    monkeypatch.setattr(contest, "take_steps", counted)
+    problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square().double())
+    return problem, slopes, steps
+
+
+@pytest.mark.parametrize("method", [LR(swaps=0, floor=0), EWR(swaps=0, floor=0, anchor=0.0)])
+def test_the_steps_of_the_best_are_not_taken_again(method: LR | EWR, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, slopes, steps = bowl(monkeypatch)
+    solution = method.solve(problem, torch.Generator())
+    assert len(slopes) == sum(steps) > 0
+    chosen = {key: solution.evidence[key] for key in ("ridge", "damping", "metric")}
+    alone = LR(**chosen, swaps=0, floor=0).solve(problem, torch.Generator())
+    assert torch.equal(solution.weights, alone.weights)
+    assert solution.evidence["first_order"] == alone.evidence["first_order"] != []
+    ends = [one["loss_after_steps"] for one in solution.evidence["candidates"] if "loss_after_steps" in one]
+    assert problem.held_out is not None
+    assert float(problem.held_out(solution.weights, solution.kept).mean()) == pytest.approx(min(ends))
+
+
+def test_swaps_are_judged_after_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They gain at once, and lose where the steps end."""
+    for end, taken in ((0.35, False), (None, False), (0.25, True)):
+        before = (0.5, 0.9, 0.9, 0.9, 0.4)
+        held_out, seen, walked = scripted(monkeypatch, before, (0.3, None, None, None, end))
+        solution = LR(swaps=1, floor=0).solve(problem_with(held_out), torch.Generator())
+        assert walked == [(0, ()), (4, (0.5, 0.3))] and solution.evidence["candidates"][-1]["swaps"] > 0
+        assert torch.equal(solution.weights, seen[4 if taken else 0])
+        assert (solution.evidence["swaps"] > 0) == taken
