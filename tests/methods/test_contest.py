@@ -30,9 +30,11 @@ def scripted(
         seen.append(w)
         return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
 
-    def steps(problem: object, regression: object, fit: SparseFit, rival: Sequence[float] = ()) -> Steps | None:
+    def steps(
+        problem: object, regression: object, fit: SparseFit, rival: Sequence[float] = (), loss: float | None = None
+    ) -> Steps | None:
         number = len(seen) - 1
-        assert torch.equal(fit.weights, seen[number])
+        assert torch.equal(fit.weights, seen[number]) and loss == pytest.approx(before[number])
         taken.append((number, tuple(rival)))
         end = after[number]
         return None if end is None else Steps(fit.weights[fit.support], [], [before[number], end])

@@ -13,11 +13,10 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR, prune
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import polyak_length, step_down
-from swap_prune.methods.pairing import candidates_of, fair_floors, pairing_regression
+from swap_prune.methods.descent import polyak_length
+from swap_prune.methods.pairing import candidates_of, fair_floors
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.regression.iht import SparseFit, solve_sparse
-from swap_prune.regression.natural_gradient import NaturalGradient
+from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.tuning import Coupling
 from swap_prune.samples.batches import batch_size
 from swap_prune.samples.calibration import CalibrationStream

@@ -37,15 +37,30 @@ class _Fitted(NamedTuple):
 
     Attributes:
         candidate: What was solved.
-        fit: Its solution.
+        packed: Its solution, of whose weights only those on the support are held, (k,).
         losses: On held-out samples, (n_v,), where there are any.
         steps: Those taken from it, if any were.
     """
 
     candidate: Candidate
-    fit: SparseFit
+    packed: SparseFit
     losses: Tensor | None
     steps: Steps | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None) -> _Fitted:
+        """Pack a solution."""
+        return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses)
+
+    def fit(self, like: Tensor) -> SparseFit:
+        """Return the solution, its weights as large as another vector, (p,), again."""
+        weights = torch.zeros_like(like).index_copy_(0, self.packed.support, self.packed.weights)
+        return _with_weights(self.packed, weights)
+
+
+def _with_weights(fit: SparseFit, weights: Tensor) -> SparseFit:
+    """Return a fit, and its refit, with weights that are held otherwise."""
+    return replace(fit, weights=weights, refit=None if fit.refit is None else replace(fit.refit, weights=weights))
 
 
 class Paired(NamedTuple):
@@ -76,10 +91,10 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
     contest.hold_all()
     contest.try_swaps()
     best, tried = contest.best, contest.tried
-    evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.fit.value, "swaps": best.fit.swaps}
+    evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
     if len(tried) > 1:
         evidence["candidates"] = list(map(_finite, tried))
-    return Paired(contest.stated(best.candidate), best.fit, best.steps, _finite(evidence))
+    return Paired(contest.stated(best.candidate), best.fit(problem.reference), best.steps, _finite(evidence))
 
 
 class _Contest:
@@ -141,17 +156,21 @@ class _Contest:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
         return_free_memory()
         best = self.best
-        swapped = swap_weights(self.stated(best.candidate), best.fit, self._settings.swaps, self._diagonal)
+        fit = best.fit(self._problem.reference)
+        swapped = swap_weights(self.stated(best.candidate), fit, self._settings.swaps, self._diagonal)
+        del fit
         if not swapped.swaps:
             return
         if best.losses is None:
-            self._best = best._replace(fit=swapped)
+            self._best = _Fitted.of(best.candidate, swapped, None)
             return
         after = held_out_losses(self._problem, swapped)
         entry = best.candidate._asdict() | {"swaps": swapped.swaps, "held_out_loss": mean_loss(after)}
         self.tried.append(entry)
         if is_significant(best.losses - after):
-            self._judge(_Fitted(best.candidate, swapped, after), entry)
+            fitted = _Fitted.of(best.candidate, swapped, after)
+            del swapped
+            self._judge(fitted, entry)
 
     def stated(self, candidate: Candidate) -> WeightedRidge:
         """State the regression of a candidate."""
@@ -169,7 +188,7 @@ class _Contest:
         for floor in _FLOORS:
             raised = self.best.candidate._replace(floor=floor)
             higher = floor > self.best.candidate.floor and raised not in self._seen
-            if higher and _is_starved(self._problem, self.best.fit.support, floor):
+            if higher and _is_starved(self._problem, self.best.packed.support, floor):
                 self._hold([raised])
 
     def _enter(self, candidate: Candidate) -> None:
@@ -200,7 +219,14 @@ class _Contest:
                 rival = ()
             elif loss > rival[0]:
                 return fitted
-        return fitted._replace(steps=take_steps(self._problem, self.stated(fitted.candidate), fitted.fit, rival))
+        steps = take_steps(
+            self._problem,
+            self.stated(fitted.candidate),
+            fitted.fit(self._problem.reference),  # without a name, so that it is gone when it was left
+            rival,
+            loss,
+        )
+        return fitted._replace(steps=steps)
 
     def _has_lost(self, loss: float) -> bool:
         """Whether a mean loss is no less than without any weight."""
@@ -211,13 +237,14 @@ class _Contest:
         assert fitted.steps is not None, "the caller checks"
         if self._blank is None:
             return fitted.steps.losses[-1]
-        losses = held_out_losses(self._problem, fitted.steps.applied_to(fitted.fit))
+        moved = fitted.steps.applied_to(fitted.fit(self._problem.reference))
+        losses = held_out_losses(self._problem, moved)
         return mean_loss(torch.fmin(losses, self._blank))
 
     def _fit(self, candidate: Candidate) -> _Fitted:
         """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
         return_free_memory()  # the heap grows with each fit, whose vectors come and go
-        near = self._last.fit if self._last is not None and self._last.candidate[1:] == candidate[1:] else None
+        near = self._last.packed if self._last is not None and self._last.candidate[1:] == candidate[1:] else None
         known = None if near is None or near.refit is None else near.refit.gram
         metric = (candidate.damping, candidate.metric)
         fit = solve_sparse(
@@ -230,7 +257,8 @@ class _Contest:
         if fit.first is not None:
             self._first[metric] = fit.first
             fit = replace(fit, first=None)
-        return _Fitted(candidate, fit, None if self._problem.held_out is None else held_out_losses(self._problem, fit))
+        losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
+        return _Fitted.of(candidate, fit, losses)
 
 
 def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:

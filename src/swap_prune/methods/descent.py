@@ -82,32 +82,38 @@ def step_down(
 
 
 def take_steps(
-    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, rival: Sequence[float] = ()
+    problem: PruningProblem,
+    regression: WeightedRidge,
+    fit: SparseFit,
+    rival: Sequence[float] = (),
+    loss: float | None = None,
 ) -> Steps | None:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
+
+    What is as large as p is dropped as soon as it was used, where the caller does not hold it either.
 
     Args:
         problem: The pruning problem, with held-out samples and a slope.
         regression: The regression that was solved.
         fit: Its sparse solution.
         rival: Mean held-out losses of other steps, before the first and after each.
+        loss: That of the fit, where it is known already.
 
     Returns:
         The steps; None where they were given up, a tenth of the loss behind a rival.
     """
-    walk = _Walk(problem, fit, rival, [held_out_loss(problem, fit)])
-    walk.descend(NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit))
+    loss = held_out_loss(problem, fit) if loss is None else loss
+    model = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
+    walk, support = _Walk(problem, replace(fit, refit=None), rival, [loss]), fit.support
+    del fit
+    walk.descend(model)
+    del model
     if not walk.is_behind:
-        walk.descend(_in_second_metric(regression, fit.support))
+        regression = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), _STEP_METRIC))
+        walk.descend(NaturalGradient.on(regression, support, _STEP_RIDGE))
     if walk.is_behind:
         return None
-    return Steps(walk.fit.weights.index_select(0, fit.support), walk.lengths, walk.losses)
-
-
-def _in_second_metric(regression: WeightedRidge, support: Tensor) -> NaturalGradient:
-    """Factorise the model of steps that go on where the first metric's have ended."""
-    metric = diagonal_metric(regression.factor.diagonal(), _STEP_METRIC)
-    return NaturalGradient.on(replace(regression, metric=metric), support, _STEP_RIDGE)
+    return Steps(walk.fit.weights.index_select(0, support), walk.lengths, walk.losses)
 
 
 def damping_of(regression: WeightedRidge) -> float:
