@@ -154,6 +154,8 @@ def test_steps_are_given_up_a_tenth_behind_a_rival():
     ahead = [*alone.losses[:2], 0.9 * alone.losses[2], *alone.losses[3:]]
     assert take_steps(problem, regression, fit, ahead) is None and len(slopes) == 2
     slopes.clear()
+    assert take_steps(problem, regression, fit, ahead[:2] + [0.0] * 9, patience=3) is None and len(slopes) == 3
+    slopes.clear()
     short = [*alone.losses[:2], 0.9 * alone.losses[-1]]
     assert take_steps(problem, regression, fit, short) is None and len(slopes) == 2
 

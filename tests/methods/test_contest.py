@@ -17,7 +17,7 @@ from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from tests.samples.test_held_out import problem_with
 
-Taken = tuple[int, tuple[float, ...]]
+Taken = tuple[int, tuple[float, ...], int]
 
 
 def scripted(
@@ -31,11 +31,11 @@ def scripted(
         return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
 
     def steps(
-        problem: object, regression: object, fit: SparseFit, rival: Sequence[float] = (), loss: float | None = None
+        problem: object, regression: object, fit: SparseFit, rival: Sequence[float], loss: float, patience: int
     ) -> Steps | None:
         number = len(seen) - 1
         assert torch.equal(fit.weights, seen[number]) and loss == pytest.approx(before[number])
-        taken.append((number, tuple(rival)))
+        taken.append((number, tuple(rival), patience))
         end = after[number]
         return None if end is None else Steps(fit.weights[fit.support], [], [before[number], end])
 
@@ -46,10 +46,15 @@ def scripted(
 @pytest.mark.parametrize(
     ("before", "after", "best", "taken"),
     [
-        ((0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.2, 0.0), 2, [(0, ()), (2, (0.5, 0.3))]),  # only what starts no higher
-        ((0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.35, 0.1), 3, [(0, ()), (2, (0.5, 0.3)), (3, (0.5, 0.3))]),
-        ((0.5, 0.5, 0.4, 0.3), (0.3, None, None, None), 0, [(0, ()), *((i, (0.5, 0.3)) for i in (1, 2, 3))]),
-        ((0.5, math.inf, 0.4, math.inf), (0.3, 0.1, 0.4, 0.1), 0, [(0, ()), (2, (0.5, 0.3))]),
+        (
+            (0.5, 0.6, 0.4, 0.45),
+            (0.3, 0.0, 0.2, 0.0),
+            2,
+            [(0, (), 0), (2, (0.5, 0.3), 0)],
+        ),
+        ((0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.35, 0.1), 3, [(0, (), 0), (2, (0.5, 0.3), 0), (3, (0.5, 0.3), 0)]),
+        ((0.5, 0.5, 0.4, 0.3), (0.3, None, None, None), 0, [(0, (), 0), *((i, (0.5, 0.3), 0) for i in (1, 2, 3))]),
+        ((0.5, math.inf, 0.4, math.inf), (0.3, 0.1, 0.4, 0.1), 0, [(0, (), 0), (2, (0.5, 0.3), 0)]),
     ],
 )
 def test_candidates_are_compared_where_their_steps_end(
@@ -65,12 +70,12 @@ def test_candidates_are_compared_where_their_steps_end(
     assert [one.get("held_out_loss", math.inf) for one in candidates] == pytest.approx(list(before))
     assert [one["damping"] for one in candidates] == [30.0, 30.0, 1.0, 1.0], "first those that gain most"
     assert walked == taken and torch.equal(solution.weights, seen[best])
-    asked = {number for number, _ in taken}
+    asked = {number for number, *_ in taken}
     ends = [after[number] if number in asked else None for number in range(4)]
     assert [one.get("loss_after_steps") for one in candidates] == ends
 
 
-def test_candidates_that_have_lost_all_take_all_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_that_have_lost_all_take_a_few_steps_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they start says nothing; one that has not lost all goes on against what starts no higher."""
     before = (5.0, 6.0, math.inf, 7.0)
     held_out, seen, taken = scripted(monkeypatch, before, (0.9, 0.7, 0.8, 0.95))
@@ -78,10 +83,12 @@ def test_candidates_that_have_lost_all_take_all_their_steps(monkeypatch: pytest.
     method = LR(swaps=0, floor=0)
     monkeypatch.setattr(contest._Contest, "_level", lambda _self, fitted: fitted.steps.losses[-1])
     solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
-    assert taken == [(number, ()) for number in range(4)] and torch.equal(solution.weights, seen[1])
+    assert taken == [(0, (), 0), (1, (5.0, 0.9), 3), (2, (6.0, 0.7), 3), (3, (6.0, 0.7), 3)]
+    assert torch.equal(solution.weights, seen[1])
     held_out, seen, taken = scripted(monkeypatch, (5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6))
     solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
-    assert taken == [(0, ()), (1, (5.0, 0.7)), (2, ()), (3, (5.0, 0.7))] and torch.equal(solution.weights, seen[3])
+    assert taken == [(0, (), 0), (1, (5.0, 0.7), 0), (2, (5.0, 0.7), 3), (3, (5.0, 0.7), 0)]
+    assert torch.equal(solution.weights, seen[3])
 
 
 def test_no_sample_counts_for_more_than_without_any_weight() -> None:
@@ -134,6 +141,6 @@ def test_swaps_are_judged_after_steps_too(monkeypatch: pytest.MonkeyPatch) -> No
         before = (0.5, 0.9, 0.9, 0.9, 0.4)
         held_out, seen, walked = scripted(monkeypatch, before, (0.3, None, None, None, end))
         solution = LR(swaps=1, floor=0).solve(problem_with(held_out), torch.Generator())
-        assert walked == [(0, ()), (4, (0.5, 0.3))] and solution.evidence["candidates"][-1]["swaps"] > 0
+        assert walked == [(0, (), 0), (4, (0.5, 0.3), 0)] and solution.evidence["candidates"][-1]["swaps"] > 0
         assert torch.equal(solution.weights, seen[4 if taken else 0])
         assert (solution.evidence["swaps"] > 0) == taken

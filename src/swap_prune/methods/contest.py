@@ -27,6 +27,7 @@ from swap_prune.regression.swap import swap_weights
 
 __all__ = ["Paired", "fit_pairing"]
 
+_PATIENCE = 3  # steps that a candidate takes that has lost all, as the best had
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 
 
@@ -104,8 +105,8 @@ class _Contest:
     best so far takes its steps, until they end or it falls a tenth behind. Those of the best are kept.
 
     A candidate that is no better than the network without any weight has lost all, and its loss says little about what
-    steps will make of it: beside others like it, it takes all its steps. What counts after them is the mean over
-    samples of which none counts for more than without any weight.
+    steps will make of it: beside another like it, it takes a few of them in any case. What counts after the last is the
+    mean over samples of which none counts for more than without any weight.
 
     Where a fit starves a layer, the same candidate is tried with floors. The regression knows what each weight is worth
     beside those that are there, and not that none of them counts once all of a layer are gone.
@@ -213,11 +214,11 @@ class _Contest:
     def _after_steps(self, fitted: _Fitted, loss: float) -> _Fitted:
         """Take steps from a fit, if it may; without any, it has fallen behind."""
         rival: Sequence[float] = ()
+        patience = 0
         if self._best is not None and self._best.steps is not None:
             rival = self._best.steps.losses
-            if self._has_lost(loss) and self._has_lost(rival[0]):
-                rival = ()
-            elif loss > rival[0]:
+            patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival[0]) else 0
+            if loss > rival[0] and not patience:
                 return fitted
         steps = take_steps(
             self._problem,
@@ -225,6 +226,7 @@ class _Contest:
             fitted.fit(self._problem.reference),  # without a name, so that it is gone when it was left
             rival,
             loss,
+            patience,
         )
         return fitted._replace(steps=steps)
 

@@ -87,6 +87,7 @@ def take_steps(
     fit: SparseFit,
     rival: Sequence[float] = (),
     loss: float | None = None,
+    patience: int = 0,
 ) -> Steps | None:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
 
@@ -98,13 +99,14 @@ def take_steps(
         fit: Its sparse solution.
         rival: Mean held-out losses of other steps, before the first and after each.
         loss: That of the fit, where it is known already.
+        patience: Steps that are taken before any are given up.
 
     Returns:
         The steps; None where they were given up, a tenth of the loss behind a rival.
     """
     loss = held_out_loss(problem, fit) if loss is None else loss
     model = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-    walk, support = _Walk(problem, replace(fit, refit=None), rival, [loss]), fit.support
+    walk, support = _Walk(problem, replace(fit, refit=None), rival, patience, [loss]), fit.support
     del fit
     walk.descend(model)
     del model
@@ -131,6 +133,7 @@ class _Walk:
         problem: The pruning problem, with held-out samples and a slope.
         fit: Where they have come to. Nothing else should hold its weights: they are as large as p.
         rival: Mean held-out losses of another walk; empty: there is none.
+        patience: Steps that are taken before the rival counts.
         losses: Those of this one, before the first step and after each.
         lengths: Of the steps.
         slope: gamma at the fit, (p,), where it is known: when no length gained.
@@ -139,6 +142,7 @@ class _Walk:
     problem: PruningProblem
     fit: SparseFit
     rival: Sequence[float]
+    patience: int
     losses: list[float]
     lengths: list[float] = field(default_factory=list)
     slope: Tensor | None = None
@@ -146,7 +150,7 @@ class _Walk:
     @property
     def is_behind(self) -> bool:
         """Whether the rival was that much lower after as many steps, or at its end."""
-        if not self.rival:
+        if not self.rival or len(self.lengths) < self.patience:
             return False
         its = self.rival[min(len(self.losses), len(self.rival)) - 1]
         return self.losses[-1] > its + _BEHIND * abs(its)
