@@ -148,16 +148,35 @@ def test_steps_are_given_up_a_tenth_behind_a_rival():
     moved = alone.applied_to(fit).weights
     assert float((moved - goal).square().mean()) == pytest.approx(alone.losses[-1])
     assert torch.equal(moved != 0, fit.weights != 0)
-    near = take_steps(problem, regression, fit, [0.92 * loss for loss in alone.losses])
+    near = take_steps(problem, regression, fit, alone._replace(losses=[0.92 * loss for loss in alone.losses]))
     assert torch.equal(near.values, alone.values) and near.lengths == alone.lengths
-    slopes.clear()
-    ahead = [*alone.losses[:2], 0.9 * alone.losses[2], *alone.losses[3:]]
-    assert take_steps(problem, regression, fit, ahead) is None and len(slopes) == 2
-    slopes.clear()
-    assert take_steps(problem, regression, fit, ahead[:2] + [0.0] * 9, patience=3) is None and len(slopes) == 3
-    slopes.clear()
-    short = [*alone.losses[:2], 0.9 * alone.losses[-1]]
-    assert take_steps(problem, regression, fit, short) is None and len(slopes) == 2
+    for losses, patience, count in (
+        ([*alone.losses[:2], 0.9 * alone.losses[2], *alone.losses[3:]], 0, 2),
+        ([*alone.losses[:2], 0.9 * alone.losses[-1]], 0, 2),
+        ([0.0] * 9, 3, 3),
+    ):
+        slopes.clear()
+        rival = alone._replace(losses=losses, levels=losses)
+        assert take_steps(problem, regression, fit, rival, patience=patience) is None and len(slopes) == count
+
+
+def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost():
+    """One sample is hopeless, and of this one more than of the rival."""
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    goal = fit.weights + 1.0
+
+    def held_out(hopeless):
+        return lambda w, kept: torch.cat([(w - goal).square(), torch.tensor([hopeless])])
+
+    blank = torch.full((len(goal) + 1,), 2.0)
+    one, other = (replace(base, slope=lambda w, kept: w - goal, held_out=held_out(h)) for h in (50.0, 500.0))
+    rival = take_steps(one, regression, fit, blank=blank)
+    assert rival.levels[-1] == pytest.approx(float(held_out(2.0)(rival.applied_to(fit).weights, None).mean()))
+    assert rival.losses[-1] > rival.levels[-1]
+    assert take_steps(other, regression, fit, rival, blank=blank) is None
+    steps = take_steps(other, regression, fit, rival, blank=blank, patience=3)
+    assert steps.levels[-1] == pytest.approx(rival.levels[-1], rel=0.05)
 
 
 def test_without_confidence_a_coupling_is_left(monkeypatch):

@@ -31,13 +31,19 @@ def scripted(
         return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
 
     def steps(
-        problem: object, regression: object, fit: SparseFit, rival: Sequence[float], loss: float, patience: int
+        problem: object,
+        regression: object,
+        fit: SparseFit,
+        rival: Steps | None,
+        losses: Tensor,
+        blank: Tensor | None,
+        patience: int,
     ) -> Steps | None:
         number = len(seen) - 1
-        assert torch.equal(fit.weights, seen[number]) and loss == pytest.approx(before[number])
-        taken.append((number, tuple(rival), patience))
+        assert torch.equal(fit.weights, seen[number]) and bool((losses == before[number]).all())
+        taken.append((number, () if rival is None else tuple(rival.losses), patience))
         end = after[number]
-        return None if end is None else Steps(fit.weights[fit.support], [], [before[number], end])
+        return None if end is None else Steps(fit.weights[fit.support], [], [before[number], end], [0.0, end])
 
     monkeypatch.setattr(contest, "take_steps", steps)
     return held_out, seen, taken
@@ -78,12 +84,11 @@ def test_candidates_are_compared_where_their_steps_end(
 def test_candidates_that_have_lost_all_take_a_few_steps_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they start says nothing; one that has not lost all goes on against what starts no higher."""
     before = (5.0, 6.0, math.inf, 7.0)
-    held_out, seen, taken = scripted(monkeypatch, before, (0.9, 0.7, 0.8, 0.95))
+    held_out, seen, taken = scripted(monkeypatch, before, (0.9, 0.7, 0.1, 0.95))
     blank = torch.ones(3, dtype=torch.float64)
     method = LR(swaps=0, floor=0)
-    monkeypatch.setattr(contest._Contest, "_level", lambda _self, fitted: fitted.steps.losses[-1])
     solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
-    assert taken == [(0, (), 0), (1, (5.0, 0.9), 3), (2, (6.0, 0.7), 3), (3, (6.0, 0.7), 3)]
+    assert taken == [(0, (), 0), (1, (5.0, 0.9), 3), (3, (6.0, 0.7), 3)]
     assert torch.equal(solution.weights, seen[1])
     held_out, seen, taken = scripted(monkeypatch, (5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6))
     solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
@@ -93,12 +98,48 @@ def test_candidates_that_have_lost_all_take_a_few_steps_in_any_case(monkeypatch:
 
 def test_no_sample_counts_for_more_than_without_any_weight() -> None:
     def held_out(w: Tensor, kept: Tensor) -> Tensor:
-        return torch.tensor([2.0, 3.0, 50.0, 60.0, math.nan])
+        return torch.tensor([2.0, 3.0, 50.0, 60.0, 70.0])
 
     problem = replace(problem_with(held_out), blank=lambda: torch.full((5,), 2.5))
     evidence = LR(swaps=0, floor=0).solve(problem, torch.Generator()).evidence
     expected = pytest.approx((2 + 4 * 2.5) / 5)
     assert [one["loss_after_steps"] for one in evidence["candidates"]] == [expected] * 4
+
+
+def test_a_candidate_of_infinite_loss_is_not_asked_for_its_slope() -> None:
+    """There may be none: what gradients are taken of may be infinite too."""
+
+    def slope(w: Tensor, kept: Tensor) -> Tensor:
+        raise AssertionError("asked")
+
+    problem = replace(problem_with(lambda w, kept: torch.full((3,), math.inf)), slope=slope)
+    solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
+    assert int(solution.kept.sum()) == problem.keep and solution.evidence["first_order"] == []
+
+
+@pytest.mark.parametrize(("rows", "held"), [(12, 0), (60, 4)])
+def test_beginnings_of_paths_are_held_where_rows_are_many_and_until_swaps(
+    rows: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the indices are larger than the Gram matrix."""
+    first: list[dict[object, object]] = []
+    counts: list[int] = []
+    hold_all, swap = contest._Contest.hold_all, contest.swap_weights
+
+    def watched(self: contest._Contest) -> None:
+        hold_all(self)
+        first.append(self._first)
+        counts.append(len(self._first))
+
+    def swapping(*arguments: object) -> SparseFit:
+        counts.append(len(first[-1]))
+        return swap(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contest._Contest, "hold_all", watched)
+    monkeypatch.setattr(contest, "swap_weights", swapping)
+    problem = problem_with(lambda w, kept: torch.ones(5), n=rows, p=2000, keep=100)
+    LR(first_order=0, floor=0).solve(problem, torch.Generator())
+    assert counts == [held, 0]
 
 
 def bowl(monkeypatch: pytest.MonkeyPatch) -> tuple[PruningProblem, list[Tensor], list[int]]:

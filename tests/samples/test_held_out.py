@@ -98,18 +98,17 @@ def test_floors_are_tried_where_a_layer_is_starved_and_taken_where_held_out_samp
 def test_floors_that_the_others_are_tried_with() -> None:
     """With the low one and the one that the first has come to; the best of them with those that it starves under."""
     method = LR(metric="diagonal", damping=1.0, first_order=0, swaps=0)
-    for losses, expected in (
-        ((0.7, 0.6, 0.5, 0.9, 0.8, 0.8, 0.7), (0, 0.5, 0.75, 0.5, 0.75, 0.5, 0.75)),
-        ((0.7, 0.6, 0.8, 0.9, 0.5, 0.4), (0, 0.5, 0.75, 0.5, 0.5, 0.75)),
-        ((0.5, 0.6, 0.8, 0.9, 0.4, 0.3, 0.2), (0, 0.5, 0.75, 0, 0, 0.5, 0.75)),
+    for losses, expected, ridges in (
+        ((0.7, 0.6, 0.5, 0.9, 0.8, 0.8, 0.7), (0, 0.5, 0.75, 0.5, 0.75, 0.5, 0.75), (0, 0, 0, 1, 1, 2, 2)),
+        ((0.7, 0.6, 0.8, 0.9, 0.5, 0.4), (0, 0.5, 0.75, 0.5, 0.5, 0.75), (0, 0, 0, 1, 2, 2)),
+        ((0.5, 0.6, 0.8, 0.4, 0.9, 0.3, 0.2), (0, 0.5, 0.75, 0, 0, 0.5, 0.75), (0, 0, 0, 1, 2, 1, 1)),
     ):
         left = iter(losses)
         problem = starving(lambda w, kept, left=left: torch.full((5,), next(left)))
         tried = method.solve(problem, torch.Generator()).evidence["candidates"]
         assert tuple(one["floor"] for one in tried) == expected
         assert tuple(one["held_out_loss"] for one in tried) == pytest.approx(losses)
-        if tried[-1]["ridge"] != tried[-2]["ridge"]:
-            raise AssertionError("the floor is raised of the best, which is the last before it")
+        assert tuple(one["ridge"] for one in tried) == tuple((0.025, 0.1, 0.0025)[number] for number in ridges)
 
 
 def test_a_path_begins_once_in_each_metric(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,7 @@ class _Contest:
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
+        self._first.clear()  # no path is walked any more
         return_free_memory()
         best = self.best
         fit = best.fit(self._problem.reference)
@@ -207,25 +208,26 @@ class _Contest:
             fitted = self._after_steps(fitted, loss)
             if fitted.steps is None:
                 return
-            loss = entry["loss_after_steps"] = self._level(fitted)
+            loss = entry["loss_after_steps"] = fitted.steps.levels[-1]
         if self._best is None or loss < self._least:
             self._best, self._least = fitted, loss
 
     def _after_steps(self, fitted: _Fitted, loss: float) -> _Fitted:
         """Take steps from a fit, if it may; without any, it has fallen behind."""
-        rival: Sequence[float] = ()
-        patience = 0
-        if self._best is not None and self._best.steps is not None:
-            rival = self._best.steps.losses
-            patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival[0]) else 0
-            if loss > rival[0] and not patience:
+        rival, patience = None if self._best is None else self._best.steps, 0
+        if rival is not None:
+            patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival.losses[0]) else 0
+            if loss == math.inf or (loss > rival.losses[0] and not patience):
                 return fitted
+        elif loss == math.inf:  # there may be no slope either
+            return fitted._replace(steps=Steps(fitted.packed.weights, [], [loss], [loss]))
         steps = take_steps(
             self._problem,
             self.stated(fitted.candidate),
             fitted.fit(self._problem.reference),  # without a name, so that it is gone when it was left
             rival,
-            loss,
+            fitted.losses,
+            self._blank,
             patience,
         )
         return fitted._replace(steps=steps)
@@ -233,15 +235,6 @@ class _Contest:
     def _has_lost(self, loss: float) -> bool:
         """Whether a mean loss is no less than without any weight."""
         return self._blank is not None and loss >= mean_loss(self._blank)
-
-    def _level(self, fitted: _Fitted) -> float:
-        """Return the mean held-out loss after steps, none counting for more than without any weight."""
-        assert fitted.steps is not None, "the caller checks"
-        if self._blank is None:
-            return fitted.steps.losses[-1]
-        moved = fitted.steps.applied_to(fitted.fit(self._problem.reference))
-        losses = held_out_losses(self._problem, moved)
-        return mean_loss(torch.fmin(losses, self._blank))
 
     def _fit(self, candidate: Candidate) -> _Fitted:
         """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
@@ -257,7 +250,8 @@ class _Contest:
             max_iterations=self._settings.iterations,
         )
         if fit.first is not None:
-            self._first[metric] = fit.first
+            if fit.first.support.nbytes <= fit.first.matrix.nbytes:  # else n is small, and the matrix soon made anew
+                self._first[metric] = fit.first
             fit = replace(fit, first=None)
         losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
         return _Fitted.of(candidate, fit, losses)

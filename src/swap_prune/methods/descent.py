@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ from swap_prune.regression.objective import WeightedRidge
 __all__ = [
     "LEAST_GAIN",
     "Steps",
-    "held_out_loss",
     "held_out_losses",
     "is_significant",
     "mean_loss",
@@ -44,11 +42,13 @@ class Steps(NamedTuple):
         values: Where they led: w on the support, (k,).
         lengths: Of each.
         losses: Mean losses on held-out samples, before the first and after each.
+        levels: The same, no sample counting for more than without any weight, where that is known.
     """
 
     values: Tensor
     lengths: list[float]
     losses: list[float]
+    levels: list[float]
 
     def applied_to(self, fit: SparseFit) -> SparseFit:
         """Return the fit that they were taken from with its weights moved."""
@@ -85,8 +85,9 @@ def take_steps(
     problem: PruningProblem,
     regression: WeightedRidge,
     fit: SparseFit,
-    rival: Sequence[float] = (),
-    loss: float | None = None,
+    rival: Steps | None = None,
+    losses: Tensor | None = None,
+    blank: Tensor | None = None,
     patience: int = 0,
 ) -> Steps | None:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
@@ -97,25 +98,33 @@ def take_steps(
         problem: The pruning problem, with held-out samples and a slope.
         regression: The regression that was solved.
         fit: Its sparse solution.
-        rival: Mean held-out losses of other steps, before the first and after each.
-        loss: That of the fit, where it is known already.
-        patience: Steps that are taken before any are given up.
+        rival: Other steps.
+        losses: Held-out losses of the fit, (n_v,), where they are known already.
+        blank: Those of the network without any of the p weights, (n_v,), where they are known.
+        patience: Steps that are taken in any case, where the fit and the rival's have lost all. Then levels are
+            compared: a mean is ruled by how sure the network is where it is wrong.
 
     Returns:
         The steps; None where they were given up, a tenth of the loss behind a rival.
     """
-    loss = held_out_loss(problem, fit) if loss is None else loss
-    model = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-    walk, support = _Walk(problem, replace(fit, refit=None), rival, patience, [loss]), fit.support
+    losses = held_out_losses(problem, fit) if losses is None else losses
+    ridge = damping_of(regression)
+    model = NaturalGradient.on(regression, fit.support, ridge, fit.refit)
+    walk, support = _Walk(problem, replace(fit, refit=None), rival, blank, patience), fit.support
     del fit
+    walk.arrive(losses)
     walk.descend(model)
-    del model
     if not walk.is_behind:
-        regression = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), _STEP_METRIC))
-        walk.descend(NaturalGradient.on(regression, support, _STEP_RIDGE))
+        metric = diagonal_metric(regression.factor.diagonal(), _STEP_METRIC)
+        if ridge != _STEP_RIDGE or not torch.equal(metric, regression.metric):
+            del model
+            regression = replace(regression, metric=metric)
+            model = NaturalGradient.on(regression, support, _STEP_RIDGE)
+        del metric
+        walk.descend(model)
     if walk.is_behind:
         return None
-    return Steps(walk.fit.weights.index_select(0, support), walk.lengths, walk.losses)
+    return Steps(walk.fit.weights.index_select(0, support), walk.lengths, walk.losses, walk.levels)
 
 
 def damping_of(regression: WeightedRidge) -> float:
@@ -132,28 +141,38 @@ class _Walk:
     Attributes:
         problem: The pruning problem, with held-out samples and a slope.
         fit: Where they have come to. Nothing else should hold its weights: they are as large as p.
-        rival: Mean held-out losses of another walk; empty: there is none.
+        rival: Steps to keep up with, if there are any.
+        blank: Held-out losses without any weight, (n_v,), where they are known.
         patience: Steps that are taken before the rival counts.
-        losses: Those of this one, before the first step and after each.
+        losses: Mean held-out losses, before the first step and after each.
+        levels: The same, no sample counting for more than without any weight.
         lengths: Of the steps.
         slope: gamma at the fit, (p,), where it is known: when no length gained.
     """
 
     problem: PruningProblem
     fit: SparseFit
-    rival: Sequence[float]
+    rival: Steps | None
+    blank: Tensor | None
     patience: int
-    losses: list[float]
+    losses: list[float] = field(default_factory=list)
+    levels: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
     slope: Tensor | None = None
 
     @property
     def is_behind(self) -> bool:
         """Whether the rival was that much lower after as many steps, or at its end."""
-        if not self.rival or len(self.lengths) < self.patience:
+        if self.rival is None or len(self.lengths) < self.patience:
             return False
-        its = self.rival[min(len(self.losses), len(self.rival)) - 1]
-        return self.losses[-1] > its + _BEHIND * abs(its)
+        own, others = (self.levels, self.rival.levels) if self.patience else (self.losses, self.rival.losses)
+        its = others[min(len(own), len(others)) - 1]
+        return own[-1] > its + _BEHIND * abs(its)
+
+    def arrive(self, losses: Tensor) -> None:
+        """Note the held-out losses, (n_v,), of where the steps have come to."""
+        self.losses.append(mean_loss(losses))
+        self.levels.append(self.losses[-1] if self.blank is None else mean_loss(torch.fmin(losses, self.blank)))
 
     def descend(self, descent: NaturalGradient) -> None:
         """Go on where a model says, a number of steps at the most."""
@@ -165,14 +184,14 @@ class _Walk:
             direction, least = descent.direction(self.slope), self.losses[-1]
             start = min(length, polyak_length(self.slope, direction, least))
             step, reached = line_search(self.problem, self.fit, direction, start, least)
-            if step == 0:
+            if reached is None:
                 break
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
             del direction  # before the next one is there
             length = step
             self.lengths.append(step)
-            self.losses.append(reached)
-            if least - reached < LEAST_GAIN * abs(least) or self.is_behind:
+            self.arrive(reached)
+            if least - self.losses[-1] < LEAST_GAIN * abs(least) or self.is_behind:
                 break
 
 
@@ -193,7 +212,7 @@ def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:
 
 def line_search(
     problem: PruningProblem, fit: SparseFit, direction: Tensor, start: float, least: float
-) -> tuple[float, float]:
+) -> tuple[float, Tensor | None]:
     """Find a length whose mean loss on held-out samples is lower than that of no step.
 
     Longer lengths are tried as long as they gain; where the first does not gain, shorter ones until one does.
@@ -206,26 +225,26 @@ def line_search(
         least: Mean held-out loss at length 0.
 
     Returns:
-        The length, 0 for none, and its mean held-out loss.
+        The length and its held-out losses, (n_v,); 0 and None where none is lower.
     """
 
-    def loss_at(length: float) -> float:
-        return held_out_loss(problem, replace(fit, weights=fit.weights + length * direction))
+    def losses_at(length: float) -> Tensor:
+        return held_out_losses(problem, replace(fit, weights=fit.weights + length * direction))
 
-    length, loss = start, loss_at(start)
-    if loss < least:
+    length, losses = start, losses_at(start)
+    if mean_loss(losses) < least:
         for _ in range(_GROWTHS):
-            longer = loss_at(length * _GROWTH)
-            if not longer < loss:
+            further = losses_at(length * _GROWTH)
+            if not mean_loss(further) < mean_loss(losses):
                 break
-            length, loss = length * _GROWTH, longer
-        return length, loss
+            length, losses = length * _GROWTH, further
+        return length, losses
     for _ in range(_SHRINKS):
         length = length / _GROWTH
-        loss = loss_at(length)
-        if loss < least:
-            return length, loss
-    return 0.0, least
+        losses = losses_at(length)
+        if mean_loss(losses) < least:
+            return length, losses
+    return 0.0, None
 
 
 def kept_set(fit: SparseFit) -> Tensor:
@@ -248,11 +267,6 @@ def is_significant(gain: Tensor) -> bool:
     if math.isinf(float(gain.mean())):
         return bool(gain.mean() > 0)
     return len(gain) > 1 and bool(gain.mean() > gain.std() / len(gain) ** 0.5)
-
-
-def held_out_loss(problem: PruningProblem, fit: SparseFit) -> float:
-    """Return their mean, infinite when it is not a number."""
-    return mean_loss(held_out_losses(problem, fit))
 
 
 def mean_loss(losses: Tensor) -> float:
