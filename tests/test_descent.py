@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_a_number_is_infinite():
     assert mean_loss(torch.tensor([1.0, math.nan])) == math.inf
 
 
-def test_steps_are_given_up_a_tenth_behind_a_rival():
+def test_steps_are_given_up_a_twentieth_behind_a_rival():
     """Compared after as many steps, or with the rival's end."""
     base = problem_with(None)
     regression, fit = start_of(base)
@@ -148,16 +148,18 @@ def test_steps_are_given_up_a_tenth_behind_a_rival():
     moved = alone.applied_to(fit).weights
     assert float((moved - goal).square().mean()) == pytest.approx(alone.losses[-1])
     assert torch.equal(moved != 0, fit.weights != 0)
-    near = take_steps(problem, regression, fit, alone._replace(losses=[0.92 * loss for loss in alone.losses]))
+    near = take_steps(problem, regression, fit, alone._replace(losses=[0.96 * loss for loss in alone.losses]))
+    assert not near.behind and not alone.behind
     assert torch.equal(near.values, alone.values) and near.lengths == alone.lengths
     for losses, patience, count in (
-        ([*alone.losses[:2], 0.9 * alone.losses[2], *alone.losses[3:]], 0, 2),
+        ([*alone.losses[:2], 0.95 * alone.losses[2], *alone.losses[3:]], 0, 2),
         ([*alone.losses[:2], 0.9 * alone.losses[-1]], 0, 2),
         ([0.0] * 9, 3, 3),
     ):
         slopes.clear()
         rival = alone._replace(losses=losses, levels=losses)
-        assert take_steps(problem, regression, fit, rival, patience=patience) is None and len(slopes) == count
+        steps = take_steps(problem, regression, fit, rival, patience=patience)
+        assert steps.behind and len(slopes) == len(steps.lengths) == count
 
 
 def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost():
@@ -174,9 +176,9 @@ def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost()
     rival = take_steps(one, regression, fit, blank=blank)
     assert rival.levels[-1] == pytest.approx(float(held_out(2.0)(rival.applied_to(fit).weights, None).mean()))
     assert rival.losses[-1] > rival.levels[-1]
-    assert take_steps(other, regression, fit, rival, blank=blank) is None
+    assert take_steps(other, regression, fit, rival, blank=blank).behind
     steps = take_steps(other, regression, fit, rival, blank=blank, patience=3)
-    assert steps.levels[-1] == pytest.approx(rival.levels[-1], rel=0.05)
+    assert not steps.behind and steps.levels[-1] == pytest.approx(rival.levels[-1], rel=0.05)
 
 
 def test_without_confidence_a_coupling_is_left(monkeypatch):

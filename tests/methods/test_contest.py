@@ -21,7 +21,10 @@ Taken = tuple[int, tuple[float, ...], int]
 
 
 def scripted(
-    monkeypatch: pytest.MonkeyPatch, before: Sequence[float], after: Sequence[float | None]
+    monkeypatch: pytest.MonkeyPatch,
+    before: Sequence[float],
+    after: Sequence[float | None],
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor], list[Taken]]:
     """Held-out losses of each candidate as it starts, and where its steps end; None: they are given up."""
     seen, taken = list[Tensor](), list[Taken]()
@@ -38,12 +41,13 @@ def scripted(
         losses: Tensor,
         blank: Tensor | None,
         patience: int,
-    ) -> Steps | None:
+    ) -> Steps:
         number = len(seen) - 1
         assert torch.equal(fit.weights, seen[number]) and bool((losses == before[number]).all())
         taken.append((number, () if rival is None else tuple(rival.losses), patience))
-        end = after[number]
-        return None if end is None else Steps(fit.weights[fit.support], [], [before[number], end], [0.0, end])
+        end, count = after[number], 0 if lengths is None else lengths[number]
+        losses = [before[number], *([] if end is None else [end])]
+        return Steps(fit.weights[fit.support], [0.1] * count, losses, losses, behind=end is None)
 
     monkeypatch.setattr(contest, "take_steps", steps)
     return held_out, seen, taken
@@ -142,6 +146,20 @@ def test_beginnings_of_paths_are_held_where_rows_are_many_and_until_swaps(
     assert counts == [held, 0]
 
 
+def test_the_others_take_twice_as_many_steps_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = (0.5, 0.4, 0.3, 0.2), (0.3, None, 0.35, 0.1)
+    for lengths, count in (((3, 5, 1, 9), 3), ((3, 5, 0, 9), 4), ((3, 6, 0, 9), 2), ((0, 1, 1, 9), 3)):
+        held_out, seen, taken = scripted(monkeypatch, before, after, lengths)
+        solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+        assert len(taken) == count and torch.equal(solution.weights, seen[3 if count == 4 else 0])
+    held_out, seen, taken = scripted(monkeypatch, before, (0.3, 0.2, 0.25, 0.1), (3, 9, 14, 1))
+    solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+    assert len(taken) == 4 and torch.equal(solution.weights, seen[3]), "those of a best that was beaten count"
+    held_out, seen, taken = scripted(monkeypatch, before, (0.3, 0.2, 0.25, 0.1), (3, 9, 15, 1))
+    solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+    assert len(taken) == 3 and torch.equal(solution.weights, seen[1])
+
+
 def bowl(monkeypatch: pytest.MonkeyPatch) -> tuple[PruningProblem, list[Tensor], list[int]]:
     """A problem whose loss is the distance to weights a little off, and what is counted on it."""
     base = problem_with(None)
@@ -151,7 +169,7 @@ def bowl(monkeypatch: pytest.MonkeyPatch) -> tuple[PruningProblem, list[Tensor],
         slopes.append(w.clone())
         return (w - goal) * kept
 
-    def counted(*arguments: object) -> Steps | None:
+    def counted(*arguments: object) -> Steps:
         before = len(slopes)
         found = take_steps(*arguments)  # type: ignore[arg-type]
         steps.append(len(slopes) - before)

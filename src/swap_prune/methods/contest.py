@@ -27,6 +27,7 @@ from swap_prune.regression.swap import swap_weights
 
 __all__ = ["Paired", "fit_pairing"]
 
+_OTHERS = 2.0  # steps of all other candidates, in units of those of the best
 _PATIENCE = 3  # steps that a candidate takes that has lost all, as the best had
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 
@@ -102,10 +103,11 @@ class _Contest:
     """Candidates compared by their held-out losses, where steps will be taken, after them.
 
     Where a fit ends that many steps start from is not told by where it starts. So one that starts no higher than the
-    best so far takes its steps, until they end or it falls a tenth behind. Those of the best are kept.
+    best so far takes its steps, until they end or it falls behind. Those of the best are kept; all others together take
+    twice as many, and no candidate more is begun after that.
 
     A candidate that is no better than the network without any weight has lost all, and its loss says little about what
-    steps will make of it: beside another like it, it takes a few of them in any case. What counts after the last is the
+    steps will make of it: beside a best like it, it takes a few of them in any case. What counts after the last is the
     mean over samples of which none counts for more than without any weight.
 
     Where a fit starves a layer, the same candidate is tried with floors. The regression knows what each weight is worth
@@ -126,6 +128,7 @@ class _Contest:
         self._last: _Fitted | None = None
         self._first: dict[tuple[float, Metric], ScaledGram] = {}  # where the path of each metric begins
         self._seen = set[Candidate]()
+        self._spent = 0  # steps of those that are not the best
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
@@ -208,16 +211,21 @@ class _Contest:
             fitted = self._after_steps(fitted, loss)
             if fitted.steps is None:
                 return
-            loss = entry["loss_after_steps"] = fitted.steps.levels[-1]
+            loss = math.inf if fitted.steps.behind else fitted.steps.levels[-1]
+            entry |= {} if fitted.steps.behind else {"loss_after_steps": loss}
+        other: _Fitted | None = fitted
         if self._best is None or loss < self._least:
-            self._best, self._least = fitted, loss
+            other, self._best, self._least = self._best, fitted, loss
+        if other is not None and other.steps is not None:
+            self._spent += len(other.steps.lengths)
 
     def _after_steps(self, fitted: _Fitted, loss: float) -> _Fitted:
-        """Take steps from a fit, if it may; without any, it has fallen behind."""
+        """Take steps from a fit, if it may."""
         rival, patience = None if self._best is None else self._best.steps, 0
         if rival is not None:
             patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival.losses[0]) else 0
-            if loss == math.inf or (loss > rival.losses[0] and not patience):
+            ended = self._spent >= _OTHERS * max(1, len(rival.lengths))
+            if loss == math.inf or ((ended or loss > rival.losses[0]) and not patience):
                 return fitted
         elif loss == math.inf:  # there may be no slope either
             return fitted._replace(steps=Steps(fitted.packed.weights, [], [loss], [loss]))

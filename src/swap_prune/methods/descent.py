@@ -32,7 +32,7 @@ _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of sin
 _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
-_BEHIND = 0.1  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
+_BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
 
 
 class Steps(NamedTuple):
@@ -43,12 +43,14 @@ class Steps(NamedTuple):
         lengths: Of each.
         losses: Mean losses on held-out samples, before the first and after each.
         levels: The same, no sample counting for more than without any weight, where that is known.
+        behind: Whether they were given up behind a rival.
     """
 
     values: Tensor
     lengths: list[float]
     losses: list[float]
     levels: list[float]
+    behind: bool = False
 
     def applied_to(self, fit: SparseFit) -> SparseFit:
         """Return the fit that they were taken from with its weights moved."""
@@ -77,7 +79,6 @@ def step_down(
         direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
     steps = take_steps(problem, regression, fit)
-    assert steps is not None, "there is no rival"
     return steps.applied_to(fit), steps.lengths
 
 
@@ -89,7 +90,7 @@ def take_steps(
     losses: Tensor | None = None,
     blank: Tensor | None = None,
     patience: int = 0,
-) -> Steps | None:
+) -> Steps:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
 
     What is as large as p is dropped as soon as it was used, where the caller does not hold it either.
@@ -105,7 +106,7 @@ def take_steps(
             compared: a mean is ruled by how sure the network is where it is wrong.
 
     Returns:
-        The steps; None where they were given up, a tenth of the loss behind a rival.
+        The steps, given up where they fell a twentieth of the loss behind a rival.
     """
     losses = held_out_losses(problem, fit) if losses is None else losses
     ridge = damping_of(regression)
@@ -122,9 +123,8 @@ def take_steps(
             model = NaturalGradient.on(regression, support, _STEP_RIDGE)
         del metric
         walk.descend(model)
-    if walk.is_behind:
-        return None
-    return Steps(walk.fit.weights.index_select(0, support), walk.lengths, walk.losses, walk.levels)
+    values = walk.fit.weights.index_select(0, support)
+    return Steps(values, walk.lengths, walk.losses, walk.levels, walk.is_behind)
 
 
 def damping_of(regression: WeightedRidge) -> float:
