@@ -160,6 +160,23 @@ def test_the_others_take_twice_as_many_steps_as_the_best(monkeypatch: pytest.Mon
     assert len(taken) == 3 and torch.equal(solution.weights, seen[1])
 
 
+def test_swaps_are_not_looked_for_once_the_others_have_taken_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = list[int]()
+    swap = contest.swap_weights
+
+    def watched(*arguments: object) -> SparseFit:
+        searched.append(1)
+        return swap(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contest, "swap_weights", watched)
+    for others, found in ((5, 1), (6, 0)):
+        searched.clear()
+        before = (0.5, 0.4, 0.9, 0.9, 0.9)
+        held_out, _seen, _taken = scripted(monkeypatch, before, (0.3, None, None, None, None), (3, others, 0, 0, 0))
+        LR(swaps=1, floor=0).solve(problem_with(held_out), torch.Generator())
+        assert len(searched) == found
+
+
 def bowl(monkeypatch: pytest.MonkeyPatch) -> tuple[PruningProblem, list[Tensor], list[int]]:
     """A problem whose loss is the distance to weights a little off, and what is counted on it."""
     base = problem_with(None)

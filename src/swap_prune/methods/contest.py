@@ -128,7 +128,7 @@ class _Contest:
         self._last: _Fitted | None = None
         self._first: dict[tuple[float, Metric], ScaledGram] = {}  # where the path of each metric begins
         self._seen = set[Candidate]()
-        self._spent = 0  # steps of those that are not the best
+        self._taken = 0  # steps, of all candidates
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
@@ -159,6 +159,8 @@ class _Contest:
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
         self._first.clear()  # no path is walked any more
+        if self._has_ended:
+            return
         return_free_memory()
         best = self.best
         fit = best.fit(self._problem.reference)
@@ -208,28 +210,35 @@ class _Contest:
         """Keep a fit where it is the best, after steps where they are taken."""
         loss: float = entry["held_out_loss"]
         if self._takes_steps:
-            fitted = self._after_steps(fitted, loss)
-            if fitted.steps is None:
+            steps = self._steps_from(fitted, loss)
+            if steps is None:
                 return
-            loss = math.inf if fitted.steps.behind else fitted.steps.levels[-1]
-            entry |= {} if fitted.steps.behind else {"loss_after_steps": loss}
-        other: _Fitted | None = fitted
+            self._taken += len(steps.lengths)
+            if steps.behind:
+                return
+            fitted, loss = fitted._replace(steps=steps), steps.levels[-1]
+            entry["loss_after_steps"] = loss
         if self._best is None or loss < self._least:
-            other, self._best, self._least = self._best, fitted, loss
-        if other is not None and other.steps is not None:
-            self._spent += len(other.steps.lengths)
+            self._best, self._least = fitted, loss
 
-    def _after_steps(self, fitted: _Fitted, loss: float) -> _Fitted:
-        """Take steps from a fit, if it may."""
+    @property
+    def _has_ended(self) -> bool:
+        """Whether candidates that are not the best have taken all the steps that they may."""
+        if self._best is None or self._best.steps is None:
+            return False
+        own = len(self._best.steps.lengths)
+        return self._taken - own >= _OTHERS * max(1, own)
+
+    def _steps_from(self, fitted: _Fitted, loss: float) -> Steps | None:
+        """Take steps from a fit; None where it may not."""
         rival, patience = None if self._best is None else self._best.steps, 0
         if rival is not None:
             patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival.losses[0]) else 0
-            ended = self._spent >= _OTHERS * max(1, len(rival.lengths))
-            if loss == math.inf or ((ended or loss > rival.losses[0]) and not patience):
-                return fitted
+            if loss == math.inf or ((self._has_ended or loss > rival.losses[0]) and not patience):
+                return None
         elif loss == math.inf:  # there may be no slope either
-            return fitted._replace(steps=Steps(fitted.packed.weights, [], [loss], [loss]))
-        steps = take_steps(
+            return Steps(fitted.packed.weights, [], [loss], [loss])
+        return take_steps(
             self._problem,
             self.stated(fitted.candidate),
             fitted.fit(self._problem.reference),  # without a name, so that it is gone when it was left
@@ -238,7 +247,6 @@ class _Contest:
             self._blank,
             patience,
         )
-        return fitted._replace(steps=steps)
 
     def _has_lost(self, loss: float) -> bool:
         """Whether a mean loss is no less than without any weight."""
