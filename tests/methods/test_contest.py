@@ -15,7 +15,7 @@ from swap_prune.methods import contest
 from swap_prune.methods.descent import Steps, take_steps
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
-from tests.samples.test_held_out import problem_with
+from tests.samples.test_held_out import problem_with, starving
 
 Taken = tuple[int, tuple[float, ...], int]
 
@@ -42,8 +42,8 @@ def scripted(
         blank: Tensor | None,
         patience: int,
     ) -> Steps:
-        number = len(seen) - 1
-        assert torch.equal(fit.weights, seen[number]) and bool((losses == before[number]).all())
+        number = max(i for i, weights in enumerate(seen) if torch.equal(fit.weights, weights))
+        assert bool((losses == before[number]).all())
         taken.append((number, () if rival is None else tuple(rival.losses), patience))
         end, count = after[number], 0 if lengths is None else lengths[number]
         losses = [before[number], *([] if end is None else [end])]
@@ -121,43 +121,60 @@ def test_a_candidate_of_infinite_loss_is_not_asked_for_its_slope() -> None:
     assert int(solution.kept.sum()) == problem.keep and solution.evidence["first_order"] == []
 
 
-@pytest.mark.parametrize(("rows", "held"), [(12, 0), (60, 4)])
-def test_beginnings_of_paths_are_held_where_rows_are_many_and_until_swaps(
-    rows: int, held: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "held"), [(12, False), (60, True)])
+def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_swaps(
+    rows: int, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not where the indices are larger than the Gram matrix."""
-    first: list[dict[object, object]] = []
-    counts: list[int] = []
+    contests: list[contest._Contest] = []
+    found: list[bool] = []
     hold_all, swap = contest._Contest.hold_all, contest.swap_weights
 
     def watched(self: contest._Contest) -> None:
         hold_all(self)
-        first.append(self._first)
-        counts.append(len(self._first))
+        contests.append(self)
+        found.append(self._first is not None)
 
     def swapping(*arguments: object) -> SparseFit:
-        counts.append(len(first[-1]))
+        found.append(contests[-1]._first is not None)
         return swap(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(contest._Contest, "hold_all", watched)
     monkeypatch.setattr(contest, "swap_weights", swapping)
     problem = problem_with(lambda w, kept: torch.ones(5), n=rows, p=2000, keep=100)
     LR(first_order=0, floor=0).solve(problem, torch.Generator())
-    assert counts == [held, 0]
+    assert found == [held, False]
 
 
-def test_the_others_take_twice_as_many_steps_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = (0.5, 0.4, 0.3, 0.2), (0.3, None, 0.35, 0.1)
-    for lengths, count in (((3, 5, 1, 9), 3), ((3, 5, 0, 9), 4), ((3, 6, 0, 9), 2), ((0, 1, 1, 9), 3)):
+def test_all_others_take_as_many_steps_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = (0.5, 0.4, 0.45, 0.41), (0.3, None, 0.35, 0.1)
+    for lengths, count in (((3, 2, 1, 9), 3), ((3, 2, 0, 9), 4), ((3, 3, 0, 9), 2), ((0, 0, 1, 9), 3)):
         held_out, seen, taken = scripted(monkeypatch, before, after, lengths)
         solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
         assert len(taken) == count and torch.equal(solution.weights, seen[3 if count == 4 else 0])
-    held_out, seen, taken = scripted(monkeypatch, before, (0.3, 0.2, 0.25, 0.1), (3, 9, 14, 1))
+    for others, count in ((5, 4), (6, 3)):
+        before = (0.5, 0.4, 0.39, 0.38)
+        held_out, seen, taken = scripted(monkeypatch, before, (0.3, 0.2, 0.25, 0.1), (3, 9, others, 1))
+        solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+        assert len(taken) == count, "those of a best that was beaten count"
+        assert torch.equal(solution.weights, seen[3 if count == 4 else 1])
+
+
+def test_what_starts_below_where_the_best_ends_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps others have taken: its own do not raise its loss."""
+    held_out, seen, taken = scripted(monkeypatch, (0.5, 0.4, 0.31, 0.2), (0.3, None, 0.1, 0.15), (3, 90, 1, 1))
     solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
-    assert len(taken) == 4 and torch.equal(solution.weights, seen[3]), "those of a best that was beaten count"
-    held_out, seen, taken = scripted(monkeypatch, before, (0.3, 0.2, 0.25, 0.1), (3, 9, 15, 1))
-    solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
-    assert len(taken) == 3 and torch.equal(solution.weights, seen[1])
+    assert [number for number, *_ in taken] == [0, 1, 3] and torch.equal(solution.weights, seen[3])
+
+
+def test_a_fit_with_a_floor_stands_for_its_metric_before_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where all is lost does each take steps: then where they start says nothing."""
+    for without, walked, best in ((1.0, [1], 1), (0.7, [0, 1, 2], 2)):
+        held_out, seen, taken = scripted(monkeypatch, (0.9, 0.8, 0.85), (0.6, 0.5, 0.4))
+        blank = torch.full((3,), without, dtype=torch.float64)
+        problem = replace(starving(held_out), blank=lambda blank=blank: blank)
+        solution = LR(ridge=0.1, metric="diagonal", damping=1.0, swaps=0).solve(problem, torch.Generator())
+        assert [number for number, *_ in taken] == walked and torch.equal(solution.weights, seen[best])
 
 
 def test_swaps_are_not_looked_for_once_the_others_have_taken_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +186,7 @@ def test_swaps_are_not_looked_for_once_the_others_have_taken_their_steps(monkeyp
         return swap(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(contest, "swap_weights", watched)
-    for others, found in ((5, 1), (6, 0)):
+    for others, found in ((2, 1), (3, 0)):
         searched.clear()
         before = (0.5, 0.4, 0.9, 0.9, 0.9)
         held_out, _seen, _taken = scripted(monkeypatch, before, (0.3, None, None, None, None), (3, others, 0, 0, 0))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from swap_prune.regression.swap import swap_weights
 
 __all__ = ["Paired", "fit_pairing"]
 
-_OTHERS = 2.0  # steps of all other candidates, in units of those of the best
+_OTHERS = 1.0  # steps of all other candidates, in units of those of the best
 _PATIENCE = 3  # steps that a candidate takes that has lost all, as the best had
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 
@@ -41,18 +40,27 @@ class _Fitted(NamedTuple):
         candidate: What was solved.
         packed: Its solution, of whose weights only those on the support are held, (k,).
         losses: On held-out samples, (n_v,), where there are any.
+        entry: What the report says of it.
         steps: Those taken from it, if any were.
     """
 
     candidate: Candidate
     packed: SparseFit
     losses: Tensor | None
+    entry: dict[str, Any]
     steps: Steps | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None) -> _Fitted:
-        """Pack a solution."""
-        return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses)
+    def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None, **known: int) -> _Fitted:
+        """Pack a solution; what else is known goes to the report."""
+        entry = candidate._asdict() | known | {"held_out_loss": 0.0 if losses is None else mean_loss(losses)}
+        return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses, entry)
+
+    @property
+    def loss(self) -> float:
+        """Mean held-out loss before steps, 0 where nothing is held out."""
+        loss: float = self.entry["held_out_loss"]
+        return loss
 
     def fit(self, like: Tensor) -> SparseFit:
         """Return the solution, its weights as large as another vector, (p,), again."""
@@ -102,16 +110,17 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
 class _Contest:
     """Candidates compared by their held-out losses, where steps will be taken, after them.
 
-    Where a fit ends that many steps start from is not told by where it starts. So one that starts no higher than the
-    best so far takes its steps, until they end or it falls behind. Those of the best are kept; all others together take
-    twice as many, and no candidate more is begun after that.
+    Where a fit ends that many steps start from is not told by where it starts, unless both are of one metric. So where
+    a fit starves a layer, the same candidate is tried with floors, and the better one of them, before steps, stands for
+    its metric. The regression knows what each weight is worth beside those that are there, and not that none of them
+    counts once all of a layer are gone.
+
+    What starts no higher than the best so far takes its steps, until they end or it falls behind. Those of the best are
+    kept; all others together take as many, and after that only what starts where the best has not come to begins.
 
     A candidate that is no better than the network without any weight has lost all, and its loss says little about what
     steps will make of it: beside a best like it, it takes a few of them in any case. What counts after the last is the
     mean over samples of which none counts for more than without any weight.
-
-    Where a fit starves a layer, the same candidate is tried with floors. The regression knows what each weight is worth
-    beside those that are there, and not that none of them counts once all of a layer are gone.
 
     Args:
         settings: Of the method.
@@ -126,8 +135,7 @@ class _Contest:
         self._best: _Fitted | None = None
         self._least = math.inf  # mean loss of the best
         self._last: _Fitted | None = None
-        self._first: dict[tuple[float, Metric], ScaledGram] = {}  # where the path of each metric begins
-        self._seen = set[Candidate]()
+        self._first: tuple[tuple[float, Metric], ScaledGram] | None = None  # where the path of a metric begins
         self._taken = 0  # steps, of all candidates
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
@@ -140,25 +148,21 @@ class _Contest:
         return self._best
 
     def hold_all(self) -> None:
-        """Fit and compare the candidates: the first with floors as well, the others with those that it has come to."""
+        """Fit and compare the candidates, with floors where they gain; the others begin with the first one's."""
         candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
         if self._problem.held_out is None:
             candidates = candidates[:1]
         if self._takes_steps:
-            candidates.sort(key=lambda one: -one.damping)  # a metric that trusts no single weight gains most
-        if self._settings.floor != "auto" or self._problem.held_out is None:
-            self._hold(candidates)
-            return
-        self._hold(candidates[:1])
-        self._raise_floor()
-        floor = self.best.candidate.floor
-        floors = sorted({floor, min(floor, _FLOORS[0])})
-        self._hold([one._replace(floor=each) for one in candidates[1:] for each in floors])
-        self._raise_floor()
+            candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # these gain most
+        floors = _FLOORS if self._settings.floor == "auto" and self._problem.held_out is not None else ()
+        self._enter(candidates[0], floors)
+        floor = min((self.best.candidate.floor, *floors))
+        for candidate in candidates[1:]:
+            self._enter(candidate._replace(floor=floor), floors)
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
-        self._first.clear()  # no path is walked any more
+        self._first = self._last = None  # no path is walked any more
         if self._has_ended:
             return
         return_free_memory()
@@ -172,52 +176,44 @@ class _Contest:
             self._best = _Fitted.of(best.candidate, swapped, None)
             return
         after = held_out_losses(self._problem, swapped)
-        entry = best.candidate._asdict() | {"swaps": swapped.swaps, "held_out_loss": mean_loss(after)}
-        self.tried.append(entry)
+        fitted = _Fitted.of(best.candidate, swapped, after, swaps=swapped.swaps)
+        del swapped
+        self.tried.append(fitted.entry)
         if is_significant(best.losses - after):
-            fitted = _Fitted.of(best.candidate, swapped, after)
-            del swapped
-            self._judge(fitted, entry)
+            self._judge(fitted)
 
     def stated(self, candidate: Candidate) -> WeightedRidge:
         """State the regression of a candidate."""
         return pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
 
-    def _hold(self, candidates: Sequence[Candidate]) -> None:
-        """Fit candidates, and compare them with the best so far."""
-        for candidate, following in zip_longest(candidates, candidates[1:]):
-            self._enter(candidate)
-            if following is None or following[1:] != candidate[1:]:
-                self._last = None  # its vectors are of no use any more
-
-    def _raise_floor(self) -> None:
-        """Try the best with each floor under which it leaves a layer."""
-        for floor in _FLOORS:
-            raised = self.best.candidate._replace(floor=floor)
-            higher = floor > self.best.candidate.floor and raised not in self._seen
-            if higher and _is_starved(self._problem, self.best.packed.support, floor):
-                self._hold([raised])
-
-    def _enter(self, candidate: Candidate) -> None:
-        self._seen.add(candidate)
+    def _enter(self, candidate: Candidate, floors: Sequence[float]) -> None:
+        """Fit a candidate, with higher floors where it starves a layer, and judge what held-out samples favour."""
         fitted = self._fit(candidate)
-        self._last = fitted
-        loss = 0.0 if fitted.losses is None else mean_loss(fitted.losses)
-        self.tried.append(candidate._asdict() | {"held_out_loss": loss})
-        self._judge(fitted, self.tried[-1])
+        for floor in floors:
+            if floor <= candidate.floor or not _is_starved(self._problem, fitted.packed.support, floor):
+                continue
+            raised = self._fit(candidate._replace(floor=floor))
+            before, after = fitted.losses, raised.losses
+            assert before is not None and after is not None, "floors are for what is held out to choose"
+            if self._has_lost(fitted.loss) and self._has_lost(raised.loss):
+                self._judge(fitted)
+                fitted = raised
+            elif is_significant(before - after):
+                fitted = raised
+        self._judge(fitted)
 
-    def _judge(self, fitted: _Fitted, entry: dict[str, Any]) -> None:
+    def _judge(self, fitted: _Fitted) -> None:
         """Keep a fit where it is the best, after steps where they are taken."""
-        loss: float = entry["held_out_loss"]
+        loss = fitted.loss
         if self._takes_steps:
-            steps = self._steps_from(fitted, loss)
+            steps = self._steps_from(fitted)
             if steps is None:
                 return
             self._taken += len(steps.lengths)
             if steps.behind:
                 return
             fitted, loss = fitted._replace(steps=steps), steps.levels[-1]
-            entry["loss_after_steps"] = loss
+            fitted.entry["loss_after_steps"] = loss
         if self._best is None or loss < self._least:
             self._best, self._least = fitted, loss
 
@@ -229,12 +225,13 @@ class _Contest:
         own = len(self._best.steps.lengths)
         return self._taken - own >= _OTHERS * max(1, own)
 
-    def _steps_from(self, fitted: _Fitted, loss: float) -> Steps | None:
+    def _steps_from(self, fitted: _Fitted) -> Steps | None:
         """Take steps from a fit; None where it may not."""
-        rival, patience = None if self._best is None else self._best.steps, 0
+        rival, loss, patience = None if self._best is None else self._best.steps, fitted.loss, 0
         if rival is not None:
             patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival.losses[0]) else 0
-            if loss == math.inf or ((self._has_ended or loss > rival.losses[0]) and not patience):
+            in_reach = loss < self._least or (loss <= rival.losses[0] and not self._has_ended)
+            if loss == math.inf or not (in_reach or patience):
                 return None
         elif loss == math.inf:  # there may be no slope either
             return Steps(fitted.packed.weights, [], [loss], [loss])
@@ -255,22 +252,28 @@ class _Contest:
     def _fit(self, candidate: Candidate) -> _Fitted:
         """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
         return_free_memory()  # the heap grows with each fit, whose vectors come and go
-        near = self._last.packed if self._last is not None and self._last.candidate[1:] == candidate[1:] else None
+        if self._last is not None and self._last.candidate[1:] != candidate[1:]:
+            self._last = None  # its vectors are of no use any more
+        near = None if self._last is None else self._last.packed
         known = None if near is None or near.refit is None else near.refit.gram
         metric = (candidate.damping, candidate.metric)
+        if self._first is not None and self._first[0] != metric:
+            self._first = None
         fit = solve_sparse(
             self.stated(candidate),
             self._problem.keep,
             start=None if near is None else near.support,
-            previous=self._first.get(metric) if near is None else known,
+            previous=known if near is not None or self._first is None else self._first[1],
             max_iterations=self._settings.iterations,
         )
         if fit.first is not None:
             if fit.first.support.nbytes <= fit.first.matrix.nbytes:  # else n is small, and the matrix soon made anew
-                self._first[metric] = fit.first
+                self._first = (metric, fit.first)
             fit = replace(fit, first=None)
         losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
-        return _Fitted.of(candidate, fit, losses)
+        self._last = _Fitted.of(candidate, fit, losses)
+        self.tried.append(self._last.entry)
+        return self._last
 
 
 def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:

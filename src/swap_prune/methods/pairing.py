@@ -32,12 +32,16 @@ __all__ = [
 _CANDIDATES: tuple[tuple[float, float, Metric], ...] = (  # the first is taken where nothing is held out
     (0.025, 1.0, "diagonal"),
     (0.1, 1.0, "factored"),
-    (0.0025, 30.0, "diagonal"),
     (0.0025, 30.0, "layer"),
+    (0.0025, 30.0, "diagonal"),
 )
 # with so few rows a ridge hardly changes the fit; what matters is how far the metric trusts the single weight
 _FEW_ROWS = 1e-4  # a weight
-_FEW_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (*_CANDIDATES[:3], (0.025, 0.03, "diagonal"))
+_FEW_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (
+    *_CANDIDATES[:2],
+    (0.025, 0.03, "diagonal"),
+    _CANDIDATES[3],
+)
 
 
 class RegressionSettings(Protocol):
