@@ -103,17 +103,18 @@ def test_noise_on_weights_acts_where_gradients_are_taken() -> None:
 
 @pytest.mark.parametrize("recalibrated", [True, False])
 def test_a_pruned_convolution_of_low_rank_is_near_that_of_all_ranks(recalibrated: bool) -> None:
-    kept = []
+    """By the same settings: which held-out samples favour may differ, where several are as good."""
+    kept, method = [], LR(ridge=0.025, damping=1.0, metric="diagonal", floor=0)
     for storage in ("float32", "low-rank"):
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 24, 3), nn.Flatten(), nn.Linear(384, 3)
         )
-        report = prune(model, small_data(200), 0.5, "lr", samples=160, storage=storage, progress=False,
+        report = prune(model, small_data(200), 0.5, method, samples=160, storage=storage, progress=False,
                        recalibrate_batchnorm=recalibrated)  # fmt: skip
         assert report.kept == math.floor(report.total / 2) == int(masks(model).sum())
         kept.append(masks(model))
-    assert int((kept[0] & kept[1]).sum()) >= 0.9 * int(kept[0].sum())
+    assert int((kept[0] & kept[1]).sum()) >= 0.98 * int(kept[0].sum())
 
 
 def test_low_rank_needs_weights_of_layers_that_have_outer_products() -> None:

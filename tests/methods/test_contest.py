@@ -78,26 +78,66 @@ def test_candidates_are_compared_where_their_steps_end(
     solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
     candidates = solution.evidence["candidates"]
     assert [one.get("held_out_loss", math.inf) for one in candidates] == pytest.approx(list(before))
-    assert [one["damping"] for one in candidates] == [30.0, 30.0, 1.0, 1.0], "first those that gain most"
+    order = [(30.0, "diagonal"), (30.0, "layer"), (1.0, "factored"), (1.0, "diagonal")]
+    assert [(one["damping"], one["metric"]) for one in candidates] == order, "first those that gain most"
     assert walked == taken and torch.equal(solution.weights, seen[best])
     asked = {number for number, *_ in taken}
     ends = [after[number] if number in asked else None for number in range(4)]
     assert [one.get("loss_after_steps") for one in candidates] == ends
 
 
-def test_candidates_that_have_lost_all_take_a_few_steps_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they start says nothing; one that has not lost all goes on against what starts no higher."""
-    before = (5.0, 6.0, math.inf, 7.0)
-    held_out, seen, taken = scripted(monkeypatch, before, (0.9, 0.7, 0.1, 0.95))
-    blank = torch.ones(3, dtype=torch.float64)
-    method = LR(swaps=0, floor=0)
-    solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
-    assert taken == [(0, (), 0), (1, (5.0, 0.9), 3), (3, (6.0, 0.7), 3)]
-    assert torch.equal(solution.weights, seen[1])
-    held_out, seen, taken = scripted(monkeypatch, (5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6))
-    solution = method.solve(replace(problem_with(held_out), blank=lambda: blank), torch.Generator())
-    assert taken == [(0, (), 0), (1, (5.0, 0.7), 0), (2, (5.0, 0.7), 3), (3, (5.0, 0.7), 0)]
-    assert torch.equal(solution.weights, seen[3])
+@pytest.mark.parametrize(
+    ("before", "after", "patience", "best"),
+    [
+        ((5.0, 6.0, math.inf, 7.0), (0.9, 0.7, 0.1, 0.95), {0: 0, 1: 3, 3: 3}, 1),
+        ((5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6), {0: 0, 1: 3, 2: 3, 3: 3}, 3),
+        ((1.0, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: 0, 1: 3, 2: 3}, 2),
+        ((0.99, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: 0, 2: 0}, 2),
+    ],
+)
+def test_beside_a_best_that_had_lost_all_each_takes_a_few_steps(
+    before: tuple[float, ...],
+    after: tuple[float, ...],
+    patience: dict[int, int],
+    best: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they start says nothing; however many steps the others took."""
+    held_out, seen, taken = scripted(monkeypatch, before, after, (1, 90, 1, 1))
+    problem = replace(problem_with(held_out), blank=lambda: torch.ones(3, dtype=torch.float64))
+    solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
+    assert {number: steps for number, _, steps in taken} == patience
+    assert torch.equal(solution.weights, seen[best])
+
+
+@pytest.mark.parametrize(("level", "walks"), [(0.45, 2), (0.35, 1)])
+def test_a_level_below_that_of_the_best_at_its_end_is_never_refused(
+    level: float, walks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample that the network is sure to get wrong makes a mean large, not a level: 0.4 here."""
+    losses = iter([torch.full((3,), 0.5), torch.full((3,), 0.6), torch.tensor([0.1, 0.1, 9.0]), torch.full((3,), 0.6)])
+    taken: list[Tensor] = []
+
+    def steps(problem: object, regression: object, fit: SparseFit, *rest: object) -> Steps:
+        taken.append(fit.weights)
+        end = [level, 0.3][len(taken) - 1]
+        return Steps(fit.weights[fit.support], [0.1], [0.5, 0.48], [0.5, end])
+
+    monkeypatch.setattr(contest, "take_steps", steps)
+    problem = replace(problem_with(lambda w, kept: next(losses)), blank=lambda: torch.ones(3))
+    solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
+    assert len(taken) == walks and torch.equal(solution.weights, taken[-1])
+
+
+def test_the_network_without_weights_is_asked_for_where_steps_are_taken() -> None:
+    def blank() -> Tensor:
+        raise AssertionError("asked")
+
+    asked = replace(problem_with(lambda w, kept: torch.ones(3)), blank=blank)
+    for problem, method in ((asked, LR(first_order=0)), (replace(asked, slope=None), LR())):
+        assert method.solve(problem, torch.Generator()).evidence["first_order"] == []
+    with pytest.raises(AssertionError, match="asked"):
+        LR().solve(asked, torch.Generator())
 
 
 def test_no_sample_counts_for_more_than_without_any_weight() -> None:
@@ -128,18 +168,19 @@ def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_swaps(
     """Not where the indices are larger than the Gram matrix."""
     contests: list[contest._Contest] = []
     found: list[bool] = []
-    hold_all, swap = contest._Contest.hold_all, contest.swap_weights
+    compare_all, swap = contest._Contest.compare_all, contest.swap_weights
 
     def watched(self: contest._Contest) -> None:
-        hold_all(self)
+        compare_all(self)
         contests.append(self)
-        found.append(self._first is not None)
+        found.append(self._beginning is not None)
 
     def swapping(*arguments: object) -> SparseFit:
-        found.append(contests[-1]._first is not None)
+        assert contests[-1]._last is None
+        found.append(contests[-1]._beginning is not None)
         return swap(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(contest._Contest, "hold_all", watched)
+    monkeypatch.setattr(contest._Contest, "compare_all", watched)
     monkeypatch.setattr(contest, "swap_weights", swapping)
     problem = problem_with(lambda w, kept: torch.ones(5), n=rows, p=2000, keep=100)
     LR(first_order=0, floor=0).solve(problem, torch.Generator())
@@ -167,14 +208,46 @@ def test_what_starts_below_where_the_best_ends_is_never_refused(monkeypatch: pyt
     assert [number for number, *_ in taken] == [0, 1, 3] and torch.equal(solution.weights, seen[3])
 
 
-def test_a_fit_with_a_floor_stands_for_its_metric_before_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where all is lost does each take steps: then where they start says nothing."""
-    for without, walked, best in ((1.0, [1], 1), (0.7, [0, 1, 2], 2)):
-        held_out, seen, taken = scripted(monkeypatch, (0.9, 0.8, 0.85), (0.6, 0.5, 0.4))
-        blank = torch.full((3,), without, dtype=torch.float64)
-        problem = replace(starving(held_out), blank=lambda blank=blank: blank)
-        solution = LR(ridge=0.1, metric="diagonal", damping=1.0, swaps=0).solve(problem, torch.Generator())
-        assert [number for number, *_ in taken] == walked and torch.equal(solution.weights, seen[best])
+@pytest.mark.parametrize(
+    ("before", "walked", "best"),
+    [
+        ((0.9, 0.8, 0.85), [1], 1),
+        ((0.9, 0.95, 0.8), [2], 2),
+        ((1.9, 1.8, 1.85), [0, 1, 2], 2),
+        ((1.0, 0.8, 0.7), [0, 2], 2),
+        ((0.9, 1.8, 1.7), [0], 0),
+    ],
+)
+def test_a_fit_with_a_floor_stands_for_its_metric_before_steps(
+    before: tuple[float, ...], walked: list[int], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has lost all takes steps beside it: then where they start says nothing."""
+    held_out, seen, taken = scripted(monkeypatch, before, (0.6, 0.5, 0.4))
+    problem = replace(starving(held_out), blank=lambda: torch.ones(3, dtype=torch.float64))
+    solution = LR(ridge=0.1, metric="diagonal", damping=1.0, swaps=0).solve(problem, torch.Generator())
+    assert [number for number, *_ in taken] == walked and torch.equal(solution.weights, seen[best])
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(("starved", "floor"), [(0.5, 0.0), (0.6, 0.5), (math.inf, 0.5), (math.nan, 0.5)])
+def test_a_floor_stays_where_samples_are_lost_for_want_of_a_layer(starved: float, floor: float) -> None:
+    def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        return torch.full((4,), 0.5 if int(kept[:200].sum()) >= 14 else starved)
+
+    method = LR(ridge=0.1, metric="diagonal", damping=1.0, first_order=0, swaps=0)
+    assert method.solve(starving(held_out), torch.Generator()).evidence["floor"] == floor
+
+
+def test_floors_are_compared_by_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample that the network is sure to get wrong counts for no more than without any weight."""
+    losses = iter([torch.tensor([0.1, 0.1, 0.1, 2.5]), torch.full((4,), 0.4), torch.full((4,), 0.5)])
+    problem = replace(starving(lambda w, kept: next(losses)), slope=lambda w, kept: torch.zeros(300))
+    method = LR(ridge=0.1, metric="diagonal", damping=1.0, swaps=0)
+    monkeypatch.setattr(
+        contest, "take_steps", lambda problem, regression, fit, *rest: Steps(fit.weights[fit.support], [], [0.7], [0.3])
+    )
+    solution = method.solve(replace(problem, blank=lambda: torch.ones(4)), torch.Generator())
+    assert solution.evidence["floor"] == 0
 
 
 def test_swaps_are_not_looked_for_once_the_others_have_taken_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +299,23 @@ def test_the_steps_of_the_best_are_not_taken_again(method: LR | EWR, monkeypatch
     ends = [one["loss_after_steps"] for one in solution.evidence["candidates"] if "loss_after_steps" in one]
     assert problem.held_out is not None
     assert float(problem.held_out(solution.weights, solution.kept).mean()) == pytest.approx(min(ends))
+
+
+def test_swaps_that_gain_within_their_error_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gains, judged in (([0.3, -0.1, 0.0], False), ([0.1, 0.1, 0.2], True)):
+        walked: list[Tensor] = []
+        losses = iter([torch.full((3,), 0.5), torch.full((3,), 0.5) - torch.tensor(gains)])
+
+        def steps(problem: object, regression: object, fit: SparseFit, *rest: object, walked=walked) -> Steps:
+            walked.append(fit.weights)
+            end = 0.4 / len(walked)
+            return Steps(fit.weights[fit.support], [0.1, 0.1], [0.5, end, end], [0.5, end, end])
+
+        monkeypatch.setattr(contest, "take_steps", steps)
+        method = LR(ridge=0.1, metric="diagonal", damping=1.0, floor=0, swaps=1)
+        problem = problem_with(lambda w, kept, losses=losses: next(losses))
+        assert (method.solve(problem, torch.Generator()).evidence["swaps"] > 0) == judged
+        assert len(walked) == 1 + judged
 
 
 def test_swaps_are_judged_after_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:

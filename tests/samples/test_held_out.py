@@ -13,10 +13,13 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR, prune
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.methods.contest import _is_starved
 from swap_prune.methods.descent import polyak_length
 from swap_prune.methods.pairing import candidates_of, fair_floors
 from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.regression import iht
 from swap_prune.regression.iht import SparseFit
+from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.tuning import Coupling
 from swap_prune.samples.batches import batch_size
 from swap_prune.samples.calibration import CalibrationStream
@@ -52,6 +55,7 @@ def test_the_candidate_that_held_out_samples_favour_is_taken(favoured: int) -> N
 def test_the_first_candidate_is_taken_where_nothing_is_held_out() -> None:
     evidence = LR(first_order=0, swaps=0).solve(problem_with(None), torch.Generator()).evidence
     assert (evidence["ridge"], evidence["damping"], evidence["metric"]) == (0.025, 1.0, "diagonal")
+    assert "candidates" not in evidence, "it alone is fitted"
 
 
 @pytest.mark.parametrize(("rows", "weights", "few"), [(1, 9_999, False), (1, 10_001, True), (3, 10_001, False)])
@@ -137,6 +141,35 @@ def test_a_path_begins_once_in_each_metric(monkeypatch: pytest.MonkeyPatch) -> N
     tried = LR(first_order=0, swaps=0).solve(problem, torch.Generator()).evidence["candidates"]
     assert [one["floor"] for one in tried] == [0, 0.5, 0.75, 0.5, 0.75, 0.5, 0.75, 0.5]
     assert columns.count(max(columns)) == 4 and max(columns) > 40
+
+
+@pytest.mark.parametrize(("floor", "fits", "paths"), [(0, 3, 1), ("auto", 9, 9)])
+def test_ridges_share_a_path(floor: object, fits: int, paths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that follow each other with the same metric and floor; after other floors a path is walked again."""
+    walked: list[int] = []
+    columns: list[int] = []
+    path, gram = iht.shrink_support, DenseFactor.gram
+
+    def counted(self: DenseFactor, scale: Tensor) -> Tensor:
+        columns.append(int(scale.count_nonzero()))
+        return gram(self, scale)
+
+    def watched(problem: WeightedRidge, *rest: object) -> object:
+        walked.append(len(problem.floors))
+        return path(problem, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(iht, "shrink_support", watched)
+    monkeypatch.setattr(DenseFactor, "gram", counted)
+    method = LR(metric="diagonal", damping=1.0, first_order=0, floor=floor, swaps=0)
+    solution = method.solve(starving(lambda w, kept: torch.ones(5)), torch.Generator())
+    assert len(solution.evidence["candidates"]) == fits and len(walked) == paths
+    assert sum(count >= 40 for count in columns) == 1, "a Gram matrix is made anew once in a metric"
+
+
+def test_a_layer_with_as_many_weights_as_its_floor_is_not_starved() -> None:
+    problem = starving(None)
+    support = torch.cat([torch.arange(14), torch.arange(200, 226)])
+    assert not _is_starved(problem, support, 0.5) and _is_starved(problem, support[1:], 0.5)
 
 
 def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:

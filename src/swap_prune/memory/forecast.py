@@ -41,8 +41,8 @@ _VECTORS, _HOLES = 8, 8  # p-sized arrays that the solver and the pipeline hold 
 _OF_EWR = 2  # more of them: the fit before steps, and the coupled one
 _MAPPED_BYTES = 32 * 2**20  # glibc gives arrays of that size back at once
 _INDEX = 64  # bytes that they hold for each weight that stays: indices, and what lies at them
-_SQUARES = 6  # n x n arrays in float64: Gram matrices, factors, plans
-_PATHS = 2  # in the weights' precision: where the path of a metric begins, with indices no larger than it
+_SQUARES = 6  # n x n arrays in float64: factors, systems, plans
+_GRAMS = 6  # and in the weights' precision: of the best, of those in hand, and where a path begins, with its indices
 _BACKWARD, _BACKWARD_TENSORS = 2, 8  # what a backward pass holds, in units of what was kept; in large tensors beside it
 _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the same units
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
@@ -142,7 +142,7 @@ def memory_phases(
     if kind == "matrix-free":
         blocks = 0  # passes count its columns
     vectors = _VECTORS + (_OF_EWR if load.method == "ewr" else 0) + (_HOLES if vector < _MAPPED_BYTES else 0)
-    solve = common + vectors * vector + _INDEX * load.kept + (_SQUARES * 8 + _PATHS * load.itemsize) * n * n + blocks
+    solve = common + vectors * vector + _INDEX * load.kept + (_SQUARES * 8 + _GRAMS * load.itemsize) * n * n + blocks
     copies = 0 if lean else _column_copies(load)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
     step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)

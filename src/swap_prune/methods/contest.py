@@ -1,6 +1,6 @@
-"""Which candidate for ridge, damping, metric and floors: fitted, and compared on held-out samples.
+"""Which candidate for ridge, damping, metric and floor: fitted, and compared on held-out samples.
 
-Ridge, damping and metric that are ``"auto"`` are chosen together, then swaps are taken where they gain.
+Those that are ``"auto"`` are chosen together, then swaps are taken where they gain.
 
 Place in the pipeline: what LR and EWR begin with.
 """
@@ -51,9 +51,9 @@ class _Fitted(NamedTuple):
     steps: Steps | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None, **known: int) -> _Fitted:
-        """Pack a solution; what else is known goes to the report."""
-        entry = candidate._asdict() | known | {"held_out_loss": 0.0 if losses is None else mean_loss(losses)}
+    def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None, **more: int) -> _Fitted:
+        """Pack a solution; what more is to be said goes to the report."""
+        entry = candidate._asdict() | more | {"held_out_loss": 0.0 if losses is None else mean_loss(losses)}
         return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses, entry)
 
     @property
@@ -96,9 +96,9 @@ class Paired(NamedTuple):
 
 
 def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired:
-    """Fit with each candidate for ridge, damping and metric, swap weights, and keep what held-out samples favour."""
+    """Fit each candidate for ridge, damping, metric and floor, swap weights, and keep what held-out samples favour."""
     contest = _Contest(settings, problem)
-    contest.hold_all()
+    contest.compare_all()
     contest.try_swaps()
     best, tried = contest.best, contest.tried
     evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
@@ -110,17 +110,18 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
 class _Contest:
     """Candidates compared by their held-out losses, where steps will be taken, after them.
 
-    Where a fit ends that many steps start from is not told by where it starts, unless both are of one metric. So where
-    a fit starves a layer, the same candidate is tried with floors, and the better one of them, before steps, stands for
-    its metric. The regression knows what each weight is worth beside those that are there, and not that none of them
-    counts once all of a layer are gone.
+    Where a fit starves a layer, the same candidate is fitted with floors. The regression knows what each weight is
+    worth beside those that are there, and not that none of them counts once all of a layer are gone. A floor stays
+    where held-out samples gain by it, beyond their error: among fits in one metric, that which starts lower ends lower.
 
-    What starts no higher than the best so far takes its steps, until they end or it falls behind. Those of the best are
-    kept; all others together take as many, and after that only what starts where the best has not come to begins.
+    Among metrics that is not so. One that starts no higher than the best started takes its steps, until they end or it
+    falls behind. Those of the best are kept; all others together take as many, and after that only a fit that starts
+    below the best's end takes any.
 
-    A candidate that is no better than the network without any weight has lost all, and its loss says little about what
-    steps will make of it: beside a best like it, it takes a few of them in any case. What counts after the last is the
-    mean over samples of which none counts for more than without any weight.
+    A fit that is no better than the network without any weight has lost all, and its loss says little about what steps
+    will make of it. So all that is left of it is judged, with a floor or without; and beside a best that had lost all,
+    each takes a few steps in any case. The level, a mean over samples of which none counts for more than without any
+    weight, is what counts then, and after the last step.
 
     Args:
         settings: Of the method.
@@ -134,8 +135,8 @@ class _Contest:
         self.tried: list[dict[str, Any]] = []  # for the report
         self._best: _Fitted | None = None
         self._least = math.inf  # mean loss of the best
-        self._last: _Fitted | None = None
-        self._first: tuple[tuple[float, Metric], ScaledGram] | None = None  # where the path of a metric begins
+        self._last: _Fitted | None = None  # its path is not walked again
+        self._beginning: tuple[tuple[float, Metric], ScaledGram] | None = None  # of paths in a metric
         self._taken = 0  # steps, of all candidates
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
@@ -147,22 +148,22 @@ class _Contest:
         assert self._best is not None, "there is at least one candidate"
         return self._best
 
-    def hold_all(self) -> None:
-        """Fit and compare the candidates, with floors where they gain; the others begin with the first one's."""
+    def compare_all(self) -> None:
+        """Fit and compare the candidates; others begin with the floor that the first has come to, or the low one."""
         candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
         if self._problem.held_out is None:
             candidates = candidates[:1]
         if self._takes_steps:
-            candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # these gain most
+            candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # those that gain most first
         floors = _FLOORS if self._settings.floor == "auto" and self._problem.held_out is not None else ()
-        self._enter(candidates[0], floors)
+        self._compare(candidates[0], floors)
         floor = min((self.best.candidate.floor, *floors))
         for candidate in candidates[1:]:
-            self._enter(candidate._replace(floor=floor), floors)
+            self._compare(candidate._replace(floor=floor), floors)
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
-        self._first = self._last = None  # no path is walked any more
+        self._beginning = self._last = None  # no path is walked any more
         if self._has_ended:
             return
         return_free_memory()
@@ -186,20 +187,19 @@ class _Contest:
         """State the regression of a candidate."""
         return pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
 
-    def _enter(self, candidate: Candidate, floors: Sequence[float]) -> None:
-        """Fit a candidate, with higher floors where it starves a layer, and judge what held-out samples favour."""
+    def _compare(self, candidate: Candidate, floors: Sequence[float]) -> None:
+        """Fit a candidate, with floors under which it starves a layer, and judge what held-out samples favour."""
         fitted = self._fit(candidate)
         for floor in floors:
-            if floor <= candidate.floor or not _is_starved(self._problem, fitted.packed.support, floor):
+            if not _is_starved(self._problem, fitted.packed.support, floor):
                 continue
             raised = self._fit(candidate._replace(floor=floor))
-            before, after = fitted.losses, raised.losses
-            assert before is not None and after is not None, "floors are for what is held out to choose"
-            if self._has_lost(fitted.loss) and self._has_lost(raised.loss):
+            if self._has_lost(fitted.loss):
                 self._judge(fitted)
                 fitted = raised
-            elif is_significant(before - after):
+            elif is_significant(self._levels(fitted) - self._levels(raised)):
                 fitted = raised
+            del raised  # its arrays, while the next is fitted
         self._judge(fitted)
 
     def _judge(self, fitted: _Fitted) -> None:
@@ -229,9 +229,9 @@ class _Contest:
         """Take steps from a fit; None where it may not."""
         rival, loss, patience = None if self._best is None else self._best.steps, fitted.loss, 0
         if rival is not None:
-            patience = _PATIENCE if self._has_lost(loss) and self._has_lost(rival.losses[0]) else 0
-            in_reach = loss < self._least or (loss <= rival.losses[0] and not self._has_ended)
-            if loss == math.inf or not (in_reach or patience):
+            patience = _PATIENCE if self._has_lost(rival.losses[0]) else 0
+            keeps_up = loss <= rival.losses[0] and not self._has_ended
+            if loss == math.inf or not (patience or keeps_up or mean_loss(self._levels(fitted)) < self._least):
                 return None
         elif loss == math.inf:  # there may be no slope either
             return Steps(fitted.packed.weights, [], [loss], [loss])
@@ -249,26 +249,35 @@ class _Contest:
         """Whether a mean loss is no less than without any weight."""
         return self._blank is not None and loss >= mean_loss(self._blank)
 
+    def _levels(self, fitted: _Fitted) -> Tensor:
+        """Return held-out losses of which none counts for more than without any weight, where that is known, (n_v,)."""
+        assert fitted.losses is not None, "the caller checks"
+        losses = fitted.losses.masked_fill(fitted.losses.isnan(), math.inf)
+        return losses if self._blank is None else torch.fmin(losses, self._blank)
+
     def _fit(self, candidate: Candidate) -> _Fitted:
         """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
         return_free_memory()  # the heap grows with each fit, whose vectors come and go
-        if self._last is not None and self._last.candidate[1:] != candidate[1:]:
-            self._last = None  # its vectors are of no use any more
+        if self._last is not None and self._last.candidate.path != candidate.path:
+            self._last = None
         near = None if self._last is None else self._last.packed
-        known = None if near is None or near.refit is None else near.refit.gram
         metric = (candidate.damping, candidate.metric)
-        if self._first is not None and self._first[0] != metric:
-            self._first = None
+        if self._beginning is not None and self._beginning[0] != metric:
+            self._beginning = None
+        if near is None:
+            previous = None if self._beginning is None else self._beginning[1]
+        else:
+            previous = None if near.refit is None else near.refit.gram
         fit = solve_sparse(
             self.stated(candidate),
             self._problem.keep,
             start=None if near is None else near.support,
-            previous=known if near is not None or self._first is None else self._first[1],
+            previous=previous,
             max_iterations=self._settings.iterations,
         )
         if fit.first is not None:
             if fit.first.support.nbytes <= fit.first.matrix.nbytes:  # else n is small, and the matrix soon made anew
-                self._first = (metric, fit.first)
+                self._beginning = metric, fit.first
             fit = replace(fit, first=None)
         losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
         self._last = _Fitted.of(candidate, fit, losses)

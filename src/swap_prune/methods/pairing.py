@@ -66,8 +66,8 @@ class RegressionSettings(Protocol):
 
 
 def chooses(settings: RegressionSettings) -> bool:
-    """Whether held-out samples have something to choose: a ridge, a damping, a metric or the length of a step."""
-    return len(candidates_of(settings)) > 1 or settings.first_order == "auto"
+    """Whether held-out samples have something to choose: a ridge, a damping, a metric, a floor or lengths of steps."""
+    return len(candidates_of(settings)) > 1 or "auto" in (settings.first_order, settings.floor)
 
 
 class Candidate(NamedTuple):
@@ -84,6 +84,11 @@ class Candidate(NamedTuple):
     damping: float
     metric: Metric
     floor: float = 0.0
+
+    @property
+    def path(self) -> tuple[float, Metric, float]:
+        """All but the ridge: what a path was walked with, whose end serves other ridges as well."""
+        return self.damping, self.metric, self.floor
 
 
 def candidates_of(

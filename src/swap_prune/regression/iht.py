@@ -41,7 +41,8 @@ class SparseFit:
         iterations: Accepted iterations.
         converged: Whether the search ended because nothing more was to be gained.
         refit: The refit behind the weights, for those who go on from there.
-        first: The Gram matrix of the path's first refit, if there was one: a path in the same metric begins there.
+        first: The Gram matrix of the path's first refit, unless there was none or it began with another's: a path in
+            the same metric begins there.
         swaps: Pairs of weights that changed places since (:mod:`swap_prune.regression.swap`).
     """
 
@@ -114,8 +115,8 @@ def shrink_support(
         share: Share of the weights that one step keeps, in (0, 1).
 
     Returns:
-        Indices of the support, (k,), in increasing order, and the Gram matrices of the path's last and first refit, if
-        there were any.
+        Indices of the support, (k,), in increasing order, and the Gram matrices of the path's last refit, if there was
+        one, and of the first, unless it began with another's.
     """
     w, known, beginning = problem.reference, previous, None
     first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / share)))
@@ -128,7 +129,8 @@ def shrink_support(
             refit = problem.refit(support, known)
             w, known = refit.weights, refit.gram
             del refit
-            beginning = known if step == 1 else beginning
+            if step == 1 and previous is None:
+                beginning = known
     return support, known, beginning
 
 
