@@ -9,7 +9,7 @@ import torch
 
 from swap_prune import EWR
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import damping_of, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.descent import Race, damping_of, is_significant, mean_loss, step_down, take_steps
 from swap_prune.methods.pairing import pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
@@ -148,18 +148,30 @@ def test_steps_are_given_up_a_twentieth_behind_a_rival():
     moved = alone.applied_to(fit).weights
     assert float((moved - goal).square().mean()) == pytest.approx(alone.losses[-1])
     assert torch.equal(moved != 0, fit.weights != 0)
-    near = take_steps(problem, regression, fit, alone._replace(losses=[0.96 * loss for loss in alone.losses]))
+    near = take_steps(problem, regression, fit, Race(alone._replace(losses=[0.96 * loss for loss in alone.losses])))
     assert not near.behind and not alone.behind
     assert torch.equal(near.values, alone.values) and near.lengths == alone.lengths
-    for losses, patience, count in (
-        ([*alone.losses[:2], 0.95 * alone.losses[2], *alone.losses[3:]], 0, 2),
-        ([*alone.losses[:2], 0.9 * alone.losses[-1]], 0, 2),
-        ([0.0] * 9, 3, 3),
+    for losses, lost, count in (
+        ([*alone.losses[:2], 0.95 * alone.losses[2], *alone.losses[3:]], False, 2),
+        ([*alone.losses[:2], 0.9 * alone.losses[-1]], False, 2),
+        ([0.0] * 9, True, 3),
     ):
         slopes.clear()
-        rival = alone._replace(losses=losses, levels=losses)
-        steps = take_steps(problem, regression, fit, rival, patience=patience)
+        race = Race(alone._replace(losses=losses, levels=losses), lost)
+        steps = take_steps(problem, regression, fit, race)
         assert steps.behind and len(slopes) == len(steps.lengths) == count
+
+
+@pytest.mark.parametrize(("share", "given_up"), [(0.96, False), (0.94, True)])
+def test_steps_that_do_not_come_below_where_others_start_are_given_up_after_three(share, given_up):
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    goal = fit.weights + 1.0
+    problem = replace(base, slope=lambda w, kept: w - goal, held_out=lambda w, kept: (w - goal).square())
+    alone = take_steps(problem, regression, fit)
+    steps = take_steps(problem, regression, fit, Race(start=share * alone.levels[3]))
+    assert steps.behind == given_up and len(alone.lengths) > 3
+    assert len(steps.lengths) == (3 if given_up else len(alone.lengths))
 
 
 def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost():
@@ -176,8 +188,8 @@ def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost()
     rival = take_steps(one, regression, fit, blank=blank)
     assert rival.levels[-1] == pytest.approx(float(held_out(2.0)(rival.applied_to(fit).weights, None).mean()))
     assert rival.losses[-1] > rival.levels[-1]
-    assert take_steps(other, regression, fit, rival, blank=blank).behind
-    steps = take_steps(other, regression, fit, rival, blank=blank, patience=3)
+    assert take_steps(other, regression, fit, Race(rival), blank=blank).behind
+    steps = take_steps(other, regression, fit, Race(rival, lost=True), blank=blank)
     assert not steps.behind and steps.levels[-1] == pytest.approx(rival.levels[-1], rel=0.05)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from swap_prune import EWR, LR
 from swap_prune.methods import contest
-from swap_prune.methods.descent import Steps, take_steps
+from swap_prune.methods.descent import Race, Steps, take_steps
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from tests.samples.test_held_out import problem_with, starving
 
-Taken = tuple[int, tuple[float, ...], int]
+Taken = tuple[int, tuple[float, ...], bool]
+ALONE: Taken = (0, (), False)  # the first, beside no other
 
 
 def scripted(
@@ -27,24 +28,24 @@ def scripted(
     lengths: Sequence[int] | None = None,
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor], list[Taken]]:
     """Held-out losses of each candidate as it starts, and where its steps end; None: they are given up."""
-    seen, taken = list[Tensor](), list[Taken]()
+    seen, taken, returned = list[Tensor](), list[Taken](), list[Tensor]()
 
     def held_out(w: Tensor, kept: Tensor) -> Tensor:
+        returned.append(torch.full((3,), before[len(seen)], dtype=torch.float64))
         seen.append(w)
-        return torch.full((3,), before[len(seen) - 1], dtype=torch.float64)
+        return returned[-1]
 
     def steps(
         problem: object,
         regression: object,
         fit: SparseFit,
-        rival: Steps | None,
+        race: Race,
         losses: Tensor,
         blank: Tensor | None,
-        patience: int,
     ) -> Steps:
-        number = max(i for i, weights in enumerate(seen) if torch.equal(fit.weights, weights))
-        assert bool((losses == before[number]).all())
-        taken.append((number, () if rival is None else tuple(rival.losses), patience))
+        (number,) = (i for i, one in enumerate(returned) if one is losses)
+        assert torch.equal(fit.weights, seen[number])
+        taken.append((number, () if race.rival is None else tuple(race.rival.losses), race.lost))
         end, count = after[number], 0 if lengths is None else lengths[number]
         losses = [before[number], *([] if end is None else [end])]
         return Steps(fit.weights[fit.support], [0.1] * count, losses, losses, behind=end is None)
@@ -60,11 +61,21 @@ def scripted(
             (0.5, 0.6, 0.4, 0.45),
             (0.3, 0.0, 0.2, 0.0),
             2,
-            [(0, (), 0), (2, (0.5, 0.3), 0)],
+            [ALONE, (2, (0.5, 0.3), False)],
         ),
-        ((0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.35, 0.1), 3, [(0, (), 0), (2, (0.5, 0.3), 0), (3, (0.5, 0.3), 0)]),
-        ((0.5, 0.5, 0.4, 0.3), (0.3, None, None, None), 0, [(0, (), 0), *((i, (0.5, 0.3), 0) for i in (1, 2, 3))]),
-        ((0.5, math.inf, 0.4, math.inf), (0.3, 0.1, 0.4, 0.1), 0, [(0, (), 0), (2, (0.5, 0.3), 0)]),
+        (
+            (0.5, 0.6, 0.4, 0.45),
+            (0.3, 0.0, 0.35, 0.1),
+            3,
+            [ALONE, (2, (0.5, 0.3), False), (3, (0.5, 0.3), False)],
+        ),
+        (
+            (0.5, 0.5, 0.4, 0.3),
+            (0.3, None, None, None),
+            0,
+            [ALONE, *((i, (0.5, 0.3), False) for i in (1, 2, 3))],
+        ),
+        ((0.5, math.inf, 0.4, math.inf), (0.3, 0.1, 0.4, 0.1), 0, [ALONE, (2, (0.5, 0.3), False)]),
     ],
 )
 def test_candidates_are_compared_where_their_steps_end(
@@ -87,18 +98,18 @@ def test_candidates_are_compared_where_their_steps_end(
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "patience", "best"),
+    ("before", "after", "lost", "best"),
     [
-        ((5.0, 6.0, math.inf, 7.0), (0.9, 0.7, 0.1, 0.95), {0: 0, 1: 3, 3: 3}, 1),
-        ((5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6), {0: 0, 1: 3, 2: 3, 3: 3}, 3),
-        ((1.0, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: 0, 1: 3, 2: 3}, 2),
-        ((0.99, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: 0, 2: 0}, 2),
+        ((5.0, 6.0, math.inf, 7.0), (0.9, 0.7, 0.1, 0.95), {0: False, 1: True, 3: True}, 1),
+        ((5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6), {0: False, 1: True, 2: True, 3: True}, 3),
+        ((1.0, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: False, 1: True, 2: True}, 2),
+        ((0.99, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: False, 2: False}, 2),
     ],
 )
 def test_beside_a_best_that_had_lost_all_each_takes_a_few_steps(
     before: tuple[float, ...],
     after: tuple[float, ...],
-    patience: dict[int, int],
+    lost: dict[int, bool],
     best: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -106,7 +117,7 @@ def test_beside_a_best_that_had_lost_all_each_takes_a_few_steps(
     held_out, seen, taken = scripted(monkeypatch, before, after, (1, 90, 1, 1))
     problem = replace(problem_with(held_out), blank=lambda: torch.ones(3, dtype=torch.float64))
     solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
-    assert {number: steps for number, _, steps in taken} == patience
+    assert {number: beside for number, _, beside in taken} == lost
     assert torch.equal(solution.weights, seen[best])
 
 
@@ -162,29 +173,42 @@ def test_a_candidate_of_infinite_loss_is_not_asked_for_its_slope() -> None:
 
 
 @pytest.mark.parametrize(("rows", "held"), [(12, False), (60, True)])
-def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_swaps(
+def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_steps(
     rows: int, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not where the indices are larger than the Gram matrix."""
-    contests: list[contest._Contest] = []
     found: list[bool] = []
-    compare_all, swap = contest._Contest.compare_all, contest.swap_weights
+    fit_all, judge = contest._Contest._fit_all, contest._Contest._judge
 
-    def watched(self: contest._Contest) -> None:
-        compare_all(self)
-        contests.append(self)
+    def fitting(self: contest._Contest) -> list[contest._Fitted]:
+        fits = fit_all(self)
         found.append(self._beginning is not None)
+        return fits
 
-    def swapping(*arguments: object) -> SparseFit:
-        assert contests[-1]._last is None
-        found.append(contests[-1]._beginning is not None)
-        return swap(*arguments)  # type: ignore[arg-type]
+    def judging(self: contest._Contest, fitted: contest._Fitted, start: float) -> None:
+        assert self._beginning is None and self._last is None
+        judge(self, fitted, start)
 
-    monkeypatch.setattr(contest._Contest, "compare_all", watched)
-    monkeypatch.setattr(contest, "swap_weights", swapping)
+    monkeypatch.setattr(contest._Contest, "_fit_all", fitting)
+    monkeypatch.setattr(contest._Contest, "_judge", judging)
     problem = problem_with(lambda w, kept: torch.ones(5), n=rows, p=2000, keep=100)
     LR(first_order=0, floor=0).solve(problem, torch.Generator())
-    assert found == [held, False]
+    assert found == [held]
+
+
+def test_steps_are_told_where_those_after_them_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By levels, in which no sample counts for more than without any weight; those before them count no more."""
+    losses = iter([torch.full((3,), 0.8), torch.tensor([0.3, 0.3, 9.0]), torch.full((3,), 0.5), torch.full((3,), 0.7)])
+    starts: list[float] = []
+
+    def steps(problem: object, regression: object, fit: SparseFit, race: Race, *rest: object) -> Steps:
+        starts.append(race.start)
+        return Steps(fit.weights[fit.support], [0.1] * len(starts), [0.8, 0.75], [0.8, 0.75], behind=len(starts) < 3)
+
+    monkeypatch.setattr(contest, "take_steps", steps)
+    problem = replace(problem_with(lambda w, kept: next(losses)), blank=lambda: torch.ones(3))
+    solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
+    assert starts == pytest.approx([0.5, 0.5, 0.7, math.inf]) and solution.evidence["first_order"] == [0.1] * 3
 
 
 def test_all_others_take_as_many_steps_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +348,6 @@ def test_swaps_are_judged_after_steps_too(monkeypatch: pytest.MonkeyPatch) -> No
         before = (0.5, 0.9, 0.9, 0.9, 0.4)
         held_out, seen, walked = scripted(monkeypatch, before, (0.3, None, None, None, end))
         solution = LR(swaps=1, floor=0).solve(problem_with(held_out), torch.Generator())
-        assert walked == [(0, (), 0), (4, (0.5, 0.3), 0)] and solution.evidence["candidates"][-1]["swaps"] > 0
+        assert walked == [ALONE, (4, (0.5, 0.3), False)] and solution.evidence["candidates"][-1]["swaps"] > 0
         assert torch.equal(solution.weights, seen[4 if taken else 0])
         assert (solution.evidence["swaps"] > 0) == taken

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.memory.process import return_free_memory
-from swap_prune.methods.descent import Steps, held_out_losses, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.descent import Race, Steps, held_out_losses, is_significant, mean_loss, step_down, take_steps
 from swap_prune.methods.pairing import Candidate, RegressionSettings, candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit, solve_sparse
@@ -27,7 +27,6 @@ from swap_prune.regression.swap import swap_weights
 __all__ = ["Paired", "fit_pairing"]
 
 _OTHERS = 1.0  # steps of all other candidates, in units of those of the best
-_PATIENCE = 3  # steps that a candidate takes that has lost all, as the best had
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 
 
@@ -149,21 +148,14 @@ class _Contest:
         return self._best
 
     def compare_all(self) -> None:
-        """Fit and compare the candidates; others begin with the floor that the first has come to, or the low one."""
-        candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
-        if self._problem.held_out is None:
-            candidates = candidates[:1]
-        if self._takes_steps:
-            candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # those that gain most first
-        floors = _FLOORS if self._settings.floor == "auto" and self._problem.held_out is not None else ()
-        self._compare(candidates[0], floors)
-        floor = min((self.best.candidate.floor, *floors))
-        for candidate in candidates[1:]:
-            self._compare(candidate._replace(floor=floor), floors)
+        """Fit the candidates, then compare them where their steps end."""
+        fits = self._fit_all()
+        self._beginning = self._last = None  # no path is walked any more
+        while fits:
+            self._judge(fits.pop(0), min(map(self._level, fits), default=math.inf))
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
-        self._beginning = self._last = None  # no path is walked any more
         if self._has_ended:
             return
         return_free_memory()
@@ -187,26 +179,42 @@ class _Contest:
         """State the regression of a candidate."""
         return pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
 
-    def _compare(self, candidate: Candidate, floors: Sequence[float]) -> None:
-        """Fit a candidate, with floors under which it starves a layer, and judge what held-out samples favour."""
-        fitted = self._fit(candidate)
+    def _fit_all(self) -> list[_Fitted]:
+        """Fit the candidates; others begin with the floor that the first has come to, or the low one."""
+        candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
+        if self._problem.held_out is None:
+            candidates = candidates[:1]
+        if self._takes_steps:
+            candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # those that gain most first
+        floors = _FLOORS if self._settings.floor == "auto" and self._problem.held_out is not None else ()
+        fits = self._fit_with(candidates[0], floors)
+        floor = min((fits[-1].candidate.floor, *floors))
+        for candidate in candidates[1:]:
+            fits += self._fit_with(candidate._replace(floor=floor), floors)
+        return fits
+
+    def _fit_with(self, candidate: Candidate, floors: Sequence[float]) -> list[_Fitted]:
+        """Fit a candidate, with floors under which it starves a layer; what held-out samples favour is returned last.
+
+        What has lost all is returned as well.
+        """
+        fits = [self._fit(candidate)]
         for floor in floors:
-            if not _is_starved(self._problem, fitted.packed.support, floor):
+            if not _is_starved(self._problem, fits[-1].packed.support, floor):
                 continue
             raised = self._fit(candidate._replace(floor=floor))
-            if self._has_lost(fitted.loss):
-                self._judge(fitted)
-                fitted = raised
-            elif is_significant(self._levels(fitted) - self._levels(raised)):
-                fitted = raised
+            if self._has_lost(fits[-1].loss):
+                fits.append(raised)
+            elif is_significant(self._levels(fits[-1]) - self._levels(raised)):
+                fits[-1] = raised
             del raised  # its arrays, while the next is fitted
-        self._judge(fitted)
+        return fits
 
-    def _judge(self, fitted: _Fitted) -> None:
-        """Keep a fit where it is the best, after steps where they are taken."""
+    def _judge(self, fitted: _Fitted, start: float = math.inf) -> None:
+        """Keep a fit where it is the best, after steps where they are taken; others start from some level."""
         loss = fitted.loss
         if self._takes_steps:
-            steps = self._steps_from(fitted)
+            steps = self._steps_from(fitted, start)
             if steps is None:
                 return
             self._taken += len(steps.lengths)
@@ -225,29 +233,32 @@ class _Contest:
         own = len(self._best.steps.lengths)
         return self._taken - own >= _OTHERS * max(1, own)
 
-    def _steps_from(self, fitted: _Fitted) -> Steps | None:
+    def _steps_from(self, fitted: _Fitted, start: float) -> Steps | None:
         """Take steps from a fit; None where it may not."""
-        rival, loss, patience = None if self._best is None else self._best.steps, fitted.loss, 0
+        rival, lost = None if self._best is None else self._best.steps, False
         if rival is not None:
-            patience = _PATIENCE if self._has_lost(rival.losses[0]) else 0
-            keeps_up = loss <= rival.losses[0] and not self._has_ended
-            if loss == math.inf or not (patience or keeps_up or mean_loss(self._levels(fitted)) < self._least):
+            lost = self._has_lost(rival.losses[0])
+            keeps_up = fitted.loss <= rival.losses[0] and not self._has_ended
+            if fitted.loss == math.inf or not (lost or keeps_up or self._level(fitted) < self._least):
                 return None
-        elif loss == math.inf:  # there may be no slope either
-            return Steps(fitted.packed.weights, [], [loss], [loss])
+        elif fitted.loss == math.inf:  # there may be no slope either
+            return Steps(fitted.packed.weights, [], [fitted.loss], [fitted.loss])
         return take_steps(
             self._problem,
             self.stated(fitted.candidate),
             fitted.fit(self._problem.reference),  # without a name, so that it is gone when it was left
-            rival,
+            Race(rival, lost, start),
             fitted.losses,
             self._blank,
-            patience,
         )
 
     def _has_lost(self, loss: float) -> bool:
         """Whether a mean loss is no less than without any weight."""
         return self._blank is not None and loss >= mean_loss(self._blank)
+
+    def _level(self, fitted: _Fitted) -> float:
+        """Return the mean of the levels of a fit, 0 where nothing is held out."""
+        return 0.0 if fitted.losses is None else mean_loss(self._levels(fitted))
 
     def _levels(self, fitted: _Fitted) -> Tensor:
         """Return held-out losses of which none counts for more than without any weight, where that is known, (n_v,)."""

@@ -17,6 +17,7 @@ from swap_prune.regression.objective import WeightedRidge
 
 __all__ = [
     "LEAST_GAIN",
+    "Race",
     "Steps",
     "held_out_losses",
     "is_significant",
@@ -33,6 +34,7 @@ _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the l
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
 _BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
+_PATIENCE = 3  # steps after which they must be below where others start
 
 
 class Steps(NamedTuple):
@@ -55,6 +57,38 @@ class Steps(NamedTuple):
     def applied_to(self, fit: SparseFit) -> SparseFit:
         """Return the fit that they were taken from with its weights moved."""
         return replace(fit, weights=torch.zeros_like(fit.weights).index_copy_(0, fit.support, self.values))
+
+
+class Race(NamedTuple):
+    """What steps have to keep up with.
+
+    Attributes:
+        rival: Other steps, after as many.
+        lost: Whether the rival's start says nothing. Then levels are compared with its, and not before a few steps: a
+            mean is ruled by how sure the network is where it is wrong.
+        start: The lowest level that others start from, which a few steps have to go below.
+    """
+
+    rival: Steps | None = None
+    lost: bool = False
+    start: float = math.inf
+
+    def is_left(self, losses: list[float], levels: list[float]) -> bool:
+        """Whether steps have fallen behind, by what they have come to so far."""
+        early = len(levels) <= _PATIENCE
+        if not early and _is_above(levels[-1], self.start):
+            return True
+        if self.rival is None or (self.lost and early):
+            return False
+        own, others = (levels, self.rival.levels) if self.lost else (losses, self.rival.losses)
+        return _is_above(own[-1], others[min(len(own), len(others)) - 1])
+
+
+_ALONE = Race()
+
+
+def _is_above(loss: float, other: float) -> bool:
+    return loss > other + _BEHIND * abs(other)
 
 
 def step_down(
@@ -86,10 +120,9 @@ def take_steps(
     problem: PruningProblem,
     regression: WeightedRidge,
     fit: SparseFit,
-    rival: Steps | None = None,
+    race: Race = _ALONE,
     losses: Tensor | None = None,
     blank: Tensor | None = None,
-    patience: int = 0,
 ) -> Steps:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
 
@@ -99,19 +132,17 @@ def take_steps(
         problem: The pruning problem, with held-out samples and a slope.
         regression: The regression that was solved.
         fit: Its sparse solution.
-        rival: Other steps.
+        race: What they have to keep up with.
         losses: Held-out losses of the fit, (n_v,), where they are known already.
         blank: Those of the network without any of the p weights, (n_v,), where they are known.
-        patience: Steps that are taken in any case, where the fit and the rival's have lost all. Then levels are
-            compared: a mean is ruled by how sure the network is where it is wrong.
 
     Returns:
-        The steps, given up where they fell a twentieth of the loss behind a rival.
+        The steps, given up where they fell behind.
     """
     losses = held_out_losses(problem, fit) if losses is None else losses
     ridge = damping_of(regression)
     model = NaturalGradient.on(regression, fit.support, ridge, fit.refit)
-    walk, support = _Walk(problem, replace(fit, refit=None), rival, blank, patience), fit.support
+    walk, support = _Walk(problem, replace(fit, refit=None), race, blank), fit.support
     del fit
     walk.arrive(losses)
     walk.descend(model)
@@ -141,9 +172,8 @@ class _Walk:
     Attributes:
         problem: The pruning problem, with held-out samples and a slope.
         fit: Where they have come to. Nothing else should hold its weights: they are as large as p.
-        rival: Steps to keep up with, if there are any.
+        race: What to keep up with.
         blank: Held-out losses without any weight, (n_v,), where they are known.
-        patience: Steps that are taken before the rival counts.
         losses: Mean held-out losses, before the first step and after each.
         levels: The same, no sample counting for more than without any weight.
         lengths: Of the steps.
@@ -152,9 +182,8 @@ class _Walk:
 
     problem: PruningProblem
     fit: SparseFit
-    rival: Steps | None
+    race: Race
     blank: Tensor | None
-    patience: int
     losses: list[float] = field(default_factory=list)
     levels: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
@@ -162,12 +191,8 @@ class _Walk:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the rival was that much lower after as many steps, or at its end."""
-        if self.rival is None or len(self.lengths) < self.patience:
-            return False
-        own, others = (self.levels, self.rival.levels) if self.patience else (self.losses, self.rival.losses)
-        its = others[min(len(own), len(others)) - 1]
-        return own[-1] > its + _BEHIND * abs(its)
+        """Whether they do not keep up."""
+        return self.race.is_left(self.losses, self.levels)
 
     def arrive(self, losses: Tensor) -> None:
         """Note the held-out losses, (n_v,), of where the steps have come to."""
