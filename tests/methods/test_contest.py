@@ -253,6 +253,17 @@ def test_a_fit_with_a_floor_stands_for_its_metric_before_steps(
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize(("before", "floors"), [((2.0, 1.9, 1.8), [0.0, 0.5, 0.75]), ((0.9, 0.8, 0.7), [0.5, 0.75])])
+def test_others_begin_without_a_floor_where_the_first_has_lost_all(
+    before: tuple[float, ...], floors: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not known yet whether one helps."""
+    held_out, _seen, _taken = scripted(monkeypatch, before + (2.0,) * 6, (0.6,) * 9)
+    problem = replace(starving(held_out), blank=lambda: torch.ones(3, dtype=torch.float64))
+    solution = LR(metric="diagonal", damping=1.0, swaps=0).solve(problem, torch.Generator())
+    assert [one["floor"] for one in solution.evidence["candidates"]] == [0.0, 0.5, 0.75] + 2 * floors
+
+
 @pytest.mark.parametrize(("starved", "floor"), [(0.5, 0.0), (0.6, 0.5), (math.inf, 0.5), (math.nan, 0.5)])
 def test_a_floor_stays_where_samples_are_lost_for_want_of_a_layer(starved: float, floor: float) -> None:
     def held_out(w: Tensor, kept: Tensor) -> Tensor:

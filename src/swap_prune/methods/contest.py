@@ -188,15 +188,15 @@ class _Contest:
             candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # those that gain most first
         floors = _FLOORS if self._settings.floor == "auto" and self._problem.held_out is not None else ()
         fits = self._fit_with(candidates[0], floors)
-        floor = min((fits[-1].candidate.floor, *floors))
+        floor = min((fits[0].candidate.floor, *floors))
         for candidate in candidates[1:]:
             fits += self._fit_with(candidate._replace(floor=floor), floors)
         return fits
 
     def _fit_with(self, candidate: Candidate, floors: Sequence[float]) -> list[_Fitted]:
-        """Fit a candidate, with floors under which it starves a layer; what held-out samples favour is returned last.
+        """Fit a candidate, with floors under which it starves a layer, and return what held-out samples favour.
 
-        What has lost all is returned as well.
+        What has lost all is returned before it: it is not told yet which is better.
         """
         fits = [self._fit(candidate)]
         for floor in floors:
