@@ -174,6 +174,21 @@ def test_steps_that_do_not_come_below_where_others_start_are_given_up_after_thre
     assert len(steps.lengths) == (3 if given_up else len(alone.lengths))
 
 
+@pytest.mark.parametrize(
+    ("race", "losses", "levels", "left"),
+    [
+        (Race(start=1.0), [9.0] * 5, [9.0, 9.0, 9.0, 1.04, 1.0], False),
+        (Race(start=1.0), [9.0] * 5, [9.0, 9.0, 9.0, 1.04, 1.06], True),
+        (Race(start=1.0), [0.5] * 3, [9.0] * 3, False),
+        (Race(start=-1.0), [0.0] * 4, [0.0, 0.0, 0.0, -0.96], False),
+        (Race(start=-1.0), [0.0] * 4, [0.0, 0.0, 0.0, -0.94], True),
+    ],
+)
+def test_levels_have_to_come_near_where_others_start(race, losses, levels, left):
+    """After three steps, and from then on; losses may be negative."""
+    assert race.is_left(losses, levels) == left
+
+
 def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost():
     """One sample is hopeless, and of this one more than of the rival."""
     base = problem_with(None)

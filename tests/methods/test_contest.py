@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swap_prune import EWR, LR
 from swap_prune.methods import contest
-from swap_prune.methods.descent import Race, Steps, take_steps
+from swap_prune.methods.descent import Race, Steps, is_significant, take_steps
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from tests.samples.test_held_out import problem_with, starving
@@ -73,7 +73,7 @@ def scripted(
             (0.5, 0.5, 0.4, 0.3),
             (0.3, None, None, None),
             0,
-            [ALONE, *((i, (0.5, 0.3), False) for i in (1, 2, 3))],
+            [ALONE, *((i, (0.5, 0.3), False) for i in (3, 2, 1))],
         ),
         ((0.5, math.inf, 0.4, math.inf), (0.3, 0.1, 0.4, 0.1), 0, [ALONE, (2, (0.5, 0.3), False)]),
     ],
@@ -101,8 +101,8 @@ def test_candidates_are_compared_where_their_steps_end(
     ("before", "after", "lost", "best"),
     [
         ((5.0, 6.0, math.inf, 7.0), (0.9, 0.7, 0.1, 0.95), {0: False, 1: True, 3: True}, 1),
-        ((5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6), {0: False, 1: True, 2: True, 3: True}, 3),
-        ((1.0, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: False, 1: True, 2: True}, 2),
+        ((5.0, 0.9, 6.0, 0.8), (0.7, 0.8, 0.75, 0.6), {0: False, 3: True}, 3),
+        ((1.0, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: False, 2: True}, 2),
         ((0.99, 6.0, 0.9, 0.99), (0.7, 0.8, 0.65, 0.3), {0: False, 2: False}, 2),
     ],
 )
@@ -187,6 +187,7 @@ def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_steps(
 
     def judging(self: contest._Contest, fitted: contest._Fitted, start: float) -> None:
         assert self._beginning is None and self._last is None
+        assert fitted.packed.refit is not None and fitted.packed.refit.system is None
         judge(self, fitted, start)
 
     monkeypatch.setattr(contest._Contest, "_fit_all", fitting)
@@ -197,7 +198,7 @@ def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_steps(
 
 
 def test_steps_are_told_where_those_after_them_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By levels, in which no sample counts for more than without any weight; those before them count no more."""
+    """By mean losses, which their steps will lower; those before them count no more."""
     losses = iter([torch.full((3,), 0.8), torch.tensor([0.3, 0.3, 9.0]), torch.full((3,), 0.5), torch.full((3,), 0.7)])
     starts: list[float] = []
 
@@ -208,28 +209,47 @@ def test_steps_are_told_where_those_after_them_start(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(contest, "take_steps", steps)
     problem = replace(problem_with(lambda w, kept: next(losses)), blank=lambda: torch.ones(3))
     solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
-    assert starts == pytest.approx([0.5, 0.5, 0.7, math.inf]) and solution.evidence["first_order"] == [0.1] * 3
+    assert starts == pytest.approx([0.5, 0.7, 9.6 / 3, math.inf]) and solution.evidence["first_order"] == [0.1] * 3
 
 
 def test_all_others_take_as_many_steps_as_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = (0.5, 0.4, 0.45, 0.41), (0.3, None, 0.35, 0.1)
+    before, after = (0.5, 0.4, 0.41, 0.45), (0.3, None, 0.35, 0.1)
     for lengths, count in (((3, 2, 1, 9), 3), ((3, 2, 0, 9), 4), ((3, 3, 0, 9), 2), ((0, 0, 1, 9), 3)):
         held_out, seen, taken = scripted(monkeypatch, before, after, lengths)
         solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
         assert len(taken) == count and torch.equal(solution.weights, seen[3 if count == 4 else 0])
-    for others, count in ((5, 4), (6, 3)):
-        before = (0.5, 0.4, 0.39, 0.38)
-        held_out, seen, taken = scripted(monkeypatch, before, (0.3, 0.2, 0.25, 0.1), (3, 9, others, 1))
-        solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
-        assert len(taken) == count, "those of a best that was beaten count"
-        assert torch.equal(solution.weights, seen[3 if count == 4 else 1])
+
+
+def test_steps_given_up_before_there_is_a_best_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, seen, taken = scripted(monkeypatch, (0.5, 0.4, 0.39, 0.4), (None, 0.2, 0.3, 0.1), (9, 1, 3, 1))
+    solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+    assert [number for number, *_ in taken] == [0, 2] and torch.equal(solution.weights, seen[2])
+    held_out, seen, taken = scripted(monkeypatch, (0.5, 0.375, 0.375, 0.375), (None, 0.3, 0.2, 0.1), (9, 3, 1, 1))
+    solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
+    assert [number for number, *_ in taken] == [0, 1, 2] and torch.equal(solution.weights, seen[2])
 
 
 def test_what_starts_below_where_the_best_ends_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many steps others have taken: its own do not raise its loss."""
-    held_out, seen, taken = scripted(monkeypatch, (0.5, 0.4, 0.31, 0.2), (0.3, None, 0.1, 0.15), (3, 90, 1, 1))
+    held_out, seen, taken = scripted(monkeypatch, (0.5, 0.2, 0.25, 0.4), (0.3, None, 0.15, 0.1), (3, 90, 1, 1))
     solution = LR(swaps=0, floor=0).solve(problem_with(held_out), torch.Generator())
-    assert [number for number, *_ in taken] == [0, 1, 3] and torch.equal(solution.weights, seen[3])
+    assert [number for number, *_ in taken] == [0, 1, 2] and torch.equal(solution.weights, seen[2])
+
+
+@pytest.mark.parametrize("lost", [math.inf, math.nan])
+def test_no_steps_are_given_up_for_a_fit_that_takes_none(lost: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its level may be low, and its loss is infinite."""
+    losses = iter([torch.full((3,), 0.8), torch.tensor([0.1, 0.1, lost]), *[torch.full((3,), 0.9)] * 2])
+    starts: list[float] = []
+
+    def steps(problem: object, regression: object, fit: SparseFit, race: Race, *rest: object) -> Steps:
+        starts.append(race.start)
+        return Steps(fit.weights[fit.support], [0.1], [0.8, 0.5], [0.8, 0.5])
+
+    monkeypatch.setattr(contest, "take_steps", steps)
+    problem = replace(problem_with(lambda w, kept: next(losses)), blank=lambda: torch.ones(3))
+    assert LR(swaps=0, floor=0).solve(problem, torch.Generator()).evidence["first_order"] == [0.1]
+    assert starts == pytest.approx([0.9])
 
 
 @pytest.mark.parametrize(
@@ -274,15 +294,17 @@ def test_a_floor_stays_where_samples_are_lost_for_want_of_a_layer(starved: float
 
 
 def test_floors_are_compared_by_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample that the network is sure to get wrong counts for no more than without any weight."""
-    losses = iter([torch.tensor([0.1, 0.1, 0.1, 2.5]), torch.full((4,), 0.4), torch.full((4,), 0.5)])
-    problem = replace(starving(lambda w, kept: next(losses)), slope=lambda w, kept: torch.zeros(300))
-    method = LR(ridge=0.1, metric="diagonal", damping=1.0, swaps=0)
+    """Samples that the network is sure to get wrong count for no more than without any weight."""
+    without, raised = torch.tensor([0.1] * 12 + [2.0] * 8), torch.full((20,), 0.48)
+    assert without.mean() < 1 and is_significant(without - raised)
+    assert without.clamp(max=1).mean() < raised.mean()
+    losses = iter([without, raised, torch.full((20,), 0.5)])
+    problem = replace(starving(lambda w, kept: next(losses)), blank=lambda: torch.ones(20))
     monkeypatch.setattr(
         contest, "take_steps", lambda problem, regression, fit, *rest: Steps(fit.weights[fit.support], [], [0.7], [0.3])
     )
-    solution = method.solve(replace(problem, blank=lambda: torch.ones(4)), torch.Generator())
-    assert solution.evidence["floor"] == 0
+    method = LR(ridge=0.1, metric="diagonal", damping=1.0, swaps=0)
+    assert method.solve(problem, torch.Generator()).evidence["floor"] == 0
 
 
 def test_swaps_are_not_looked_for_once_the_others_have_taken_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,9 @@ class _Fitted(NamedTuple):
 
 
 def _with_weights(fit: SparseFit, weights: Tensor) -> SparseFit:
-    """Return a fit, and its refit, with weights that are held otherwise."""
-    return replace(fit, weights=weights, refit=None if fit.refit is None else replace(fit.refit, weights=weights))
+    """Return a fit and its refit with weights that are held otherwise, and without a system, which is large."""
+    refit = None if fit.refit is None else replace(fit.refit, weights=weights, system=None)
+    return replace(fit, weights=weights, refit=refit)
 
 
 class Paired(NamedTuple):
@@ -114,8 +115,8 @@ class _Contest:
     where held-out samples gain by it, beyond their error: among fits in one metric, that which starts lower ends lower.
 
     Among metrics that is not so. One that starts no higher than the best started takes its steps, until they end or it
-    falls behind. Those of the best are kept; all others together take as many, and after that only a fit that starts
-    below the best's end takes any.
+    falls behind: the best, or where one after it starts. Those of the best are kept; all others together take as many,
+    and after that only a fit that starts below the best's end takes any.
 
     A fit that is no better than the network without any weight has lost all, and its loss says little about what steps
     will make of it. So all that is left of it is judged, with a floor or without; and beside a best that had lost all,
@@ -133,10 +134,10 @@ class _Contest:
         self._diagonal, self._target = fisher.diagonal(), fisher.matvec(problem.reference)
         self.tried: list[dict[str, Any]] = []  # for the report
         self._best: _Fitted | None = None
-        self._least = math.inf  # mean loss of the best
+        self._least = math.inf  # level of the best after its steps, or its mean loss
         self._last: _Fitted | None = None  # its path is not walked again
         self._beginning: tuple[tuple[float, Metric], ScaledGram] | None = None  # of paths in a metric
-        self._taken = 0  # steps, of all candidates
+        self._taken = 0  # steps, of all candidates since there is a best
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
@@ -149,10 +150,12 @@ class _Contest:
 
     def compare_all(self) -> None:
         """Fit the candidates, then compare them where their steps end."""
-        fits = self._fit_all()
+        first, *others = self._fit_all()
         self._beginning = self._last = None  # no path is walked any more
+        fits = [first, *sorted(others, key=lambda one: one.loss)]
+        del first, others
         while fits:
-            self._judge(fits.pop(0), min(map(self._level, fits), default=math.inf))
+            self._judge(fits.pop(0), min((one.loss for one in fits), default=math.inf))
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
@@ -180,7 +183,7 @@ class _Contest:
         return pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
 
     def _fit_all(self) -> list[_Fitted]:
-        """Fit the candidates; others begin with the floor that the first has come to, or the low one."""
+        """Fit the candidates; others begin with the floor that the first has come to, the low one, or none."""
         candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
         if self._problem.held_out is None:
             candidates = candidates[:1]
@@ -211,13 +214,14 @@ class _Contest:
         return fits
 
     def _judge(self, fitted: _Fitted, start: float = math.inf) -> None:
-        """Keep a fit where it is the best, after steps where they are taken; others start from some level."""
+        """Keep a fit where it is the best, after steps where they are taken; those after it start from some loss."""
         loss = fitted.loss
         if self._takes_steps:
             steps = self._steps_from(fitted, start)
             if steps is None:
                 return
-            self._taken += len(steps.lengths)
+            if self._best is not None or not steps.behind:
+                self._taken += len(steps.lengths)
             if steps.behind:
                 return
             fitted, loss = fitted._replace(steps=steps), steps.levels[-1]

@@ -34,7 +34,7 @@ _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the l
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
 _BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
-_PATIENCE = 3  # steps after which they must be below where others start
+_PATIENCE = 3  # steps after which they must not be that much above where others start
 
 
 class Steps(NamedTuple):
@@ -66,7 +66,7 @@ class Race(NamedTuple):
         rival: Other steps, after as many.
         lost: Whether the rival's start says nothing. Then levels are compared with its, and not before a few steps: a
             mean is ruled by how sure the network is where it is wrong.
-        start: The lowest level that others start from, which a few steps have to go below.
+        start: The lowest mean loss that others start from, which levels must have come near after a few steps.
     """
 
     rival: Steps | None = None

@@ -66,8 +66,11 @@ class RegressionSettings(Protocol):
 
 
 def chooses(settings: RegressionSettings) -> bool:
-    """Whether held-out samples have something to choose: a ridge, a damping, a metric, a floor or lengths of steps."""
-    return len(candidates_of(settings)) > 1 or "auto" in (settings.first_order, settings.floor)
+    """Whether held-out samples have something to choose: a ridge, a damping, a metric or the length of a step.
+
+    A floor alone is no reason to hold samples out: it is 0 then, and the regression is that of the settings.
+    """
+    return len(candidates_of(settings)) > 1 or settings.first_order == "auto"
 
 
 class Candidate(NamedTuple):
