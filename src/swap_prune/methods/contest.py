@@ -208,7 +208,7 @@ class _Contest:
             raised = self._fit(candidate._replace(floor=floor))
             if self._has_lost(fits[-1].loss):
                 fits.append(raised)
-            elif is_significant(self._levels(fits[-1]) - self._levels(raised)):
+            elif is_significant(_losses_of(fits[-1]) - _losses_of(raised)):
                 fits[-1] = raised
             del raised  # its arrays, while the next is fitted
         return fits
@@ -261,14 +261,8 @@ class _Contest:
         return self._blank is not None and loss >= mean_loss(self._blank)
 
     def _level(self, fitted: _Fitted) -> float:
-        """Return the mean of the levels of a fit, 0 where nothing is held out."""
-        return 0.0 if fitted.losses is None else mean_loss(self._levels(fitted))
-
-    def _levels(self, fitted: _Fitted) -> Tensor:
-        """Return held-out losses of which none counts for more than without any weight, where that is known, (n_v,)."""
-        assert fitted.losses is not None, "the caller checks"
-        losses = fitted.losses.masked_fill(fitted.losses.isnan(), math.inf)
-        return losses if self._blank is None else torch.fmin(losses, self._blank)
+        """Return a mean of held-out losses of which none counts for more than without any weight, if that is known."""
+        return fitted.loss if self._blank is None else mean_loss(torch.fmin(_losses_of(fitted), self._blank))
 
     def _fit(self, candidate: Candidate) -> _Fitted:
         """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
@@ -298,6 +292,12 @@ class _Contest:
         self._last = _Fitted.of(candidate, fit, losses)
         self.tried.append(self._last.entry)
         return self._last
+
+
+def _losses_of(fitted: _Fitted) -> Tensor:
+    """Return held-out losses, (n_v,), infinite where they are not numbers."""
+    assert fitted.losses is not None, "the caller checks"
+    return fitted.losses.masked_fill(fitted.losses.isnan(), math.inf)
 
 
 def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
