@@ -39,6 +39,7 @@ class _Fitted(NamedTuple):
         candidate: What was solved.
         packed: Its solution, of whose weights only those on the support are held, (k,).
         losses: On held-out samples, (n_v,), where there are any.
+        loss: Their mean before steps, 0 where nothing is held out.
         entry: What the report says of it.
         steps: Those taken from it, if any were.
     """
@@ -46,20 +47,16 @@ class _Fitted(NamedTuple):
     candidate: Candidate
     packed: SparseFit
     losses: Tensor | None
+    loss: float
     entry: dict[str, Any]
     steps: Steps | None = None
 
     @classmethod
     def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None, **more: int) -> _Fitted:
         """Pack a solution; what more is to be said goes to the report."""
-        entry = candidate._asdict() | more | {"held_out_loss": 0.0 if losses is None else mean_loss(losses)}
-        return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses, entry)
-
-    @property
-    def loss(self) -> float:
-        """Mean held-out loss before steps, 0 where nothing is held out."""
-        loss: float = self.entry["held_out_loss"]
-        return loss
+        loss = 0.0 if losses is None else mean_loss(losses)
+        entry = candidate._asdict() | more | {"held_out_loss": loss}
+        return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses, loss, entry)
 
     def fit(self, like: Tensor) -> SparseFit:
         """Return the solution, its weights as large as another vector, (p,), again."""
@@ -119,7 +116,7 @@ class _Contest:
     and after that only a fit that starts below the best's end takes any.
 
     A fit that is no better than the network without any weight has lost all, and its loss says little about what steps
-    will make of it. So all that is left of it is judged, with a floor or without; and beside a best that had lost all,
+    will make of it. So it takes part beside the one with a floor; and beside a best that had lost all,
     each takes a few steps in any case. The level, a mean over samples of which none counts for more than without any
     weight, is what counts then, and after the last step.
 
