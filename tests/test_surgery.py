@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.calibration import CalibrationStream
-from swap_prune.surgery import Snapshot, recalibrate_batchnorm
+from swap_prune.surgery import Snapshot, batchnorm_misfit, recalibrate_batchnorm
 from tests.cases import generator, normal
 
 
@@ -20,7 +20,7 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("sizes", [(64,), (64, 64), (64, 2), (2, 64), (30, 3, 40)])
 def test_every_sample_counts_alike(sizes: tuple[int, ...]) -> None:
     model, parts = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), batches(*sizes)
-    assert recalibrate_batchnorm(model, parts, cross_entropy) == 1
+    assert recalibrate_batchnorm(model, parts, cross_entropy)
     inputs, shares = torch.cat([part[0] for part in parts]), torch.tensor(sizes) / sum(sizes)
     torch.testing.assert_close(model[0].running_mean, inputs.mean(0))
     within = torch.stack([part[0].var(0) for part in parts])
@@ -47,6 +47,36 @@ def test_a_layer_counts_what_reaches_it() -> None:
     torch.testing.assert_close(model.twice.running_mean, torch.cat(seen).mean(0))
     assert int(model.late.num_batches_tracked) == 2
     assert float(model.late.running_var.max()) < 10, "not the mean with what was there before"
+
+
+def test_a_layer_may_be_called_by_keyword() -> None:
+    class Named(nn.BatchNorm1d):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(input=x)
+
+    plain, named = (nn.Sequential(kind(5), nn.Linear(5, 3)) for kind in (nn.BatchNorm1d, Named))
+    for model in (plain, named):
+        assert recalibrate_batchnorm(model, batches(30, 10), cross_entropy)
+    assert torch.equal(plain[0].running_mean, named[0].running_mean)
+
+
+def test_a_look_at_the_misfit_changes_nothing() -> None:
+    """Nor where the loss fails on the way."""
+    model, asked = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), []
+    before = [buffer.clone() for buffer in model.buffers()]
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        asked.append(network[0].training)
+        losses = cross_entropy(network, batch)
+        if len(asked) == 8:
+            raise RuntimeError("the last batch of the second look")
+        return losses
+
+    stored, own = batchnorm_misfit(model, batches(30, 10), loss)
+    assert stored != own and asked == [False, False, True, True]
+    with pytest.raises(ValueError, match="the second look"):
+        batchnorm_misfit(model, batches(30, 10), loss)
+    assert all(map(torch.equal, before, model.buffers()))
 
 
 @pytest.mark.parametrize("size", [128, 130, 259, 650])

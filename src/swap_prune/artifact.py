@@ -63,7 +63,9 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
 
 
 def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
-    """Write files to a new or empty directory: all of them or, if that fails, at most some of them.
+    """Write files to a directory: a new one appears whole or not at all.
+
+    In an empty one that is there already the files appear one after the other, in their order.
 
     Args:
         target: The directory, as :func:`check_output_directory` gave it.

@@ -179,7 +179,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         weights=run.selection.total,
         kept=keep_count(run.selection.total, run.schedules[-1][0]),
         method=run.solver.name,
-        itemsize=run.selection.read(model).element_size(),
+        itemsize=run.selection.dtype(model).itemsize,
         kept_bytes=kept.total,
         largest_bytes=kept.largest,
         row_bytes=row,

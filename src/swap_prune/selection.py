@@ -59,7 +59,7 @@ class Selection:
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Concatenate tensors by name to (p,), in at least float32."""
         parts = [tensors[name].detach().reshape(-1) for name in self.shapes]
-        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        dtype = _precision(parts)
         return torch.cat([part.to(dtype) for part in parts])
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -70,6 +70,16 @@ class Selection:
     def read(self, model: nn.Module) -> Tensor:
         """Copy the selected weights of ``model`` to one vector (p,)."""
         return self.flatten(dict(model.named_parameters()))
+
+    def dtype(self, model: nn.Module) -> torch.dtype:
+        """Return that of such a vector."""
+        parameters = dict(model.named_parameters())
+        return _precision([parameters[name] for name in self.shapes])
+
+
+def _precision(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype that holds all of them, float32 at the least."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def select_parameters(
         if not hits:
             raise ValueError(_unmatched("ignore", pattern, model))
         chosen -= hits
-    _check_parametrized(model, targets, ignore)
+    _check_parametrized(model, candidates, targets, ignore)
     shapes: dict[str, torch.Size] = {}
     for candidate in candidates:
         if candidate.name not in chosen:
@@ -170,13 +180,14 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return bool(seen.as_strided(other.shape, other.stride(), starts[1] - min(starts)).any())
 
 
-def _check_parametrized(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> None:
+def _check_parametrized(
+    model: nn.Module, candidates: Sequence[_Candidate], targets: Sequence[str], ignore: Sequence[str]
+) -> None:
     """Refuse modules whose weight is computed from other parameters: zeros in those are none in it, or too few.
 
     Raises:
         ValueError: If one is selected by a class or by its own name.
     """
-    candidates = _collect(model)
     for name, module in model.named_modules():
         for tensor, (parts, remedy) in _parametrised(module).items():
             sources = [candidate for candidate in candidates if any(p is candidate.parameter for p in parts)]

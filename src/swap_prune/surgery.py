@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn, check_calibration, run_loss
-from swap_prune.network.modes import eval_mode
+from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import is_single
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.selection import Selection
@@ -164,7 +165,7 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> int:
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> bool:
     """Estimate BatchNorm's running statistics anew: the average over the batches, by the values that each has.
 
     Everything but BatchNorm stays in eval mode. Batches of one sample are passed over, since they have no
@@ -176,7 +177,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
         loss_fn: Used to run the network on a batch.
 
     Returns:
-        The number of layers that were recalibrated; 0 when there are none or no batch was usable.
+        Whether any layer was: not where there is none, or no batch was usable.
 
     Raises:
         ValueError: If reading a batch or running it fails, or the statistics are not finite. The buffers are then not
@@ -186,18 +187,13 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
     usable = (batch for batch in batches if not is_single(batch))
     first = list(itertools.islice(usable, 1))
     if not layers or not first:
-        return 0
-    momenta = [layer.momentum for layer in layers]
+        return False
     before = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
-    with _statistics_updated(model, layers), _weighted_by_size(layers), torch.no_grad():
-        try:
-            for layer in layers:
-                layer.reset_running_stats()  # type: ignore[operator]
-            for batch in itertools.chain(first, usable):
-                run_loss(model, batch, loss_fn, _KIND)
-        finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
-                layer.momentum = momentum
+    with _averaging(model, layers), torch.no_grad():
+        for layer in layers:
+            layer.reset_running_stats()  # type: ignore[operator]
+        for batch in itertools.chain(first, usable):
+            run_loss(model, batch, loss_fn, _KIND)
         for layer, values in zip(layers, before, strict=True):
             if int(layer.num_batches_tracked) == 0:  # type: ignore[arg-type]
                 for buffer, value in zip(layer.buffers(), values, strict=True):
@@ -207,25 +203,33 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
             "BatchNorm's statistics of the data are not finite: a sample holds NaN or infinity, or grows to it in the "
             "network; leave it out, or use recalibrate_batchnorm=False"
         )
-    return len(layers)
+    return True
 
 
 @contextmanager
-def _weighted_by_size(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let each batch count in running statistics by the values a channel that it brings, from the first one on."""
-    seen = dict.fromkeys(layers, 0)
+def _averaging(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Run a block in eval mode, but for BatchNorm, whose running statistics become means over the batches.
 
-    def set_momentum(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].numel() // inputs[0].shape[1]
+    Each batch counts by the values a channel that it brings, from the first one on.
+    """
+    seen, momenta = dict.fromkeys(layers, 0), [layer.momentum for layer in layers]
+
+    def set_momentum(layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        inputs = layer_input(arguments, named)
+        values = inputs.numel() // inputs.shape[1]
         seen[layer] += values
         layer.momentum = values / seen[layer]  # type: ignore[assignment]
 
-    handles = [layer.register_forward_pre_hook(set_momentum) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with eval_mode(model):
+        for layer in layers:
+            layer.training = True
+        handles = [layer.register_forward_pre_hook(set_momentum, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for layer, handle, momentum in zip(layers, handles, momenta, strict=True):
+                handle.remove()
+                layer.momentum = momentum
 
 
 def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) -> tuple[float, float]:
@@ -239,19 +243,15 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
     Returns:
         The mean loss with the stored statistics, and with each batch's own; equal without BatchNorm.
     """
-    layers = batchnorm_layers(model)
     usable = [batch for batch in batches if not is_single(batch)]
-    if not layers or not usable:
+    if not batchnorm_layers(model) or not usable:
         return 0.0, 0.0
-    with torch.no_grad():
-        with eval_mode(model):
-            stored = torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable]).mean()
-        before = [(b, b.clone()) for layer in layers for b in layer.buffers()]
-        with _statistics_updated(model, layers):
-            own = torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable]).mean()
-        for buffer, values in before:
-            buffer.copy_(values)
-    return float(stored), float(own)
+    means = []
+    for mode in (eval_mode, batch_statistics):
+        with mode(model), torch.no_grad():
+            means.append(float(torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable]).mean()))
+    stored, own = means
+    return stored, own
 
 
 def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossFn) -> list[str]:
@@ -286,11 +286,3 @@ def repair_batchnorm(model: nn.Module, stream: CalibrationStream, loss_fn: LossF
         f"BatchNorm's stored statistics did not fit the data (mean loss {stored:.3f}, against {own:.3f} with the "
         "batches' own) and were recalibrated first"
     ]
-
-
-@contextmanager
-def _statistics_updated(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
-    with eval_mode(model):
-        for layer in layers:
-            layer.training = True
-        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,12 @@ def test_positions_share_the_root_and_those_without_a_target_have_none() -> None
     torch.testing.assert_close(second_moment(targets), torch.autograd.functional.hessian(mean_loss, z.flatten()))
 
 
+def product_of(loss: GaussNewtonLoss, model: nn.Module, batch: Any, signs: Tensor) -> Tensor:
+    """``<z, L xi>``, summed over the samples."""
+    root = loss.curvature_root(loss.outputs(model, batch).detach(), batch, signs)
+    return CurvatureSketch(loss)(model, (batch, root)).sum()
+
+
 def test_rows_are_draws_from_the_gauss_newton_matrix() -> None:
     """Over all signs the mean of g g^T of one sample is J^T H J, written out."""
     model, (x, y) = perceptron(), labelled(1, 5)
@@ -81,7 +88,7 @@ def test_rows_are_draws_from_the_gauss_newton_matrix() -> None:
     expected = J.T @ (torch.diag(q) - torch.outer(q, q)) @ J
     rows = []
     for signs in all_signs(3):
-        product = CurvatureSketch(cross_entropy)(model, ((x, y), signs[None])).sum()
+        product = product_of(cross_entropy, model, (x, y), signs[None])
         gradients = torch.autograd.grad(product, [dict(model.named_parameters())[name] for name in selection.names])
         rows.append(torch.cat([g.flatten() for g in gradients]))
     G = torch.stack(rows)
@@ -95,7 +102,7 @@ def test_captured_rows_are_those_of_the_signs_drawn() -> None:
     signs = sketch.draw_signs(model(batch[0]), generator(5))
     parameters = [dict(model.named_parameters())[name] for name in selection.names]
     for i, row in enumerate(capture.factor.matrix):
-        value = CurvatureSketch(cross_entropy)(model, (slice_batch(batch, i, i + 1), signs[i : i + 1])).sum()
+        value = product_of(cross_entropy, model, slice_batch(batch, i, i + 1), signs[i : i + 1])
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
         torch.testing.assert_close(row, expected)
     torch.testing.assert_close(capture.losses, cross_entropy(model, batch).detach())
@@ -120,7 +127,8 @@ def test_mini_batch_rows_go_through_the_statistics_of_their_batch(n: int, parts:
     first = slice_batch(batch, 0, n // parts)  # parts are alike
     outputs = model(first[0])
     parameters = [dict(model.named_parameters())[name] for name in selection.names]
-    product = CurvatureSketch(cross_entropy).product(outputs, first, sketch.draw_signs(outputs, state)).sum()
+    root = cross_entropy.curvature_root(outputs.detach(), first, sketch.draw_signs(outputs, state))
+    product = (outputs * root).sum()
     gradients = torch.autograd.grad(product / batch_size(first) ** 0.5, parameters)
     torch.testing.assert_close(rows[0], torch.cat([g.flatten() for g in gradients]), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(capture.losses[: len(first[1])], cross_entropy.losses(outputs, first).detach())

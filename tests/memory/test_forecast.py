@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from swap_prune.fisher.storage import Storage
 from swap_prune.memory.forecast import memory_phases
 from swap_prune.memory.planning import plan_memory
 from tests.memory.test_process import GB, load
 
 
-def phases(work, kind="float32", lean=False, **named):
-    return memory_phases(work, kind, lean=lean, **named)
+def phases(work, kind="float32", lean=False):
+    return memory_phases(work, Storage(kind, lean))
 
 
 def test_what_a_method_copies_counts_where_nothing_holds_it_back():
@@ -31,12 +32,12 @@ def test_square_arrays_and_libraries_count():
 
 
 def test_a_row_of_gradients_for_each_batch_counts_in_trials():
-    few, many = (phases(replace(load(100, 10**6), samples=n)) for n in (64, 6400))
-    assert many["trials"] - few["trials"] == 99 * 4 * 10**6
-    assert (
-        phases(replace(load(100, 10**6), samples=6400), lean=True)["trials"]
-        == phases(replace(load(100, 10**6), samples=64), lean=True)["trials"]
-    )
+    works = [replace(load(100, 10**6), samples=n) for n in (64, 6400)]
+    for lean in (False, True):
+        few, many = (phases(work, lean=lean)["trials"] for work in works)
+        assert many - few == 99 * 4 * 10**6
+    few, many = (phases(work, "float16")["trials"] for work in works)
+    assert many == few, "they are added up one by one"
 
 
 def test_a_capture_of_mini_batches_holds_one_of_them():

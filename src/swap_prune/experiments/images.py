@@ -123,7 +123,7 @@ class AugmentedImages(ImageTensors):
 
 
 class AugmentedBatches:
-    """Endless passes over augmented images, each in a new order, reproducible from the seed."""
+    """Augmented images in batches: each iteration is one pass in a new order, reproducible from the seed."""
 
     def __init__(self, images: AugmentedImages, batch_size: int, seed: int) -> None:
         self._images = images

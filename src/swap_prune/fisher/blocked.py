@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
+from swap_prune.fisher.factor import DenseFactor, FisherFactor, add_squares_, gram_of_columns
 
-__all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "block_bytes", "column_limit"]
+__all__ = ["BLOCK_BYTES", "BlockedFactor", "SubFactor", "block_bytes", "column_limit", "of_columns"]
 
 BLOCK_BYTES = 16 * 2**20  # of one block in working precision
 _GPU_BLOCK_BYTES = 256 * 2**20  # the same there, where small kernels are dear
@@ -191,3 +191,9 @@ class SubFactor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
         every = torch.arange(self.shape[1], device=None if self.columns_of is None else self.columns_of.device)
         return self.columns(every)[first:last]
+
+
+def of_columns(factor: FisherFactor, index: Tensor) -> FisherFactor:
+    """Return the factor of some columns, copied where they are few enough."""
+    few = len(index) <= factor.column_limit
+    return DenseFactor(factor.columns(index)) if few else SubFactor(factor, columns=index)

@@ -114,7 +114,7 @@ def capture_gradients(
         check_independence(model, loss_fn, batches)
     device = next(model.parameters()).device
     plan = Storage() if storage is None else storage
-    store = plan.open(sum(sizes), selection, selection.read(model).dtype, device) if isinstance(plan, Storage) else plan
+    store = plan.open(sum(sizes), selection, selection.dtype(model), device) if isinstance(plan, Storage) else plan
     chunk_bytes = plan.chunk_bytes(device) if isinstance(plan, Storage) else CHUNK_BYTES
     passed = pass_rows(model, selection, batches, sizes, loss_fn, store, backend, chunk_bytes, advance)
     return Capture(store.finish(), passed.losses, passed.backend, passed.chunk)
@@ -148,7 +148,7 @@ def pass_rows(
         ValueError: As for :func:`capture_gradients`.
     """
     shared = sink if isinstance(sink, SharedStore) else None
-    losses = torch.zeros(sum(sizes), dtype=selection.read(model).dtype, device=next(model.parameters()).device)
+    losses = torch.zeros(sum(sizes), dtype=selection.dtype(model), device=next(model.parameters()).device)
     own_losses = losses if shared is None else torch.zeros_like(losses)
     start = 0
     with eval_mode(model):

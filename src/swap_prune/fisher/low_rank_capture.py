@@ -16,27 +16,27 @@ Place in the pipeline: instead of ``capture_gradients``, for solvers that work w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from swap_prune.fisher.capture import capture_gradients
+from swap_prune.checks import whole_number
+from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.hooks import OutputGradients, check_against, hooked_layers
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank import LowRankFactor
 from swap_prune.fisher.outer_products import Collector, LayerCalls, is_outer
-from swap_prune.fisher.source import joined_gradients
+from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_sliceable, slice_batch, split_batches
 from swap_prune.selection import Selection
 
-__all__ = ["JOINED_RANK", "RANK", "LowRankCapture", "capture_low_rank", "numbers_of_a_row"]
+__all__ = ["JOINED_RANK", "RANK", "capture_low_rank", "numbers_of_a_row"]
 
 RANK = 3  # outer products that are kept of a row
 JOINED_RANK = 16  # of the row of a mini-batch
@@ -44,66 +44,47 @@ _CHECKED = 2  # samples
 _OTHERWISE = "use another storage, such as 'matrix-free', or select other weights with targets= and ignore="
 
 
-@dataclass(frozen=True)
-class LowRankCapture:
-    """Low-rank gradients of one set of calibration samples.
-
-    Attributes:
-        factor: G, (n, p), as factors.
-        losses: Loss of each sample, (n,).
-        chunk: Samples that ran through the network at once, at the most.
-    """
-
-    factor: LowRankFactor
-    losses: Tensor
-    chunk: int
-
-
 def capture_low_rank(
     model: nn.Module,
     selection: Selection,
-    batches: Sequence[Any],
-    loss_fn: LossFn,
-    *,
-    rank: int | Mapping[str, int] | None = None,
-    joined: bool = False,
+    source: RowSource,
     advance: Callable[[int], None] = lambda _count: None,
     at_once: int = AT_ONCE,
-) -> LowRankCapture:
+    *,
+    rank: int | None = None,
+) -> Capture:
     """Compute G, (n, p), with rows of low rank in each layer, at the model's current weights.
 
     Args:
         model: The network; its weights, buffers and modes are as before when this returns.
         selection: The p weights that gradients are taken of: of Linear and Conv layers only.
-        batches: Calibration batches on the model's device.
-        loss_fn: ``(model, batch) -> (n,)`` losses.
-        rank: Outer products kept of each row: one number for all layers, or by parameter name. By default, and for
-            layers that are not named, 3, or 16 where rows are joined.
-        joined: Whether a batch makes one row, the gradient of the sum of its losses over the root of its size, with
-            BatchNorm on its own statistics.
+        source: What the rows are gradients of.
         advance: Called with the number of samples that were done, for progress.
         at_once: Samples that run through the network at once, at the most, where memory is a GPU's.
+        rank: Outer products kept of each row, in each layer; by default 3, or 16 where rows are joined.
 
     Returns:
-        G and the losses.
+        G as a :class:`LowRankFactor`, and the losses.
 
     Raises:
-        ValueError: If the rank is not at least 1 or names what is not selected, a batch cannot be split in samples, a
-            selected weight is not that of Linear or Conv layers, or as for ``capture_gradients``.
+        ValueError: If the rank is not at least 1, a batch cannot be split in samples, a selected weight is not that of
+            Linear or Conv layers, or as for ``capture_gradients``.
     """
-    ranks = _ranks(rank, selection, JOINED_RANK if joined else RANK)
+    batches, loss_fn = source.batches, source.function
+    kept = whole_number("rank", rank if rank is not None else JOINED_RANK if source.joined else RANK)
     if not batches or not all(map(is_sliceable, batches)):
         raise ValueError(
             f"batches must be at least one, of tensors with samples in front, for low-rank rows; {_OTHERWISE}"
         )
     try:
         hooked_layers(model, selection)
-        collector = Collector({name: LayerCalls(ranks[name]) for name in selection.names})
-        if joined:
+        collector = Collector({name: LayerCalls(kept) for name in selection.names})
+        if source.joined:
             losses, chunk = _capture_joined(model, selection, batches, loss_fn, collector, advance)
         else:
             losses, chunk = _capture_samples(model, selection, batches, loss_fn, collector, advance, at_once)
-        return LowRankCapture(LowRankFactor(collector.rows()), losses, chunk)
+        losses = losses if source.losses is None else source.losses
+        return Capture(LowRankFactor(collector.rows()), losses, "hooks", chunk)
     except UnsupportedLayerError as error:
         raise ValueError(f"low-rank rows do not suit the network: {error}; {_OTHERWISE}") from error
 
@@ -114,7 +95,7 @@ def numbers_of_a_row(model: nn.Module, selection: Selection, *, joined: bool) ->
     Args:
         model: The network.
         selection: The selected weights.
-        joined: As for :func:`capture_low_rank`.
+        joined: Whether a mini-batch makes one row.
 
     Raises:
         UnsupportedLayerError: If a selected weight is not that of Linear or Conv layers.
@@ -186,16 +167,3 @@ def _capture_joined(
             collector.finish(1, dict(model.named_parameters()))
             advance(batch_size(batch))
     return torch.cat(losses), max(map(batch_size, batches))
-
-
-def _ranks(rank: int | Mapping[str, int] | None, selection: Selection, otherwise: int) -> dict[str, int]:
-    if rank is None:
-        rank = {}
-    given = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(selection.names, rank)
-    unknown = sorted(set(given) - set(selection.names))
-    if unknown:
-        raise ValueError(f"rank must name selected parameters, got {unknown}; selected: {list(selection.names)}")
-    for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {value!r} for {name!r}")
-    return {name: given.get(name, otherwise) for name in selection.names}

@@ -46,11 +46,13 @@ class PassLog:
 
     Attributes:
         samples: Rows of the whole factor: one pass.
+        device: Where they are run: a GPU is waited for.
         runs: Kind of pass to the rows that it was run for.
         seconds: In all of them.
     """
 
     samples: int
+    device: torch.device
     runs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("along", "back", "rows"), 0))
     seconds: float = 0.0
 
@@ -59,8 +61,8 @@ class PassLog:
         """Count a pass over some rows, and time the block."""
         started = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.runs[kind] += rows
         self.seconds += time.perf_counter() - started
 
@@ -91,7 +93,7 @@ class MatrixFreeFactor:
     ) -> None:
         self.passes, self.block_vectors = passes, block_vectors
         self._batches, self._counts = tuple(batches), tuple(counts)
-        self.log = PassLog(sum(counts)) if log is None else log
+        self.log = PassLog(sum(counts), passes.weights.device) if log is None else log
         self._diagonal: Tensor | None = None
         self._remembered: dict[bytes, Tensor] = {}
 

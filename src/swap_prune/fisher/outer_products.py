@@ -53,8 +53,8 @@ def leading_products(d: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return u, v
     keep = min(rank, out)
     size = min(keep + _SPARE, out, tokens)
-    products = 2 * (2 * _ITERATIONS + 1) * size  # vectors that M is multiplied by, twice the work by D and A in turn
-    formed = tokens * out * width + products // 2 * out * width < products // 2 * tokens * (out + width)
+    products = (2 * _ITERATIONS + 1) * size  # of M or its transpose with a vector: each is two, with D and A, unformed
+    formed = tokens * out * width + products * out * width < products * tokens * (out + width)
     m = d.mT @ a if formed else None
 
     def transposed(q: Tensor) -> Tensor:  # M^T q

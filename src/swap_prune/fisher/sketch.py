@@ -35,7 +35,6 @@ from swap_prune.selection import Selection
 __all__ = [
     "MINI_BATCH",
     "CurvatureSketch",
-    "DrawnSketch",
     "draw_signs",
     "draw_sketch",
     "mini_batches",
@@ -48,31 +47,10 @@ MINI_BATCH = 16  # samples that share their statistics
 
 @dataclass(frozen=True)
 class CurvatureSketch:
-    """``<z, L xi>`` of each sample: a function of (model, (batch, signs)) whose gradients are the rows.
+    """``<z, L xi>`` of each sample: a function of (model, (batch, L xi)) whose gradients are the rows.
 
     Attributes:
-        loss: What knows L.
-    """
-
-    loss: GaussNewtonLoss
-
-    def __call__(self, model: nn.Module, drawn: tuple[Any, Tensor]) -> Tensor:
-        """Return the products, (n,)."""
-        batch, signs = drawn
-        return self.product(self.loss.outputs(model, batch), batch, signs)
-
-    def product(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
-        """Return ``<z, L xi>``, (n,), with L constant."""
-        root = self.loss.curvature_root(outputs.detach(), batch, signs)
-        return (outputs * root).flatten(1).sum(1)
-
-
-@dataclass(frozen=True)
-class DrawnSketch:
-    """The same with ``L xi`` given: a function of (model, (batch, L xi)), linear in the outputs.
-
-    Attributes:
-        loss: What knows the outputs.
+        loss: What knows the outputs z, and L.
     """
 
     loss: GaussNewtonLoss
@@ -84,7 +62,7 @@ class DrawnSketch:
 
 
 def sketch_rows(samples: int, *, in_batches: bool) -> int:
-    """Return how many rows a number of samples gives at the most."""
+    """Return how many rows a number of samples gives, where batches can be joined; else there are more."""
     return math.ceil(samples / MINI_BATCH) if in_batches else samples
 
 
@@ -117,28 +95,20 @@ def sketch_curvature(
     Raises:
         ValueError: As for ``capture_gradients``.
     """
-    with eval_mode(model), torch.no_grad():
-        check_calibration(model, loss, batches)
-    sketch = CurvatureSketch(loss)
     if in_batches:
+        with eval_mode(model), torch.no_grad():
+            check_calibration(model, loss, batches)
         parts = mini_batches(batches)
         weights = selection.read(model)
         store = (storage or Storage()).open(len(parts), selection, weights.dtype, weights.device)
-        losses = _mini_batch_rows(model, selection, parts, sketch, generator, store, advance)
+        losses = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH)
-    with eval_mode(model), torch.no_grad():
-        drawn, found, norms = [], [], []
-        for batch in batches:  # of the outputs, which may be large, only the signs stay
-            with failures_named("calibration batch", batch):
-                outputs = loss.outputs(model, batch)
-                found.append(loss.losses(outputs, batch))
-            signs = draw_signs(outputs, generator)
-            drawn.append((batch, signs))
-            norms.append(torch.linalg.vector_norm(loss.curvature_root(outputs, batch, signs).flatten(1), dim=1))
-        losses, sizes = check_losses(torch.cat(found), None), torch.cat(norms)
-    capture = capture_gradients(model, selection, drawn, sketch, storage=storage, advance=advance)
+    source = draw_sketch(model, batches, loss, generator, in_batches=False)
+    assert source.losses is not None, "found on the way"
+    capture = capture_gradients(model, selection, source.batches, source.function, storage=storage, advance=advance)
+    sizes = torch.cat([torch.linalg.vector_norm(root.flatten(1), dim=1) for _, root in source.batches])
     tiny = torch.finfo(sizes.dtype).tiny
-    return Capture(capture.factor, losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
+    return Capture(capture.factor, source.losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
 
 
 def draw_sketch(
@@ -166,7 +136,7 @@ def draw_sketch(
                 outputs = loss.outputs(model, part)
             losses.append(check_losses(loss.losses(outputs, part), None))
             drawn.append((part, loss.curvature_root(outputs, part, draw_signs(outputs, generator))))
-    return RowSource(DrawnSketch(loss), drawn, in_batches, torch.cat(losses))
+    return RowSource(CurvatureSketch(loss), drawn, in_batches, torch.cat(losses))
 
 
 def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -184,7 +154,7 @@ def _mini_batch_rows(
     model: nn.Module,
     selection: Selection,
     parts: Sequence[Any],
-    sketch: CurvatureSketch,
+    loss: GaussNewtonLoss,
     generator: torch.Generator,
     store: RowStore,
     advance: Callable[[int], None],
@@ -193,9 +163,10 @@ def _mini_batch_rows(
     losses = []
 
     def product(network: nn.Module, part: Any) -> Tensor:
-        outputs = sketch.loss.outputs(network, part)
-        losses.append(check_losses(sketch.loss.losses(outputs.detach(), part), None))
-        return sketch.product(outputs, part, draw_signs(outputs, generator))
+        outputs = loss.outputs(network, part)
+        losses.append(check_losses(loss.losses(outputs.detach(), part), None))
+        root = loss.curvature_root(outputs.detach(), part, draw_signs(outputs, generator))
+        return (outputs * root).flatten(1).sum(1)
 
     shared = store if isinstance(store, SharedStore) else None
     with batch_statistics(model):

@@ -34,10 +34,8 @@ __all__ = [
     "RowStream",
     "Storage",
     "StorageKind",
-    "block_vectors",
     "check_rows",
     "chunk_bytes",
-    "forwards_at_once",
 ]
 
 StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
@@ -58,7 +56,7 @@ class Storage:
 
     Attributes:
         kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
-        lean: Whether the solver does without copies of many columns. All but float32 are lean.
+        lean: Whether the solver does without copies of many columns in float32 too; in the others it always does.
         scratch: Directory of files: of G for ``mapped``, of what is spilled.
         at_once: Samples that run through the network forwards and backwards at once, at the most. Mini-batches that
             make a row keep their own size.
@@ -81,17 +79,22 @@ class Storage:
 
     def chunk_bytes(self, device: torch.device) -> int:
         """Return the bytes of one chunk of samples at capture."""
-        return chunk_bytes(device, self.at_once, lean=self.lean or self.kind != "float32")
+        return chunk_bytes(device, self.at_once, lean=not self.copies_columns)
+
+    @property
+    def copies_columns(self) -> bool:
+        """Whether the solver copies many columns of G at once."""
+        return self.kind == "float32" and not self.lean
 
     @property
     def forwards(self) -> int:
-        """Samples that run through the network forwards alone at once, at the most."""
-        return forwards_at_once(self.at_once, self.spilled)
+        """Samples that run through the network forwards alone at once: twice as many, unless memory is shortest."""
+        return self.at_once if self.spilled == "activations" else 2 * self.at_once
 
     @property
     def block_vectors(self) -> int:
         """Vectors of p that a block of columns may take where nothing is held of G."""
-        return block_vectors(self.spilled)
+        return _FEW_BLOCK_VECTORS if self.spilled == "activations" else BLOCK_VECTORS
 
     @property
     def holds_rows(self) -> bool:
@@ -119,16 +122,6 @@ class Storage:
             return SharedStore(n, selection, dtype, device, self.team)
         assert self.scratch is not None, "checked when it was made"
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
-
-
-def forwards_at_once(at_once: int, spilled: Spilled) -> int:
-    """Return how many samples run forwards alone at once: twice as many, unless memory is shortest."""
-    return at_once if spilled == "activations" else 2 * at_once
-
-
-def block_vectors(spilled: Spilled) -> int:
-    """Return how many vectors of p a block of columns may take where nothing of G is held."""
-    return _FEW_BLOCK_VECTORS if spilled == "activations" else BLOCK_VECTORS
 
 
 def chunk_bytes(device: torch.device, at_once: int, *, lean: bool) -> int:

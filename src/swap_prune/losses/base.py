@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swap_prune.checks import positive_number
 from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, slice_batch
 
 __all__ = [
@@ -85,8 +86,7 @@ class CrossEntropy:
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
+        positive_number("temperature", self.temperature)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of each sample, (n,)."""

@@ -8,7 +8,7 @@ Place in the pipeline: beneath planning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,14 +18,7 @@ from swap_prune.fisher.defence import PIECE
 from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.sketch import MINI_BATCH
-from swap_prune.fisher.storage import (
-    AT_ONCE,
-    HOLDING_NO_ROWS,
-    StorageKind,
-    block_vectors,
-    chunk_bytes,
-    forwards_at_once,
-)
+from swap_prune.fisher.storage import HOLDING_NO_ROWS, Storage, StorageKind, chunk_bytes
 from swap_prune.regression.swap import SHARE, SHORTLIST
 from swap_prune.regression.tuning import TUNING_ROWS
 from swap_prune.samples.spill import Spilled
@@ -116,24 +109,20 @@ class Workload:
     unsuited: str = ""
 
 
-def memory_phases(
-    load: Workload, kind: StorageKind, *, lean: bool, at_once: int = AT_ONCE, spilled: Spilled = "nothing"
-) -> dict[str, int]:
+def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     """Return the bytes that the process holds in each phase.
 
     Args:
         load: The run.
-        kind: How G is held.
-        lean: Whether the solver does without copies of many columns.
-        at_once: Samples that run through the network forwards and backwards at once.
-        spilled: What lies in files: of samples, then, a few batches are held.
+        storage: How G is held, and what lies in files: of samples, then, a few batches are held.
     """
     vector, n = load.itemsize * load.weights, load.rows
-    factor, in_memory = _held_of_g(load, kind), spilled == "nothing"
+    kind, at_once, lean = storage.kind, storage.at_once, not storage.copies_columns
+    factor, in_memory = _held_of_g(load, kind), storage.spilled == "nothing"
     libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
     rest = load.held + load.copies + libraries + 2 * vector  # copies of the weights: to restore, and those asked of
     rest += load.judged * load.sample_bytes if in_memory else 0
-    forwards = forwards_at_once(at_once, spilled)
+    forwards = storage.forwards
     drawn_at_once = max(forwards, MINI_BATCH) if load.mini_batches else forwards
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
@@ -148,9 +137,9 @@ def memory_phases(
     step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)
     forward = min(forwards, load.samples) * _forward_bytes(load)
     asking = min(drawn_at_once, load.samples) * _forward_bytes(load)
-    backward = min(at_once, load.samples) * _backward_bytes(load, spilled)
+    backward = min(at_once, load.samples) * _backward_bytes(load, storage.spilled)
     known = _PASS_VECTORS * vector if kind == "matrix-free" else 0
-    passes = known + _passes(load, at_once, spilled) if kind == "matrix-free" else 0
+    passes = known + _passes(load, storage) if kind == "matrix-free" else 0
     compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
     drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.mini_batches else compared
     shifted = 0
@@ -158,19 +147,19 @@ def memory_phases(
         shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
     if load.row_noise and not load.mini_batches:  # slopes are then means over rows like those of G
-        again = factor + _capture(load, kind, lean=False, at_once=at_once, spilled=spilled)
+        again = factor + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
-    trial = max(forward + compared, max(backward, again) + _slopes(load, kind, lean, at_once), passes)
+    trial = max(forward + compared, max(backward, again) + _slopes(load, storage), passes)
     phases = {
-        "capture": common + known + signs + max(_capture(load, kind, lean, at_once, spilled), asking + drawing),
+        "capture": common + known + signs + max(_capture(load, storage), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),
         "solve": solve + copies + passes,
         "trials": solve + taught + step + trial,
         "recalibrate": rest + (read * load.sample_bytes + asking if load.recalibrated else 0),
     }
-    return phases | ({"finetune": rest + _training(load, spilled)} if load.trained else {})
+    return phases | ({"finetune": rest + _training(load, storage.spilled)} if load.trained else {})
 
 
 def _defence(load: Workload, kind: StorageKind) -> int:
@@ -181,14 +170,14 @@ def _defence(load: Workload, kind: StorageKind) -> int:
     return _SEEN * looked_at * load.itemsize * load.weights
 
 
-def _slopes(load: Workload, kind: StorageKind, lean: bool, at_once: int) -> int:
-    """Return what gradients of batches take: all of them together, or sums that they are added to."""
+def _slopes(load: Workload, storage: Storage) -> int:
+    """Return what gradients of batches take: all of them together in float32, or sums that they are added to."""
     vector = load.itemsize * load.weights
     if load.row_noise and load.mini_batches:  # those of mini-batches, and their mean
         return (load.rows + 1) * vector
-    if not lean:
-        return -(-load.samples // at_once) * vector
-    return (2 if kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
+    if storage.kind == "float32":
+        return -(-load.samples // storage.at_once) * vector
+    return (2 if storage.kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
 
 
 def _training(load: Workload, spilled: Spilled) -> int:
@@ -230,32 +219,32 @@ def _held_of_g(load: Workload, kind: StorageKind) -> int:
             return 0
 
 
-def _capture(load: Workload, kind: StorageKind, lean: bool, at_once: int, spilled: Spilled) -> int:
+def _capture(load: Workload, storage: Storage) -> int:
     """Return what capture holds beside the rows that are done."""
-    vector = load.itemsize * load.weights
-    budget = chunk_bytes(load.device, at_once, lean=lean and kind != "low-rank")
+    vector, kind, at_once = load.itemsize * load.weights, storage.kind, storage.at_once
+    budget = chunk_bytes(load.device, at_once, lean=not storage.copies_columns and kind != "low-rank")
     piece = piece_bytes(load.device)
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
         chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)
         chunk = MINI_BATCH if load.mini_batches else chunk
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
     if load.mini_batches:
-        return MINI_BATCH * _backward_bytes(load, spilled) + 3 * vector
+        return MINI_BATCH * _backward_bytes(load, storage.spilled) + 3 * vector
     chunk = max(1, min(2 * at_once, load.rows, budget // (max(load.kept_bytes, load.row_bytes) + vector)))
     buffered = 1 if kind != "float32" else 0
     own = max(_backward_bytes(load), load.row_bytes)
     return chunk * (own + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
 
-def _passes(load: Workload, at_once: int, spilled: Spilled) -> int:
+def _passes(load: Workload, storage: Storage) -> int:
     """Return what products hold that pass through the network: columns, and a chunk of rows that they are cut out of.
 
     A pass along a direction, or back, holds less than the chunk or what a trial does.
     """
     vector = load.itemsize * load.weights
-    columns = 2 * max(block_bytes(load.device), min(load.rows, block_vectors(spilled)) * vector)
-    part = min(at_once, load.samples) * _backward_bytes(load, spilled)
-    return columns + max(part, _capture(load, "matrix-free", True, at_once, spilled))
+    columns = 2 * max(block_bytes(load.device), min(load.rows, storage.block_vectors) * vector)
+    part = min(storage.at_once, load.samples) * _backward_bytes(load, storage.spilled)
+    return columns + max(part, _capture(load, storage))
 
 
 def _column_copies(load: Workload) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -35,7 +35,6 @@ from swap_prune.selection import Selection
 __all__ = [
     "Forecast",
     "MemoryPlan",
-    "StorageName",
     "Workload",
     "check_storage",
     "output_bytes",
@@ -45,7 +44,7 @@ __all__ = [
     "scratch_directory",
 ]
 
-StorageName = Literal["auto", "float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
+_NAMES = ("auto", *get_args(StorageKind))
 
 _ORDER: tuple[tuple[StorageKind, bool], ...] = (  # fastest first; (kind, lean)
     ("float32", False),
@@ -153,8 +152,8 @@ def check_storage(storage: str) -> None:
     Raises:
         ValueError: If it is none of the known ones.
     """
-    if storage not in get_args(StorageName):
-        raise ValueError(f"storage must be one of {', '.join(get_args(StorageName))}, got {storage!r}")
+    if storage not in _NAMES:
+        raise ValueError(f"storage must be one of {', '.join(_NAMES)}, got {storage!r}")
 
 
 def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
@@ -253,7 +252,7 @@ def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, 
 def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Path) -> Forecast:
     """Return the need of a storage that spares as much as it says, and what stands in its way."""
     kind = storage.kind
-    phases = memory_phases(load, kind, lean=storage.lean, at_once=storage.at_once, spilled=storage.spilled)
+    phases = memory_phases(load, storage)
     disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
     if storage.spilled != "nothing":
         disk += (load.samples + load.spare + load.judged) * load.sample_bytes

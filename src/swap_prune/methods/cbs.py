@@ -88,9 +88,9 @@ def improve_by_swaps(
     for done in range(rounds):
         residual = factor.matvec(w.masked_fill(kept, 0))
         pull = (w * factor.rmatvec(residual)).double() / n  # w_j g_j . r / n
-        enter, leave = own + pull, own - pull - unit  # change of S when j is removed; when it comes back
-        inside = _least(enter, kept, candidates)
-        outside = _least(leave, ~kept, candidates)
+        removal, comeback = own + pull, own - pull - unit  # change of S when j is removed; when it comes back
+        inside = _least(removal, kept, candidates)
+        outside = _least(comeback, ~kept, candidates)
         index = torch.cat([inside, outside])
         scaled = (factor.columns(index) * w[index]).double()
         chosen, made = _swap_among(scaled.T @ scaled / n, own[index], unit[index], pull[index], len(inside))

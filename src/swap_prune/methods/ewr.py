@@ -147,11 +147,12 @@ class EWR:
         self, pairing: WeightedRidge, fit: SparseFit, generator: torch.Generator
     ) -> tuple[Coupling, dict[str, Any]]:
         """Return the coupling that is asked for, or the one that held-out rows favour."""
-        unit = self._unit(pairing.factor.matvec(fit.weights), pairing.target)
         anchors = None if self.anchor == "auto" else (float(self.anchor),)
-        epsilons = None if self.epsilon == "auto" else (float(self.epsilon) * unit,)
+        epsilons = None
+        if self.epsilon != "auto":
+            epsilons = (float(self.epsilon) * self._unit(pairing.factor.matvec(fit.weights), pairing.target),)
         if anchors and (epsilons or anchors == (0.0,)):
-            epsilon = epsilons[0] if epsilons else unit
+            epsilon = epsilons[0] if epsilons else 1.0  # which counts for nothing without an anchor
             return Coupling(anchors[0], epsilon, self.gradient, self.debias), {}
         return choose_coupling(
             pairing, fit.support, generator, anchors, epsilons, gradient=self.gradient, debias=self.debias

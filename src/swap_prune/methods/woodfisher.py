@@ -17,9 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.checks import positive_number
-from swap_prune.fisher.blocked import SubFactor
-from swap_prune.fisher.factor import DenseFactor
+from swap_prune.checks import positive_number, whole_number
+from swap_prune.fisher.blocked import of_columns
 from swap_prune.fisher.inverse import WHOLE, BlockFisher
 from swap_prune.methods.scoring import select_best
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -55,9 +54,8 @@ class WoodFisher:
         positive_number("damping", self.damping)
         if self.update not in ("independent", "joint"):
             raise ValueError(f"update must be 'independent' or 'joint', got {self.update!r}")
-        whole = isinstance(self.block, int) and not isinstance(self.block, bool) and self.block > 0
-        if self.block != "auto" and not whole:
-            raise ValueError(f"block must be 'auto' or a whole number of at least 1, got {self.block!r}")
+        if self.block != "auto":
+            whole_number("block, if not 'auto',", self.block)
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Remove the weights of least cost and compensate for them."""
@@ -98,8 +96,7 @@ def joint_update(problem: PruningProblem, kept: Tensor, damping: float, index: T
     """
     factor, w_bar = problem.fisher(), problem.reference
     if index is not None and len(index) < len(w_bar):
-        narrow = len(index) <= factor.column_limit
-        factor = DenseFactor(factor.columns(index)) if narrow else SubFactor(factor, columns=index)
+        factor = of_columns(factor, index)
         w_bar, kept = w_bar[index], kept[index]
     support = kept.nonzero().squeeze(1)
     if len(support) == 0:

@@ -16,8 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.blocked import SubFactor
-from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.blocked import of_columns
 from swap_prune.regression.iht import SparseFit, hard_threshold
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
@@ -87,10 +86,7 @@ def _largest(w: Tensor, among: Tensor, count: int) -> Tensor:
 def _restrict(problem: WeightedRidge, active: Tensor) -> tuple[WeightedRidge, Tensor]:
     """Return the regression on some columns, and their indices."""
     index = active.nonzero().squeeze(1)
-    narrow = len(index) <= problem.factor.column_limit
-    factor: FisherFactor = (
-        DenseFactor(problem.factor.columns(index)) if narrow else SubFactor(problem.factor, columns=index)
-    )
+    factor = of_columns(problem.factor, index)
     reference, metric = problem.reference[index], problem.metric[index]
     return replace(problem, factor=factor, reference=reference, metric=metric, floors=()), index
 

@@ -104,7 +104,7 @@ def solve_sparse(
 
 
 def shrink_support(
-    problem: WeightedRidge, keep: int, previous: ScaledGram | None = None, share: float = _PATH_SHARE
+    problem: WeightedRidge, keep: int, previous: ScaledGram | None = None
 ) -> tuple[Tensor, ScaledGram | None, ScaledGram | None]:
     """Follow the path from about ``_PATH_START`` of the weights down to ``keep`` of them.
 
@@ -112,15 +112,14 @@ def shrink_support(
         problem: The regression.
         keep: k, ``1 <= k <= p``.
         previous: The Gram matrix of another path's first refit, of the same factor and metric.
-        share: Share of the weights that one step keeps, in (0, 1).
 
     Returns:
         Indices of the support, (k,), in increasing order, and the Gram matrices of the path's last refit, if there was
         one, and of the first, unless it began with another's.
     """
     w, known, beginning = problem.reference, previous, None
-    first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / share)))
-    steps = math.ceil(math.log(first / keep) / -math.log(share)) if first > keep else 1
+    first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / _PATH_SHARE)))
+    steps = math.ceil(math.log(first / keep) / -math.log(_PATH_SHARE)) if first > keep else 1
     for step in range(1, steps + 1):
         size = keep if step == steps else round(first * (keep / first) ** (step / steps))
         support = top_k(w.square().mul_(problem.metric), size, problem.floors)

@@ -77,6 +77,6 @@ class SquareSystem:
         return halves
 
 
-def solve_square(matrix: Tensor, right: Tensor, *, symmetric: bool = True) -> Tensor:
-    """Solve one square system: a matrix (m, m), a right-hand side (m,)."""
-    return SquareSystem.of(matrix, symmetric=symmetric).solve(right)
+def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve one square system: a symmetric matrix (m, m), a right-hand side (m,)."""
+    return SquareSystem.of(matrix).solve(right)

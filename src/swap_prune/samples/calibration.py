@@ -194,8 +194,9 @@ class CalibrationStream:
     def beside(self, data: Any, generator: torch.Generator) -> CalibrationStream:
         """Return a stream for what looks at samples without fitting to them, or trains: it changes no draw of this one.
 
-        What this one holds out is left out of it too; also of other data that has as many samples, which are taken to
-        be the same ones in another form.
+        What :meth:`hold_out` took is left out of it too; also of other data that has as many samples, which are taken
+        to be the same ones in another form. What :meth:`draw_apart` holds out of a stage is not: fine-tuning trains on
+        it.
 
         Args:
             data: Its data; None for those of this stream, which is then the stream itself where they have no numbers.
@@ -261,7 +262,7 @@ class CalibrationStream:
             if surplus > 0 and is_sliceable(batch):
                 self._rest = slice_batch(batch, size - surplus, size)
                 batch = slice_batch(batch, 0, size - surplus)
-            got += min(size, size - surplus) if is_sliceable(batch) else size
+            got += batch_size(batch)
             yield batch
 
     def _read_passes(self) -> Iterator[Any]:

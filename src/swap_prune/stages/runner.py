@@ -123,7 +123,7 @@ class StageRunner:
             evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
         if self.normalised:
             batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else self.samples)
-            if recalibrate_batchnorm(self.model, batches, self._paced(self.loss_fn)) == 0:
+            if not recalibrate_batchnorm(self.model, batches, self._paced(self.loss_fn)):
                 evidence["not_recalibrated"] = "no batch of the data holds two samples"
         if self.storage.team is not None:  # training may differ in its last bits, on GPUs
             self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
@@ -281,17 +281,7 @@ class StageRunner:
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
             return capture_matrix_free(self.model, self.selection, source, advance, few, wide, weights)
-        low = capture_low_rank(
-            self.model,
-            self.selection,
-            source.batches,
-            source.function,
-            joined=source.joined,
-            advance=advance,
-            at_once=self.storage.at_once,
-        )
-        losses = low.losses if source.losses is None else source.losses
-        return Capture(low.factor, losses, "hooks", low.chunk)
+        return capture_low_rank(self.model, self.selection, source, advance, self.storage.at_once)
 
     def _defended(
         self, capture: Capture, fitting: list[Any], generator: torch.Generator, evidence: dict[str, Any]

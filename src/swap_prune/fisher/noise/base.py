@@ -9,6 +9,7 @@ A model overrides the hooks that its physics needs; the others change nothing. M
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from swap_prune.checks import is_number
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import LossFn
 
@@ -124,15 +126,15 @@ class NoiseChain(NoiseModel):
         return recorded if len(recorded) > 1 else next(iter(recorded), None)
 
 
-def check_number(setting: str, value: object, least: float, most: float = math.inf, *, whole: bool = False) -> None:
+def check_number(setting: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> None:
     """Check one setting of a noise model.
 
     Raises:
         ValueError: If it is not a finite number (a whole one, where asked for) of at least ``least`` and at
             most ``most``.
     """
-    kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not (math.isfinite(value) and least <= value <= most):
+    fits = isinstance(value, numbers.Integral) if whole else True
+    if not (is_number(value) and fits and math.isfinite(value) and least <= value <= most):
         what = "a whole number" if whole else "a finite number"
         bounds = f"of at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"noise setting {setting} must be {what} {bounds}, got {value!r}")
@@ -151,6 +153,8 @@ def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if is_number(value):  # NumPy's
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, Sequence):
