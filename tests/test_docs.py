@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from swap_prune import METHODS
 from swap_prune.fisher.noise import NOISE_MODELS
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/finetuning.md", "docs/transformers.md"])
@@ -30,14 +32,39 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
             exec(compile(block, page, "exec", dont_inherit=True), scope)
 
 
-@pytest.mark.parametrize(
-    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if "://" not in link:
             assert ((ROOT / page).parent / link).exists(), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_a_heading(page: str) -> None:
+    path = ROOT / page
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text(encoding="utf-8")):
+        assert anchor in anchors(path.parent / target if target else path), f"{target}#{anchor}"
+
+
+def test_settings_are_those_of_the_methods() -> None:
+    table = (
+        (ROOT / "docs/method.md").read_text(encoding="utf-8").split("## Settings of the methods")[1].split("\n## ")[0]
+    )
+    found = {
+        (method, name): ast.literal_eval(default)
+        for methods, name, default in re.findall(r"^\| (`.*?`) \| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE)
+        for method in re.findall(r"`(\w+)`", methods)
+    }
+    real = {(name, one.name): one.default for name, method in METHODS.items() for one in dataclasses.fields(method)}
+    assert found == real
 
 
 def test_constants_are_those_of_the_code() -> None:
