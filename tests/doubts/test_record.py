@@ -45,7 +45,7 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     contradicted = iter([False, True, False])
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: next(contradicted, False))
     asked = []
-    monkeypatch.setattr(module, "shift_seen", lambda *_, known, **__: asked.append(known) or 0.1)
+    monkeypatch.setattr(module, "shift_seen", lambda *_: asked.append(1) or 0.1)
     x = torch.randn(8, 4)
     fitting, apart = [(x, torch.arange(8) % 3)], [(x + 1, torch.arange(8) % 3)]
     own = doubts_of(model)
@@ -53,14 +53,14 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     for _ in range(2):
         moved, other, radius = own.restore(model, fitting, apart, generator())
         assert radius == 0.1 and not torch.equal(moved[0][0], x) and not torch.equal(other[0][0], x + 1)
-    assert asked == [False, True]
+    assert len(asked) == 1
 
 
 def test_labels_doubted_before_a_shift_was_seen_are_believed_again(monkeypatch):
     own = doubts_of(nn.Linear(10, CLASSES))
     assert own.weigh([mixed(0.5)], [])[2] is not None
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
-    monkeypatch.setattr(module, "shift_seen", lambda *_, known, **__: 0.1)
+    monkeypatch.setattr(module, "shift_seen", lambda *_: 0.1)
     batch = torch.randn(8, 10), torch.arange(8)
     own.restore(nn.Linear(10, CLASSES), [batch], [], generator())
     assert own.weigh([mixed(0.0)], [])[2] is None
@@ -148,7 +148,6 @@ def test_labels_as_far_as_any_other_class_are_no_attack():
 
 
 def test_labels_that_fit_are_no_attack_though_some_are_wrong():
-    """As a later stage asks, once an attack was seen."""
     model, x, labels = sensitive()
     second = model(x).topk(2).indices[:, 1]
     gap = model(x).topk(2).values.diff().abs().squeeze(1)

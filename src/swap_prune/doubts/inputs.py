@@ -7,6 +7,9 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
     mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
 
+The way back is that of the dense network, whichever network was attacked. A pruned network would be shown inputs that
+flatter it: what it gets wrong it would no longer be told.
+
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
 is as far as to any other.
@@ -18,19 +21,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
-from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import split_batches
 
-__all__ = ["labels_contradicted", "shift_back", "shift_seen"]
+__all__ = ["Network", "labels_contradicted", "shift_back", "shift_seen"]
+
+Network = Callable[[Tensor], Tensor]  # the dense one, in eval mode: inputs (n, ...) to logits (n, classes)
 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
@@ -59,22 +63,19 @@ def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Seq
 
 
 def shift_seen(
-    model: nn.Module,
+    network: Network,
     loss_fn: LossFn,
     batches: Sequence[Any],
     generator: torch.Generator,
-    *,
-    known: bool = False,
     at_once: int = AT_ONCE,
 ) -> float | None:
     """Return how far inputs seem to have been shifted against their labels.
 
     Args:
-        model: The network that may have been attacked; asked in eval mode.
+        network: The dense network.
         loss_fn: Only for the cross-entropy of one label a sample is there an answer.
         batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
         generator: Draws the other classes (CPU).
-        known: Whether such a shift was seen in earlier samples of the run: then only its radius is looked for.
         at_once: Samples that run through the network at once.
 
     Returns:
@@ -83,32 +84,29 @@ def shift_seen(
     if not _can_be_asked(loss_fn, batches):
         return None
     inputs, labels = _first_samples(batches, _LOOKED_AT)
-    with eval_mode(model):
-        outputs = _outputs(model, inputs, at_once)
-        wrong = outputs.argmax(1) != labels
-        if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()):
-            return None
-        if float(_surplus(outputs, labels).mean()) >= 0:
-            return None
-        for radius in (r * float(inputs.std()) for r in _RADII):
-            moved = _outputs(model, _shifted(model, inputs, labels, radius, at_once), at_once)
-            if float(_surplus(moved, labels).mean()) >= 0:
-                if known or _is_rarer_than_chance(wrong, outputs.shape[1]):
-                    return radius
-                reached = (moved.argmax(1) == labels)[wrong]
-                others = _other_classes(outputs, labels, generator)[wrong]
-                elsewhere = _shifted(model, inputs[wrong], others, radius, at_once)
-                led = _outputs(model, elsewhere, at_once).argmax(1) == others
-                return radius if _is_nearer(reached, led) else None
+    outputs = _outputs(network, inputs, at_once)
+    wrong = outputs.argmax(1) != labels
+    if outputs.ndim != 2 or outputs.shape[1] < 3 or not bool(wrong.any()):
+        return None
+    if float(_surplus(outputs, labels).mean()) >= 0:
+        return None
+    for radius in (r * float(inputs.std()) for r in _RADII):
+        moved = _outputs(network, _shifted(network, inputs, labels, radius, at_once), at_once)
+        if float(_surplus(moved, labels).mean()) >= 0:
+            if _is_rarer_than_chance(wrong, outputs.shape[1]):
+                return radius
+            reached = (moved.argmax(1) == labels)[wrong]
+            others = _other_classes(outputs, labels, generator)[wrong]
+            elsewhere = _shifted(network, inputs[wrong], others, radius, at_once)
+            led = _outputs(network, elsewhere, at_once).argmax(1) == others
+            return radius if _is_nearer(reached, led) else None
     return None
 
 
-def shift_back(model: nn.Module, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:
+def shift_back(network: Network, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:
     """Yield pairs whose inputs went down the loss at their labels, by ``radius`` in each entry at the most."""
     for inputs, labels in batches:
-        with eval_mode(model):
-            shifted = _shifted(model, inputs, labels, radius, at_once)
-        yield shifted, labels
+        yield _shifted(network, inputs, labels, radius, at_once), labels
 
 
 def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
@@ -133,9 +131,9 @@ def _first_samples(batches: Sequence[Any], count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: Tensor, at_once: int) -> Tensor:
+def _outputs(network: Network, inputs: Tensor, at_once: int) -> Tensor:
     """Return the logits, (n, classes)."""
-    return torch.cat([model(part) for part in torch.split(inputs, at_once)])
+    return torch.cat([network(part) for part in torch.split(inputs, at_once)])
 
 
 def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -145,14 +143,14 @@ def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _shifted(model: nn.Module, inputs: Tensor, classes: Tensor, radius: float, at_once: int) -> Tensor:
+def _shifted(network: Network, inputs: Tensor, classes: Tensor, radius: float, at_once: int) -> Tensor:
     """Go down the loss at classes (n,), within the ball of the largest entry around the inputs."""
     parts = []
     for part, goal in split_batches([(inputs, classes)], at_once):
         shift = torch.zeros_like(part)
         for _ in range(_STEPS):
             moved = (part + shift).requires_grad_()
-            loss = cross_entropy(model(moved), goal.long(), reduction="sum")
+            loss = cross_entropy(network(moved), goal.long(), reduction="sum")
             slope = torch.autograd.grad(loss, moved, allow_unused=True)[0] if loss.requires_grad else None
             if slope is None:  # what comes first in the network is detached: nobody attacked it by gradients
                 break

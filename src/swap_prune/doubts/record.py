@@ -4,8 +4,8 @@ Inputs may have been shifted against their labels (:mod:`swap_prune.doubts.input
 (:mod:`swap_prune.doubts.labels`). The first is undone before gradients are taken. For the second, slopes and choices
 believe labels only as far as the dense network bears them out.
 
-Either is remembered for the rest of the run, where it was seen once: an attacker who reads the weights fits the inputs
-of a later stage to a pruned network, and soon no longer fools the dense one.
+Either is remembered for the rest of the run, where it was seen once, and so is how far inputs were shifted: an attacker
+who reads the weights fits the inputs of a later stage to a pruned network, and soon no longer fools the dense one.
 
 Place in the pipeline: a defence, around capture.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swap_prune.doubts.inputs import labels_contradicted, shift_back, shift_seen
 from swap_prune.doubts.labels import LabelDoubt, doubt_labels
@@ -48,7 +48,7 @@ class Doubts:
         self._teacher = teacher
         self._loss_fn = loss_fn
         self._keep, self._at_once = keep, at_once
-        self._shifted = False
+        self._radius: float | None = None  # by which inputs were seen to have been shifted
         self._labels: LabelDoubt | None = None
 
     def restore(
@@ -57,7 +57,7 @@ class Doubts:
         """Return batches with inputs shifted back, where they seem to have been shifted, and how far.
 
         Args:
-            model: The network that may have been attacked, as the stages so far have left it.
+            model: The network as the stages so far have left it; it checks the batches.
             fitting: Batches that gradients will be taken of; they are asked.
             held_out: Others.
             generator: Draws the classes that labels are compared with.
@@ -67,15 +67,22 @@ class Doubts:
         """
         with eval_mode(model):
             check_calibration(model, self._loss_fn, fitting)
-        if not self._shifted and not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
+        known = self._radius is not None
+        if not known and not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
             return fitting, held_out, None
-        radius = shift_seen(model, self._loss_fn, fitting, generator, known=self._shifted, at_once=self._at_once)
-        if radius is None:
-            return fitting, held_out, None
-        if not self._shifted:  # what was doubted before were labels of inputs that had moved
-            self._shifted, self._labels = True, None
-        back = [self._keep(shift_back(model, batches, radius, self._at_once)) for batches in (fitting, held_out)]
-        return back[0], back[1], radius
+        with self._teacher.asked() as ask:
+
+            def network(inputs: Tensor) -> Tensor:
+                return ask((inputs, None))
+
+            if not known:
+                self._radius = shift_seen(network, self._loss_fn, fitting, generator, self._at_once)
+            if self._radius is None:
+                return fitting, held_out, None
+            if not known:  # what was doubted before were labels of inputs that had moved
+                self._labels = None
+            back = [self._keep(shift_back(network, part, self._radius, self._at_once)) for part in (fitting, held_out)]
+        return back[0], back[1], self._radius
 
     def weigh(
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]

@@ -11,7 +11,8 @@ loss on labels. Trials of candidates and fine-tuning learn from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,17 +68,23 @@ class Teacher:
         self._state = {f"model.{name}": copy_of(tensor) for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
 
+    @contextmanager
+    def asked(self) -> Iterator[Callable[[Any], Tensor]]:
+        """Give a block the dense network, in eval mode: a function of a batch that returns the outputs."""
+        with eval_mode(self._bound.model):
+            yield lambda batch: functional_call(self._bound, self._state, (in_own_containers(batch),))
+
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
         """Return the dense network's outputs on batches, in eval mode.
 
         Raises:
             ValueError: If they are not finite.
         """
-        with eval_mode(self._bound.model), torch.no_grad():
+        with self.asked() as ask, torch.no_grad():
             found = []
             for batch in batches:
                 with failures_named("batch given to the dense network", batch):
-                    found.append(functional_call(self._bound, self._state, (in_own_containers(batch),)))
+                    found.append(ask(batch))
         for outputs in found:
             bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
             if bad:
