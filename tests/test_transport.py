@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swap_prune import transport
 from swap_prune.transport import barycentric_target, squared_cost, transport_plan
 from tests.cases import normal, paired_clouds
 from tests.reference import reference_measure, sinkhorn
@@ -76,6 +77,25 @@ def test_convergence_at_the_size_of_a_stage(relative, anchor):
     result = transport_plan(x, y, relative * mean_cost(x, y), anchor=anchor)
     assert result.converged and result.residual <= 1e-9
     assert_coupling(result.plan)
+
+
+@pytest.mark.parametrize("anchor", [0.3, 1.0])
+@pytest.mark.parametrize("relative", [1e-3, 0.1, 1.0])
+def test_conjugate_gradients_and_a_direct_solution_lead_to_one_plan(relative, anchor, monkeypatch):
+    x, y = paired_clouds(60)
+    epsilon = relative * float(squared_cost(x, y).mean())
+    called = []
+    direct = transport._direct
+    monkeypatch.setattr(transport, "_direct", lambda *system: called.append(1) or direct(*system))
+    plan = transport_plan(x, y, epsilon, anchor=anchor)
+    few = len(called)
+    monkeypatch.setattr(transport, "_CONJUGATE", 0)
+    other = transport_plan(x, y, epsilon, anchor=anchor)
+    assert plan.converged and other.converged
+    torch.testing.assert_close(plan.plan, other.plan, rtol=0, atol=1e-8 / 60)
+    assert few < len(called) - few, "most directions need none"
+    if relative == 1.0:
+        assert few == 0
 
 
 @pytest.mark.parametrize("anchor", [0.1, 1.0])

@@ -30,6 +30,8 @@ __all__ = ["TransportPlan", "barycentric_target", "squared_cost", "transport_pla
 _STEPS_PER_LEVEL = 8  # along the path of eps only a warm start is needed
 _LEVEL_RATIO = 4.0
 _LEVEL_TOLERANCE = 1e-2
+_CONJUGATE = 40  # steps of conjugate gradients at the most: a direct solution costs no less
+_FORCING = 0.1  # relative residual of a Newton direction at the most; near the solution it is the residual of the dual
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _solve_dual(
         residual = float((columns * n - 1).abs().max())
         if residual <= tolerance or iteration == max_iterations:
             break
-        step = _newton_direction(plan, columns, epsilon)
+        step = _newton_direction(plan, columns, epsilon, min(_FORCING, residual))
         scale = 1.0
         while scale > 1e-2:  # damped Newton, accepted when the dual ascends
             candidate = potential + scale * step
@@ -154,13 +156,40 @@ def _row_normalised(cost: Tensor, log_reference: Tensor, epsilon: float, potenti
     return plan.div_(sums * n), value
 
 
-def _newton_direction(plan: Tensor, columns: Tensor, epsilon: float) -> Tensor:
-    """Solve ``(diag(c) - n P^T P) d = eps (1/n - c)``; the constants, its null space, are fixed at zero."""
+def _newton_direction(plan: Tensor, columns: Tensor, epsilon: float, accuracy: float) -> Tensor:
+    """Solve ``A d = eps (1/n - c)``, ``A = diag(c) - n P^T P``, up to a relative residual (inexact Newton).
+
+    A times a vector costs two products with the plan, A itself n of them. So this goes by conjugate gradients with A's
+    diagonal for a preconditioner, or directly where these take too long, as for a plan that is nearly a permutation.
+    The constants are A's null space.
+    """
+    n = len(columns)
+    right = epsilon * (1 / n - columns)  # sums to zero, but for rounding
+    diagonal = (columns - n * plan.square().sum(0)).clamp_min_(1e-14 / n)
+    direction, residual = torch.zeros_like(right), right - right.mean()
+    ahead = conjugate = residual / diagonal
+    product, goal = torch.dot(residual, ahead), accuracy * float(torch.linalg.vector_norm(residual))
+    for _ in range(_CONJUGATE):
+        if float(torch.linalg.vector_norm(residual)) <= goal:
+            return direction
+        image = columns * conjugate - n * (plan.T @ (plan @ conjugate))
+        image -= image.mean()
+        length = product / torch.dot(conjugate, image)
+        direction = direction + length * conjugate
+        residual = residual - length * image
+        ahead = residual / diagonal
+        product, before = torch.dot(residual, ahead), product
+        conjugate = ahead + (product / before) * conjugate
+    return _direct(plan, columns, right)
+
+
+def _direct(plan: Tensor, columns: Tensor, right: Tensor) -> Tensor:
+    """Solve the same with A written out; the null space is fixed at zero."""
     n = len(columns)
     curvature = torch.diag(columns * (1 + 1e-12) + 1e-14 / n) - n * (plan.T @ plan)
     curvature += 1 / n**2
     direction: Tensor
-    direction, info = torch.linalg.solve_ex(curvature, epsilon * (1 / n - columns))
+    direction, info = torch.linalg.solve_ex(curvature, right)
     if int(info) != 0 or not bool(torch.isfinite(direction).all()):
         return torch.zeros_like(columns)
     return direction
