@@ -54,6 +54,12 @@ def test_storages_are_compared_on_the_embedded_network(monkeypatch: pytest.Monke
     assert all(run["accuracy"] > 50 and run["peak_gb"] > 0 and run["forecast_gb"] > 0 for run in runs.values())
 
 
+def test_a_plan_is_compared_with_pot(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load("transport", monkeypatch).measure(20, 0.1, 0.5)
+    assert one["seconds"] > 0 and one["pot_seconds"] > 0
+    assert one["residual"] <= 1e-6 and one["pot_residual"] < 1e-4, "both solve the same problem"
+
+
 def test_the_search_for_the_largest_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [load("top_k", monkeypatch).measure(300_000, 1000, searched) for searched in (False, True)]
     assert all(seconds > 0 for seconds, _ in times)
