@@ -13,12 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,13 +36,13 @@ from swap_prune.network.modes import exact_kernels, slow_attention, uncompiled
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.request import check_run, workload
+from swap_prune.request import Run, check_run, workload
 from swap_prune.samples.calibration import CalibrationStream, peek
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import DEFAULT_TARGETS, Selection
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
-from swap_prune.surgery import repair_batchnorm, restored_on_error
+from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
 from swap_prune.training.finetune import FineTune
 from swap_prune.training.teaching import Teacher
 
@@ -147,55 +146,22 @@ def prune(
         storage=storage,
         seed=seed,
     )
-    solver, selection, loss, samples, seed = run.solver, run.selection, run.loss, run.samples, run.seed
     place = _place(model, device)
-    held, notes = Storage(), []
-    if solver.needs_gradients:
-        limit = memory_limit(memory, local_count(), place)
-        memory_plan = plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
-        held = memory_plan.require().storage
-        if held != memory_plan.forecasts[0].storage:
-            notes.append(f"G is held in storage {memory_plan.require().name} ({memory_plan.why})")
-        if held.at_once < AT_ONCE:
-            notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
-        if held.spilled != "nothing":
-            notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
+    held, notes = _settle_storage(model, data, run, place, memory, scratch)
     if device is not None:
         model.to(place)
-    generator = torch.Generator().manual_seed(seed)
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
-    keep = None if spill is None else spill.keep
-    rows_of = MINI_BATCH if run.normalised and run.curvature is not None else 1
-    calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
-    runner = StageRunner(
-        model=model,
-        selection=selection,
-        solver=solver,
-        noise=run.noise,
-        noise_generator=forked_generator(seed, "noise"),
-        seed=seed,
-        loss_fn=loss,
-        curvature=run.curvature,
-        samples=samples,
-        stages=sum(map(len, run.schedules)),
-        generator=generator,
-        calibration=calibration,
-        recalibration=calibration.beside(recalibration_data, forked_generator(seed, "recalibration")),
-        normalised=run.normalised,
-        defended=run.defended,
-        finetune=finetune,
-        storage=held,
-        floors=run.floors,
-    )
-    changing = selection if finetune is None else None  # fine-tuning changes every parameter
-    laid = takes_channels_last(model, loss, peek(data, place), backwards=solver.needs_gradients or finetune is not None)
+    runner = _runner(model, data, recalibration_data, run, place, held, spill)
+    changing = run.selection if finetune is None else None  # fine-tuning changes every parameter
+    backwards = run.solver.needs_gradients or finetune is not None
+    laid = takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)
     with (
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
         torch.autocast(place.type, enabled=False),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing) as before,
-        seeded(seed, place),  # for a network that draws from it
+        seeded(run.seed, place),  # for a network that draws from it
         exact_kernels(place),
         slow_attention(),
         uncompiled(),
@@ -204,57 +170,17 @@ def prune(
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
-            arguments = (
-                run.schedules,
-                solver,
-                dict(selection.shapes),
-                samples,
-                seed,
-                defence,
-                finetune,
-                run.normalised,
-            )
-            placed.team.agree("settings", repr(arguments))
+            placed.team.agree("settings", repr((run.settings, dict(run.selection.shapes), run.seed)))
             placed.team.agree("weights", model.state_dict())
-        runner = replace(runner, storage=placed)
-        notes += repair_batchnorm(model, runner.recalibration, runner.loss_fn) if runner.normalised else []
-        distils = finetune is not None and finetune.share_of_teacher(loss, known=True) > 0
-        if isinstance(loss, GaussNewtonLoss) and (solver.needs_held_out or distils):
-            teacher = Teacher(model, changing, loss, before)
-            runner = replace(runner, trainer=teacher if distils else None)
-            if solver.needs_held_out:
-                doubts = Doubts(teacher, loss, calibration.kept, held.at_once)
-                runner = replace(runner, teacher=teacher, doubts=doubts if runner.defended else None)
+        notes += repair_batchnorm(model, runner.recalibration, run.loss) if run.normalised else []
+        runner = _taught(replace(runner, storage=placed), changing, before)
         if stages == "auto":
             records = search_stages(runner, run.schedules, shown)
         else:
             records = runner.run_all(run.schedules[0], shown)
-    settings = {
-        "sparsity": float(sparsity),
-        "method": {"name": solver.name} | _plain(asdict(solver)),  # type: ignore[call-overload]
-        "targets": [targets] if isinstance(targets, str) else list(targets),
-        "ignore": [ignore] if isinstance(ignore, str) else list(ignore),
-        "samples": samples,
-        "stages": stages if isinstance(stages, str) else int(stages),
-        "schedule": schedule,
-        "min_keep": float(min_keep),
-        "recalibrate_batchnorm": bool(recalibrate_batchnorm),
-        "noise": run.noise.settings(),
-        "defence": defence if defence is not None else "none",
-        "device": str(place),
-        "channels_last": laid,
-        "memory": memory,
-        "storage": {
-            "asked": storage,
-            "used": held.kind,
-            "lean": held.lean,
-            "at_once": held.at_once,
-            "spilled": held.spilled,
-        }
-        if solver.needs_gradients
-        else None,
-    } | ({} if finetune is None else {"finetune": _plain(asdict(finetune))})
-    return _report(model, selection, solver.name, settings, seed, records, notes, started)
+    settings = run.settings | {"device": str(place), "channels_last": laid, "memory": memory}
+    settings["storage"] = _recorded(storage, held) if run.solver.needs_gradients else None
+    return _report(model, run, settings, records, notes, started)
 
 
 def plan(
@@ -313,14 +239,84 @@ def plan(
     return plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with Python's numbers in the place of NumPy's."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
-
-
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """Return where a run takes place."""
     return next(model.parameters()).device if device is None else usable_device(device)
+
+
+def _settle_storage(
+    model: nn.Module, data: Any, run: Run, place: torch.device, memory: str | int | None, scratch: str | Path | None
+) -> tuple[Storage, list[str]]:
+    """Choose how G is held, and say what a reader should know of that."""
+    if not run.solver.needs_gradients:
+        return Storage(), []
+    limit = memory_limit(memory, local_count(), place)
+    chosen = plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
+    held, notes = chosen.require().storage, []
+    if held != chosen.forecasts[0].storage:
+        notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")
+    if held.at_once < AT_ONCE:
+        notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
+    if held.spilled != "nothing":
+        notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
+    return held, notes
+
+
+def _recorded(asked: str, held: Storage) -> dict[str, Any]:
+    """Return what the report says of a storage."""
+    return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in ("lean", "at_once", "spilled")}
+
+
+def _runner(
+    model: nn.Module,
+    data: Any,
+    recalibration_data: Any,
+    run: Run,
+    place: torch.device,
+    held: Storage,
+    spill: Spill | None,
+) -> StageRunner:
+    """Return what runs the stages, without a teacher: that is made once BatchNorm's statistics are right."""
+    generator = torch.Generator().manual_seed(run.seed)
+    rows_of = MINI_BATCH if run.normalised and run.curvature is not None else 1
+    keep = None if spill is None else spill.keep
+    calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
+    return StageRunner(
+        model=model,
+        selection=run.selection,
+        solver=run.solver,
+        noise=run.noise,
+        noise_generator=forked_generator(run.seed, "noise"),
+        seed=run.seed,
+        loss_fn=run.loss,
+        curvature=run.curvature,
+        samples=run.samples,
+        stages=sum(map(len, run.schedules)),
+        generator=generator,
+        calibration=calibration,
+        recalibration=calibration.beside(recalibration_data, forked_generator(run.seed, "recalibration")),
+        normalised=run.normalised,
+        defended=run.defended,
+        finetune=run.finetune,
+        storage=held,
+        floors=run.floors,
+    )
+
+
+def _taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -> StageRunner:
+    """Give a runner the dense network to ask, where its method or fine-tuning does and the loss can compare outputs."""
+    loss, asks = runner.loss_fn, runner.solver.needs_held_out
+    distils = runner.finetune is not None and runner.finetune.share_of_teacher(loss, known=True) > 0
+    if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
+        return runner
+    teacher = Teacher(runner.model, changing, loss, before)
+    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once)
+    return replace(
+        runner,
+        teacher=teacher if asks else None,
+        trainer=teacher if distils else None,
+        doubts=doubts if asks and runner.defended else None,
+    )
 
 
 @contextmanager
@@ -334,17 +330,10 @@ def _shared(storage: Storage, device: torch.device) -> Iterator[Storage]:
 
 
 def _report(
-    model: nn.Module,
-    selection: Selection,
-    method: str,
-    settings: dict[str, Any],
-    seed: int,
-    stages: list[StageReport],
-    notes: list[str],
-    started: float,
+    model: nn.Module, run: Run, settings: dict[str, Any], stages: list[StageReport], notes: list[str], started: float
 ) -> PruningReport:
     """Count what is in the model now, and say what a reader should know."""
-    layers = count_layers(model, selection.names)
+    layers = count_layers(model, run.selection.names)
     kept = sum(layer.kept for layer in layers.values())
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
@@ -356,14 +345,14 @@ def _report(
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")
     return PruningReport(
-        method=method,
-        sparsity=1 - kept / selection.total,
+        method=run.solver.name,
+        sparsity=1 - kept / run.selection.total,
         kept=kept,
-        total=selection.total,
+        total=run.selection.total,
         layers=layers,
         seconds=time.perf_counter() - started,
         settings=settings,
-        seed=seed,
+        seed=run.seed,
         stages=stages,
         versions=versions(),
         notes=notes,

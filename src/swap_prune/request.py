@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
@@ -59,6 +60,7 @@ class Run:
         samples: Calibration samples a stage.
         seed: Of the run's random state.
         storage: The storage asked for; processes that run together share G, unless another one is.
+        settings: What the report says of all this, as plain types.
     """
 
     solver: Method
@@ -74,6 +76,7 @@ class Run:
     samples: int
     seed: int
     storage: str
+    settings: dict[str, Any]
 
 
 def check_run(
@@ -142,6 +145,20 @@ def check_run(
         samples=samples,
         seed=seed,
         storage="sharded" if storage == "auto" and process_count() > 0 else storage,
+        settings={
+            "sparsity": float(sparsity),
+            "method": {"name": solver.name} | _plain(solver),
+            "targets": [targets] if isinstance(targets, str) else list(targets),
+            "ignore": [ignore] if isinstance(ignore, str) else list(ignore),
+            "samples": samples,
+            "stages": stages if isinstance(stages, str) else int(stages),
+            "schedule": schedule,
+            "min_keep": float(min_keep),
+            "recalibrate_batchnorm": bool(recalibrate_batchnorm),
+            "noise": noise_model.settings(),
+            "defence": defence if defence is not None else "none",
+        }
+        | ({} if finetune is None else {"finetune": _plain(finetune)}),
     )
 
 
@@ -224,6 +241,12 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
             "dense network; use a method on Gauss-Newton rows (ewr or lr with fisher='auto'), or one without gradients"
         )
     return None
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, with Python's numbers in the place of NumPy's."""
+    settings = asdict(config).items()
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings}
 
 
 def _bytes(model: nn.Module) -> int:
