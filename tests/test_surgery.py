@@ -60,6 +60,27 @@ def test_a_layer_may_be_called_by_keyword() -> None:
     assert torch.equal(plain[0].running_mean, named[0].running_mean)
 
 
+def test_places_of_a_channel_count_too() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+    shapes = (4, 2, 50), (8, 2, 5)
+    parts = [(normal(*shape, dtype=torch.float32), torch.zeros(shape[0], dtype=torch.long)) for shape in shapes]
+    assert recalibrate_batchnorm(model, parts, cross_entropy)
+    every = torch.cat([x.transpose(0, 1).flatten(1) for x, _ in parts], dim=1)
+    torch.testing.assert_close(model[0].running_mean, every.mean(1))
+
+
+def test_what_fails_on_the_way_leaves_the_layers_as_they_were() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        cross_entropy(network, batch)
+        raise RuntimeError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        recalibrate_batchnorm(model, batches(30, 10), loss)
+    assert model[0].momentum == 0.1 and not model[0]._forward_pre_hooks
+
+
 def test_a_look_at_the_misfit_changes_nothing() -> None:
     """Nor where the loss fails on the way."""
     model, asked = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), []

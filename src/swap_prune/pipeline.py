@@ -170,7 +170,8 @@ def prune(
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
-            placed.team.agree("settings", repr((run.settings, dict(run.selection.shapes), run.seed)))
+            compared = dict(run.settings, noise=None)  # that may hold any object
+            placed.team.agree("settings", repr((compared, dict(run.selection.shapes), run.seed)))
             placed.team.agree("weights", model.state_dict())
         notes += repair_batchnorm(model, runner.recalibration, run.loss) if run.normalised else []
         runner = _taught(replace(runner, storage=placed), changing, before)

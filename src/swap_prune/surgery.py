@@ -236,7 +236,7 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
     """Compare the stored statistics with those of the data.
 
     Args:
-        model: The network; nothing of it changes.
+        model: The network; nothing of it changes, if its BatchNorm heeds ``track_running_stats``.
         batches: Batches on the model's device.
         loss_fn: Per-sample loss.
 

@@ -12,7 +12,7 @@ By the envelope theorem the gradient of ``n/2 OT_eps(G w, y)`` is that of least 
 target ``t_i = n sum_j P_ij y_j``: a sparse solver needs the target and never sees the plan.
 
 The plan is found on its dual, in the log domain and in float64: rows are normalised in closed form, columns by
-Newton's method on the concave semi-dual (Sinkhorn's update where Newton does not ascend), along a decreasing
+inexact Newton steps on the concave semi-dual (Sinkhorn's update where they do not ascend), along a decreasing
 sequence of eps. The plan returned is rounded to exact marginals (Altschuler, Weed and Rigollet, 2017,
 algorithm 2), so that it is a coupling whatever eps was asked for.
 """
@@ -30,7 +30,7 @@ __all__ = ["TransportPlan", "barycentric_target", "squared_cost", "transport_pla
 _STEPS_PER_LEVEL = 8  # along the path of eps only a warm start is needed
 _LEVEL_RATIO = 4.0
 _LEVEL_TOLERANCE = 1e-2
-_CONJUGATE = 40  # steps of conjugate gradients at the most: a direct solution costs no less
+_CONJUGATE = 40  # steps of conjugate gradients at the most, and a tenth of n: a direct solution costs no less
 _FORCING = 0.1  # relative residual of a Newton direction at the most; near the solution it is the residual of the dual
 
 
@@ -161,26 +161,25 @@ def _newton_direction(plan: Tensor, columns: Tensor, epsilon: float, accuracy: f
 
     A times a vector costs two products with the plan, A itself n of them. So this goes by conjugate gradients with A's
     diagonal for a preconditioner, or directly where these take too long, as for a plan that is nearly a permutation.
-    The constants are A's null space.
+    The constants are A's null space. All is in units of eps, whose square may be too small or too large for a number.
     """
     n = len(columns)
-    right = epsilon * (1 / n - columns)  # sums to zero, but for rounding
+    right = 1 / n - columns  # sums to zero, but for rounding
     diagonal = (columns - n * plan.square().sum(0)).clamp_min_(1e-14 / n)
     direction, residual = torch.zeros_like(right), right - right.mean()
     ahead = conjugate = residual / diagonal
     product, goal = torch.dot(residual, ahead), accuracy * float(torch.linalg.vector_norm(residual))
-    for _ in range(_CONJUGATE):
+    for _ in range(min(_CONJUGATE, n // 10)):
         if float(torch.linalg.vector_norm(residual)) <= goal:
-            return direction
+            return epsilon * direction
         image = columns * conjugate - n * (plan.T @ (plan @ conjugate))
-        image -= image.mean()
         length = product / torch.dot(conjugate, image)
         direction = direction + length * conjugate
         residual = residual - length * image
         ahead = residual / diagonal
         product, before = torch.dot(residual, ahead), product
         conjugate = ahead + (product / before) * conjugate
-    return _direct(plan, columns, right)
+    return epsilon * _direct(plan, columns, right)
 
 
 def _direct(plan: Tensor, columns: Tensor, right: Tensor) -> Tensor:

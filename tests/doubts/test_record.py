@@ -66,6 +66,49 @@ def test_labels_doubted_before_a_shift_was_seen_are_believed_again(monkeypatch):
     assert own.weigh([mixed(0.0)], [])[2] is None
 
 
+def test_labels_doubted_after_a_shift_was_seen_stay_doubted(monkeypatch):
+    own = doubts_of(nn.Linear(10, CLASSES))
+    monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
+    monkeypatch.setattr(module, "shift_seen", lambda *_: 0.1)
+    batch = torch.randn(8, 10), torch.arange(8)
+    own.restore(nn.Linear(10, CLASSES), [batch], [], generator())
+    rate = own.weigh([mixed(0.5)], [])[2]
+    own.restore(nn.Linear(10, CLASSES), [batch], [], generator())
+    assert own.weigh([mixed(0.0)], [])[2] == rate is not None
+
+
+def test_shifted_batches_are_put_where_they_stay_and_few_samples_run_at_once(monkeypatch):
+    sizes, kept = [], []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    def keep(batches):
+        kept.append(list(batches))
+        return kept[-1]
+
+    model = Counting(4, 3)
+    own = Doubts(Teacher(model, None, cross_entropy), cross_entropy, keep, 3)
+    monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
+    monkeypatch.setattr(module, "shift_seen", lambda *_: sizes.clear() or 0.1)
+    batch = torch.randn(8, 4), torch.arange(8) % 3
+    fitting, apart, _ = own.restore(model, [batch], [batch], generator())
+    assert fitting is kept[0] and apart is kept[1] and max(sizes) == 3
+
+
+def test_batches_without_single_labels_stay_as_they_are_in_later_stages(monkeypatch):
+    own = doubts_of(nn.Linear(4, 3))
+    monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
+    monkeypatch.setattr(module, "shift_seen", lambda *_: 0.1)
+    x, labels = torch.randn(8, 4), torch.arange(8) % 3
+    own.restore(nn.Linear(4, 3), [(x, labels)], [], generator())
+    mixed_up = [(x, nn.functional.one_hot(labels, 3).float())]
+    fitting, apart, _ = own.restore(nn.Linear(4, 3), mixed_up, [(x, labels)], generator())
+    assert fitting is mixed_up and not torch.equal(apart[0][0], x)
+
+
 def doubts_of(model):
     return Doubts(Teacher(model, None, cross_entropy), cross_entropy)
 

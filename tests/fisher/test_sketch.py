@@ -108,6 +108,18 @@ def test_captured_rows_are_those_of_the_signs_drawn() -> None:
     torch.testing.assert_close(capture.losses, cross_entropy(model, batch).detach())
 
 
+def test_a_loss_that_fails_beyond_the_first_samples_is_named() -> None:
+    class Late(CrossEntropy):
+        def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+            if len(outputs) == 5:
+                raise KeyError("sample 5")
+            return super().losses(outputs, batch)
+
+    model, selection = perceptron(), select_parameters(perceptron(), ("Linear",), ())
+    with pytest.raises(ValueError, match="failed on a calibration batch"):
+        sketch_curvature(model, selection, [labelled(7, 5), labelled(5, 5)], Late(), generator(5), in_batches=False)
+
+
 @pytest.mark.parametrize(("n", "parts"), [(32, 2), (40, 3), (33, 3), (130, 9), (1, 1)])
 def test_mini_batch_rows_go_through_the_statistics_of_their_batch(n: int, parts: int) -> None:
     """One row a batch, the gradient of the scaled product with BatchNorm in training mode."""

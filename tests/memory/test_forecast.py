@@ -63,3 +63,25 @@ def test_samples_that_are_offered_make_whole_rows_of_mini_batches():
     fewer = replace(work, rows=fits // 16, samples=fits)
     plan_memory(fewer, 4 * GB, "float32").require()
     assert plan_memory(replace(fewer, rows=fits // 16 + 1, samples=fits + 16), 4 * GB, "float32").chosen is None
+
+
+def test_what_runs_at_once_and_who_shares_count_in_slopes():
+    work = replace(load(100, 10**6), samples=6400)
+    many, few = (memory_phases(work, Storage(at_once=n))["trials"] for n in (16, 64))
+    assert many - few == 300 * 4 * 10**6, "gradients of 400 batches, or of 100"
+    work = replace(work, rows=1, samples=64, processes=2)
+    alone, shared = (phases(work, kind)["trials"] for kind in ("float16", "sharded"))
+    assert shared - alone >= 5 * 4 * 10**6, "sums that are sent on beside those that are added to"
+
+
+def test_noise_on_rows_is_as_dear_where_the_solver_makes_no_copies():
+    work = replace(load(1000, 10**6), row_noise=True, kept_bytes=10**5)
+    quiet = replace(work, row_noise=False)
+    more = [phases(work, lean=lean)["trials"] - phases(quiet, lean=lean)["trials"] for lean in (False, True)]
+    assert more[0] == more[1] > 4 * 1000 * 10**6
+
+
+def test_a_storage_says_how_many_samples_run_and_whether_columns_are_copied():
+    assert Storage(at_once=4).forwards == 8 and Storage(at_once=4, spilled="activations").forwards == 4
+    kinds = [("float32", False), ("float32", True), ("float16", False)]
+    assert [Storage(kind, lean).copies_columns for kind, lean in kinds] == [True, False, False]

@@ -7,8 +7,8 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
     mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
 
-The way back is that of the dense network, whichever network was attacked. A pruned network would be shown inputs that
-flatter it: what it gets wrong it would no longer be told.
+The way back is that of the dense network, whichever network was attacked. On its own way back a pruned network would be
+shown inputs on which its loss is low, and no longer be told what it gets wrong.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
@@ -32,7 +32,7 @@ from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.samples.batches import split_batches
 
-__all__ = ["Network", "labels_contradicted", "shift_back", "shift_seen"]
+__all__ = ["Network", "can_be_asked", "labels_contradicted", "shift_back", "shift_seen"]
 
 Network = Callable[[Tensor], Tensor]  # the dense one, in eval mode: inputs (n, ...) to logits (n, classes)
 
@@ -54,7 +54,7 @@ def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Seq
         outputs: Logits of the network on the batches, (n, classes) each.
         batches: Pairs of inputs and class indices (n,).
     """
-    if not _can_be_asked(loss_fn, batches) or any(z.ndim != 2 for z in outputs):
+    if not can_be_asked(loss_fn, batches) or any(z.ndim != 2 for z in outputs):
         return False
     surplus = _surplus(torch.cat(list(outputs)), torch.cat([batch[1] for batch in batches]))
     if len(surplus) < 2:
@@ -81,7 +81,7 @@ def shift_seen(
     Returns:
         The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
     """
-    if not _can_be_asked(loss_fn, batches):
+    if not can_be_asked(loss_fn, batches):
         return None
     inputs, labels = _first_samples(batches, _LOOKED_AT)
     outputs = _outputs(network, inputs, at_once)
@@ -109,7 +109,9 @@ def shift_back(network: Network, batches: Sequence[Any], radius: float, at_once:
         yield _shifted(network, inputs, labels, radius, at_once), labels
 
 
-def _can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
+def can_be_asked(loss_fn: LossFn, batches: Sequence[Any]) -> bool:
+    """Whether batches are pairs of floating-point inputs (n, ...) and class indices (n,), of a cross-entropy."""
+
     def is_pair(batch: Any) -> bool:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
             return False

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.doubts.inputs import labels_contradicted, shift_back, shift_seen
+from swap_prune.doubts.inputs import Network, can_be_asked, labels_contradicted, shift_back, shift_seen
 from swap_prune.doubts.labels import LabelDoubt, doubt_labels
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import GaussNewtonLoss, check_calibration
@@ -81,8 +81,14 @@ class Doubts:
                 return fitting, held_out, None
             if not known:  # what was doubted before were labels of inputs that had moved
                 self._labels = None
-            back = [self._keep(shift_back(network, part, self._radius, self._at_once)) for part in (fitting, held_out)]
+            back = [self._back(network, part, self._radius) for part in (fitting, held_out)]
         return back[0], back[1], self._radius
+
+    def _back(self, network: Network, batches: list[Any], radius: float) -> list[Any]:
+        """Return batches shifted back; those of a later stage may have no single labels to lead to."""
+        if not can_be_asked(self._loss_fn, batches):
+            return batches
+        return self._keep(shift_back(network, batches, radius, self._at_once))
 
     def weigh(
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]

@@ -62,7 +62,7 @@ class CurvatureSketch:
 
 
 def sketch_rows(samples: int, *, in_batches: bool) -> int:
-    """Return how many rows a number of samples gives, where batches can be joined; else there are more."""
+    """Return how many rows a number of samples gives; batches that cannot be joined or split give a row each."""
     return math.ceil(samples / MINI_BATCH) if in_batches else samples
 
 
@@ -134,8 +134,10 @@ def draw_sketch(
         for part in parts:
             with failures_named("calibration batch", part):
                 outputs = loss.outputs(model, part)
-            losses.append(check_losses(loss.losses(outputs, part), None))
-            drawn.append((part, loss.curvature_root(outputs, part, draw_signs(outputs, generator))))
+                found = loss.losses(outputs, part)
+                root = loss.curvature_root(outputs, part, draw_signs(outputs, generator))
+            losses.append(check_losses(found, None))
+            drawn.append((part, root))
     return RowSource(CurvatureSketch(loss), drawn, in_batches, torch.cat(losses))
 
 
