@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 
 import ot
 import torch
@@ -42,15 +43,13 @@ def measure(n: int, epsilon: float, anchor: float) -> dict[str, float]:
     reference = (1 - anchor) * eye / n + anchor / n**2
     mass, anchored = torch.full((n,), 1 / n, dtype=torch.float64), cost - eps * (n**2 * reference).log()
 
-    def pot() -> Tensor:
-        plan: Tensor = ot.bregman.sinkhorn_log(
-            mass, mass, anchored, reg=eps, numItermax=_ITERATIONS, stopThr=_TOLERANCE / n**0.5, warn=False
-        )
-        return plan
-
     seconds = best_time(lambda: transport_plan(x, y, eps, anchor=anchor, tolerance=_TOLERANCE))
     found = transport_plan(x, y, eps, anchor=anchor, tolerance=_TOLERANCE)
-    theirs = best_time(pot, 1)
+    start = time.perf_counter()  # once: it may be long
+    plan: Tensor = ot.bregman.sinkhorn_log(
+        mass, mass, anchored, reg=eps, numItermax=_ITERATIONS, stopThr=_TOLERANCE / n**0.5, warn=False
+    )
+    theirs = time.perf_counter() - start
     return {
         "n": n,
         "epsilon": epsilon,
@@ -59,7 +58,7 @@ def measure(n: int, epsilon: float, anchor: float) -> dict[str, float]:
         "steps": found.iterations,
         "residual": found.residual,
         "pot_seconds": theirs,
-        "pot_residual": largest_error(pot()),
+        "pot_residual": largest_error(plan),
         "times_as_fast": theirs / seconds,
     }
 
