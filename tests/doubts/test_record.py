@@ -46,6 +46,7 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: next(contradicted, False))
     asked = []
     monkeypatch.setattr(module, "shift_seen", lambda *_: asked.append(1) or 0.1)
+    monkeypatch.setattr(module, "shift_missing", lambda *_: 0.0)
     x = torch.randn(8, 4)
     fitting, apart = [(x, torch.arange(8) % 3)], [(x + 1, torch.arange(8) % 3)]
     own = doubts_of(model)
@@ -94,8 +95,12 @@ def test_shifted_batches_are_put_where_they_stay_and_few_samples_run_at_once(mon
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
     monkeypatch.setattr(module, "shift_seen", lambda *_: sizes.clear() or 0.1)
     batch = torch.randn(8, 4), torch.arange(8) % 3
-    fitting, apart, _ = own.restore(model, [batch], [batch], generator())
-    assert fitting is kept[0] and apart is kept[1] and max(sizes) == 3
+    for further in (0.0, 0.05):
+        monkeypatch.setattr(module, "shift_missing", lambda *given, further=further: further if given[3] == 3 else 9)
+        kept.clear()
+        fitting, apart, radius = own.restore(model, [batch], [batch], generator())
+        assert fitting is kept[-2] and apart is kept[-1] and radius == 0.1 + further
+        assert len(kept) == (4 if further else 2) and max(sizes) == 3
 
 
 def test_batches_without_single_labels_stay_as_they_are_in_later_stages(monkeypatch):
@@ -105,8 +110,10 @@ def test_batches_without_single_labels_stay_as_they_are_in_later_stages(monkeypa
     x, labels = torch.randn(8, 4), torch.arange(8) % 3
     own.restore(nn.Linear(4, 3), [(x, labels)], [], generator())
     mixed_up = [(x, nn.functional.one_hot(labels, 3).float())]
-    fitting, apart, _ = own.restore(nn.Linear(4, 3), mixed_up, [(x, labels)], generator())
-    assert fitting is mixed_up and not torch.equal(apart[0][0], x)
+    held_out = [(x, labels)]
+    assert own.restore(nn.Linear(4, 3), mixed_up, held_out, generator()) == (mixed_up, held_out, None)
+    fitting, apart, _ = own.restore(nn.Linear(4, 3), held_out, mixed_up, generator())
+    assert apart is mixed_up and not torch.equal(fitting[0][0], x)
 
 
 def doubts_of(model):

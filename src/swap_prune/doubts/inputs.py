@@ -7,8 +7,9 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
     mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
 
-The way back is that of the dense network, whichever network was attacked. On its own way back a pruned network would be
-shown inputs on which its loss is low, and no longer be told what it gets wrong.
+The way back is that of the dense network, whichever network was attacked. On its own way a pruned network would come to
+inputs on which its loss is low, and no longer be told what it gets wrong. But where it was attacked and the dense one
+was not, inputs fool it still. So from there it goes on by itself, no further than needed or than the dense one went.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
@@ -32,11 +33,12 @@ from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.samples.batches import split_batches
 
-__all__ = ["Network", "can_be_asked", "labels_contradicted", "shift_back", "shift_seen"]
+__all__ = ["Network", "can_be_asked", "labels_contradicted", "shift_back", "shift_missing", "shift_seen"]
 
-Network = Callable[[Tensor], Tensor]  # the dense one, in eval mode: inputs (n, ...) to logits (n, classes)
+Network = Callable[[Tensor], Tensor]  # in eval mode: inputs (n, ...) to logits (n, classes)
 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
+_SHARES = (0.1, 0.2, 0.3, 0.45, 0.7)  # of the dense network's radius, that a pruned one may go on by
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
 _LOOKED_AT = 256  # samples that the radius is found on
 _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than expected
@@ -101,6 +103,25 @@ def shift_seen(
             led = _outputs(network, elsewhere, at_once).argmax(1) == others
             return radius if _is_nearer(reached, led) else None
     return None
+
+
+def shift_missing(network: Network, batches: Sequence[Any], most: float, at_once: int = AT_ONCE) -> float:
+    """Return how much further inputs must go for labels to be as likely as a network says.
+
+    Args:
+        network: The pruned network.
+        batches: Pairs, shifted back by the dense network.
+        most: The largest radius allowed, in the unit of the inputs.
+        at_once: Samples that run through the network at once.
+    """
+    inputs, labels = _first_samples(batches, _LOOKED_AT)
+    if float(_surplus(_outputs(network, inputs, at_once), labels).mean()) >= 0:
+        return 0.0
+    for radius in (share * most for share in _SHARES):
+        moved = _outputs(network, _shifted(network, inputs, labels, radius, at_once), at_once)
+        if float(_surplus(moved, labels).mean()) >= 0:
+            return radius
+    return most
 
 
 def shift_back(network: Network, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.doubts.inputs import Network, can_be_asked, labels_contradicted, shift_back, shift_seen
+from swap_prune.doubts.inputs import Network, can_be_asked, labels_contradicted, shift_back, shift_missing, shift_seen
 from swap_prune.doubts.labels import LabelDoubt, doubt_labels
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import GaussNewtonLoss, check_calibration
@@ -57,7 +57,7 @@ class Doubts:
         """Return batches with inputs shifted back, where they seem to have been shifted, and how far.
 
         Args:
-            model: The network as the stages so far have left it; it checks the batches.
+            model: The network as the stages so far have left it.
             fitting: Batches that gradients will be taken of; they are asked.
             held_out: Others.
             generator: Draws the classes that labels are compared with.
@@ -67,25 +67,36 @@ class Doubts:
         """
         with eval_mode(model):
             check_calibration(model, self._loss_fn, fitting)
-        known = self._radius is not None
-        if not known and not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
-            return fitting, held_out, None
         with self._teacher.asked() as ask:
 
-            def network(inputs: Tensor) -> Tensor:
+            def dense(inputs: Tensor) -> Tensor:
                 return ask((inputs, None))
 
-            if not known:
-                self._radius = shift_seen(network, self._loss_fn, fitting, generator, self._at_once)
             if self._radius is None:
+                self._look(dense, fitting, generator)
+            if self._radius is None or not can_be_asked(self._loss_fn, fitting):
                 return fitting, held_out, None
-            if not known:  # what was doubted before were labels of inputs that had moved
-                self._labels = None
-            back = [self._back(network, part, self._radius) for part in (fitting, held_out)]
-        return back[0], back[1], self._radius
+            fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
+
+        def pruned(inputs: Tensor) -> Tensor:
+            return self._loss_fn.outputs(model, (inputs, None))
+
+        with eval_mode(model):
+            further = shift_missing(pruned, fitting, self._radius, self._at_once)
+            if further > 0:
+                fitting, held_out = (self._back(pruned, part, further) for part in (fitting, held_out))
+        return fitting, held_out, self._radius + further
+
+    def _look(self, dense: Network, fitting: list[Any], generator: torch.Generator) -> None:
+        """Look for a shift where labels are contradicted, and remember it."""
+        if not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
+            return
+        self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once)
+        if self._radius is not None:
+            self._labels = None  # what was doubted before were labels of inputs that had moved
 
     def _back(self, network: Network, batches: list[Any], radius: float) -> list[Any]:
-        """Return batches shifted back; those of a later stage may have no single labels to lead to."""
+        """Return batches shifted back; some may have no single labels to lead to."""
         if not can_be_asked(self._loss_fn, batches):
             return batches
         return self._keep(shift_back(network, batches, radius, self._at_once))
