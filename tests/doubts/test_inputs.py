@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
-from swap_prune.doubts.inputs import _is_rarer_than_chance, labels_contradicted, shift_back, shift_missing, shift_seen
+from swap_prune.doubts.inputs import (
+    _is_rarer_than_chance,
+    labels_contradicted,
+    shift_back,
+    shift_missing,
+    shift_seen,
+    straight_shift,
+)
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.losses import CrossEntropy, cross_entropy
@@ -117,8 +124,11 @@ def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(
     assert rates[0] is not None and rates[0] > 0.3 and rates[1] is rates[2] is None
 
 
-def test_the_way_back_is_the_dense_networks_and_then_the_pruned_ones(network: nn.Module) -> None:
-    """By the radius that was seen first, though no label may be contradicted; on from there as far as it takes."""
+def test_the_way_back_is_the_dense_networks_and_then_the_pruned_ones(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the pruned one is crooked: by the radius that was seen first; on from there as far as it takes."""
+    monkeypatch.setattr("swap_prune.doubts.inputs._LEAST_STRAIGHT", 1.1)
     model = copy.deepcopy(network)
     doubts = Doubts(Teacher(model, select_parameters(model), cross_entropy), cross_entropy)
     attacked = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
@@ -135,6 +145,41 @@ def test_the_way_back_is_the_dense_networks_and_then_the_pruned_ones(network: nn
     for moved, before in ((fitting, first[0]), (apart, first[1])):
         expected = shift_back(model, before, further)
         assert all(torch.equal(a[0], b[0]) for a, b in zip(moved, expected, strict=True))
+
+
+def test_the_way_back_of_a_straight_network_is_its_own(network: nn.Module) -> None:
+    """As far as it takes, and none at all where nothing fools it."""
+    model = copy.deepcopy(network)
+    doubts = Doubts(Teacher(model, select_parameters(model), cross_entropy), cross_entropy)
+    first = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
+    back, _, radius = doubts.restore(model, first, [], generator(5))
+    assert radius is not None and all(map(torch.equal, back[0], next(iter(shift_back(network, first, radius)))))
+    with torch.no_grad():
+        model[0].weight.masked_fill_(model[0].weight.abs() < model[0].weight.abs().median(), 0)
+    fooled = disturbed(model, "adversarial:attack=pgd,budget=0.5", samples())
+    fitting, apart, own = doubts.restore(model, fooled, first, generator(6))
+    assert own == straight_shift(model, fooled) and 0 < own < radius
+    for moved, before in ((fitting, fooled), (apart, first)):
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(moved, shift_back(model, before, own), strict=True))
+    clean = samples()
+    assert doubts.restore(model, clean, [], generator(7)) == (clean, [], 0.0)
+
+
+def test_a_way_is_straight_where_the_slope_is_the_same_at_both_ends() -> None:
+    """Logits that rise with the inputs; or, beside that, turn many times between here and there."""
+    weight = 0.2 * torch.randn(200, 6, generator=generator(1))
+    x = torch.randn(64, 200, generator=generator(2))
+
+    def straight(inputs: Tensor) -> Tensor:
+        return inputs @ weight
+
+    def crooked(inputs: Tensor) -> Tensor:
+        return inputs @ weight + torch.sin(60 * inputs) @ weight
+
+    for network, found in ((straight, True), (crooked, False)):
+        labels = network(x).topk(2).indices[:, 1]
+        radius = straight_shift(network, [(x, labels)])
+        assert (radius is not None and radius > 0) == found
 
 
 def test_inputs_go_on_no_further_than_labels_need_or_than_is_allowed(network: nn.Module) -> None:

@@ -46,6 +46,7 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: next(contradicted, False))
     asked = []
     monkeypatch.setattr(module, "shift_seen", lambda *_: asked.append(1) or 0.1)
+    monkeypatch.setattr(module, "straight_shift", lambda *_: None)
     monkeypatch.setattr(module, "shift_missing", lambda *_: 0.0)
     x = torch.randn(8, 4)
     fitting, apart = [(x, torch.arange(8) % 3)], [(x + 1, torch.arange(8) % 3)]
@@ -95,6 +96,7 @@ def test_shifted_batches_are_put_where_they_stay_and_few_samples_run_at_once(mon
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
     monkeypatch.setattr(module, "shift_seen", lambda *_: sizes.clear() or 0.1)
     batch = torch.randn(8, 4), torch.arange(8) % 3
+    monkeypatch.setattr(module, "straight_shift", lambda *given: None if given[2] == 3 else 9)
     for further in (0.0, 0.05):
         monkeypatch.setattr(module, "shift_missing", lambda *given, further=further: further if given[3] == 3 else 9)
         kept.clear()

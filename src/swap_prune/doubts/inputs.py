@@ -7,9 +7,10 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
     mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
 
-The way back is that of the dense network, whichever network was attacked. On its own way a pruned network would come to
-inputs on which its loss is low, and no longer be told what it gets wrong. But where it was attacked and the dense one
-was not, inputs fool it still. So from there it goes on by itself, no further than needed or than the dense one went.
+In later stages the attack may be on the pruned network. Where that is so close to linear that its slope is the same at
+both ends of its own way back, this is the attack's way, reversed. Elsewhere it only leads to inputs on which the loss
+is low, and the network would no longer be told what it gets wrong: there inputs go the way of the dense network, and
+from there on that of the pruned one, no further than needed or than the dense one went.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
@@ -27,13 +28,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.samples.batches import split_batches
 
-__all__ = ["Network", "can_be_asked", "labels_contradicted", "shift_back", "shift_missing", "shift_seen"]
+__all__ = [
+    "Network",
+    "can_be_asked",
+    "labels_contradicted",
+    "shift_back",
+    "shift_missing",
+    "shift_seen",
+    "straight_shift",
+]
 
 Network = Callable[[Tensor], Tensor]  # in eval mode: inputs (n, ...) to logits (n, classes)
 
@@ -45,6 +54,7 @@ _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than ex
 _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
+_LEAST_STRAIGHT = 0.5  # cosine between slopes at both ends of a way back; 0.9 and more in MLPNet, 0.2 in ResNet20
 _LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
 
 
@@ -92,17 +102,37 @@ def shift_seen(
         return None
     if float(_surplus(outputs, labels).mean()) >= 0:
         return None
-    for radius in (r * float(inputs.std()) for r in _RADII):
-        moved = _outputs(network, _shifted(network, inputs, labels, radius, at_once), at_once)
-        if float(_surplus(moved, labels).mean()) >= 0:
-            if _is_rarer_than_chance(wrong, outputs.shape[1]):
-                return radius
-            reached = (moved.argmax(1) == labels)[wrong]
-            others = _other_classes(outputs, labels, generator)[wrong]
-            elsewhere = _shifted(network, inputs[wrong], others, radius, at_once)
-            led = _outputs(network, elsewhere, at_once).argmax(1) == others
-            return radius if _is_nearer(reached, led) else None
-    return None
+    found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in _RADII], at_once)
+    if found is None:
+        return None
+    radius, moved = found
+    if _is_rarer_than_chance(wrong, outputs.shape[1]):
+        return radius
+    reached = (_outputs(network, moved, at_once).argmax(1) == labels)[wrong]
+    others = _other_classes(outputs, labels, generator)[wrong]
+    elsewhere = _shifted(network, inputs[wrong], others, radius, at_once)
+    led = _outputs(network, elsewhere, at_once).argmax(1) == others
+    return radius if _is_nearer(reached, led) else None
+
+
+def straight_shift(network: Network, batches: Sequence[Any], at_once: int = AT_ONCE) -> float | None:
+    """Return how far a network's own way back leads from inputs that fool it, where that is the attack's, reversed.
+
+    Args:
+        network: The network as the stages so far have left it.
+        batches: Pairs that can be asked.
+        at_once: Samples that run through the network at once.
+
+    Returns:
+        The radius; 0 where labels are as likely as it says; None where its slope turns on the way, or none suffices.
+    """
+    inputs, labels = _first_samples(batches, _LOOKED_AT)
+    found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in (0.0, *_RADII)], at_once)
+    if found is None or found[0] == 0:
+        return None if found is None else 0.0
+    radius, moved = found
+    here, there = (_slopes(network, ends, labels, at_once).flatten(1) for ends in (inputs, moved))
+    return radius if float(cosine_similarity(here, there).mean()) >= _LEAST_STRAIGHT else None
 
 
 def shift_missing(network: Network, batches: Sequence[Any], most: float, at_once: int = AT_ONCE) -> float:
@@ -115,13 +145,8 @@ def shift_missing(network: Network, batches: Sequence[Any], most: float, at_once
         at_once: Samples that run through the network at once.
     """
     inputs, labels = _first_samples(batches, _LOOKED_AT)
-    if float(_surplus(_outputs(network, inputs, at_once), labels).mean()) >= 0:
-        return 0.0
-    for radius in (share * most for share in _SHARES):
-        moved = _outputs(network, _shifted(network, inputs, labels, radius, at_once), at_once)
-        if float(_surplus(moved, labels).mean()) >= 0:
-            return radius
-    return most
+    found = _least_shift(network, inputs, labels, [share * most for share in (0.0, *_SHARES)], at_once)
+    return most if found is None else found[0]
 
 
 def shift_back(network: Network, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:
@@ -165,17 +190,42 @@ def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
     return logs.gather(1, labels.long().unsqueeze(1)).squeeze(1) - (logs.exp() * logs).sum(1)
 
 
+def _least_shift(
+    network: Network, inputs: Tensor, labels: Tensor, radii: Sequence[float], at_once: int
+) -> tuple[float, Tensor] | None:
+    """Return the first of some radii at which labels are as likely as a network says, and the inputs there."""
+    for radius in radii:
+        moved = _shifted(network, inputs, labels, radius, at_once) if radius > 0 else inputs
+        if float(_surplus(_outputs(network, moved, at_once), labels).mean()) >= 0:
+            return radius, moved
+    return None
+
+
+def _slopes(network: Network, inputs: Tensor, classes: Tensor, at_once: int) -> Tensor:
+    """Return the gradient of each sample's loss with respect to its inputs, (n, ...)."""
+    parts = []
+    for part, goal in split_batches([(inputs, classes)], at_once):
+        slope = _slope(network, part, goal)
+        parts.append(torch.zeros_like(part) if slope is None else slope)
+    return torch.cat(parts)
+
+
 @torch.enable_grad()
+def _slope(network: Network, inputs: Tensor, classes: Tensor) -> Tensor | None:
+    """Do so for samples that run at once; None where what comes first in the network is detached."""
+    inputs = inputs.detach().requires_grad_()
+    loss = cross_entropy(network(inputs), classes.long(), reduction="sum")
+    return torch.autograd.grad(loss, inputs, allow_unused=True)[0] if loss.requires_grad else None
+
+
 def _shifted(network: Network, inputs: Tensor, classes: Tensor, radius: float, at_once: int) -> Tensor:
     """Go down the loss at classes (n,), within the ball of the largest entry around the inputs."""
     parts = []
     for part, goal in split_batches([(inputs, classes)], at_once):
         shift = torch.zeros_like(part)
         for _ in range(_STEPS):
-            moved = (part + shift).requires_grad_()
-            loss = cross_entropy(network(moved), goal.long(), reduction="sum")
-            slope = torch.autograd.grad(loss, moved, allow_unused=True)[0] if loss.requires_grad else None
-            if slope is None:  # what comes first in the network is detached: nobody attacked it by gradients
+            slope = _slope(network, part + shift, goal)
+            if slope is None:  # nobody attacked it by gradients
                 break
             shift = (shift - radius / 4 * slope.sign()).clamp_(-radius, radius)
         parts.append(part + shift)

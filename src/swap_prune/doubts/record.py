@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.doubts.inputs import Network, can_be_asked, labels_contradicted, shift_back, shift_missing, shift_seen
+from swap_prune.doubts.inputs import (
+    Network,
+    can_be_asked,
+    labels_contradicted,
+    shift_back,
+    shift_missing,
+    shift_seen,
+    straight_shift,
+)
 from swap_prune.doubts.labels import LabelDoubt, doubt_labels
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import GaussNewtonLoss, check_calibration
@@ -67,37 +75,37 @@ class Doubts:
         """
         with eval_mode(model):
             check_calibration(model, self._loss_fn, fitting)
-        with self._teacher.asked() as ask:
+        if self._radius is None:
+            self._look(fitting, generator)
+        if self._radius is None or not can_be_asked(self._loss_fn, fitting):
+            return fitting, held_out, None
 
-            def dense(inputs: Tensor) -> Tensor:
-                return ask((inputs, None))
-
-            if self._radius is None:
-                self._look(dense, fitting, generator)
-            if self._radius is None or not can_be_asked(self._loss_fn, fitting):
-                return fitting, held_out, None
-            fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
-
-        def pruned(inputs: Tensor) -> Tensor:
+        def network(inputs: Tensor) -> Tensor:
             return self._loss_fn.outputs(model, (inputs, None))
 
         with eval_mode(model):
-            further = shift_missing(pruned, fitting, self._radius, self._at_once)
-            if further > 0:
-                fitting, held_out = (self._back(pruned, part, further) for part in (fitting, held_out))
+            own = straight_shift(network, fitting, self._at_once)
+            if own is not None:
+                fitting, held_out = (self._back(network, part, own) for part in (fitting, held_out))
+                return fitting, held_out, own
+            with self._teacher.asked() as dense:
+                fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
+            further = shift_missing(network, fitting, self._radius, self._at_once)
+            fitting, held_out = (self._back(network, part, further) for part in (fitting, held_out))
         return fitting, held_out, self._radius + further
 
-    def _look(self, dense: Network, fitting: list[Any], generator: torch.Generator) -> None:
+    def _look(self, fitting: list[Any], generator: torch.Generator) -> None:
         """Look for a shift where labels are contradicted, and remember it."""
         if not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
             return
-        self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once)
+        with self._teacher.asked() as dense:
+            self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once)
         if self._radius is not None:
             self._labels = None  # what was doubted before were labels of inputs that had moved
 
     def _back(self, network: Network, batches: list[Any], radius: float) -> list[Any]:
         """Return batches shifted back; some may have no single labels to lead to."""
-        if not can_be_asked(self._loss_fn, batches):
+        if radius == 0 or not can_be_asked(self._loss_fn, batches):
             return batches
         return self._keep(shift_back(network, batches, radius, self._at_once))
 

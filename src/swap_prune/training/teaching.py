@@ -69,10 +69,14 @@ class Teacher:
         self._bound = Bound(model, loss.outputs)
 
     @contextmanager
-    def asked(self) -> Iterator[Callable[[Any], Tensor]]:
-        """Give a block the dense network, in eval mode: a function of a batch that returns the outputs."""
+    def asked(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Give a block the dense network, in eval mode: a function of the inputs of pairs that returns the outputs."""
         with eval_mode(self._bound.model):
-            yield lambda batch: functional_call(self._bound, self._state, (in_own_containers(batch),))
+            yield lambda inputs: self._outputs((inputs, None))
+
+    def _outputs(self, batch: Any) -> Tensor:
+        outputs: Tensor = functional_call(self._bound, self._state, (in_own_containers(batch),))
+        return outputs
 
     def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
         """Return the dense network's outputs on batches, in eval mode.
@@ -80,11 +84,11 @@ class Teacher:
         Raises:
             ValueError: If they are not finite.
         """
-        with self.asked() as ask, torch.no_grad():
+        with eval_mode(self._bound.model), torch.no_grad():
             found = []
             for batch in batches:
                 with failures_named("batch given to the dense network", batch):
-                    found.append(ask(batch))
+                    found.append(self._outputs(batch))
         for outputs in found:
             bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
             if bad:
