@@ -47,7 +47,6 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "shift_seen", lambda *_: asked.append(1) or 0.1)
     monkeypatch.setattr(module, "straight_shift", lambda *_: None)
-    monkeypatch.setattr(module, "shift_missing", lambda *_: 0.0)
     x = torch.randn(8, 4)
     fitting, apart = [(x, torch.arange(8) % 3)], [(x + 1, torch.arange(8) % 3)]
     own = doubts_of(model)
@@ -97,12 +96,8 @@ def test_shifted_batches_are_put_where_they_stay_and_few_samples_run_at_once(mon
     monkeypatch.setattr(module, "shift_seen", lambda *_: sizes.clear() or 0.1)
     batch = torch.randn(8, 4), torch.arange(8) % 3
     monkeypatch.setattr(module, "straight_shift", lambda *given: None if given[2] == 3 else 9)
-    for further in (0.0, 0.05):
-        monkeypatch.setattr(module, "shift_missing", lambda *given, further=further: further if given[3] == 3 else 9)
-        kept.clear()
-        fitting, apart, radius = own.restore(model, [batch], [batch], generator())
-        assert fitting is kept[-2] and apart is kept[-1] and radius == 0.1 + further
-        assert len(kept) == (4 if further else 2) and max(sizes) == 3
+    fitting, apart, _ = own.restore(model, [batch], [batch], generator())
+    assert fitting is kept[0] and apart is kept[1] and max(sizes) == 3
 
 
 def test_batches_without_single_labels_stay_as_they_are_in_later_stages(monkeypatch):

@@ -9,8 +9,8 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
 In later stages the attack may be on the pruned network. Where that is so close to linear that its slope is the same at
 both ends of its own way back, this is the attack's way, reversed. Elsewhere it only leads to inputs on which the loss
-is low, and the network would no longer be told what it gets wrong: there inputs go the way of the dense network, and
-from there on that of the pruned one, no further than needed or than the dense one went.
+is low, and the network would no longer be told what it gets wrong: there inputs go the way of the dense network, by the
+radius that was seen when that was attacked.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
@@ -39,7 +39,6 @@ __all__ = [
     "can_be_asked",
     "labels_contradicted",
     "shift_back",
-    "shift_missing",
     "shift_seen",
     "straight_shift",
 ]
@@ -47,7 +46,6 @@ __all__ = [
 Network = Callable[[Tensor], Tensor]  # in eval mode: inputs (n, ...) to logits (n, classes)
 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
-_SHARES = (0.1, 0.2, 0.3, 0.45, 0.7)  # of the dense network's radius, that a pruned one may go on by
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
 _LOOKED_AT = 256  # samples that the radius is found on
 _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than expected
@@ -133,20 +131,6 @@ def straight_shift(network: Network, batches: Sequence[Any], at_once: int = AT_O
     radius, moved = found
     here, there = (_slopes(network, ends, labels, at_once).flatten(1) for ends in (inputs, moved))
     return radius if float(cosine_similarity(here, there).mean()) >= _LEAST_STRAIGHT else None
-
-
-def shift_missing(network: Network, batches: Sequence[Any], most: float, at_once: int = AT_ONCE) -> float:
-    """Return how much further inputs must go for labels to be as likely as a network says.
-
-    Args:
-        network: The pruned network.
-        batches: Pairs, shifted back by the dense network.
-        most: The largest radius allowed, in the unit of the inputs.
-        at_once: Samples that run through the network at once.
-    """
-    inputs, labels = _first_samples(batches, _LOOKED_AT)
-    found = _least_shift(network, inputs, labels, [share * most for share in (0.0, *_SHARES)], at_once)
-    return most if found is None else found[0]
 
 
 def shift_back(network: Network, batches: Sequence[Any], radius: float, at_once: int = AT_ONCE) -> Iterator[Any]:

@@ -23,7 +23,6 @@ from swap_prune.doubts.inputs import (
     can_be_asked,
     labels_contradicted,
     shift_back,
-    shift_missing,
     shift_seen,
     straight_shift,
 )
@@ -88,11 +87,9 @@ class Doubts:
             if own is not None:
                 fitting, held_out = (self._back(network, part, own) for part in (fitting, held_out))
                 return fitting, held_out, own
-            with self._teacher.asked() as dense:
-                fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
-            further = shift_missing(network, fitting, self._radius, self._at_once)
-            fitting, held_out = (self._back(network, part, further) for part in (fitting, held_out))
-        return fitting, held_out, self._radius + further
+        with self._teacher.asked() as dense:
+            fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
+        return fitting, held_out, self._radius
 
     def _look(self, fitting: list[Any], generator: torch.Generator) -> None:
         """Look for a shift where labels are contradicted, and remember it."""

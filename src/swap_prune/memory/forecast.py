@@ -143,8 +143,8 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
     drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.mini_batches else compared
     shifted = 0
-    if load.doubted:  # before G is there; shifted samples lie beside those that they were, and go on from there
-        shifted = rest + (3 if in_memory else 1) * drawn * load.sample_bytes + backward
+    if load.doubted:  # before G is there; shifted samples lie beside those that they were
+        shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
     if load.row_noise and not load.mini_batches:  # slopes are then means over rows like those of G
         again = factor + _capture(load, replace(storage, kind="float32", lean=False))
