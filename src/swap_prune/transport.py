@@ -170,12 +170,12 @@ def _newton_direction(plan: Tensor, columns: Tensor, epsilon: float, accuracy: f
     ahead = conjugate = residual / diagonal
     product, goal = torch.dot(residual, ahead), accuracy * float(torch.linalg.vector_norm(residual))
     for _ in range(min(_CONJUGATE, n // 10)):
-        if float(torch.linalg.vector_norm(residual)) <= goal:
-            return epsilon * direction
         image = columns * conjugate - n * (plan.T @ (plan @ conjugate))
         length = product / torch.dot(conjugate, image)
         direction = direction + length * conjugate
         residual = residual - length * image
+        if float(torch.linalg.vector_norm(residual)) <= goal:
+            return epsilon * direction
         ahead = residual / diagonal
         product, before = torch.dot(residual, ahead), product
         conjugate = ahead + (product / before) * conjugate

@@ -126,9 +126,11 @@ def straight_shift(network: Network, batches: Sequence[Any], at_once: int = AT_O
     """
     inputs, labels = _first_samples(batches, _LOOKED_AT)
     found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in (0.0, *_RADII)], at_once)
-    if found is None or found[0] == 0:
-        return None if found is None else 0.0
+    if found is None:
+        return None
     radius, moved = found
+    if radius == 0:
+        return radius
     here, there = (_slopes(network, ends, labels, at_once).flatten(1) for ends in (inputs, moved))
     return radius if float(cosine_similarity(here, there).mean()) >= _LEAST_STRAIGHT else None
 

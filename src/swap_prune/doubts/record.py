@@ -83,7 +83,7 @@ class Doubts:
             return self._loss_fn.outputs(model, (inputs, None))
 
         with eval_mode(model):
-            own = straight_shift(network, fitting, self._at_once)
+            own = straight_shift(network, fitting, self._at_once)  # the first time, this is the dense network's
             if own is not None:
                 fitting, held_out = (self._back(network, part, own) for part in (fitting, held_out))
                 return fitting, held_out, own

@@ -58,7 +58,7 @@ class CurvatureSketch:
     def __call__(self, model: nn.Module, drawn: tuple[Any, Tensor]) -> Tensor:
         """Return the products, (n,)."""
         batch, root = drawn
-        return (self.loss.outputs(model, batch) * root).flatten(1).sum(1)
+        return _products(self.loss.outputs(model, batch), root)
 
 
 def sketch_rows(samples: int, *, in_batches: bool) -> int:
@@ -99,8 +99,8 @@ def sketch_curvature(
         with eval_mode(model), torch.no_grad():
             check_calibration(model, loss, batches)
         parts = mini_batches(batches)
-        weights = selection.read(model)
-        store = (storage or Storage()).open(len(parts), selection, weights.dtype, weights.device)
+        device = next(model.parameters()).device
+        store = (storage or Storage()).open(len(parts), selection, selection.dtype(model), device)
         losses = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH)
     source = draw_sketch(model, batches, loss, generator, in_batches=False)
@@ -141,6 +141,11 @@ def draw_sketch(
     return RowSource(CurvatureSketch(loss), drawn, in_batches, torch.cat(losses))
 
 
+def _products(outputs: Tensor, root: Tensor) -> Tensor:
+    """Return ``<z, L xi>`` of each sample, (n,)."""
+    return (outputs * root).flatten(1).sum(1)
+
+
 def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Return signs of the shape and device of the outputs, drawn on the CPU."""
     return torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(outputs)
@@ -168,7 +173,7 @@ def _mini_batch_rows(
         outputs = loss.outputs(network, part)
         losses.append(check_losses(loss.losses(outputs.detach(), part), None))
         root = loss.curvature_root(outputs.detach(), part, draw_signs(outputs, generator))
-        return (outputs * root).flatten(1).sum(1)
+        return _products(outputs, root)
 
     shared = store if isinstance(store, SharedStore) else None
     with batch_statistics(model):
