@@ -52,7 +52,7 @@ _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than ex
 _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
-_LEAST_STRAIGHT = 0.5  # cosine between slopes at both ends of a way back; 0.9 and more in MLPNet, 0.2 in ResNet20
+_LEAST_STRAIGHT = 0.5  # mean cosine between slopes at both ends of a way back
 _LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
 
 
