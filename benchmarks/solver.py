@@ -60,6 +60,11 @@ class CountedFactor:
         self.passes.append(len(index) / self.shape[1])
         return self.whole.columns(index)
 
+    def exact_columns(self, index: Tensor) -> Tensor:
+        """Return some columns."""
+        self.passes.append(len(index) / self.shape[1])
+        return getattr(self.whole, "exact_columns", self.whole.columns)(index)  # type: ignore[no-any-return]
+
     def gram(self, scale: Tensor) -> Tensor:
         """Return ``G diag(scale) G^T``."""
         self.passes.append(int(scale.count_nonzero()) / self.shape[1])

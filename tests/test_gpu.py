@@ -21,8 +21,8 @@ from swap_prune import METHODS, FineTune, PruningReport, SelfDistillation, prune
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
-from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.half import HalfFactor
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.half import HalfFactor, _kernel, cut_and_weigh
 from swap_prune.fisher.sketch import sketch_curvature
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
@@ -252,13 +252,30 @@ def test_products_in_half_precision(n: int, p: int, dtype: torch.dtype) -> None:
     compare(here.diagonal(), exact.diagonal(), 3e-6)
 
 
-def test_a_solve() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "p", "m"), [(1, 64, 64), (7, 1000, 320), (130, 5000, 3008)])
+def test_the_kernel_does_what_torch_does(n: int, p: int, m: int, dtype: torch.dtype) -> None:
+    kernels = pytest.importorskip("swap_prune.fisher.kernels", reason="needs Triton", exc_type=ImportError)
+    stored, weights = normal(n, p).to(CUDA, dtype), normal(m, seed=1).float().cuda()
+    index = torch.randperm(p, generator=generator())[:m].sort().values.cuda()
+    found, expected = kernels.cut_and_weigh(stored, index, weights), cut_and_weigh(stored, index, weights)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2], rtol=2e-2, atol=1e-5)
+    assert _kernel(CUDA) is kernels.cut_and_weigh, "it compiles here"
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_a_solve(storage: str) -> None:
     """The same support, but for near ties, and the same objective."""
     G = normal(200, 20_000).float() * torch.logspace(-2, 1, 20_000)[torch.randperm(20_000, generator=generator())]
     w = normal(20_000, seed=1).float()
     values, supports = [], []
     for device in ("cpu", "cuda"):
-        factor = DenseFactor(G.to(device))
+        dtype = getattr(torch, storage)
+        factor: FisherFactor = DenseFactor(G.to(device))
+        if storage != "float32":
+            half = HalfFactor.of(G, dtype)
+            factor = HalfFactor(half.stored.to(device), half.scale.to(device))
         metric = diagonal_metric(factor.diagonal(), 1.0)
         problem = WeightedRidge(factor, factor.matvec(w.to(device)), w.to(device), 0.025, metric)
         fit = swap_weights(problem, solve_sparse(problem, 2000))

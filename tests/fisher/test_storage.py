@@ -10,7 +10,7 @@ import torch
 from swap_prune.fisher import blocked
 from swap_prune.fisher.blocked import SubFactor
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.half import HalfFactor, row_scales
+from swap_prune.fisher.half import HalfFactor, cut_and_weigh, row_scales
 from swap_prune.fisher.mapped import MappedFactor, MappedWriter
 from tests.cases import normal
 
@@ -111,6 +111,30 @@ def test_matrix_units_multiply_float32_vectors(n, p, dtype, monkeypatch):
     root = absolute.diagonal().sqrt()
     own = (factor.gram(scale.float()).double() - (G * scale) @ G.T).abs() / root / root.unsqueeze(1)
     assert bool((own <= 2.0**-15).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_columns_lose_nothing_to_rounding(dtype):
+    stored, index = normal(6, 50).to(dtype), torch.tensor([3, 3, 49, 0])
+    weights = normal(4, seed=1).float()
+    part, high, low = cut_and_weigh(stored, index, weights)
+    assert torch.equal(part, stored[:, index])
+    product = part.double() * weights.double()
+    assert torch.equal(high, product.float().to(dtype))
+    limits = torch.finfo(dtype)
+    allowed = limits.eps**2 / 2 * product.abs() + limits.smallest_normal * limits.eps
+    assert bool(((high.double() - low.double() - product).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_columns_are_left_as_stored_where_matrix_units_multiply_them(dtype, monkeypatch):
+    factor = HalfFactor.of(normal(5, 40).float(), dtype)
+    index = torch.tensor([7, 0, 39])
+    assert factor.exact_columns(index).dtype == torch.float32
+    monkeypatch.setattr(HalfFactor, "_by_matrix_units", property(lambda _: True))
+    found = factor.exact_columns(index)
+    assert found.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    assert torch.equal(found.float(), factor.columns(index))
 
 
 @pytest.mark.parametrize("size", [1e-34, 1e-30, 1.0, 1e30])

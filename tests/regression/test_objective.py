@@ -255,3 +255,18 @@ def test_each_kind_of_system_takes_its_own_factorisation():
         system = SquareSystem.of(matrix, symmetric=symmetric)
         assert system.kind == kind
         torch.testing.assert_close(system.solve(right), torch.linalg.pinv(matrix) @ right)
+
+
+def test_forms_are_those_of_the_inverse_whatever_holds_the_columns():
+    kernel = normal(9, 9, seed=33)
+    matrix = kernel @ kernel.T + 0.1 * torch.eye(9, dtype=torch.float64)
+    for count in (1, 200):  # columns: fewer and more than the matrix has
+        columns = normal(9, count, seed=34).bfloat16()
+        expected = (columns.double() * torch.linalg.solve(matrix, columns.double())).sum(0)
+        system = SquareSystem.of(matrix)
+        torch.testing.assert_close(system.forms(columns.double()), expected)
+        torch.testing.assert_close(system.forms(columns), expected, rtol=2.0**-14, atol=0.0)
+    lopsided = SquareSystem.of(matrix + 3 * torch.ones(9, 9, dtype=torch.float64).triu(1), symmetric=False)
+    assert lopsided.kind == "lu"
+    expected = (columns.double() * lopsided.solve(columns.double())).sum(0)
+    torch.testing.assert_close(lopsided.forms(columns), expected)

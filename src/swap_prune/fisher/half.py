@@ -13,8 +13,9 @@ matrix is made of two such pieces of its left factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from swap_prune.fisher.blocked import BlockedFactor
 
-__all__ = ["ALIGNED", "HalfFactor", "row_scales"]
+__all__ = ["ALIGNED", "HalfFactor", "cut_and_weigh", "row_scales", "wide_product"]
 
 _TOP = 15  # the largest entry of a row lies below two to this power
 _LEAST = -100  # exponent of a scale: its reciprocal is a normal number
@@ -121,17 +122,19 @@ class HalfFactor(BlockedFactor):
         result = self.scale.new_zeros(n, n)
         for index in torch.split(scale.nonzero().squeeze(1), self.column_limit):
             more = (0, -len(index) % ALIGNED)  # columns of weight zero
-            part = self.stored.index_select(1, functional.pad(index, more))
             weights = functional.pad(scale[index] / unit, more)
-            high, low = torch.empty_like(part), torch.empty_like(part)
-            torch.mul(part, weights, out=high)  # computed in float32, and rounded as it is written
-            torch.addcmul(high, part, weights, value=-1, out=low)
+            part, high, low = _kernel(self.device)(self.stored, functional.pad(index, more), weights)
             result += wide_product(high, part.T) - wide_product(low, part.T)
         return result.mul_(self.scale).mul_(self.scale.unsqueeze(1)).mul_(unit)
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense."""
         return self._converted(self.stored.index_select(1, index))
+
+    def exact_columns(self, index: Tensor) -> Tensor:
+        """Return ``G[:, index]`` in any dtype that holds it: as it is stored, where matrix units multiply that."""
+        as_stored = self._by_matrix_units and self.stored.dtype == torch.bfloat16  # its scale is one
+        return self.stored.index_select(1, index) if as_stored else self.columns(index)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
@@ -155,6 +158,30 @@ class HalfFactor(BlockedFactor):
 
     def _scaled(self, part: Tensor) -> Tensor:
         return part if self.stored.dtype == torch.bfloat16 else part.mul_(self.scale.unsqueeze(1))
+
+
+def cut_and_weigh(stored: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what :func:`swap_prune.fisher.kernels.cut_and_weigh` does, with torch's own operations."""
+    part = stored.index_select(1, index)
+    high, low = torch.empty_like(part), torch.empty_like(part)
+    torch.mul(part, weights, out=high)  # computed in float32, and rounded as it is written
+    torch.addcmul(high, part, weights, value=-1, out=low)
+    return part, high, low
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Return the kernel, or torch's operations where there is no Triton or no C compiler for it."""
+    try:
+        from swap_prune.fisher import kernels
+
+        stored = torch.ones(1, ALIGNED, dtype=torch.bfloat16, device=device)
+        index = torch.arange(ALIGNED, device=device)
+        part, high, low = kernels.cut_and_weigh(stored, index, index.float())
+        works = torch.equal(part, stored) and torch.equal(high[0].float() - low[0].float(), index.float())
+    except Exception:  # whatever a compiler raises
+        return cut_and_weigh
+    return kernels.cut_and_weigh if works else cut_and_weigh
 
 
 def row_scales(rows: Tensor) -> Tensor:

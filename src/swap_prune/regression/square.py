@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from swap_prune.fisher.half import wide_product
 
 __all__ = ["SquareSystem", "solve_square"]
 
@@ -60,7 +63,15 @@ class SquareSystem:
         return solution.reshape(right.shape).to(right.dtype)
 
     def forms(self, right: Tensor) -> Tensor:
-        """Return ``r^T A^-1 r`` for each column r of right-hand sides (m, c), in float64, (c,)."""
+        """Return ``r^T A^-1 r`` for each column r of right-hand sides (m, c), in float64, (c,).
+
+        Those in bfloat16 are left as they are, for matrix units: forms are then exact to about 2^-16.
+        """
+        if self.kind == "cholesky" and right.dtype == torch.bfloat16:
+            high, low = self._inverse_pieces
+            halves = wide_product(high, right).add_(wide_product(low, right))
+            norms: Tensor = torch.linalg.vector_norm(halves, dim=0)
+            return norms.double().square_()
         b = right.double()
         if self.kind == "cholesky":  # half the work of a solution
             return self._halves(b).square_().sum(0)
@@ -70,11 +81,23 @@ class SquareSystem:
         """Return ``L^-1 b``: a GPU multiplies by the inverse faster than it substitutes, where there are many b."""
         factor = self.factors[0]
         if b.device.type == "cuda" and b.shape[1] > len(factor):
-            eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-            inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-            return inverse @ b
+            return self._inverse @ b
         halves: Tensor = torch.linalg.solve_triangular(factor, b, upper=False)
         return halves
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """``L^-1``."""
+        factor = self.factors[0]
+        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+        return inverse
+
+    @cached_property
+    def _inverse_pieces(self) -> tuple[Tensor, Tensor]:
+        """``L^-1`` as a sum of two in bfloat16, of eight digits each."""
+        high = self._inverse.bfloat16()
+        return high, (self._inverse - high).bfloat16()
 
 
 def solve_square(matrix: Tensor, right: Tensor) -> Tensor:

@@ -120,9 +120,9 @@ class Exchange:
 
 
 def in_parts(problem: WeightedRidge, index: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Map columns of G by a function (n, r) -> (r,), as many at once as the factor allows."""
-    parts = torch.split(index, problem.factor.column_limit)
-    return torch.cat([function(problem.factor.columns(part)) for part in parts])
+    """Map columns of G by a function (n, r) -> (r,) that takes any dtype, as many at once as the factor allows."""
+    columns = getattr(problem.factor, "exact_columns", problem.factor.columns)
+    return torch.cat([function(columns(part)) for part in torch.split(index, problem.factor.column_limit)])
 
 
 def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient: Tensor) -> Exchange:
@@ -149,8 +149,10 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
             system = SquareSystem.of(kernel, symmetric=problem.smoothing is None)
 
         def explained(columns: Tensor) -> Tensor:
+            if problem.smoothing is None:
+                return system.forms(columns)
             g = columns.double()
-            return system.forms(g) if problem.smoothing is None else (g * system.solve(smooth(g))).sum(0)
+            return (g * system.solve(smooth(g))).sum(0)
 
         def inverse(position: Tensor) -> Tensor:
             own = metric[position]
