@@ -54,7 +54,7 @@ def measure(
         sketch_curvature(model, selection, [batch], cross_entropy, torch.Generator(), in_batches=True)
 
     def rows() -> None:
-        capture_gradients(model, selection, [batch], cross_entropy, storage=Storage(storage))
+        capture_gradients(model, selection, [batch], cross_entropy, storage=Storage(storage, roomy=True))
 
     with images_laid_out(model, place.type == "cpu"), exact_kernels(place):
         return best_time(plain, 3, place), best_time(rows, 3, place), best_time(mini_batches, 3, place)

@@ -88,6 +88,7 @@ def pruned() -> dict[str, Any]:
             "used": "sharded",
             "lean": True,
             "at_once": 64,
+            "roomy": False,
             "spilled": "nothing",
         }
         found[name] = {key: value.clone() for key, value in model.state_dict().items()}

@@ -265,7 +265,8 @@ def _settle_storage(
 
 def _recorded(asked: str, held: Storage) -> dict[str, Any]:
     """Return what the report says of a storage."""
-    return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in ("lean", "at_once", "spilled")}
+    names = ("lean", "at_once", "roomy", "spilled")
+    return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in names}
 
 
 def _runner(

@@ -167,6 +167,19 @@ def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
     assert refused.chosen is None and refused.forecasts[0].storage.at_once == 16
 
 
+def test_a_gpu_with_room_takes_large_chunks_before_anything_is_spared() -> None:
+    """ResNet50, a row an image: as many images as fit in 32 GB, else as in 4 GB, with 64 samples at once in both."""
+    work = Workload(
+        rows=256, samples=256, weights=25_500_000, kept=2_550_000, method="lr", kept_bytes=160 * 10**6,
+        largest_bytes=3_200_000, held=500 * 2**20, device=torch.device("cuda"),
+    )  # fmt: skip
+    found = [plan_memory(work, budget * GB, "bfloat16").require() for budget in (200, 40, 24)]
+    assert [(one.storage.roomy, one.storage.at_once) for one in found] == [(True, 64), (False, 64), (False, 32)]
+    assert all(one.need <= budget * GB for one, budget in zip(found, (200, 40, 24), strict=True))
+    assert not plan_memory(work, None, "matrix-free").require().storage.roomy, "it holds no rows"
+    assert not plan_memory(replace(work, device=torch.device("cpu")), None, "bfloat16").require().storage.roomy
+
+
 def test_slopes_under_noise_hold_the_gradients_of_all_mini_batches() -> None:
     work = Workload(rows=60, samples=960, weights=10**6, kept=10**5, method="lr", mini_batches=True)
     quiet, noisy = (

@@ -47,7 +47,8 @@ AT_ONCE = 64  # samples, where memory allows
 BLOCK_VECTORS, _FEW_BLOCK_VECTORS = 12, 1  # of p, that a block of columns may take; where memory is shortest
 CHUNK_BYTES = 512 * 2**20  # saved activations and gradients of one chunk of samples at capture together
 _LEAN_CHUNK_BYTES = 64 * 2**20  # the same where memory is short
-_GPU_CHUNK_BYTES = 32 * 2**30  # the same on a GPU, where small kernels are dear; a quarter for half the samples at once
+_GPU_SAMPLE_BYTES = 64 * 2**20  # the same on a GPU, for each of the samples that may run at once
+_ROOMY_CHUNK_BYTES = 32 * 2**30  # the same on a GPU, where small kernels are dear and there is room
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Storage:
         scratch: Directory of files: of G for ``mapped``, of what is spilled.
         at_once: Samples that run through the network forwards and backwards at once, at the most. Mini-batches that
             make a row keep their own size.
+        roomy: Whether a GPU has room for large chunks of samples at capture.
         spilled: What is spilled to files: the samples of a stage, and what a forward pass keeps for its backward pass.
         team: The processes that share G, for ``sharded``; None until the run has them.
     """
@@ -69,6 +71,7 @@ class Storage:
     scratch: Path | None = None
     team: Team | None = None
     at_once: int = AT_ONCE
+    roomy: bool = False
     spilled: Spilled = "nothing"
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class Storage:
 
     def chunk_bytes(self, device: torch.device) -> int:
         """Return the bytes of one chunk of samples at capture."""
-        return chunk_bytes(device, self.at_once, lean=not self.copies_columns)
+        return chunk_bytes(device, self.at_once, lean=not self.copies_columns, roomy=self.roomy)
 
     @property
     def copies_columns(self) -> bool:
@@ -124,16 +127,17 @@ class Storage:
         return MappedStore(selection, dtype, device, MappedWriter(self.scratch, n, p, dtype))
 
 
-def chunk_bytes(device: torch.device, at_once: int, *, lean: bool) -> int:
+def chunk_bytes(device: torch.device, at_once: int, *, lean: bool, roomy: bool = False) -> int:
     """Return the bytes of one chunk of samples at capture.
 
     Args:
         device: Where the network runs.
         at_once: Samples that may run through it at once.
         lean: Whether memory is short.
+        roomy: Whether that of a GPU is plenty.
     """
     if device.type == "cuda":
-        return int(_GPU_CHUNK_BYTES * (at_once / AT_ONCE) ** 2)
+        return _ROOMY_CHUNK_BYTES if roomy else at_once * _GPU_SAMPLE_BYTES
     return _LEAN_CHUNK_BYTES if lean else CHUNK_BYTES
 
 

@@ -222,7 +222,8 @@ def _held_of_g(load: Workload, kind: StorageKind) -> int:
 def _capture(load: Workload, storage: Storage) -> int:
     """Return what capture holds beside the rows that are done."""
     vector, kind, at_once = load.itemsize * load.weights, storage.kind, storage.at_once
-    budget = chunk_bytes(load.device, at_once, lean=not storage.copies_columns and kind != "low-rank")
+    lean = not storage.copies_columns and kind != "low-rank"
+    budget = chunk_bytes(load.device, at_once, lean=lean, roomy=storage.roomy)
     piece = piece_bytes(load.device)
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
         chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)

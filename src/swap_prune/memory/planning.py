@@ -23,7 +23,7 @@ from torch import nn
 from swap_prune.fisher.capture import bytes_of_a_row
 from swap_prune.fisher.footprint import SavedBytes, saved_bytes
 from swap_prune.fisher.sketch import MINI_BATCH
-from swap_prune.fisher.storage import AT_ONCE, Storage, StorageKind
+from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, Storage, StorageKind
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.forecast import Workload, memory_phases
 from swap_prune.network.modes import eval_mode
@@ -239,11 +239,14 @@ def plan_memory(
 
 def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, directory: Path) -> Forecast:
     """Return the need of a storage with as little spared as fits; else of the way that comes nearest to it."""
-    tried = [
-        _attempt(load, Storage(kind, lean, directory, at_once=n, spilled=spilled), limit, directory)
+    ways = [
+        Storage(kind, lean, directory, at_once=n, spilled=spilled)
         for n, spilled in _SPARING
         if spilled == "nothing" or (load.can_spill and kind != "sharded")
     ]
+    if load.device.type == "cuda" and kind not in HOLDING_NO_ROWS:
+        ways.insert(0, replace(ways[0], roomy=True))
+    tried = [_attempt(load, way, limit, directory) for way in ways]
     fitting = [one for one in tried if limit is None or one.need <= limit]
     usable = [one for one in fitting if not one.obstacle]
     return (usable or fitting or [min(tried, key=lambda one: one.need)])[0]
