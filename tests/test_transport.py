@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swap_prune import transport
-from swap_prune.transport import barycentric_target, squared_cost, transport_plan
-from tests.cases import normal, paired_clouds
+from swap_prune.transport import barycentric_target, sorted_potential, squared_cost, transport_plan
+from tests.cases import generator, normal, paired_clouds
 from tests.reference import reference_measure, sinkhorn
 
 ANCHORS = (0.0, 0.1, 1.0)
@@ -114,9 +114,45 @@ def test_conjugate_gradients_and_a_direct_solution_lead_to_one_plan(relative, an
     other = transport_plan(x, y, epsilon, anchor=anchor)
     assert plan.converged and other.converged
     torch.testing.assert_close(plan.plan, other.plan, rtol=0, atol=1e-8 / 400)
-    assert few < len(called) - few, "most directions need none"
+    if relative >= 0.1:  # else the plan is nearly a permutation
+        assert few < len(called) - few, "most directions need none"
     if relative == 1.0:
         assert few == 0
+
+
+def clouds_of_every_kind(n=60):
+    ties = torch.randint(4, (2, n), generator=generator(11)).double()
+    zeros = normal(2, n, seed=12) * (torch.arange(n) % 5 > 2)
+    heavy = normal(2, n, seed=13).exp().mul(2).exp()
+    return {"apart": normal(2, n, seed=14), "paired": torch.stack(paired_clouds(n)), "ties": ties, "zeros": zeros} | {
+        "heavy": heavy,
+        "shifted": normal(2, n, seed=15) + 1e6,
+        "one": torch.zeros(2, n, dtype=torch.float64).index_fill(1, torch.tensor([3]), 1.0),
+        "same": normal(1, n, seed=16).expand(2, n),
+    }
+
+
+@pytest.mark.parametrize("kind", clouds_of_every_kind())
+def test_the_potential_that_steps_begin_at_is_optimal_without_entropy(kind):
+    """Strong duality of the transport problem: the dual's value is the cost of the sorted matching."""
+    x, y = clouds_of_every_kind()[kind]
+    potential, cost = sorted_potential(x, y), squared_cost(x, y)
+    value = (cost - potential).min(1).values.mean() + potential.mean()
+    sorted_cost = (x.sort().values - y.sort().values).square().mean()
+    assert float(value) == pytest.approx(float(sorted_cost), rel=1e-9, abs=1e-12 * float(cost.max()))
+
+
+@pytest.mark.parametrize("anchor", [1e-4, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("kind", clouds_of_every_kind())
+def test_any_epsilon_is_solved_in_few_steps(kind, anchor):
+    x, y = clouds_of_every_kind()[kind]
+    cost = squared_cost(x, y)
+    sorted_cost = float((x.sort().values - y.sort().values).square().mean())
+    for relative in (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 100.0):
+        result = transport_plan(x, y, relative * float(cost.mean()), anchor=anchor, tolerance=1e-5)
+        assert result.converged and result.iterations <= 40, (relative, result.residual)
+    least = float((transport_plan(x, y, 1e-8 * float(cost.mean()), anchor=anchor).plan * cost).sum())
+    assert least == pytest.approx(sorted_cost, rel=1e-3, abs=1e-4 * float(cost.mean()))
 
 
 @pytest.mark.parametrize("anchor", [0.1, 1.0])
