@@ -623,3 +623,122 @@ def test_an_expanded_buffer_does_not_stand_in_the_way_of_the_message() -> None:
 def test_masks_are_a_mapping() -> None:
     with pytest.raises(ValueError, match="masks must map names of parameters to boolean tensors, got a list"):
         finetune(small(), pairs(), masks=[1], progress=False)  # type: ignore[arg-type]
+
+
+class Twice(nn.Module):
+    """Layers as attributes and in a Sequential, and a block that is used three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.again = nn.ModuleList([nn.Linear(8, 8)] * 3)
+        self.net = nn.Sequential(self.first, self.norm, nn.ReLU(), *self.again, self.last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.net(x)
+        return outputs
+
+
+class Once(Twice):
+    """The same network, each module with one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        outputs: Tensor = self.last(self.again[0](self.again[0](self.again[0](x))))
+        return outputs
+
+
+def told_by_the_first(n: int = 200) -> TensorDataset:
+    x = torch.randn(n, 10, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+
+@pytest.mark.parametrize("options", [{}, {"storage": "matrix-free"}, {"finetune": FineTune(epochs=1)}, {"stages": 2}])
+@pytest.mark.parametrize("method", ["lr", "obd"])
+def test_modules_of_two_names(method: str, options: dict[str, Any]) -> None:
+    models = []
+    for kind in (Once, Twice):
+        torch.manual_seed(0)
+        model = kind()
+        before = dict(model.named_parameters())
+        given = {name: (id(p), p.requires_grad) for name, p in before.items()}
+        report = prune(model, told_by_the_first(), 0.5, method, samples=64, progress=False, **options)
+        assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == given
+        assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+        assert report.kept == report.total // 2 == sum(int((p != 0).sum()) for p in before.values() if p.ndim == 2)
+        assert not any("zero before" in note for note in report.notes)
+        models.append(model)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other), "the same network"
+
+
+class Counting(nn.Module):
+    """Writes to one buffer, replaces another, and resizes a third whenever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 2)
+        self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("sizes", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        self.calls = self.calls + 1
+        self.sizes.resize_(len(self.sizes) + 1)
+        outputs: Tensor = self.layer(x)
+        return outputs
+
+
+def test_buffers_that_a_network_changes_when_it_is_called_are_given_back() -> None:
+    x, y = told_by_the_first().tensors
+    for labels, fails in ((y, False), (y + 5, True)):
+        model = Counting()
+        buffers = dict(model.named_buffers())
+        if fails:
+            with pytest.raises(ValueError, match="label"):
+                prune(model, TensorDataset(x, labels), 0.5, "lr", samples=64, progress=False)
+        else:
+            prune(model, TensorDataset(x, labels), 0.5, "lr", samples=64, progress=False)
+        assert all(model.get_buffer(name) is buffer for name, buffer in buffers.items())
+        assert (int(model.seen), int(model.calls), model.sizes.tolist()) == (0, 0, [0.0])
+
+
+def test_a_loss_that_fails_with_weights_that_were_tried_says_so_in_a_line() -> None:
+    x, _ = told_by_the_first().tensors
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 2, bias=False))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if not bool(model[0].weight.all()):
+            raise RuntimeError("the scale must be positive\nbut is\ntensor(0)")
+        return (model(batch[0]) - batch[1]).square().sum(1)
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"with weights that pruning tried \(RuntimeError: the scale must") as caught:
+        prune(model, TensorDataset(x, x[:, :2]), 0.9, "lr", loss_fn=loss, samples=64, progress=False)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Proud(nn.Module):
+    """Refuses to work without any weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(x)
+        if not bool(outputs.any()):
+            raise RuntimeError("dead network")
+        return outputs
+
+
+def test_a_network_need_not_work_without_any_weight() -> None:
+    report = prune(Proud(), told_by_the_first(), 0.5, "lr", samples=64, progress=False)
+    assert report.kept == 10

@@ -179,6 +179,8 @@ def prune(
             records = search_stages(runner, run.schedules, shown)
         else:
             records = runner.run_all(run.schedules[0], shown)
+        if finetune is None:
+            before.restore_bystanders()
     settings = run.settings | {"device": str(place), "channels_last": laid, "memory": memory}
     settings["storage"] = _recorded(storage, held) if run.solver.needs_gradients else None
     return _report(model, run, settings, records, notes, started)
@@ -294,7 +296,6 @@ def _runner(
         curvature=run.curvature,
         samples=run.samples,
         stages=sum(map(len, run.schedules)),
-        generator=generator,
         calibration=calibration,
         recalibration=calibration.beside(recalibration_data, forked_generator(run.seed, "recalibration")),
         normalised=run.normalised,

@@ -35,7 +35,7 @@ from swap_prune.samples.numbered import NumberedSamples, known_length
 from swap_prune.samples.spill import can_spill
 from swap_prune.schedule import keep_count, layer_floors, stage_schedules
 from swap_prune.selection import Selection, select_parameters
-from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers
+from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers, bystanders_given_back
 from swap_prune.training.finetune import FineTune
 from swap_prune.training.teaching import losses_beside_own
 
@@ -173,7 +173,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
     in_batches = run.normalised and run.curvature is not None
     own = next(model.parameters()).device
     sample = peek(data, own)
-    with uncompiled():  # nothing need be compiled for one sample
+    with uncompiled(), bystanders_given_back(model):  # nothing need be compiled for one sample
         taught = run.curvature if run.solver.needs_held_out else None
         function = run.loss if taught is None else partial(losses_beside_own, taught)
         kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, function, sample)

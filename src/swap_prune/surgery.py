@@ -27,6 +27,7 @@ __all__ = [
     "Snapshot",
     "batchnorm_layers",
     "batchnorm_misfit",
+    "bystanders_given_back",
     "fill_lost",
     "recalibrate_batchnorm",
     "repair_batchnorm",
@@ -86,37 +87,81 @@ def _unexpanded(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+class _Buffers:
+    """Buffers of some modules, and the values that they had: a module may write to one, replace it, or resize it."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.held = [
+            (module, name, buffer, _unexpanded(buffer).clone())
+            for module in modules
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+
+    def restore(self) -> None:
+        """Give them back."""
+        with torch.no_grad():
+            for module, name, buffer, values in self.held:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                place = _unexpanded(buffer)
+                if place.shape == values.shape:
+                    place.copy_(values)
+                else:
+                    buffer.data = values.clone()
+
+
 class Snapshot:
     """What a network has now, to give it back later.
 
     Args:
         model: The network.
-        selection: Only its weights and the BatchNorm statistics will change; by default all parameters and buffers may.
+        selection: Only these of the parameters will change; by default all may.
     """
 
     def __init__(self, model: nn.Module, selection: Selection | None = None) -> None:
-        if selection is None:
-            self._tensors = [*model.parameters(), *model.buffers()]
-        else:
-            parameters = dict(model.named_parameters())
-            self._tensors = [parameters[name] for name in selection.names]
-            self._tensors += [buffer for layer in batchnorm_layers(model) for buffer in layer.buffers()]
-        self._tensors = list(map(_unexpanded, self._tensors))
+        parameters = dict(model.named_parameters())
+        chosen = parameters.values() if selection is None else (parameters[name] for name in selection.names)
+        self._tensors = list(map(_unexpanded, chosen))
         self._values = [tensor.detach().clone() for tensor in self._tensors]
+        self._statistics, self._bystanders = _Buffers(batchnorm_layers(model)), _Buffers(_bystanders(model))
 
     def restore(self) -> None:
         """Write it to the network."""
         with torch.no_grad():
             for tensor, values in zip(self._tensors, self._values, strict=True):
                 tensor.copy_(values)
+        self._statistics.restore()
+        self.restore_bystanders()
+
+    def restore_bystanders(self) -> None:
+        """Write the buffers that are not BatchNorm's statistics: a network may change them whenever it is called."""
+        self._bystanders.restore()
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the values that a parameter or a buffer has now: those held here, where they are the same."""
-        for own, values in zip(self._tensors, self._values, strict=True):
+        buffers = self._statistics.held + self._bystanders.held
+        pairs = [*zip(self._tensors, self._values, strict=True), *((own, values) for _, _, own, values in buffers)]
+        for own, values in pairs:
             dense = own.layout == tensor.layout == torch.strided
             if dense and own.data_ptr() == tensor.data_ptr() and (own.shape, own.dtype) == (tensor.shape, tensor.dtype):
                 return values if torch.equal(values, tensor) else tensor.detach().clone()
         return tensor.detach().clone()
+
+
+def _bystanders(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose buffers pruning does not change."""
+    statistics = set(batchnorm_layers(model))
+    return (module for module in model.modules() if module not in statistics)
+
+
+@contextmanager
+def bystanders_given_back(model: nn.Module) -> Iterator[None]:
+    """Run a block that calls a network, then give back the buffers that are not BatchNorm's statistics."""
+    before = _Buffers(_bystanders(model))
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 @contextmanager
@@ -249,7 +294,8 @@ def batchnorm_misfit(model: nn.Module, batches: Sequence[Any], loss_fn: LossFn) 
     means = []
     for mode in (eval_mode, batch_statistics):
         with mode(model), torch.no_grad():
-            means.append(float(torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable]).mean()))
+            losses = torch.cat([run_loss(model, batch, loss_fn, _KIND) for batch in usable])
+            means.append(float(losses.double().mean()))
     stored, own = means
     return stored, own
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.fisher.footprint import allocated_bytes, saved_bytes, unrolls
@@ -32,7 +32,7 @@ from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import CHUNK_BYTES, RowSink, RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe, least_precise
-from swap_prune.network.bound import Bound
+from swap_prune.network.bound import Bound, functional_call
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.selection import Selection
@@ -305,8 +305,8 @@ class _Capturer:
             return _UNCOUNTED_CHUNK
         if self.backend == "vmap" and unrolls(self._module):
             kept = max(kept, self._bytes_of_a_row(sample))
-        gradient = 4 * self._selection.total
-        place = next(iter(self._weights.values())).device
+        own = next(iter(self._weights.values()))
+        gradient, place = own.element_size() * self._selection.total, own.device
         budget = self._chunk_bytes - (piece_bytes(place) if self.backend == "hooks" else 0)
         return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
 

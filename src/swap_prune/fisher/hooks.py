@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from swap_prune.fisher.layers import UnsupportedLayerError, is_supported, layer_input, put_weight_gradients
 from swap_prune.losses import LossFn, check_losses
-from swap_prune.network.bound import Bound
+from swap_prune.network.bound import Bound, functional_call
 from swap_prune.samples.batches import batch_size, map_tensors
 from swap_prune.selection import Selection
 

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swap_prune.fisher.capture import Backend, Passed, pass_rows
@@ -33,7 +32,7 @@ from swap_prune.fisher.hooks import without_gradient
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, RowStream, chunk_bytes
 from swap_prune.losses import check_losses
-from swap_prune.network.bound import Bound, add_gradient
+from swap_prune.network.bound import Bound, add_gradient, functional_call
 from swap_prune.samples.batches import batch_size, is_sliceable
 from swap_prune.selection import Selection
 from swap_prune.surgery import temporary_weights

@@ -1,16 +1,45 @@
-"""A model and a function of it as one module, so that ``functional_call`` can swap weights beneath the function."""
+"""A model and a function of it as one module, so that weights can be exchanged beneath the function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from swap_prune.selection import Selection
 
-__all__ = ["Bound", "add_gradient", "flat_gradient"]
+__all__ = ["Bound", "add_gradient", "flat_gradient", "functional_call"]
+
+
+def functional_call(module: nn.Module, state: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> Any:
+    """Call a module with other parameters and buffers, also where one of its modules has two names.
+
+    ``torch.func.functional_call`` exchanges what that holds once for each name, and in the end gives back what was
+    there before the last exchange: not its own. Here each place is exchanged once, and what several places share in
+    all of them.
+
+    Args:
+        module: The module.
+        state: Tensors by the first name of what they stand in for.
+        arguments: What it is called with.
+    """
+    given = {id(tensor): state[name] for name, tensor in _places(module) if name in state}
+    whole = {name: given[id(tensor)] for name, tensor in _places(module) if id(tensor) in given}
+    return torch.func.functional_call(module, whole, arguments, tie_weights=False)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each place of a parameter or a buffer, by its module's first name, and what it holds."""
+    for prefix, part in module.named_modules():
+        own = chain(
+            part.named_parameters(recurse=False, remove_duplicate=False),
+            part.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for name, tensor in own:
+            yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 class Bound(nn.Module):

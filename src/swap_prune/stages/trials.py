@@ -11,8 +11,9 @@ Where there is a teacher, both are those of a mean of the loss and of the diverg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,16 +73,24 @@ class Trials:
         """Return the losses of a candidate w (p,) on the held-out samples, (n_v,)."""
         write_weights(self.model, self.selection, weights, kept)
         own = range(len(self.held_out)) if self.team is None else self.team.owned(len(self.held_out))
-        with self._mode(), torch.no_grad():
+        with self._mode(), torch.no_grad(), _candidate_named():
             found = [self._objective(self.model, self.held_out[number]) for number in own]
         if self.team is None:
             return torch.cat(found)
         return self.team.concatenate(found, _sizes(self.held_out), weights.new_empty(0))
 
     def blank(self) -> Tensor:
-        """Return the losses of the network without any of the p weights on the held-out samples, (n_v,)."""
+        """Return the losses of the network without any of the p weights on the held-out samples, (n_v,).
+
+        They are infinite where it cannot be asked.
+        """
         nothing = torch.zeros_like(self.selection.read(self.model))
-        return self.losses(nothing, nothing.bool())
+        try:
+            return self.losses(nothing, nothing.bool())
+        except ValueError:
+            if self.team is not None:  # the others would wait
+                raise
+            return nothing.new_full((sum(_sizes(self.held_out)),), math.inf)
 
     def slope(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the mean gradient at a candidate w (p,) over the samples of G, (p,).
@@ -135,8 +144,9 @@ class Trials:
 
     def _gradients(self, taught: Taught, weights: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of a batch's mean at weights (p,), one for each selected parameter."""
-        losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
-        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+        with _candidate_named():
+            losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
+            return torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
 
     def _mode(self) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked, always the same: one sample alone has no variance."""
@@ -145,6 +155,21 @@ class Trials:
 
     def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
         return taught_losses(self.loss_fn, model, taught)
+
+
+@contextmanager
+def _candidate_named() -> Iterator[None]:
+    """Run the caller's model and loss with weights that are tried; what they raise becomes a ValueError in a line."""
+    try:
+        yield
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever they raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"the model or the loss failed with weights that pruning tried ({reason}); such a network may give any "
+            "outputs: let both bear them, for instance by a clamp"
+        ) from error
 
 
 def _sizes(batches: Sequence[Taught]) -> list[int]:

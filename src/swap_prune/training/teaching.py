@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from swap_prune.losses import GaussNewtonLoss, LossFn, failures_named
-from swap_prune.network.bound import Bound
+from swap_prune.network.bound import Bound, functional_call
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import in_own_containers
 from swap_prune.selection import Selection
