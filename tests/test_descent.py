@@ -9,7 +9,7 @@ import torch
 
 from swap_prune import EWR
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import Race, damping_of, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.descent import Race, damping_of, gains, is_significant, mean_loss, step_down, take_steps
 from swap_prune.methods.pairing import pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
@@ -110,8 +110,17 @@ def test_a_gain_must_exceed_its_standard_error():
 
 def test_a_sample_whose_loss_is_infinite_no_longer_is_a_gain():
     before, after = torch.tensor([1.0, math.inf, 1.0]), torch.tensor([1.0, 3.0, 1.1])
-    assert is_significant(before - after) and not is_significant(after - before)
-    assert not is_significant(before - before), "nothing is known"
+    assert is_significant(gains(before, after)) and not is_significant(gains(after, before))
+    assert not is_significant(gains(before, before)), "nothing is known"
+
+
+def test_a_sample_that_is_lost_before_and_after_says_nothing_and_one_that_is_no_number_is_lost():
+    before, after = torch.tensor([1.0, math.inf, 2.0, 1.0]), torch.tensor([0.5, math.inf, 1.0, 0.8])
+    assert torch.allclose(gains(before, after), torch.tensor([0.5, 0.0, 1.0, 0.2], dtype=torch.float64))
+    assert is_significant(gains(before, after))
+    unknown = torch.tensor([1.0, math.nan, 2.0, 1.0])
+    assert is_significant(gains(unknown, torch.ones(4))) and not is_significant(gains(torch.ones(4), unknown))
+    assert gains(unknown, unknown).tolist() == [0.0] * 4
 
 
 def test_steps_do_not_depend_on_the_unit_of_the_gradients():
@@ -124,6 +133,15 @@ def test_steps_do_not_depend_on_the_unit_of_the_gradients():
             model = NaturalGradient.on(regression, torch.arange(40), damping_of(regression))
             steps.append(scale * model.direction(G.mean(0) * scale))
         assert torch.allclose(steps[0], steps[1], rtol=1e-3, atol=1e-5), metric
+
+
+def test_means_of_losses_in_16_bits_are_told_apart():
+    losses = torch.linspace(0.5, 0.75, 400).bfloat16()
+    one = losses.clone()
+    one[0] += 2.0**-6
+    assert float(losses.mean()) == float(one.mean()), "in 16 bits"
+    assert mean_loss(one) - mean_loss(losses) == pytest.approx(2.0**-6 / 400)
+    assert float(gains(one, losses).mean()) == pytest.approx(2.0**-6 / 400)
 
 
 def test_a_loss_that_is_not_a_number_is_infinite():

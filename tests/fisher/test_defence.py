@@ -57,6 +57,13 @@ def test_the_best_matrix_of_a_rank(shape: tuple[int, int], rank: int) -> None:
     torch.testing.assert_close(low_rank_rows(rows, rank), expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_rows_of_any_size_are_cut_to_a_rank(size: float) -> None:
+    rows = normal(5, 30, 40).float()
+    expected = low_rank_rows(rows, 2)
+    torch.testing.assert_close(low_rank_rows(rows * size, 2) / size, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_outer_products_and_zeros_stay_as_they_are() -> None:
     rows = normal(7, 5, 1, seed=4) * normal(7, 1, 8, seed=5)
     rows[3] = 0

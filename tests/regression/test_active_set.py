@@ -68,3 +68,14 @@ def test_curvature_is_the_largest_eigenvalue(n, p):
     G = problem.factor.matrix
     exact = float(torch.linalg.eigvalsh(G @ G.T)[-1]) + problem.penalty
     assert 0.95 * exact <= largest_curvature(problem, generator()) <= exact * (1 + 1e-9)
+
+
+def test_the_unit_of_the_gradients_does_not_matter():
+    problem = identity(random_regression(30, 60, generator(3), ridge=0.01))
+    fits = []
+    for scale in (1.0, 2.0**-20):
+        factor = DenseFactor(problem.factor.matrix * scale)
+        scaled = replace(problem, factor=factor, target=problem.target * scale, ridge=problem.ridge * scale**2)
+        fits.append(solve_active_set(scaled, 12, generator()))
+    assert fits[0].iterations == fits[1].iterations > 1
+    assert torch.equal(fits[0].support, fits[1].support)

@@ -189,6 +189,11 @@ def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
     assert kept_by_layer(paper.kept)[0] >= 24
 
 
+def test_fair_floors_that_are_whole_are_not_rounded_up() -> None:
+    problem = PruningProblem(torch.ones(20_000), 1000, DenseFactor(torch.ones(1, 20_000)))
+    assert [least for _, least in fair_floors(problem, 0.75)] == [750]
+
+
 def test_fair_floors_are_shares_of_what_layers_would_keep_if_all_kept_alike() -> None:
     problem = starving(None)
     first, second = slice(0, 200), slice(200, 300)

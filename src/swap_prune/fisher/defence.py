@@ -197,10 +197,12 @@ def low_rank_rows(rows: Tensor, rank: int) -> Tensor:
     n, a, b = rows.shape
     if a > b:
         return low_rank_rows(rows.transpose(1, 2), rank).transpose(1, 2)
+    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent
+    rows = torch.ldexp(rows, -exponent)  # the fourth power of an entry may be no number
     gram = rows @ rows.transpose(1, 2)  # (n, a, a): the smaller side
     diagonal = gram.diagonal(dim1=1, dim2=2)
     largest = diagonal.topk(rank, dim=1).indices
     basis = gram.gather(2, largest.unsqueeze(1).expand(n, a, rank))  # a first guess: where the energy is
     for _ in range(_ITERATIONS):
         basis, _ = torch.linalg.qr(gram @ basis)
-    return basis @ (basis.transpose(1, 2) @ rows)
+    return torch.ldexp(basis @ (basis.transpose(1, 2) @ rows), exponent)

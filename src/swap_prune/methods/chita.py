@@ -30,7 +30,7 @@ class CHITA:
     """CHITA (Benbaki et al., 2023), the network-wide one-shot version.
 
     Attributes:
-        ridge: lam > 0, in the unit of the Fisher diagonal.
+        ridge: lam > 0 itself: it has the unit of the Fisher diagonal.
         iterations: Iterations on one active set, and active sets, at the most.
     """
 

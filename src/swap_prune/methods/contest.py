@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from swap_prune.memory.process import return_free_memory
-from swap_prune.methods.descent import Race, Steps, held_out_losses, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.descent import (
+    Race,
+    Steps,
+    gains,
+    held_out_losses,
+    is_significant,
+    mean_loss,
+    step_down,
+    take_steps,
+)
 from swap_prune.methods.pairing import Candidate, RegressionSettings, candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit, solve_sparse
@@ -172,7 +181,7 @@ class _Contest:
         fitted = _Fitted.of(best.candidate, swapped, after, swaps=swapped.swaps)
         del swapped
         self.tried.append(fitted.entry)
-        if is_significant(best.losses - after):
+        if is_significant(gains(best.losses, after)):
             self._judge(fitted)
 
     def stated(self, candidate: Candidate) -> WeightedRidge:
@@ -205,7 +214,7 @@ class _Contest:
             raised = self._fit(candidate._replace(floor=floor))
             if self._has_lost(fits[-1].loss):
                 fits.append(raised)
-            elif is_significant(_losses_of(fits[-1]) - _losses_of(raised)):
+            elif is_significant(gains(_losses_of(fits[-1]), _losses_of(raised))):
                 fits[-1] = raised
             del raised  # its arrays, while the next is fitted
         return fits
@@ -292,9 +301,9 @@ class _Contest:
 
 
 def _losses_of(fitted: _Fitted) -> Tensor:
-    """Return held-out losses, (n_v,), infinite where they are not numbers."""
+    """Return held-out losses, (n_v,)."""
     assert fitted.losses is not None, "the caller checks"
-    return fitted.losses.masked_fill(fitted.losses.isnan(), math.inf)
+    return fitted.losses
 
 
 def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "LEAST_GAIN",
     "Race",
     "Steps",
+    "gains",
     "held_out_losses",
     "is_significant",
     "mean_loss",
@@ -284,6 +285,15 @@ def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
     return problem.held_out(fit.weights, kept_set(fit))
 
 
+def gains(before: Tensor, after: Tensor) -> Tensor:
+    """Return by how much losses on held-out samples have fallen, (n_v,), float64.
+
+    One that is not a number counts as infinite. A sample that is lost before and after has gained nothing.
+    """
+    before, after = (losses.double().masked_fill(losses.isnan(), math.inf) for losses in (before, after))
+    return torch.where(before == after, 0.0, before - after)
+
+
 def is_significant(gain: Tensor) -> bool:
     """Whether the mean of paired gains on held-out samples, (n_v,), is above its standard error.
 
@@ -295,6 +305,6 @@ def is_significant(gain: Tensor) -> bool:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """Return the mean of losses, (n_v,), infinite when it is not a number."""
-    mean = float(losses.mean())
+    """Return the mean of losses, (n_v,), infinite when it is not a number; those in 16 bits have no such mean."""
+    mean = float(losses.double().mean())
     return mean if math.isfinite(mean) else math.inf

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swap_prune.checks import is_number, whole_number
 from swap_prune.methods.contest import fit_pairing
-from swap_prune.methods.descent import LEAST_GAIN, held_out_losses, is_significant, mean_loss, step_down
+from swap_prune.methods.descent import LEAST_GAIN, gains, held_out_losses, is_significant, mean_loss, step_down
 from swap_prune.methods.pairing import (
     candidates_of,
     check_regression_settings,
@@ -138,7 +138,7 @@ class EWR:
         if "auto" not in (self.anchor, self.epsilon) or problem.held_out is None:
             return True
         before = held_out_losses(problem, paired)
-        gain = before - held_out_losses(problem, coupled)
+        gain = gains(before, held_out_losses(problem, coupled))
         evidence["held_out_gain"] = float(gain.mean())
         evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
         return is_significant(gain) and float(gain.mean()) >= LEAST_GAIN * abs(mean_loss(before))

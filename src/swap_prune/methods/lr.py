@@ -25,8 +25,8 @@ class LR:
     Attributes:
         fisher: Which matrix the rows of G stand for: ``"gauss-newton"``, which needs a loss that knows its curvature;
             ``"empirical"``, the paper's; or ``"auto"``: Gauss-Newton where the loss allows it.
-        ridge: lam, in units of the Fisher diagonal in the identity metric, a pure number in the others; or ``"auto"``:
-            chosen by the loss on held-out samples, where there are any.
+        ridge: lam itself, which has the unit of the Fisher diagonal in the identity metric and none in the others; or
+            ``"auto"``: chosen by the loss on held-out samples, where there are any.
         metric: ``m = f + damping b``, b being the mean of the Fisher diagonal f over all weights (``"diagonal"``), over
             the layer (``"layer"``), or over the output and the input of each weight (``"factored"``); ``"identity"``,
             the paper's, which is 1; or ``"auto"``, chosen together with the ridge.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
 from torch import Tensor
@@ -125,9 +126,9 @@ def fair_floors(problem: PruningProblem, share: float) -> Floors:
     if share == 0:
         return problem.floors
     given = {place.start: least for place, least in problem.floors}
-    density = problem.keep / problem.reference.numel()
+    density = Fraction(str(share)) * problem.keep / problem.reference.numel()  # floats are rounded up
     floors = [
-        (layer.place, max(given.get(layer.place.start, 0), math.ceil(share * density * layer.shape.numel())))
+        (layer.place, max(given.get(layer.place.start, 0), math.ceil(density * layer.shape.numel())))
         for layer in problem.layers()
     ]
     return floors if sum(least for _, least in floors) < problem.keep else problem.floors

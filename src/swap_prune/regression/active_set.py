@@ -100,7 +100,7 @@ def _iterate(part: WeightedRidge, start: Tensor, keep: int, tau: float, max_iter
     for iteration in range(1, max_iterations + 1):
         step = two_regime_step(part, fit.weights, fit.support, growth=2, max_growths=_GROWTHS)
         gain = fit.value - step.value
-        fit = replace(step, iterations=iteration, converged=gain <= _RELATIVE_GAIN * max(1.0, step.value))
+        fit = replace(step, iterations=iteration, converged=gain <= _RELATIVE_GAIN * abs(step.value))
         if fit.converged:
             break
     return fit

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
 
-__all__ = ["DualSystem"]
+__all__ = ["DualSystem", "symmetric_root"]
 
 _MOST_ITERATIONS = 200
 _TOLERANCE_POWER = 0.75  # of the machine epsilon: products with G are no more exact
@@ -45,8 +45,7 @@ class DualSystem:
         """State the system for a symmetric positive semi-definite S, or none."""
         if smoothing is None:
             return cls(factor, scale, shift)
-        values, vectors = torch.linalg.eigh(smoothing.double())
-        return cls(factor, scale, shift, (vectors * values.clamp(min=0).sqrt()) @ vectors.T)
+        return cls(factor, scale, shift, symmetric_root(smoothing))
 
     def solve(self, right: Tensor) -> Tensor:
         """Return v for a residual r, (n,): ``(S G D G^T + shift I) v = S r``.
@@ -78,3 +77,10 @@ class DualSystem:
 
     def _rooted(self, v: Tensor) -> Tensor:
         return v if self.root is None else self.root @ v
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """Return R with ``R R = S`` for a symmetric S, (n, n), in float64; eigenvalues below zero count as zero."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root

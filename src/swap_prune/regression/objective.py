@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
-from swap_prune.regression.conjugate import DualSystem
+from swap_prune.regression.conjugate import DualSystem, symmetric_root
 from swap_prune.regression.square import SquareSystem, solve_square
 from swap_prune.regression.top_k import Floors
 
@@ -174,6 +174,10 @@ class WeightedRidge:
             scale = self._placed(support, self._inverse(support))
             return None, None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
         gram = self._gram(support, previous)
+        if self.smoothing is not None and self.penalty == 0:  # S K may be singular: of R K R, what can be solved is
+            root = symmetric_root(self.smoothing)
+            dual = root @ solve_square(root @ gram.matrix.double() @ root, root @ residual.double())
+            return gram, None, dual.to(residual.dtype)
         system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
         system.diagonal().add_(self.penalty)
         factors = SquareSystem.of(system, symmetric=self.smoothing is None)

@@ -48,6 +48,7 @@ from swap_prune.training.teaching import Taught, Teacher
 __all__ = ["StageRunner"]
 
 _T = TypeVar("_T")
+_DRAWN = ("signs", "slopes", "apart")  # in a stage, each from a random state of its own
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class StageRunner:
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         samples: Calibration samples a stage.
         stages: How many stages there will be, at the most.
-        generator: Random state of what is drawn for G.
         calibration: Where samples come from.
         recalibration: Where those for BatchNorm's statistics come from.
         normalised: Whether BatchNorm is recalibrated.
@@ -89,7 +89,6 @@ class StageRunner:
     curvature: GaussNewtonLoss | None
     samples: int
     stages: int
-    generator: torch.Generator
     calibration: CalibrationStream
     recalibration: CalibrationStream
     normalised: bool
@@ -160,9 +159,9 @@ class StageRunner:
                 evidence |= {} if radius is None else {"inputs_shifted_back": radius}
             shown.stage(number, sparsity, samples)
         if self.solver.needs_gradients:
-            capture = self._capture(problem.reference, fitting, shown.advance)
-            samples, loss = len(capture.losses), float(capture.losses.mean())
-            slopes, apart = (forked_generator(self.seed, f"{name} {number}") for name in ("slopes", "apart"))
+            signs, slopes, apart = (forked_generator(self.seed, f"{name} {number}") for name in _DRAWN)
+            capture = self._capture(problem.reference, fitting, signs, shown.advance)
+            samples, loss = len(capture.losses), float(capture.losses.double().mean())
             factor, defence = self._defended(capture, fitting, apart, evidence)
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
@@ -244,7 +243,9 @@ class StageRunner:
     def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
         return self.noise.apply_(factor, generator, self.selection.slices())
 
-    def _capture(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+    def _capture(
+        self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
+    ) -> Capture:
         """Return G at the weights that noise makes of the network's, (p,).
 
         Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
@@ -252,7 +253,7 @@ class StageRunner:
         disturbed = self._disturb(weights, self.noise_generator)
         with temporary_weights(self.model, self.selection, disturbed):
             if not self.storage.holds_rows:
-                return self._capture_products(disturbed, batches, advance)
+                return self._capture_products(disturbed, batches, signs, advance)
             if self.curvature is None:
                 return capture_gradients(
                     self.model, self.selection, batches, self.loss_fn, storage=self.storage, advance=advance
@@ -262,7 +263,7 @@ class StageRunner:
                 self.selection,
                 batches,
                 self.curvature,
-                self.generator,
+                signs,
                 in_batches=self._in_batches(batches),
                 storage=self.storage,
                 advance=advance,
@@ -272,12 +273,14 @@ class StageRunner:
         """Whether rows are those of mini-batches, with their statistics; one sample alone has none."""
         return self.normalised and not all(map(is_single, batches))
 
-    def _capture_products(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+    def _capture_products(
+        self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
+    ) -> Capture:
         """Return the same G, at the network's weights (p,), where no rows are held: their function is settled first."""
         source = RowSource(self.loss_fn, batches)
         if self.curvature is not None:
             joined = self._in_batches(batches)
-            source = draw_sketch(self.model, batches, self.curvature, self.generator, in_batches=joined)
+            source = draw_sketch(self.model, batches, self.curvature, signs, in_batches=joined)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
             return capture_matrix_free(self.model, self.selection, source, advance, few, wide, weights)
