@@ -9,6 +9,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert err.startswith("swap-prune: error: ") and err.count("\n") == 1
     assert message in err and "Traceback" not in err
     assert sorted(str(path) for path in workplace.rglob("*")) == before
+
+
+def test_the_version(call) -> None:
+    status, out, err = call("--version")
+    assert (status, out.strip(), err) == (0, version("swap-prune"), "")
 
 
 def test_a_model_and_a_loader_of_ones_own(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from swap_prune import LR, FineTune, finetune, load_pruned, prune
+from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, prune
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -240,7 +240,7 @@ def test_an_artifact_in_a_narrower_model(tmp_path: Path) -> None:
         load_pruned(narrow, tmp_path / "out")
     assert all(torch.equal(value, before[name]) for name, value in narrow.state_dict().items())
     load_pruned(perceptron(), str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="directory must be a path, got 3"):
+    with pytest.raises(ValueError, match=r"a path must be .* got 3"):
         load_pruned(perceptron(), 3)  # type: ignore[arg-type]
 
 
@@ -742,3 +742,54 @@ class Proud(nn.Module):
 def test_a_network_need_not_work_without_any_weight() -> None:
     report = prune(Proud(), told_by_the_first(), 0.5, "lr", samples=64, progress=False)
     assert report.kept == 10
+
+
+def test_what_is_no_network_no_path_or_has_no_shape_is_refused_in_words(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(10, 2)), told_by_the_first()
+    report = prune(model, x, 0.5, "magnitude", progress=False)
+    report.save(tmp_path / "saved")
+    for call in (
+        lambda: prune(model, x, 0.5, "lr", scratch=5, samples=64, progress=False),  # type: ignore[arg-type]
+        lambda: report.save(5),  # type: ignore[arg-type]
+        lambda: report.save(""),
+        lambda: load_pruned(model, None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="a path must be"):
+            call()
+    for call in (
+        lambda: load_pruned(None, tmp_path / "saved"),  # type: ignore[arg-type]
+        lambda: finetune(None, x, progress=False),  # type: ignore[arg-type]
+        lambda: masks_of(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, got a NoneType"):
+            call()
+    with pytest.raises(ValueError, match=r"'0\.weight' is not initialised"):
+        load_pruned(nn.Sequential(nn.LazyLinear(2)), tmp_path / "saved")
+
+
+def test_an_expanded_parameter_is_refused_by_its_name() -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 2))
+    model[0].weight = nn.Parameter(torch.randn(1, 10).expand(20, 10))
+    with pytest.raises(ValueError, match=r"'0.weight' was expanded.*ignore=\['0.weight'\]"):
+        prune(model, told_by_the_first(), 0.5, "magnitude", progress=False)
+    assert prune(model, told_by_the_first(), 0.5, "magnitude", ignore=["0.weight"], progress=False).kept == 20
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_cannot_be_read_are_a_valueerror_with_workers_and_without(workers: int) -> None:
+    class Missing(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            if index == 77:
+                raise FileNotFoundError("no such file: 77.jpg")
+            return super().__getitem__(index)
+
+    loader = DataLoader(Missing(*told_by_the_first().tensors), batch_size=16, num_workers=workers)
+    model = nn.Sequential(nn.Linear(10, 2))
+    with pytest.raises(ValueError, match=r"the calibration data failed.*no such file: 77\.jpg"):
+        prune(model, loader, 0.5, "lr", samples=200, progress=False)
+
+
+def test_inputs_and_targets_of_another_number() -> None:
+    x, y = told_by_the_first().tensors
+    with pytest.raises(ValueError, match="there are 79 targets, and not as many inputs"):
+        prune(nn.Sequential(nn.Linear(10, 2)), [(x[:80], y[:79])], 0.5, "lr", progress=False)

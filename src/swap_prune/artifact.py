@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from swap_prune.checks import user_path
+from swap_prune.network.device import check_network
 from swap_prune.report import LayerReport, PruningReport
 
 __all__ = [
@@ -154,7 +155,8 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
         ValueError: If a file is missing, damaged or altered, keys or shapes do not match, or the weights do
             not have the zeros that the report states. The model is then as it was.
     """
-    directory = _folder(directory)
+    check_network(model)
+    directory = user_path(directory)
     report, digest = _read_report(directory)
     path = directory / _WEIGHTS
     state = read_weights(path)
@@ -181,19 +183,13 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
     return model
 
 
-def _folder(directory: str | Path) -> Path:
-    if not isinstance(directory, str | Path):
-        raise ValueError(f"directory must be a path, got {directory!r}")
-    return user_path(directory)
-
-
 def load_report(directory: str | Path) -> PruningReport:
     """Read an artifact's report.
 
     Raises:
         ValueError: If it is missing or not a report.
     """
-    return _read_report(_folder(directory))[0]
+    return _read_report(user_path(directory))[0]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -207,6 +203,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         ValueError: If the file is missing, damaged, would run code, or does not fit.
     """
+    check_network(model)
     _load_state(model, _unwrapped(read_weights(path), model), Path(path))
     return model
 

@@ -66,8 +66,10 @@ def user_path(path: str | Path) -> Path:
     """Return a path with a leading ``~`` or ``~name`` replaced by that home directory.
 
     Raises:
-        ValueError: If there is no such home directory.
+        ValueError: If it is no path, or there is no such home directory.
     """
+    if not isinstance(path, str | Path) or path == "":
+        raise ValueError(f"a path must be a pathlib.Path or a string that is not empty, got {path!r}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -38,7 +39,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="swap-prune",
-    help="Prune trained networks by sparse entropic Wasserstein regression.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,6 +70,21 @@ Noise = Annotated[
 Recalibrate = Annotated[bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="a method's setting: name=value; may be repeated")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(version("swap-prune"))
+        raise typer.Exit
+
+
+@app.callback()
+def _any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Prune trained networks by sparse entropic Wasserstein regression."""
 
 
 @app.command()

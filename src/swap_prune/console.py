@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TextIO, TypeVar
 
@@ -24,6 +25,7 @@ __all__ = ["own_output", "print_json", "run", "say", "show", "show_table"]
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)  # where a command's results go
+_STDOUT, _STDERR = 1, 2
 _INTERRUPTED = "interrupted; a file that was written is whole"
 
 
@@ -79,14 +81,36 @@ def own_output(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 
     @functools.wraps(command)
     def apart(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        token = _results.set(sys.stdout)
-        try:
-            with redirect_stdout(sys.stderr):
-                return command(*args, **kwargs)
-        finally:
-            _results.reset(token)
+        with _own_descriptor() as results:
+            token = _results.set(results)
+            try:
+                with redirect_stdout(sys.stderr):
+                    return command(*args, **kwargs)
+            finally:
+                _results.reset(token)
 
     return apart
+
+
+@contextmanager
+def _own_descriptor() -> Iterator[TextIO]:
+    """Yield standard output, while what child processes and libraries of C write there goes to standard error."""
+    try:
+        real = sys.stdout.fileno() == _STDOUT and sys.stderr.fileno() == _STDERR
+    except (OSError, ValueError, AttributeError):  # something stands in for one
+        real = False
+    if not real:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    own = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with open(own, "w", buffering=1, encoding=sys.stdout.encoding, closefd=False) as results:
+            yield results
+    finally:
+        os.dup2(own, _STDOUT)
+        os.close(own)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -341,7 +341,7 @@ def _report(
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
     if 0 < stages[-1].samples < settings["samples"]:
-        notes.append(f"{stages[-1].samples} samples a stage were used, fewer than the {settings['samples']} asked for")
+        notes.append(f"samples used in a stage: {stages[-1].samples}, fewer than the {settings['samples']} asked for")
     if "not_recalibrated" in stages[-1].evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
     emptied = [name for name, layer in layers.items() if layer.kept == 0]

@@ -153,12 +153,18 @@ def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
     """Refuse parameters that are views of the same memory: a zero in one would be a zero in the other.
 
     Raises:
-        ValueError: If two overlap.
+        ValueError: If two overlap, or one with itself.
     """
     groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, parameter in chosen.items():
         if parameter.layout is torch.strided and not parameter.is_meta:
             groups.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter.detach()))
+    for name, parameter in chosen.items():
+        if parameter.layout is torch.strided and _repeats(parameter.detach()):
+            raise ValueError(
+                f"parameter {name!r} was expanded, and holds a number in several places at once: make it "
+                f"torch.nn.Parameter(value.clone()), or leave it out by ignore=[{name!r}]"
+            )
     for group in groups.values():
         for (name, one), (other_name, other) in itertools.combinations(group, 2):
             if _overlap(one, other):
@@ -166,6 +172,11 @@ def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
                     f"parameters {name!r} and {other_name!r} share memory without being one parameter: tie them by "
                     f"assigning the parameter itself, or leave one out by ignore=[{other_name!r}]"
                 )
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether a tensor was expanded along a dimension."""
+    return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -93,7 +93,7 @@ def test_reference_must_be_there() -> None:
 def test_markdown() -> None:
     text = as_markdown(summarise(RESULTS))
     assert text.startswith("# mlpnet on mnist\n") and "Dense network: 95.00 %" in text
-    assert "- 1 runs failed and are left out; the first: ewr: out of memory" in text
+    assert "- 1 run failed and is left out; the first: ewr: out of memory" in text
     clean, noisy = text.split("## ")[1:]
     assert clean.startswith("1 stage, noise: none") and noisy.startswith("1 stage, noise: gradient:std=4")
     assert "| lr | 92.00 ± 1.15 |\n" in clean and "| ewr | 1.17 ± 0.44 |" in clean

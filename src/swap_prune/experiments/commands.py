@@ -51,7 +51,8 @@ def experiment(
         show(f"{outcome.total} runs: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
         show(f"tables and plots: {shlex.join(['swap-prune', 'report', str(out)])}")
     if outcome.failed:
-        say(f"{outcome.failed} runs failed; their errors are in {out / 'results.jsonl'}, and --resume tries them again")
+        failed = "1 run" if outcome.failed == 1 else f"{outcome.failed} runs"
+        say(f"{failed} failed; errors are in {out / 'results.jsonl'}, and --resume tries them again")
         raise typer.Exit(1)
 
 

@@ -192,7 +192,8 @@ def _notes(results: Sequence[RunResult], first: RunResult) -> list[str]:
     notes = [f"{len(results)} runs. Settings: " + _settings(first)]
     failed = [result for result in results if result.error is not None]
     if failed:
-        notes.append(f"{len(failed)} runs failed and are left out; the first: {failed[0].label}: {failed[0].error}")
+        left_out = "1 run failed and is" if len(failed) == 1 else f"{len(failed)} runs failed and are"
+        notes.append(f"{left_out} left out; the first: {failed[0].label}: {failed[0].error}")
     versions = sorted({", ".join(f"{k} {v}" for k, v in result.versions.items()) for result in results})
     notes.append(("Made with " if len(versions) == 1 else "Made with different versions: ") + "; ".join(versions))
     return notes + sorted(_gathered(results))
@@ -212,7 +213,8 @@ def _settings(result: RunResult) -> str:
     shown = {name: result.settings[name] for name in ("samples", "schedule", "recalibrate_batchnorm")}
     if "finetune" in result.settings:
         shown |= {f"fine-tuning {name}": value for name, value in result.settings["finetune"].items()}
-    shown["test images"] = result.test_samples
+    if result.test_samples is not None:
+        shown["test images"] = result.test_samples
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 

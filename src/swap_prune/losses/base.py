@@ -157,6 +157,12 @@ def check_pair(batch: Any) -> None:
             f"the default loss needs batches (inputs, targets) of tensors, got {what}; pass loss_fn=, "
             "or wrap tensors X, y as torch.utils.data.TensorDataset(X, y)"
         )
+    inputs, targets = batch
+    if inputs.ndim and targets.ndim and len(inputs) != len(targets):
+        raise ValueError(
+            "a batch (inputs, targets) must have a target for each input: "
+            f"there are {len(targets)} targets, and not as many inputs"
+        )
 
 
 def check_labels(targets: Tensor, classes: int) -> None:
@@ -339,7 +345,7 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
     digits = torch.finfo(least_precise(model.parameters())).eps ** 0.5
     if torch.equal(together, again) and not torch.allclose(together, alone, rtol=digits, atol=digits):
         raise ValueError(
-            f"the loss of a sample depends on the others in its batch ({float(alone[0]):.4g} alone, "
+            f"what the network gives for a sample depends on the others in its batch ({float(alone[0]):.4g} alone, "
             f"{float(together[0]):.4g} beside another): gradients of single samples need a loss_fn, and a network, "
             "that do not mix them"
         )

@@ -20,6 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from swap_prune.checks import user_path
 from swap_prune.fisher.capture import bytes_of_a_row
 from swap_prune.fisher.footprint import SavedBytes, saved_bytes
 from swap_prune.fisher.sketch import MINI_BATCH
@@ -218,7 +219,7 @@ def plan_memory(
         scratch: Directory of a file; by default the system's for temporary files.
     """
     check_storage(storage)
-    directory = Path(tempfile.gettempdir() if scratch is None else scratch)
+    directory = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
     forecasts = tuple(
         _forecast(load, kind, lean, limit, directory)
         for kind, lean in _ORDER

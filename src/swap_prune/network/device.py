@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["check_values", "usable_device"]
+__all__ = ["check_network", "check_values", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -24,6 +25,19 @@ def usable_device(name: str | torch.device) -> torch.device:
     if device.type == "meta":
         raise ValueError("device 'meta' cannot be used: it holds no values; use cpu or cuda")
     return device
+
+
+def check_network(model: nn.Module) -> None:
+    """Refuse what is no network, or one whose tensors have no shape yet.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"parameter {name!r} is not initialised: run the model once on a batch first")
 
 
 def check_values(model: nn.Module) -> None:

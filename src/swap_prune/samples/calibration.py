@@ -312,11 +312,11 @@ class CalibrationStream:
 
 
 def _report(error: Exception) -> NoReturn:
-    """Raise what data that fail are reported by: a ValueError of one line, or their own ValueError or OSError."""
+    """Raise what data that fail are reported by: a ValueError of one line, or their own."""
     lines = str(error).splitlines() or [""]
     if lines[0].startswith("Caught ") and " DataLoader worker " in lines[0]:  # then a traceback, and what it was
         raise ValueError(f"the calibration data failed in a worker of the DataLoader: {lines[-1]}") from error
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | InterruptedError):
         raise error
     raise ValueError(f"the calibration data failed: {type(error).__name__}: {lines[0]}") from error
 

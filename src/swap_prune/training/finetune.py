@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
-from swap_prune.network.device import usable_device
+from swap_prune.network.device import check_network, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernels, training_mode
 from swap_prune.progress import StageProgress
@@ -205,6 +205,7 @@ def finetune(
     seed = checked_seed(seed)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise ValueError(f"teacher must be a torch.nn.Module or None, got a {type(teacher).__name__}")
+    check_network(model)
     check_no_inference(model)
     kept = resolve_masks(model, masks, targets, ignore)
     loss = cross_entropy if loss_fn is None else loss_fn

@@ -39,8 +39,9 @@ def masks_of(
     Raises:
         ValueError: If a pattern matches nothing, or nothing is left.
     """
+    selection = select_parameters(model, targets, ignore)
     parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach() != 0 for name in select_parameters(model, targets, ignore).names}
+    return {name: parameters[name].detach() != 0 for name in selection.names}
 
 
 def keep_masks(
