@@ -793,3 +793,24 @@ def test_inputs_and_targets_of_another_number() -> None:
     x, y = told_by_the_first().tensors
     with pytest.raises(ValueError, match="there are 79 targets, and not as many inputs"):
         prune(nn.Sequential(nn.Linear(10, 2)), [(x[:80], y[:79])], 0.5, "lr", progress=False)
+
+
+def test_a_report_names_large_layers_that_were_left_alone() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.look, self.read, self.head = nn.Embedding(50, 10), nn.GRU(10, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.head(self.read(self.look(x))[0][:, -1])
+            return outputs
+
+    data = TensorDataset(torch.randint(50, (40, 5)), torch.randint(2, (40,)))
+    weights = 3 * 8 * 10 + 3 * 8 * 8
+    report = prune(Tagger(), data, 0.5, "magnitude", progress=False)
+    share = round(100 * weights / (weights + 16))
+    assert report.notes == [
+        f"{weights} weights, {share} % of all, were left alone: targets does not name their layers (GRU)"
+    ]
+    for options in ({"targets": ["Linear"]}, {"ignore": ["GRU"]}, {"targets": ["Linear", "GRU"]}):
+        assert prune(Tagger(), data, 0.5, "magnitude", progress=False, **options).notes == []  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ stages follows a schedule that ends exactly at the target.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,7 @@ from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Run, check_run, workload
 from swap_prune.samples.calibration import CalibrationStream, peek
 from swap_prune.samples.spill import Spill
-from swap_prune.selection import DEFAULT_TARGETS, Selection
+from swap_prune.selection import DEFAULT_TARGETS, Selection, unnamed_weights
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
 from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
@@ -49,6 +49,7 @@ from swap_prune.training.teaching import Teacher
 __all__ = ["plan", "prune"]
 
 _IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
+_LEFT_ALONE = 0.1  # of the weights, in layers of other kinds than the default targets: more than that is said
 
 
 def prune(
@@ -332,6 +333,15 @@ def _shared(storage: Storage, device: torch.device) -> Iterator[Storage]:
         yield replace(storage, team=team)
 
 
+def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:
+    """Say that many weights were not pruned, by the kinds of their layers."""
+    count = sum(others.values())
+    if count < _LEFT_ALONE * (count + selected):
+        return []
+    share, kinds = round(100 * count / (count + selected)), ", ".join(others)
+    return [f"{count} weights, {share} % of all, were left alone: targets does not name their layers ({kinds})"]
+
+
 def _report(
     model: nn.Module, run: Run, settings: dict[str, Any], stages: list[StageReport], notes: list[str], started: float
 ) -> PruningReport:
@@ -344,6 +354,8 @@ def _report(
         notes.append(f"samples used in a stage: {stages[-1].samples}, fewer than the {settings['samples']} asked for")
     if "not_recalibrated" in stages[-1].evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
+    if tuple(settings["targets"]) == DEFAULT_TARGETS:
+        notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
     emptied = [name for name, layer in layers.items() if layer.kept == 0]
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")

@@ -21,7 +21,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters"]
+__all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters", "unnamed_weights"]
 
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
@@ -147,6 +147,30 @@ def select_parameters(
 def _groups_of(module: nn.Module) -> int:
     """Return the groups of a convolution whose weight has its outputs first, else 1."""
     return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
+
+
+def unnamed_weights(model: nn.Module, selection: Selection, ignore: Sequence[str] = ()) -> dict[str, int]:
+    """Count the weights of two dimensions and more that a selection leaves out though nobody asked for that.
+
+    Embeddings, which are looked up and not multiplied with, do not count.
+
+    Args:
+        model: The model.
+        selection: What is selected of it.
+        ignore: Patterns of what was to be left alone.
+
+    Returns:
+        Class name of their modules to their number.
+    """
+    counts: dict[str, int] = {}
+    for candidate in _collect(model):
+        parameter, (_, owner) = candidate.parameter, candidate.owners[0]
+        weight = parameter.is_floating_point() and parameter.ndim >= 2 and candidate.name not in selection.shapes
+        looked_up = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+        if weight and not looked_up and not any(_matches(pattern, candidate) for pattern in ignore):
+            name = type(owner).__name__
+            counts[name] = counts.get(name, 0) + parameter.numel()
+    return counts
 
 
 def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
