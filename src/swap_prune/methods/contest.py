@@ -35,7 +35,6 @@ from swap_prune.regression.swap import swap_weights
 
 __all__ = ["Paired", "fit_pairing"]
 
-_MILD = 0.5  # of the weights that are there: a stage that keeps so many compares candidates by what they start from
 _OTHERS = 1.0  # steps of all other candidates, in units of those of the best
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 
@@ -115,7 +114,7 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
 
 
 class _Contest:
-    """Candidates compared by their held-out losses, where steps will be taken and much is removed, after them.
+    """Candidates compared by their held-out losses, where steps will be taken, after them.
 
     Where a fit starves a layer, the same candidate is fitted with floors. The regression knows what each weight is
     worth beside those that are there, and not that none of them counts once all of a layer are gone. A floor stays
@@ -145,8 +144,8 @@ class _Contest:
         self._last: _Fitted | None = None  # its path is not walked again
         self._beginning: tuple[tuple[float, Metric], ScaledGram] | None = None  # of paths in a metric
         self._taken = 0  # steps, of all candidates since there is a best
-        asked = settings.first_order == "auto" and problem.held_out is not None and problem.slope is not None
-        self._takes_steps = asked and problem.keep < _MILD * int(problem.reference.count_nonzero())
+        asked = settings.first_order == "auto" and problem.held_out is not None
+        self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
 
     @property
