@@ -21,6 +21,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from swap_prune.network.device import check_module
+
 __all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters", "unnamed_weights"]
 
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
@@ -272,8 +274,7 @@ def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tup
 
 
 def _collect(model: nn.Module) -> list[_Candidate]:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     aliases: dict[int, list[str]] = {}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):

@@ -126,7 +126,7 @@ def fair_floors(problem: PruningProblem, share: float) -> Floors:
     if share == 0:
         return problem.floors
     given = {place.start: least for place, least in problem.floors}
-    density = Fraction(str(share)) * problem.keep / problem.reference.numel()  # floats are rounded up
+    density = Fraction(str(share)) * problem.keep / problem.reference.numel()  # a float's ceiling may be one above
     floors = [
         (layer.place, max(given.get(layer.place.start, 0), math.ceil(density * layer.shape.numel())))
         for layer in problem.layers()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["check_network", "check_values", "usable_device"]
+__all__ = ["check_module", "check_network", "check_values", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -27,14 +27,23 @@ def usable_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def check_module(model: nn.Module) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+
+
 def check_network(model: nn.Module) -> None:
     """Refuse what is no network, or one whose tensors have no shape yet.
 
     Raises:
         ValueError: If it is.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"parameter {name!r} is not initialised: run the model once on a batch first")
