@@ -77,6 +77,25 @@ def test_a_share_of_each_layer_is_kept(method: str, stages: int) -> None:
         assert bool((held[4].weight.flatten()[largest] != 0).all())
 
 
+def test_layers_have_shares_of_their_own() -> None:
+    """The idle layer keeps what its name asks for, and the larger of two shares; the others compete."""
+    report = prune(
+        with_an_idle_layer(), small_data(), 0.96, "magnitude", min_keep={"4": 0.03, "re:4.w.*": 0.02, "6.weight": 0.5}
+    )
+    assert report.layers["4.weight"].kept == 52 and report.layers["6.weight"].kept >= 18
+    assert report.kept == math.floor(report.total * (1 - 0.96))
+    assert report.settings["min_keep"] == {"4": 0.03, "re:4.w.*": 0.02, "6.weight": 0.5}
+    for shares, words in (
+        ({"5": 0.1}, "min_keep pattern '5' matches no"),
+        ({"4": 1.0}, "min_keep must lie in .*, got 1.0"),
+        ({"4": "x"}, "min_keep must lie in .*, got 'x'"),
+        ({"4": 0.5}, "keeps at least 864 of"),
+        ({3: 0.5}, "min_keep must hold non-empty strings, got 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            prune(small_network(), small_data(), 0.9, "magnitude", min_keep=shares)  # type: ignore[arg-type]
+
+
 def test_a_share_that_cannot_be_kept_is_refused() -> None:
     before = copy.deepcopy(small_network().state_dict())
     for share, words in ((-0.1, "min_keep must lie"), (1.0, "min_keep must lie"), (0.2, "keeps at least")):

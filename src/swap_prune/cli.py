@@ -123,7 +123,9 @@ def prune(
     samples: Samples = 1024,
     stages: Stages = "1",
     schedule: Schedule = "exponential",
-    min_keep: Annotated[float, typer.Option(help="share of every layer that is kept whatever it is worth")] = 0.0,
+    min_keep: Annotated[
+        str, typer.Option(help="share of every layer that is kept whatever it is worth; or of some: fc=0.2,layer1=0.05")
+    ] = "0",
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
     out: Annotated[Path | None, typer.Option(help="new directory for the pruned model")] = None,
     targets: Targets = None,
@@ -164,7 +166,7 @@ def prune(
             samples=samples,
             stages=_parse_stages(stages),
             schedule=schedule,
-            min_keep=min_keep,
+            min_keep=_parse_shares(min_keep),
             recalibrate_batchnorm=recalibrate,
             recalibration_data=recalibration_data(images, seed),
             finetune=training,
@@ -222,7 +224,7 @@ def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., Non
     return given
 
 
-_PASSED_ON = ("samples", "schedule", "min_keep", "noise", "defence", "memory", "storage", "scratch", "seed")
+_PASSED_ON = ("samples", "schedule", "noise", "defence", "memory", "storage", "scratch", "seed")
 
 
 @app.command()
@@ -241,6 +243,7 @@ def plan(**given: Any) -> None:
         ignore=given["ignore"] or (),
         recalibrate_batchnorm=given["recalibrate"],
         stages=_parse_stages(given["stages"]),
+        min_keep=_parse_shares(given["min_keep"]),
         finetune=None if given["finetune"] is None else parse_finetune(given["finetune"]),
         device=_device(given["device"]),
         **{name: given[name] for name in _PASSED_ON},
@@ -368,6 +371,20 @@ def _parse_stages(text: str) -> int | Literal["auto"]:
         return int(text)
     except ValueError:
         raise ValueError(f"--stages needs a whole number or auto, got {text!r}") from None
+
+
+def _parse_shares(text: str) -> float | dict[str, float]:
+    """Return one share, or patterns with shares of their own."""
+    items = [item.rpartition("=") for item in text.split(",")]
+    try:
+        shares = {pattern.strip(): float(share) for pattern, _, share in items}
+    except ValueError:
+        raise ValueError(f"--min-keep needs a share, or pattern=share joined with commas, got {text!r}") from None
+    if "" not in shares and len(shares) == len(items):
+        return shares
+    if len(items) > 1:
+        raise ValueError(f"--min-keep must have each pattern once, and a share without one alone, got {text!r}")
+    return shares[""]
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

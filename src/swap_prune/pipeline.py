@@ -64,7 +64,7 @@ def prune(
     samples: int = 1024,
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
-    min_keep: float = 0.0,
+    min_keep: float | Mapping[str, float] = 0.0,
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
     finetune: FineTune | None = None,
@@ -96,8 +96,9 @@ def prune(
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
             on up to 1,024 more samples falls; of a Dataset or a DataLoader no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
-        min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up. By default
-            weights are compared over all layers, and a layer may be emptied; the report's notes say so.
+        min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up; or shares
+            by pattern, as ``targets`` has them: ``{"fc": 0.2, "re:layer1.*": 0.05}``. By default weights compete over
+            all layers, and a layer may be emptied; the report's notes say so.
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
@@ -199,7 +200,7 @@ def plan(
     samples: int = 1024,
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
-    min_keep: float = 0.0,
+    min_keep: float | Mapping[str, float] = 0.0,
     recalibrate_batchnorm: bool = True,
     finetune: FineTune | None = None,
     noise: Any = None,

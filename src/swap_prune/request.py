@@ -33,8 +33,8 @@ from swap_prune.samples.batches import map_tensors
 from swap_prune.samples.calibration import HELD_OUT, JUDGED, peek, share_out_samples
 from swap_prune.samples.numbered import NumberedSamples, known_length
 from swap_prune.samples.spill import can_spill
-from swap_prune.schedule import keep_count, layer_floors, stage_schedules
-from swap_prune.selection import Selection, select_parameters
+from swap_prune.schedule import keep_count, stage_schedules
+from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers, bystanders_given_back
 from swap_prune.training.finetune import FineTune
 from swap_prune.training.teaching import losses_beside_own
@@ -90,7 +90,7 @@ def check_run(
     samples: int,
     stages: int | Literal["auto"],
     schedule: str,
-    min_keep: float,
+    min_keep: float | Mapping[str, float],
     recalibrate_batchnorm: bool,
     finetune: FineTune | None,
     noise: Any,
@@ -130,13 +130,12 @@ def check_run(
     check_no_inference(model)
     check_values(model)
     _check_finite(model, selection)
-    sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     return Run(
         solver=solver,
         noise=noise_model,
         schedules=schedules,
         selection=selection,
-        floors=layer_floors(min_keep, sizes, keep_count(selection.total, sparsity)),
+        floors=layer_floors(model, selection, min_keep, keep_count(selection.total, sparsity)),
         loss=loss,
         curvature=_curvature(solver, loss),
         normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
@@ -153,7 +152,7 @@ def check_run(
             "samples": samples,
             "stages": stages if isinstance(stages, str) else int(stages),
             "schedule": schedule,
-            "min_keep": float(min_keep),
+            "min_keep": _plain_shares(min_keep),
             "recalibrate_batchnorm": bool(recalibrate_batchnorm),
             "noise": noise_model.settings(),
             "defence": defence if defence is not None else "none",
@@ -247,6 +246,13 @@ def _plain(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass, with Python's numbers in the place of NumPy's."""
     settings = asdict(config).items()
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings}
+
+
+def _plain_shares(min_keep: float | Mapping[str, float]) -> float | dict[str, float]:
+    """Return shares as JSON can hold them."""
+    if isinstance(min_keep, Mapping):
+        return {pattern: float(share) for pattern, share in min_keep.items()}
+    return float(min_keep)
 
 
 def _bytes(model: nn.Module) -> int:

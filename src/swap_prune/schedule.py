@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from swap_prune.checks import is_number, whole_number
@@ -17,7 +17,6 @@ __all__ = [
     "SCHEDULES",
     "STAGE_COUNTS",
     "keep_count",
-    "layer_floors",
     "share_out",
     "sparsity_schedule",
     "stage_schedules",
@@ -101,28 +100,6 @@ def keep_count(total: int, sparsity: float) -> int:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity!r}")
     return math.floor(total * (1 - sparsity))
-
-
-def layer_floors(min_keep: float, sizes: Mapping[str, int], keep: int) -> dict[str, int]:
-    """Return how many weights each layer keeps at the least; none of them where that is 0.
-
-    Args:
-        min_keep: Share of each layer, in [0, 1), rounded up to a whole weight.
-        sizes: Weights of each layer, by name.
-        keep: k, of all layers together.
-
-    Raises:
-        ValueError: If the share is out of range, or k is not enough.
-    """
-    if not is_number(min_keep) or not 0 <= min_keep < 1:
-        raise ValueError(f"min_keep must lie in [0, 1), got {min_keep!r}")
-    floors = {name: math.ceil(min_keep * size) for name, size in sizes.items()}
-    if sum(floors.values()) > keep:
-        raise ValueError(
-            f"min_keep={min_keep} keeps at least {sum(floors.values())} of {sum(sizes.values())} weights, but the "
-            f"sparsity only {keep}; lower one of them"
-        )
-    return floors if min_keep > 0 else {}
 
 
 def share_out(keep: int, sizes: Sequence[int]) -> list[int]:

@@ -9,10 +9,12 @@ wherever it is used.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from swap_prune.checks import is_number
 from swap_prune.network.device import check_module
 
-__all__ = ["DEFAULT_TARGETS", "Selection", "select_parameters", "unnamed_weights"]
+__all__ = ["DEFAULT_TARGETS", "Selection", "layer_floors", "select_parameters", "unnamed_weights"]
 
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 
@@ -173,6 +176,47 @@ def unnamed_weights(model: nn.Module, selection: Selection, ignore: Sequence[str
             name = type(owner).__name__
             counts[name] = counts.get(name, 0) + parameter.numel()
     return counts
+
+
+def layer_floors(
+    model: nn.Module, selection: Selection, min_keep: float | Mapping[str, float], keep: int
+) -> dict[str, int]:
+    """Return how many weights each selected parameter keeps at the least, by name; nothing is said of those without.
+
+    Args:
+        model: The model.
+        selection: What is selected of it.
+        min_keep: Share of each parameter's weights, in [0, 1), rounded up to a whole weight; or patterns, as targets
+            have them, to shares. Where several match, the largest share holds.
+        keep: k, of all parameters together.
+
+    Raises:
+        ValueError: If a share is out of range, a pattern matches nothing that is selected, or k is not enough.
+    """
+    sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
+    if isinstance(min_keep, Mapping):
+        selected = [candidate for candidate in _collect(model) if candidate.name in sizes]
+        shares = dict.fromkeys(sizes, 0.0)
+        for pattern, share in zip(_as_patterns("min_keep", min_keep), min_keep.values(), strict=True):
+            hits = [candidate.name for candidate in selected if _matches(pattern, candidate)]
+            if not hits:
+                raise ValueError(_unmatched("min_keep", pattern, model))
+            shares |= {name: max(shares[name], _checked_share(share)) for name in hits}
+    else:
+        shares = dict.fromkeys(sizes, _checked_share(min_keep))
+    floors = {name: math.ceil(shares[name] * size) for name, size in sizes.items()}
+    if sum(floors.values()) > keep:
+        raise ValueError(
+            f"min_keep={min_keep} keeps at least {sum(floors.values())} of {selection.total} weights, but the sparsity "
+            f"only {keep}; lower one of them"
+        )
+    return {name: least for name, least in floors.items() if least}
+
+
+def _checked_share(share: Any) -> float:
+    if not is_number(share) or not 0 <= share < 1:
+        raise ValueError(f"min_keep must lie in [0, 1), got {share!r}")
+    return float(share)
 
 
 def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:

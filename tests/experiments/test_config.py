@@ -79,6 +79,8 @@ BAD = {
     "samples": ("samples = true\n" + GOOD, "samples: "),
     "seed": ("seeds = [-1]\n" + GOOD, "seeds.0: "),
     "schedule": ('schedule = "steep"\n' + GOOD, "schedule: must be one of exponential"),
+    "min_keep": ("min_keep = 1.5\n" + GOOD, "min_keep"),
+    "min_keep of layers": ('min_keep = {fc = "x"}\n' + GOOD, "min_keep"),
     "noise": ('noise = ["none", "thunder"]\n' + GOOD, "noise.1: noise must be one of"),
     "noise twice": ('noise = ["none", "none"]\n' + GOOD, "noise: must differ, got 'none' and 'none'"),
     "the same noise": (
@@ -136,6 +138,8 @@ def test_ids_do_not_depend_on_the_rest_of_the_grid() -> None:
         {"samples": 41},
         {"stages": 2},
         {"schedule": "cubic"},
+        {"min_keep": 0.01},
+        {"min_keep": {"0": 0.01}},
         {"noise": "gradient:std=1"},
         {"recalibrate_batchnorm": False},
         {"test_images": 10},

@@ -167,6 +167,7 @@ class Experiment(_Table):
         seeds: Seeds. The same seed gives every method the same calibration samples.
         samples: Calibration samples a stage.
         schedule: Sparsity over the stages.
+        min_keep: Share of every layer that is kept, or patterns to shares, as for ``prune``.
         recalibrate_batchnorm: As for ``prune``. If not, runs start from the dense network with its statistics repaired.
         evaluate_before_recalibration: Also measure the pruned weights with the dense network's BatchNorm statistics.
         finetune: Train under the mask after each stage, as these settings say; None: not at all.
@@ -186,15 +187,16 @@ class Experiment(_Table):
     seeds: Annotated[list[_Seed], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [0]
     samples: _Whole = 1024
     schedule: Annotated[str, AfterValidator(_check_schedule)] = "exponential"
+    min_keep: _Sparsity | dict[str, _Sparsity] = 0.0
     recalibrate_batchnorm: bool = True
     evaluate_before_recalibration: bool = False
     finetune: _FineTune | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave fine-tuning out where there is none, so that ids and files are those of before it was there."""
+        """Leave out what is not asked for, so that ids and files are those of before it was there."""
         table: dict[str, Any] = handler(self)
-        return {name: value for name, value in table.items() if name != "finetune" or value is not None}
+        return {name: value for name, value in table.items() if value or name not in ("finetune", "min_keep")}
 
     @field_validator("methods")
     @classmethod

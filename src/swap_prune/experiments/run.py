@@ -153,6 +153,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         samples=experiment.samples,
         stages=run.settings["stages"],
         schedule=experiment.schedule,
+        min_keep=experiment.min_keep,
         recalibrate_batchnorm=experiment.recalibrate_batchnorm,
         recalibration_data=recalibration_data(images, run.seed),
         finetune=experiment.finetune,
