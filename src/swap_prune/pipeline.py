@@ -27,8 +27,9 @@ from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
-from swap_prune.memory.planning import MemoryPlan, plan_memory, scratch_directory
+from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.process import memory_limit
+from swap_prune.memory.scratch import scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last

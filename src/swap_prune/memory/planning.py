@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -42,7 +40,6 @@ __all__ = [
     "plan_memory",
     "row_bytes",
     "sample_bytes",
-    "scratch_directory",
 ]
 
 _NAMES = ("auto", *get_args(StorageKind))
@@ -187,24 +184,6 @@ def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int
             return loss_fn.outputs(model, in_own_containers(sample)).nbytes
     except Exception:  # whatever the caller's model or loss raises
         return 0
-
-
-@contextmanager
-def scratch_directory(storage: Storage) -> Iterator[Storage]:
-    """Give a storage that needs it a directory of its own, deleted at the end.
-
-    Raises:
-        ValueError: If it cannot be made.
-    """
-    if storage.kind != "mapped":
-        yield storage
-        return
-    try:
-        directory = tempfile.TemporaryDirectory(prefix="swap-prune-", dir=storage.scratch)
-    except OSError as error:
-        raise ValueError(f"scratch must be a directory to write to, got {str(storage.scratch)!r}: {error}") from error
-    with directory as path:
-        yield replace(storage, scratch=Path(path))
 
 
 def plan_memory(
