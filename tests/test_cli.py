@@ -361,6 +361,26 @@ def test_help_is_a_result(call) -> None:
     assert status == 0 and text.startswith("Usage") and error == ""
 
 
+@pytest.mark.parametrize("command", ["prune", "eval"])
+def test_without_memory_it_is_one_line(call, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.py").write_text(
+        "import torch\n"
+        "class Large(torch.nn.Linear):\n"
+        "    def forward(self, images):\n"
+        "        torch.empty(2**50)\n"
+        "        return super().forward(images.flatten(1))\n"
+        "def network():\n"
+        "    return Large(784, 10)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(torch.nn.Linear(784, 10).state_dict(), tmp_path / "w.pt")
+    status, text, error = call(
+        command, "--model", "large:network", "--data", "mnist", "--weights", str(tmp_path / "w.pt")
+    )
+    assert (status, text) == (2, "") and "allocate memory" in error and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("swap-prune: error: ")
+
+
 def test_outputs_that_are_not_numbers_are_wrong_and_said(call) -> None:
     named = ("--model", "tests.chatty:mute", "--data", "tests.tiny:data", "--method", "magnitude")
     status, text, error = call("prune", *named, "--json")

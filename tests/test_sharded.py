@@ -6,7 +6,9 @@ which one of two processes fails. What they found is on disk, and looked at by t
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from swap_prune import FineTune, prune
+from swap_prune import FineTune, distributed, prune
 from swap_prune.distributed import PARTS, Team, team_of
 from swap_prune.fisher import capture
 from swap_prune.fisher.factor import DenseFactor
@@ -28,6 +30,7 @@ from swap_prune.pipeline import plan
 from tests.test_pipeline import small_data, small_network
 
 SIZES = (1, 2, 4)
+PATIENCE = 4.0  # seconds, for another process
 RUNS: dict[str, dict[str, Any]] = {
     "lr": {"method": "lr", "stages": 2},
     "ewr": {"method": "ewr", "sparsity": 0.9, "finetune": FineTune(epochs=1)},
@@ -106,13 +109,19 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
             raise ValueError("out of luck")
         if rank == 1 and len(calls) > 4 and case == "loss":
             os._exit(0)
+        if rank == 1 and len(calls) > 4 and case == "memory":
+            torch.empty(2**50)
+        if rank == 1 and len(calls) > 4 and case == "disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if rank == 1 and len(calls) == 5 and case == "silence":
+            time.sleep(3 * PATIENCE)
         return cross_entropy(net, batch)
 
     data = small_data(seed=rank if case == "samples" else 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         prune(model, data, 0.7, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         return type(error).__name__, str(error), time.perf_counter() - started
     return "", "nothing", time.perf_counter() - started
@@ -125,7 +134,10 @@ def work(rank: int, folder: Path) -> None:
     for size in SIZES:
         if rank < size:
             torch.save(in_group(f"group{size}", rank, size, folder, pruned), folder / f"pruned-{size}-{rank}.pt")
-    for case, first in (("error", 0), ("samples", 2), ("seed", 0), ("loss", 2)):
+    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "silence": 0}
+    for case, first in pairs.items():
+        if case == "silence":
+            os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
         if first <= rank < first + 2:
             said = in_group(case, rank - first, 2, folder, lambda case=case: refused(case, rank % 2))
             torch.save(said, folder / f"{case}-{rank - first}.pt")
@@ -167,6 +179,34 @@ def test_an_error_on_one_process_ends_the_other(folder: Path) -> None:
     assert kind == "ValueError" and "out of luck" in text
     kind, text, seconds = torch.load(folder / "error-0.pt")
     assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        ("memory", "MemoryError", "there was not enough memory .*: say with memory= how much there is"),
+        ("disk", "OSError", "No space left on device"),
+    ],
+)
+def test_what_one_process_lacks_ends_both(case: str, kind: str, words: str, folder: Path) -> None:
+    own, text, _ = torch.load(folder / f"{case}-1.pt")
+    assert own == kind and re.search(words, text)
+    other, text, seconds = torch.load(folder / f"{case}-0.pt")
+    assert other == "ConnectionError" and "lost the others" in text and seconds < 30
+
+
+def test_a_process_that_says_nothing_is_not_waited_for_for_ever(folder: Path) -> None:
+    kind, text, seconds = torch.load(folder / "silence-0.pt")
+    assert kind == "ConnectionError" and f"did not answer for {PATIENCE:.0f} s" in text
+    assert PATIENCE <= seconds < 30
+    assert torch.load(folder / "silence-1.pt")[0] == "ConnectionError", "it comes back, and is alone"
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
+def test_a_patience_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWAP_PRUNE_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"SWAP_PRUNE_TIMEOUT must be a number of seconds above 0, got '{text}'"):
+        distributed._timeout()
 
 
 def test_a_process_that_is_gone_ends_the_other(folder: Path) -> None:

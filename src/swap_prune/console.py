@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swap_prune.distributed import EndedByAnother, is_first
+from swap_prune.memory.process import is_out_of_memory
 
 __all__ = ["own_output", "print_json", "run", "say", "show", "show_table"]
 
@@ -40,6 +41,8 @@ def run(command: Callable[[], Any]) -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error) or type(error).__name__, 2)
     except Exception as error:
+        if is_out_of_memory(error):
+            return _fail(str(error) or "there was not enough memory", 2)
         if not hasattr(error, "format_message"):  # the argument parser's own errors have it
             raise
         if type(error).__name__ == "NoArgsIsHelpError":

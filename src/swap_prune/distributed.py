@@ -290,8 +290,9 @@ def launched() -> Iterator[None]:
     except Exception as error:
         if not _fails_first(store, rank):
             raise EndedByAnother(2) from error
-        if isinstance(error, ValueError) and size > 1:
-            raise ValueError(f"process {rank} of {size}: {error}") from error
+        if isinstance(error, ValueError | MemoryError) and size > 1:
+            kind = MemoryError if isinstance(error, MemoryError) else ValueError
+            raise kind(f"process {rank} of {size}: {error}") from error
         raise
     finally:
         dist.destroy_process_group()

@@ -28,7 +28,7 @@ from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.planning import MemoryPlan, plan_memory
-from swap_prune.memory.process import memory_limit
+from swap_prune.memory.process import memory_limit, shortage_named
 from swap_prune.memory.scratch import scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import usable_device
@@ -129,6 +129,7 @@ def prune(
     Raises:
         ValueError: If an argument, the data, the model or the loss cannot be used. The message says what
             was received and what to do.
+        MemoryError: If there was less memory than the plan had counted on.
     """
     started = time.perf_counter()
     run = check_run(
@@ -159,6 +160,7 @@ def prune(
     backwards = run.solver.needs_gradients or finetune is not None
     laid = takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)
     with (
+        shortage_named(),
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
         torch.autocast(place.type, enabled=False),
         _shared(held, place) as shared,

@@ -13,8 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import swap_prune
 from swap_prune.memory.planning import Workload, plan_memory
-from swap_prune.memory.process import held_memory, memory_limit, parse_memory, peak_memory, reset_peak_memory
+from swap_prune.memory.process import (
+    held_memory,
+    is_out_of_memory,
+    memory_limit,
+    parse_memory,
+    peak_memory,
+    reset_peak_memory,
+)
 from swap_prune.pipeline import plan
 from swap_prune.request import check_run, workload
 from swap_prune.training.finetune import FineTune
@@ -55,6 +63,27 @@ def test_what_is_held_counts_and_the_default_lies_above_it() -> None:
     assert held_memory() - before > 0.9 * 4 * len(ballast)
     limit = memory_limit(None)
     assert limit is not None and limit > held_memory() > 50 * 2**20, "torch alone is more"
+
+
+@pytest.mark.parametrize("calls", [0, 3, 40], ids=["first", "capture", "later"])
+def test_without_memory_it_ends_with_what_to_do(calls: int) -> None:
+    """Wherever it runs out, in a loss as well: that is not a fault of the loss, and the network is as it was."""
+    torch.manual_seed(0)
+    model, left = nn.Linear(6, 3), calls
+    before = model.weight.detach().clone()
+    data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(8)]
+
+    def loss(network: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            torch.empty(2**50)
+        return nn.functional.cross_entropy(network(batch[0]), batch[1], reduction="none")
+
+    with pytest.raises(MemoryError, match=r"not enough memory \(.*allocate memory.*\): say with memory= how much"):
+        swap_prune.prune(model, data, 0.5, "lr", loss_fn=loss, stages=4, samples=40, progress=False)
+    assert torch.equal(model.weight, before)
+    assert not is_out_of_memory(RuntimeError("shape '[3]' is invalid")) and is_out_of_memory(MemoryError())
 
 
 def load(n: int, p: int, method: str = "lr", keep: float = 0.1) -> Workload:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.checks import positive_number
+from swap_prune.memory.process import is_out_of_memory
 from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, slice_batch
 
 __all__ = [
@@ -294,9 +295,11 @@ def failures_named(kind: str, batch: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError):
+    except (ValueError, OSError):
         raise
     except Exception as error:  # whatever they raise
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"the loss failed on a {kind} {describe(batch)}: {_first_line(error)}") from error
 
 

@@ -7,16 +7,27 @@ import os
 import re
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["held_memory", "memory_limit", "parse_memory", "peak_memory", "reset_peak_memory", "return_free_memory"]
+__all__ = [
+    "held_memory",
+    "is_out_of_memory",
+    "memory_limit",
+    "parse_memory",
+    "peak_memory",
+    "reset_peak_memory",
+    "return_free_memory",
+    "shortage_named",
+]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SHARE = 0.9  # of what is free, taken by default
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # words of torch's allocator, whose error has no type
 
 
 def parse_memory(budget: str | int) -> int:
@@ -48,6 +59,32 @@ def memory_limit(budget: str | int | None, processes: int = 1, device: torch.dev
     if free is None:
         return None
     return held_memory(device) + int(_SHARE * free / (1 if _is_gpu(device) else processes))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory. Then it says nothing of the network or the data."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+@contextmanager
+def shortage_named() -> Iterator[None]:
+    """Run a block; where there is no memory it ends with what can be done.
+
+    Raises:
+        MemoryError: If there was none.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{error}".splitlines()[0] if str(error) else "out of memory"
+        raise MemoryError(
+            f"there was not enough memory ({reason}): say with memory= how much there is, or use fewer samples, "
+            "storage='mapped' or 'matrix-free'"
+        ) from error
 
 
 def held_memory(device: torch.device | None = None) -> int:

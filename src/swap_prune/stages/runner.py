@@ -30,6 +30,7 @@ from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sket
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
+from swap_prune.memory.process import is_out_of_memory
 from swap_prune.methods import Method
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -318,9 +319,9 @@ class StageRunner:
         singles = list(filter(is_single, split_batches(fitting[:1], 1)))[:APART]
         try:
             return defence.noise_in(self._row_apart(single, generator) for single in singles)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # mini-batches do not need that it does
+        except Exception as error:  # mini-batches do not need that it does
+            if is_out_of_memory(error):
+                raise
             return 0.0
 
     def _row_apart(self, single: Any, generator: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import LossFn
+from swap_prune.memory.process import is_out_of_memory
 from swap_prune.network.bound import Bound, add_gradient, flat_gradient
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
@@ -162,9 +163,11 @@ def _candidate_named() -> Iterator[None]:
     """Run the caller's model and loss with weights that are tried; what they raise becomes a ValueError in a line."""
     try:
         yield
-    except (OSError, torch.OutOfMemoryError):
+    except OSError:
         raise
     except Exception as error:  # whatever they raise
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"the model or the loss failed with weights that pruning tried ({reason}); such a network may give any "
