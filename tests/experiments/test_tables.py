@@ -118,6 +118,16 @@ def test_before_recalibration_has_a_table_where_it_was_measured() -> None:
     assert "statistics, %:\n\n| method | 0.9 |\n|---|---|\n| lr | 70.00 |" in text
 
 
+def test_losses_have_tables_where_they_were_measured() -> None:
+    measured = [result("lr", seed, 90.0, loss=0.5 + seed / 10, loss_before=2.0) for seed in (0, 1)]
+    text = as_markdown(summarise(measured))
+    assert "Test loss:\n\n| method | 0.9 |\n|---|---|\n| lr | 0.550 ± 0.050 |" in text
+    assert "Test loss with the dense network's BatchNorm statistics:" in text and "| lr | 2.000 ± 0.000 |" in text
+    (row,) = csv.DictReader(io.StringIO(as_csv(summarise(measured))))
+    assert (float(row["loss"]), float(row["loss_before"])) == (pytest.approx(0.55), 2.0)
+    assert "Test loss" not in as_markdown(summarise([result("lr", 0, 90.0, loss=None)]))
+
+
 def test_versions_that_differ_are_told() -> None:
     assert "Made with torch 2" in summarise(RESULTS).notes[-1]
     mixed = [*RESULTS, result("lr", 5, 90.0, versions={"torch": "3"})]

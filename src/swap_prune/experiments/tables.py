@@ -44,8 +44,12 @@ class Estimate:
         error = statistics.stdev(there) / len(there) ** 0.5 if len(there) > 1 else None
         return cls(statistics.fmean(there), error, len(there))
 
+    def shown(self, digits: int = 2) -> str:
+        """Return the mean and its error with some digits behind the point."""
+        return f"{self.mean:.{digits}f}" + ("" if self.error is None else f" ± {self.error:.{digits}f}")
+
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
+        return self.shown()
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class Cell:
         stages: Number of stages, or ``"auto"``.
         noise: Noise spec, or ``"none"``.
         accuracy: In percent.
-        loss: Mean cross-entropy.
+        loss: Mean cross-entropy on the test images.
         accuracy_before: Accuracy with the dense network's BatchNorm statistics.
+        loss_before: The loss with them.
         difference: Accuracy less that of the reference method, paired.
         lost_to_noise: The method's own accuracy without noise less that with it, paired.
         seconds: Of ``prune``, the median: the first run of a process is slower than the others.
@@ -74,6 +79,7 @@ class Cell:
     accuracy: Estimate | None
     loss: Estimate | None
     accuracy_before: Estimate | None
+    loss_before: Estimate | None
     difference: Estimate | None
     lost_to_noise: Estimate | None
     seconds: float | None
@@ -165,6 +171,7 @@ def _cell(
         accuracy=Estimate.over(run.accuracy for run in own.values()),
         loss=Estimate.over(run.loss for run in own.values()),
         accuracy_before=Estimate.over(run.accuracy_before for run in own.values()),
+        loss_before=Estimate.over(run.loss_before for run in own.values()),
         difference=None
         if runs is others
         else Estimate.over(_less(run, others.get(point)) for point, run in own.items()),
@@ -211,6 +218,8 @@ def _gathered(results: Sequence[RunResult]) -> list[str]:
 
 def _settings(result: RunResult) -> str:
     shown = {name: result.settings[name] for name in ("samples", "schedule", "recalibrate_batchnorm")}
+    if "min_keep" in result.settings:
+        shown["min_keep"] = result.settings["min_keep"]
     if "finetune" in result.settings:
         shown |= {f"fine-tuning {name}": value for name, value in result.settings["finetune"].items()}
     if result.test_samples is not None:
@@ -227,22 +236,24 @@ def as_markdown(summary: Summary) -> str:
     for panel in summary.panels():
         stages, noise = panel
         lines += ["", f"## {stages} stage{'s' * (stages != 1)}, noise: {noise}"]
-        for title, pick in _QUESTIONS.items():
-            lines += _table(summary, panel, title.format(reference=summary.reference), pick)
+        for title, (pick, digits) in _QUESTIONS.items():
+            lines += _table(summary, panel, title.format(reference=summary.reference), pick, digits)
         lines += _cost(summary, panel)
     return "\n".join(lines) + "\n"
 
 
-_QUESTIONS: dict[str, Callable[[Cell], Estimate | None]] = {
-    "Accuracy, %": lambda cell: cell.accuracy,
-    "Accuracy less that of {reference}, same seeds": lambda cell: cell.difference,
-    "Accuracy with the dense network's BatchNorm statistics, %": lambda cell: cell.accuracy_before,
-    "Own accuracy without noise less that with it, same seeds": lambda cell: cell.lost_to_noise,
+_QUESTIONS: dict[str, tuple[Callable[[Cell], Estimate | None], int]] = {  # what is shown, digits behind the point
+    "Accuracy, %": (lambda cell: cell.accuracy, 2),
+    "Accuracy less that of {reference}, same seeds": (lambda cell: cell.difference, 2),
+    "Own accuracy without noise less that with it, same seeds": (lambda cell: cell.lost_to_noise, 2),
+    "Accuracy with the dense network's BatchNorm statistics, %": (lambda cell: cell.accuracy_before, 2),
+    "Test loss": (lambda cell: cell.loss, 3),
+    "Test loss with the dense network's BatchNorm statistics": (lambda cell: cell.loss_before, 3),
 }
 
 
 def _table(
-    summary: Summary, panel: tuple[int | str, str], title: str, pick: Callable[[Cell], Estimate | None]
+    summary: Summary, panel: tuple[int | str, str], title: str, pick: Callable[[Cell], Estimate | None], digits: int
 ) -> list[str]:
     """Return a table of methods by sparsity; nothing, where there is nothing to show."""
     rows = {label: {cell.sparsity: pick(cell) for cell in summary.row(label, panel)} for label in summary.labels()}
@@ -257,7 +268,7 @@ def _table(
         shown = []
         for estimate in map(row.get, sparsities):
             fewer = f" ({estimate.runs} runs)" if estimate is not None and estimate.runs < summary.seeds else ""
-            shown.append("-" if estimate is None else f"{estimate}{fewer}")
+            shown.append("-" if estimate is None else f"{estimate.shown(digits)}{fewer}")
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
     return lines
 
@@ -275,7 +286,7 @@ def _cost(summary: Summary, panel: tuple[int | str, str]) -> list[str]:
 
 def as_csv(summary: Summary) -> str:
     """Return one line a cell; an estimate takes three columns: mean, error and number of runs."""
-    estimates = ("accuracy", "loss", "accuracy_before", "difference", "lost_to_noise")
+    estimates = ("accuracy", "loss", "accuracy_before", "loss_before", "difference", "lost_to_noise")
     columns = [name for field in estimates for name in (field, f"{field}_error", f"{field}_runs")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
