@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import EWR, LR, METHODS, prune
 from swap_prune.experiments.demo import embedded_data, embedded_network
+from swap_prune.experiments.zoo import build_model
 from swap_prune.pipeline import plan
 from tests.test_pipeline import small_data, small_network
 
@@ -243,3 +244,16 @@ def test_rows_are_of_sixteen_samples_however_few_run_at_once(monkeypatch: pytest
         outcomes.append(report.stages[0].evidence["candidates"][0]["held_out_loss"])
         sizes.clear()
     assert outcomes[0] == pytest.approx(outcomes[1], rel=0.2), "the same rows; judged on batches of 16 and 8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lr", "magnitude"])
+def test_resnet50_goes_through(method: str) -> None:
+    """25.5 million weights and 54 layers with a BatchNorm each; random weights and images."""
+    torch.manual_seed(0)
+    model, _ = build_model("resnet50")
+    data = TensorDataset(torch.randn(24, 3, 64, 64), torch.randint(1000, (24,)))
+    report = prune(model, data, 0.9, method, samples=16, memory="8GB", progress=False)
+    assert report.total == 25_502_912 and report.kept == math.floor(report.total * (1 - 0.9))
+    assert int(masks(model).sum()) == report.kept
+    assert bool(model.eval()(torch.randn(2, 3, 64, 64)).isfinite().all())

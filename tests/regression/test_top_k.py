@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +72,17 @@ def test_layers_keep_their_share_and_the_sum_is_the_largest() -> None:
             ]
             assert tuple(found.tolist()) in allowed
             assert float(scores[found].sum()) == max(float(scores[list(one)].sum()) for one in allowed)
+
+
+@pytest.mark.slow
+def test_indices_go_beyond_what_32_bits_hold(tmp_path: Path) -> None:
+    """In a file with holes, of 8.6 GB that take no room; ties are those of lowest index there too."""
+    size = 2**31 + 8
+    scores = torch.from_file(str(tmp_path / "scores"), shared=True, size=size, dtype=torch.float32)
+    places = [5, 2**31 - 1, 2**31, 2**31 + 3, size - 1]
+    for rank, place in enumerate(places):
+        scores[place] = 1.0 + rank % 2
+    assert top_k(scores, len(places)).tolist() == places
+    assert top_k(scores, 2).tolist() == [2**31 - 1, 2**31 + 3]
+    assert top_k(scores, 3).tolist() == [5, 2**31 - 1, 2**31 + 3], "of three that are equal"
+    assert top_k(scores, len(places) + 2).tolist() == [0, 1, *places]
