@@ -140,6 +140,25 @@ def test_a_level_below_that_of_the_best_at_its_end_is_never_refused(
     assert len(taken) == walks and torch.equal(solution.weights, taken[-1])
 
 
+@pytest.mark.parametrize(
+    ("removed", "keep", "blank", "compared"),
+    [(0, 19, 1.0, True), (0, 20, 1.0, False), (10, 14, 1.0, True), (10, 15, 1.0, False), (0, 20, 0.4, True)],
+)
+def test_where_little_is_removed_candidates_are_compared_by_what_they_start_from(
+    removed: int, keep: int, blank: float, compared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best alone takes steps then, unless it has lost all; what an earlier stage removed is not there any more."""
+    held_out, seen, taken = scripted(monkeypatch, (0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.35, 0.1))
+    problem = replace(problem_with(held_out), blank=lambda: torch.full((3,), blank, dtype=torch.float64))
+    reference = problem.reference.clone()
+    reference[:removed] = 0.0
+    candidates = contest._Contest(LR(floor=0), replace(problem, reference=reference, keep=keep))
+    candidates.compare_all()
+    assert len(seen) == 4 and bool(taken) == compared
+    if not compared:
+        assert candidates.best.loss == pytest.approx(0.4) and candidates.best.steps is None
+
+
 def test_the_network_without_weights_is_asked_for_where_steps_are_taken() -> None:
     def blank() -> Tensor:
         raise AssertionError("asked")

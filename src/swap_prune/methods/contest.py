@@ -35,6 +35,7 @@ from swap_prune.regression.swap import swap_weights
 
 __all__ = ["Paired", "fit_pairing"]
 
+_MILD = 0.5  # of the weights that are there: a stage that keeps so many compares candidates as they start
 _OTHERS = 1.0  # steps of all other candidates, in units of those of the best
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
 
@@ -114,7 +115,7 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
 
 
 class _Contest:
-    """Candidates compared by their held-out losses, where steps will be taken, after them.
+    """Candidates compared by their held-out losses; where steps will be taken and much is removed, after them.
 
     Where a fit starves a layer, the same candidate is fitted with floors. The regression knows what each weight is
     worth beside those that are there, and not that none of them counts once all of a layer are gone. A floor stays
@@ -123,6 +124,9 @@ class _Contest:
     Among metrics that is not so. One that starts no higher than the best started takes its steps, until they end or it
     falls behind: the best, or where one after it starts. Those of the best are kept; all others together take as many,
     and after that only a fit that starts below the best's end takes any.
+
+    A stage that keeps half of the weights that are there, as each of many does, loses little. Where candidates start
+    then says what steps would: the best alone takes them, unless it has lost all.
 
     A fit that is no better than the network without any weight has lost all, and its loss says little about what steps
     will make of it. So it takes part beside the one with a floor; and beside a best that had lost all,
@@ -147,6 +151,7 @@ class _Contest:
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
+        self._is_mild = problem.keep >= _MILD * int(problem.reference.count_nonzero())
 
     @property
     def best(self) -> _Fitted:
@@ -155,11 +160,13 @@ class _Contest:
         return self._best
 
     def compare_all(self) -> None:
-        """Fit the candidates, then compare them where their steps end."""
+        """Fit the candidates, then compare them where their steps end, or where they start."""
         first, *others = self._fit_all()
         self._beginning = self._last = None  # no path is walked any more
         fits = [first, *sorted(others, key=lambda one: one.loss)]
         del first, others
+        if self._is_mild and not self._has_lost(min(one.loss for one in fits)):
+            self._takes_steps = False
         while fits:
             self._judge(fits.pop(0), min((one.loss for one in fits), default=math.inf))
 
