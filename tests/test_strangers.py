@@ -261,7 +261,7 @@ def test_a_gpu_that_is_full_is_not_a_network_that_refuses(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("swap_prune.fisher.capture.OutputGradients.fill_rows", full)
     data = TensorDataset(torch.randn(8, 4), torch.randint(2, (8,)))
-    with pytest.raises(MemoryError, match="CUDA out of memory.*say with memory= how much"):
+    with pytest.raises(MemoryError, match=r"CUDA out of memory.*say with memory= how much"):
         prune(model, data, 0.5, "lr", progress=False)
     assert tried == [1]
 

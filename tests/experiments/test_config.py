@@ -62,6 +62,7 @@ BAD = {
     "no name": (GOOD.replace('name = "lr"', 'label = "x"'), "methods.0.name: this key is missing"),
     "no methods": (GOOD[: GOOD.index("[[")] + "methods = []", "methods: "),
     "equal labels": (GOOD.replace("ewr", "lr").replace("anchor", "ridge"), "labels must be distinct, got 'lr'"),
+    "unknown storage": (GOOD.replace('name = "lr"', 'name = "lr"\nstorage = "shed"'), "methods.0.storage: "),
     "unknown defence": (GOOD.replace('name = "lr"', 'name = "lr"\ndefence = "wall"'), "methods.0.defence: "),
     "equal settings": (GOOD + '[[methods]]\nname = "lr"\nlabel = "again"', "under two labels"),
     "label": (GOOD + 'label = "a|b"', "methods.1.label: must be one line of text without |, and not only blanks"),
@@ -187,11 +188,12 @@ def test_ids_depend_on_the_weights_but_not_on_their_path() -> None:
     assert a == b != c
 
 
-def test_a_method_with_and_without_defence_are_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("defence", "none"), ("storage", "low-rank")])
+def test_a_method_that_is_run_in_two_ways_is_two(key: str, value: str, tmp_path: Path) -> None:
     (tmp_path / "two.toml").write_text(
         GOOD[: GOOD.index("[[")]
-        + '[[methods]]\nname = "lr"\n[[methods]]\nname = "lr"\nlabel = "bare"\ndefence = "none"\n'
+        + f'[[methods]]\nname = "lr"\n[[methods]]\nname = "lr"\nlabel = "bare"\n{key} = "{value}"\n'
     )
     runs = plan_runs(read_experiment(tmp_path / "two.toml"), "")
     assert len({run.id for run in runs}) == len(runs)
-    assert {run.method.label: run.settings.get("defence") for run in runs} == {"lr": None, "bare": "none"}
+    assert {run.method.label: run.settings.get(key) for run in runs} == {"lr": None, "bare": value}

@@ -30,6 +30,7 @@ from pydantic import (
 
 from swap_prune.checks import is_number
 from swap_prune.fisher.noise import parse_noise
+from swap_prune.memory.planning import check_storage
 from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.schedule import SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
@@ -65,6 +66,11 @@ def _differ(specs: list[str]) -> list[str]:
             first = specs[models.index(own)]
             raise ValueError(f"must differ, got {first!r} and {specs[number]!r}, which are the same: leave one out")
     return specs
+
+
+def _check_storage(name: str) -> str:
+    check_storage(name)
+    return name
 
 
 def _check_schedule(name: str) -> str:
@@ -108,18 +114,24 @@ class MethodEntry(_Table):
         label: Its name in the tables, to tell two settings of one method apart; by default the name.
         settings: Fields of the method's config.
         defence: As for ``prune``.
+        storage: As for ``prune``.
     """
 
     name: str
     label: Annotated[str, AfterValidator(_check_label)]
     settings: dict[str, Any] = {}
     defence: Literal["auto", "none"] = "auto"
+    storage: Annotated[str, AfterValidator(_check_storage)] = "auto"
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the default defence out, so that files are those of before there was a choice."""
+        """Leave out what is the default, so that files are those of before there was a choice."""
         table: dict[str, Any] = handler(self)
-        return {name: value for name, value in table.items() if (name, value) != ("defence", "auto")}
+        return {name: value for name, value in table.items() if name not in self.ways() or value != "auto"}
+
+    def ways(self) -> dict[str, str]:
+        """Return how it is run, beside its settings: what is not the default is a part of a run's id."""
+        return {"defence": self.defence, "storage": self.storage}
 
     @model_validator(mode="before")
     @classmethod
@@ -205,10 +217,12 @@ class Experiment(_Table):
         for number, label in enumerate(labels):
             if label in labels[:number]:
                 raise ValueError(f"labels must be distinct, got {label!r} twice: give one of them another label")
-        entries = [(method.resolve(), method.defence) for method in methods]
+        entries = [(method.resolve(), method.ways()) for method in methods]
         for number, entry in enumerate(entries):
             if entry in entries[:number]:
-                raise ValueError(f"must differ in name, settings or defence, got {labels[number]!r} under two labels")
+                raise ValueError(
+                    f"must differ in name, settings, defence or storage, got {labels[number]!r} under two labels"
+                )
         return methods
 
 
@@ -281,8 +295,7 @@ _SHARED = set(Experiment.model_fields) - {"methods", "sparsities", "stages", "no
 def _run(method: MethodEntry, seed: int, settings: dict[str, Any]) -> Run:
     solver = method.resolve()
     settings = settings | {"method": {"name": method.name, **asdict(solver)}}  # type: ignore[call-overload]
-    if method.defence != "auto":  # runs with the default keep the ids of before there was a choice
-        settings |= {"defence": method.defence}
+    settings |= {name: way for name, way in method.ways().items() if way != "auto"}
     text = json.dumps([settings, seed], sort_keys=True, default=str)  # TOML has dates
     return Run(hashlib.sha256(text.encode()).hexdigest()[:16], method, seed, settings)
 

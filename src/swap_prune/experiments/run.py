@@ -159,6 +159,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         finetune=experiment.finetune,
         noise=None if noise == "none" else noise,
         defence=run.method.defence,
+        storage=run.method.storage,
         seed=run.seed,
     )
 
