@@ -132,7 +132,8 @@ def prune(
     ignore: Ignore = None,
     noise: Noise = None,
     defence: Annotated[
-        str, typer.Option(help="auto: hold against noise that is seen in gradients, labels and inputs; or none")
+        str,
+        typer.Option(help="auto: hold against noise seen in gradients, labels and inputs; some: labels+inputs; none"),
     ] = "auto",
     recalibrate: Recalibrate = True,
     finetune: Annotated[

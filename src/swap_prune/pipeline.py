@@ -111,7 +111,8 @@ def prune(
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true
             gradients have; clean gradients are left alone. It scales rows down that stand out, and lets the network's
             own predictions stand for labels that they contradict too often, and shifts attacked inputs back. None or
-            ``"none"`` does not look.
+            ``"none"`` does not look; ``"gradients"``, ``"labels"`` and ``"inputs"``, or some of them joined with ``+``,
+            look there alone.
         memory: Budget of the process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
             GPU its own memory is meant. A run that would need more is refused before any work; see :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``
@@ -304,7 +305,7 @@ def _runner(
         calibration=calibration,
         recalibration=calibration.beside(recalibration_data, forked_generator(run.seed, "recalibration")),
         normalised=run.normalised,
-        defended=run.defended,
+        defences=run.defences,
         finetune=run.finetune,
         storage=held,
         floors=run.floors,
@@ -318,12 +319,12 @@ def _taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -
     if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
         return runner
     teacher = Teacher(runner.model, changing, loss, before)
-    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once)
+    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, runner.defences)
     return replace(
         runner,
         teacher=teacher if asks else None,
         trainer=teacher if distils else None,
-        doubts=doubts if asks and runner.defended else None,
+        doubts=doubts if asks and doubts.looks else None,
     )
 
 

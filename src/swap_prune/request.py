@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from swap_prune.checks import checked_seed, whole_number
+from swap_prune.defences import parse_defence
 from swap_prune.distributed import process_count
 from swap_prune.fisher.footprint import SavedBytes
 from swap_prune.fisher.layers import UnsupportedLayerError
@@ -55,7 +56,7 @@ class Run:
         loss: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         normalised: Whether BatchNorm is recalibrated.
-        defended: Whether noise is looked for.
+        defences: Where noise is looked for: gradients, labels, inputs.
         finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
         seed: Of the run's random state.
@@ -71,7 +72,7 @@ class Run:
     loss: LossFn
     curvature: GaussNewtonLoss | None
     normalised: bool
-    defended: bool
+    defences: frozenset[str]
     finetune: FineTune | None
     samples: int
     seed: int
@@ -112,8 +113,7 @@ def check_run(
         raise ValueError(f"recalibrate_batchnorm must be True or False, got {recalibrate_batchnorm!r}")
     solver, noise_model = resolve_method(method), parse_noise(noise)
     schedules = stage_schedules(sparsity, stages, schedule)
-    if defence not in ("auto", "none", None):
-        raise ValueError(f"defence must be 'auto', 'none' or None, got {defence!r}")
+    defences = parse_defence(defence)
     if finetune is not None and not isinstance(finetune, FineTune):
         raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
     if finetune is not None and not any(parameter.requires_grad for parameter in model.parameters()):
@@ -139,7 +139,7 @@ def check_run(
         loss=loss,
         curvature=_curvature(solver, loss),
         normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
-        defended=defence == "auto",
+        defences=defences,
         finetune=finetune,
         samples=samples,
         seed=seed,
@@ -205,7 +205,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         spare=spare,
         judged=judged,
         recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,
-        doubted=run.defended and run.solver.needs_held_out and isinstance(run.loss, CrossEntropy),
+        doubted=bool(run.defences - {"gradients"}) and run.solver.needs_held_out and isinstance(run.loss, CrossEntropy),
         trained=0 if run.finetune is None else run.finetune.batch_size,
         training=0 if run.finetune is None else run.finetune.arrays * trainable,
         largest_parameter=max((p.nbytes for p in model.parameters() if p.requires_grad), default=0),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
+from swap_prune.defences import parse_defence
 from swap_prune.doubts.inputs import (
     _is_rarer_than_chance,
     labels_contradicted,
@@ -224,3 +225,26 @@ def test_prune_reports_what_it_undid_and_gains_by_it(network: nn.Module) -> None
     bare, left = pruned(None)
     assert all(undone) and not any(left)
     assert defended > bare + 0.02
+
+
+SEEN = {"gradients": "noise_seen", "labels": "label_noise", "inputs": "inputs_shifted_back"}
+
+
+@pytest.mark.parametrize("defence", ["gradients", "labels", "inputs", "labels+inputs", "auto", None])
+def test_a_defence_looks_where_it_is_told_to(defence: str | None, network: nn.Module) -> None:
+    """Each noise is seen by its own defence alone."""
+    sources = {"gradients": "gradient:std=2", "labels": "labels:fraction=0.5", "inputs": "adversarial:budget=0.7"}
+    for hit, noise in sources.items():
+        model = nn.Sequential(nn.Linear(_SIZE, 64), nn.ReLU(), nn.Linear(64, _CLASSES))
+        model.load_state_dict(network.state_dict())
+        data = TensorDataset(*task(600, 30))
+        options: dict[str, Any] = {"samples": 300, "defence": defence, "progress": False}
+        report = swap_prune.prune(model, data, 0.8, "lr", noise=noise, **options)
+        looked = {"auto": set(SEEN), None: set()}.get(defence, set((defence or "").split("+")))
+        assert (SEEN[hit] in report.stages[0].evidence) == (hit in looked), hit
+
+
+@pytest.mark.parametrize("wrong", ["", "+", "labels+", "auto+labels", "wall", 3, True, ["labels"]])
+def test_a_defence_that_is_none(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="defence must be 'auto', 'none' or None, or some of gradients, labels"):
+        parse_defence(wrong)

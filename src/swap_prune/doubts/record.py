@@ -12,12 +12,13 @@ Place in the pipeline: a defence, around capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swap_prune.defences import DEFENCES
 from swap_prune.doubts.inputs import (
     Network,
     can_be_asked,
@@ -43,6 +44,7 @@ class Doubts:
         loss_fn: Per-sample loss.
         keep: Makes a list of altered batches, each of which comes as it is put in its place.
         at_once: Samples that are shifted at once.
+        defences: What is doubted: labels, inputs.
     """
 
     def __init__(
@@ -51,12 +53,19 @@ class Doubts:
         loss_fn: GaussNewtonLoss,
         keep: Callable[[Iterable[Any]], list[Any]] = list,
         at_once: int = AT_ONCE,
+        defences: Collection[str] = DEFENCES,
     ) -> None:
         self._teacher = teacher
         self._loss_fn = loss_fn
         self._keep, self._at_once = keep, at_once
+        self._doubts_inputs, self._doubts_labels = "inputs" in defences, "labels" in defences
         self._radius: float | None = None  # by which inputs were seen to have been shifted
         self._labels: LabelDoubt | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether anything is doubted."""
+        return self._doubts_inputs or self._doubts_labels
 
     def restore(
         self, model: nn.Module, fitting: list[Any], held_out: list[Any], generator: torch.Generator
@@ -74,7 +83,7 @@ class Doubts:
         """
         with eval_mode(model):
             check_calibration(model, self._loss_fn, fitting)
-        if self._radius is None:
+        if self._radius is None and self._doubts_inputs:
             self._look(fitting, generator)
         if self._radius is None or not can_be_asked(self._loss_fn, fitting):
             return fitting, held_out, None
@@ -110,6 +119,8 @@ class Doubts:
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]
     ) -> tuple[list[Taught], list[Taught], float | None]:
         """Return batches whose labels have the trust that they deserve, and the share of labels that say nothing."""
+        if not self._doubts_labels:
+            return list(fitting), list(held_out), None
         outputs = [one.teacher for one in fitting if one.teacher is not None]
         seen = doubt_labels(self._loss_fn, outputs, [one.batch for one in fitting])
         if seen is not None and (self._labels is None or seen.rate > self._labels.rate):

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from swap_prune.checks import is_number
+from swap_prune.defences import parse_defence
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
 from swap_prune.methods import METHODS, Method, resolve_method
@@ -66,6 +67,11 @@ def _differ(specs: list[str]) -> list[str]:
             first = specs[models.index(own)]
             raise ValueError(f"must differ, got {first!r} and {specs[number]!r}, which are the same: leave one out")
     return specs
+
+
+def _check_defence(defence: str) -> str:
+    parse_defence(defence)
+    return defence
 
 
 def _check_storage(name: str) -> str:
@@ -120,7 +126,7 @@ class MethodEntry(_Table):
     name: str
     label: Annotated[str, AfterValidator(_check_label)]
     settings: dict[str, Any] = {}
-    defence: Literal["auto", "none"] = "auto"
+    defence: Annotated[str, AfterValidator(_check_defence)] = "auto"
     storage: Annotated[str, AfterValidator(_check_storage)] = "auto"
 
     @model_serializer(mode="wrap")

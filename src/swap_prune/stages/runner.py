@@ -70,7 +70,7 @@ class StageRunner:
         calibration: Where samples come from.
         recalibration: Where those for BatchNorm's statistics come from.
         normalised: Whether BatchNorm is recalibrated.
-        defended: Whether noise in gradients is looked for.
+        defences: Where noise is looked for: gradients, labels, inputs.
         finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
         floors: How many weights of a layer are kept at the least, by its name.
         storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense; where no rows
@@ -93,7 +93,7 @@ class StageRunner:
     calibration: CalibrationStream
     recalibration: CalibrationStream
     normalised: bool
-    defended: bool
+    defences: frozenset[str]
     finetune: FineTune | None = None
     storage: Storage = Storage()  # noqa: RUF009 (immutable)
     floors: Mapping[str, int] = field(default_factory=dict)
@@ -294,7 +294,7 @@ class StageRunner:
         factor = capture.factor
         if isinstance(factor, DenseFactor):
             factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
-        if not self.defended or not self.storage.holds_rows:
+        if "gradients" not in self.defences or not self.storage.holds_rows:
             return factor, None
         per_sample = self.curvature is None or not self._in_batches(fitting)
         defence = LowRank.of(self.model, self.selection, self.loss_fn, fitting[0], per_sample=per_sample)
@@ -362,7 +362,7 @@ class StageRunner:
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.mean_row,
             per_sample=not in_batches,
-            clip=clip_rows_ if self.defended else None,
+            clip=clip_rows_ if "gradients" in self.defences else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
