@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from swap_prune.checks import user_path
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.device import check_network
 from swap_prune.report import LayerReport, PruningReport
 
@@ -257,6 +258,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except ValueError:
         raise
     except Exception as error:  # a damaged file raises whatever it leads torch to
+        pass_on_shortage(error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"weights file {path} is damaged or not a checkpoint: {reason}") from error
     for key in ("state_dict", "model"):

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from swap_prune.memory.process import is_out_of_memory, pass_on_shortage
 from swap_prune.samples.batches import map_tensors
 
 __all__ = [
@@ -188,6 +189,7 @@ class Team:
         try:
             return speak()
         except RuntimeError as error:
+            pass_on_shortage(error)
             raise lost(self.rank, self.size, error) from error
 
 
@@ -259,6 +261,7 @@ def team_of(device: torch.device) -> Iterator[Team]:
             dist.barrier()  # with the patience of the group: processes may start minutes apart
         group = dist.new_group(timeout=_timeout(), backend="nccl" if cuda else "gloo")
     except RuntimeError as error:
+        pass_on_shortage(error)
         raise lost(rank, size, error) from error
     try:
         yield Team(rank, size, device if cuda else torch.device("cpu"), group)
@@ -290,9 +293,9 @@ def launched() -> Iterator[None]:
     except Exception as error:
         if not _fails_first(store, rank):
             raise EndedByAnother(2) from error
-        if isinstance(error, ValueError | MemoryError) and size > 1:
-            kind = MemoryError if isinstance(error, MemoryError) else ValueError
-            raise kind(f"process {rank} of {size}: {error}") from error
+        short = is_out_of_memory(error)
+        if (short or isinstance(error, ValueError)) and size > 1:
+            raise (MemoryError if short else ValueError)(f"process {rank} of {size}: {error}") from error
         raise
     finally:
         dist.destroy_process_group()

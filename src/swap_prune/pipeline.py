@@ -29,7 +29,7 @@ from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.process import memory_limit, shortage_named
-from swap_prune.memory.scratch import scratch_directory
+from swap_prune.memory.scratch import delete_abandoned, scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
@@ -53,6 +53,7 @@ _IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
 _LEFT_ALONE = 0.1  # of the weights, in layers of other kinds than the default targets: more than that is said
 
 
+@shortage_named()
 def prune(
     model: nn.Module,
     data: Any,
@@ -154,14 +155,13 @@ def prune(
     place = _place(model, device)
     held, notes = _settle_storage(model, data, run, place, memory, scratch)
     if device is not None:
-        model.to(place)
+        _move(model, place)
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
     runner = _runner(model, data, recalibration_data, run, place, held, spill)
     changing = run.selection if finetune is None else None  # fine-tuning changes every parameter
     backwards = run.solver.needs_gradients or finetune is not None
     laid = takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)
     with (
-        shortage_named(),
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
         torch.autocast(place.type, enabled=False),
         _shared(held, place) as shared,
@@ -253,12 +253,23 @@ def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     return next(model.parameters()).device if device is None else usable_device(device)
 
 
+def _move(model: nn.Module, place: torch.device) -> None:
+    """Move a model, or leave it where it was."""
+    own = next(model.parameters()).device
+    try:
+        model.to(place)
+    except BaseException:
+        model.to(own)  # what had been moved
+        raise
+
+
 def _settle_storage(
     model: nn.Module, data: Any, run: Run, place: torch.device, memory: str | int | None, scratch: str | Path | None
 ) -> tuple[Storage, list[str]]:
     """Choose how G is held, and say what a reader should know of that."""
     if not run.solver.needs_gradients:
         return Storage(), []
+    delete_abandoned(scratch)  # it takes room that there might be
     limit = memory_limit(memory, local_count(), place)
     chosen = plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
     held, notes = chosen.require().storage, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
 from swap_prune.memory.planning import Workload, plan_memory
@@ -65,8 +66,9 @@ def test_what_is_held_counts_and_the_default_lies_above_it() -> None:
     assert limit is not None and limit > held_memory() > 50 * 2**20, "torch alone is more"
 
 
-@pytest.mark.parametrize("calls", [0, 3, 40], ids=["first", "capture", "later"])
-def test_without_memory_it_ends_with_what_to_do(calls: int) -> None:
+@pytest.mark.parametrize("storage", ["float32", "matrix-free"])
+@pytest.mark.parametrize("calls", [*range(20), 25, 30, 40])
+def test_without_memory_it_ends_with_what_to_do(calls: int, storage: str) -> None:
     """Wherever it runs out, in a loss as well: that is not a fault of the loss, and the network is as it was."""
     torch.manual_seed(0)
     model, left = nn.Linear(6, 3), calls
@@ -81,9 +83,38 @@ def test_without_memory_it_ends_with_what_to_do(calls: int) -> None:
         return nn.functional.cross_entropy(network(batch[0]), batch[1], reduction="none")
 
     with pytest.raises(MemoryError, match=r"not enough memory \(.*allocate memory.*\): say with memory= how much"):
-        swap_prune.prune(model, data, 0.5, "lr", loss_fn=loss, stages=4, samples=40, progress=False)
+        swap_prune.prune(model, data, 0.5, "lr", loss_fn=loss, stages=4, samples=40, storage=storage, progress=False)
     assert torch.equal(model.weight, before)
-    assert not is_out_of_memory(RuntimeError("shape '[3]' is invalid")) and is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("shape '[3]' is invalid"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_what_says_that_there_was_no_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_data_that_find_no_memory_are_not_bad_data() -> None:
+    class Large(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            raise MemoryError("of the data")
+
+    data = Large(torch.randn(60, 6), torch.randint(3, (60,)))
+    for loader in (data, DataLoader(data, batch_size=8), DataLoader(data, batch_size=8, num_workers=1)):
+        with pytest.raises(MemoryError, match="there was not enough memory"):
+            swap_prune.prune(nn.Linear(6, 3), loader, 0.5, "lr", samples=40, progress=False)
 
 
 def load(n: int, p: int, method: str = "lr", keep: float = 0.1) -> Workload:

@@ -16,26 +16,25 @@ from torch.utils.data import TensorDataset
 import swap_prune
 from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.storage import Storage
-from swap_prune.memory.scratch import scratch_directory
+from swap_prune.memory import scratch
+from swap_prune.memory.scratch import delete_abandoned, scratch_directory
 
 pytest.importorskip("fcntl")
 
 
-def pruned(scratch: Path, wait_for: str = "") -> dict[str, Tensor]:
+def pruned(place: Path, wait_for: str = "") -> dict[str, Tensor]:
     """Prune with G in a file; stop for ever once there is a file of some name."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     data = TensorDataset(torch.randn(120, 8), torch.randint(3, (120,)))
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-        if wait_for and any(scratch.rglob(wait_for)):
+        if wait_for and any(place.rglob(wait_for)):
             print("reached", flush=True)
             time.sleep(600)
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    swap_prune.prune(
-        model, data, 0.8, "lr", loss_fn=loss, samples=80, storage="mapped", scratch=scratch, progress=False
-    )
+    swap_prune.prune(model, data, 0.8, "lr", loss_fn=loss, samples=80, storage="mapped", scratch=place, progress=False)
     return model.state_dict()
 
 
@@ -47,9 +46,9 @@ def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, moment:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "reached\n"
-            with scratch_directory(Storage("mapped", scratch=tmp_path / "killed")):
-                left = list((tmp_path / "killed").rglob(moment))
-                assert len(left) == 1, "of a process that lives: nobody else deletes it"
+            delete_abandoned(tmp_path / "killed")
+            left = list((tmp_path / "killed").rglob(moment))
+            assert len(left) == 1, "of a process that lives: nobody else deletes it"
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL and left[0].exists()
@@ -61,9 +60,29 @@ def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, moment:
     assert all(torch.equal(after[name], quiet[name]) for name in quiet)
 
 
-def test_a_directory_without_a_lock_is_nobodys_to_delete(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [None, "", "swap-prune scratch\nanother-machine\n\n"])
+def test_what_is_not_known_to_be_abandoned_is_nobodys_to_delete(text: str | None, tmp_path: Path) -> None:
+    """No lock, somebody's own file of that name, the lock of a machine that shares the disk."""
     (tmp_path / "swap-prune-notes").mkdir()
-    (tmp_path / "swap-prune-report.txt").write_text("kept")
+    (tmp_path / "swap-prune-notes" / "lock").write_text("mine")
+    if text is not None:
+        (tmp_path / "swap-prune-notes.lock").write_text(text)
+    (tmp_path / "swap-prune-linked.lock").symlink_to(tmp_path / "swap-prune-notes" / "lock")
+    before = sorted(tmp_path.rglob("*"))
+    delete_abandoned(tmp_path)
     with scratch_directory(Storage("mapped", scratch=tmp_path)) as placed:
         assert placed.scratch is not None and placed.scratch.parent == tmp_path and placed.scratch.is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["swap-prune-notes", "swap-prune-report.txt"]
+        assert placed.scratch.with_suffix(".lock").read_bytes() == scratch._mark()
+        delete_abandoned(tmp_path)
+        assert placed.scratch.is_dir(), "a process's own is locked for itself as well"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lock_alone_and_a_directory_half_deleted_go_too(tmp_path: Path) -> None:
+    (tmp_path / "swap-prune-a").mkdir()
+    (tmp_path / "swap-prune-a" / "G.fisher").write_bytes(b"0")
+    for name in ("a", "b"):
+        (tmp_path / f"swap-prune-{name}.lock").write_bytes(scratch._mark())
+    delete_abandoned(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    delete_abandoned(tmp_path / "nowhere")

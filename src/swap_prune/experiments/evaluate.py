@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from swap_prune.experiments.images import iterate
 from swap_prune.losses import check_labels, check_pair, describe
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import eval_mode, exact_kernels
 
@@ -70,6 +71,7 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
             try:
                 logits = model(inputs)
             except Exception as error:  # whatever the caller's model raises
+                pass_on_shortage(error)
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise ValueError(f"the model failed on test images {describe(inputs)}: {reason}") from error
             if not isinstance(logits, Tensor):

@@ -21,6 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swap_prune.memory.process import pass_on_shortage
+
 
 class MLPNet(nn.Module):
     """Multilayer perceptron 784-40-20-10 with ReLU and no biases: 32,360 weights.
@@ -270,6 +272,7 @@ def call_named(spec: str, parameter: str, /, **options: Any) -> Any:
         try:
             return operator.attrgetter(attribute)(importlib.import_module(module_name))(**options)
         except (Exception, SystemExit) as error:  # a user's module may raise anything, even call sys.exit
+            pass_on_shortage(error)
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
                 f"{parameter} must be an importable package.module:name that takes the options "

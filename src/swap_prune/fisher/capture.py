@@ -32,7 +32,7 @@ from swap_prune.fisher.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.shared_rows import SharedStore
 from swap_prune.fisher.storage import CHUNK_BYTES, RowSink, RowStore, Storage, check_rows
 from swap_prune.losses import LossFn, check_calibration, check_independence, check_losses, describe, least_precise
-from swap_prune.memory.process import is_out_of_memory
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.bound import Bound, functional_call
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import batch_size, is_sliceable, map_tensors, slice_batch
@@ -216,7 +216,8 @@ class _Capturer:
                 try:
                     return fill(batch, rows, losses)
                 except Exception as error:  # a network may refuse in many ways
-                    if isinstance(error, ValueError) or is_out_of_memory(error) or not self._fallback:
+                    pass_on_shortage(error)
+                    if isinstance(error, ValueError) or not self._fallback:
                         raise
                     self.backend = "vmap" if self.backend == "hooks" else "loop"
             if not is_sliceable(batch):
@@ -228,8 +229,7 @@ class _Capturer:
         except ValueError:
             raise
         except Exception as error:  # whatever the caller's model or loss raises
-            if is_out_of_memory(error):
-                raise
+            pass_on_shortage(error)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"the gradient failed on a calibration batch {describe(batch)}: {reason}") from error
 
@@ -289,7 +289,8 @@ class _Capturer:
         rows = next(iter(self._weights.values())).new_empty(1, self._selection.total)
         try:
             return _HEAP * allocated_bytes(lambda: self._fill_vmap(sample, rows, rows.new_empty(1)))
-        except Exception:  # a network may refuse in many ways; rows are then made otherwise
+        except Exception as error:  # a network may refuse in many ways; rows are then made otherwise
+            pass_on_shortage(error)
             return 0
 
     def _measure_chunk(self, sample: Any) -> int:

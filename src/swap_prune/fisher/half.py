@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from swap_prune.fisher.blocked import BlockedFactor
+from swap_prune.memory.process import pass_on_shortage
 
 __all__ = ["ALIGNED", "HalfFactor", "cut_and_weigh", "row_scales", "wide_product"]
 
@@ -181,9 +182,8 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], tuple[Te
         works = all(
             torch.allclose(one, other, rtol=0.02, atol=1e-6) for one, other in zip(found, expected, strict=True)
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a compiler raises
+    except Exception as error:  # whatever a compiler raises
+        pass_on_shortage(error)
         return cut_and_weigh
     return kernels.cut_and_weigh if works else cut_and_weigh
 

@@ -32,6 +32,7 @@ from swap_prune.fisher.hooks import without_gradient
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import AT_ONCE, RowStream, chunk_bytes
 from swap_prune.losses import check_losses
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.bound import Bound, add_gradient, functional_call
 from swap_prune.samples.batches import batch_size, is_sliceable
 from swap_prune.selection import Selection
@@ -136,9 +137,8 @@ class NetworkPasses:
             self.back(batch, v, pulled)
             try:
                 found = self.along(batch, pulled).double()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a network may refuse in many ways
+            except Exception as refusal:  # a network may refuse in many ways
+                pass_on_shortage(refusal)
                 return False
         parameters = dict(self.model.named_parameters())
         eps = max(torch.finfo(parameters[name].dtype).eps for name in self.selection.names)

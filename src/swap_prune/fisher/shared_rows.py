@@ -20,6 +20,7 @@ from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.sharded import ShardedFactor, owned_columns
 from swap_prune.fisher.storage import RowBuffer, check_rows
+from swap_prune.memory.process import is_out_of_memory
 from swap_prune.selection import Selection
 
 __all__ = ["SharedStore"]
@@ -48,8 +49,10 @@ class SharedStore(RowBuffer):
         try:  # parts are tensors of their own: products then take place alike wherever a part lies
             self._blocks = [torch.empty(n, b - a, dtype=dtype, device=device) for a, b in self._places[team.rank]]
         except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             need = dtype.itemsize * n * sum(b - a for a, b in self._places[team.rank]) / 2**30
-            raise ValueError(
+            raise MemoryError(
                 f"the columns of process {team.rank} of {team.size} with {n} rows need {need:.1f} GiB, which could not "
                 "be had; use fewer samples, or more processes"
             ) from error

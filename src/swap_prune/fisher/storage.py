@@ -21,6 +21,7 @@ from swap_prune.fisher.blocked import column_limit
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.half import ALIGNED, HalfFactor, row_scales
 from swap_prune.fisher.mapped import MappedWriter
+from swap_prune.memory.process import is_out_of_memory
 from swap_prune.samples.spill import Spilled
 from swap_prune.selection import Selection
 
@@ -283,8 +284,10 @@ def _allocate(n: int, selection: Selection, dtype: torch.dtype, device: torch.de
     try:
         return torch.empty(n, width, dtype=dtype, device=device)[:, : selection.total]
     except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         need = dtype.itemsize * n * selection.total / 2**30
-        raise ValueError(
+        raise MemoryError(
             f"G with {n} rows of {selection.total} weights needs {need:.1f} GiB, which could not be had; "
             "use fewer samples, or another storage"
         ) from error

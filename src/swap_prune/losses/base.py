@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.checks import positive_number
-from swap_prune.memory.process import is_out_of_memory
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, slice_batch
 
 __all__ = [
@@ -298,8 +298,7 @@ def failures_named(kind: str, batch: Any) -> Iterator[None]:
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever they raise
-        if is_out_of_memory(error):
-            raise
+        pass_on_shortage(error)
         raise ValueError(f"the loss failed on a {kind} {describe(batch)}: {_first_line(error)}") from error
 
 
@@ -339,6 +338,7 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
         try:
             alone = torch.cat([loss_fn(model, slice_batch(pair, i, i + 1)) for i in range(2)])
         except Exception as error:  # whatever the caller's model or loss raises
+            pass_on_shortage(error)
             raise ValueError(
                 f"the network failed on a single sample {describe(slice_batch(pair, 0, 1))}: {_first_line(error)}; "
                 "gradients are taken of single samples, so it has to take one: BatchNorm needs running statistics, and "

@@ -25,6 +25,7 @@ from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, Storage, StorageKind
 from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.forecast import Workload, memory_phases
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.modes import eval_mode
 from swap_prune.randomness import seeded
 from swap_prune.samples.batches import in_own_containers
@@ -163,7 +164,8 @@ def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
     try:
         with eval_mode(model), seeded(0, own[0].device if own else None):
             return saved_bytes(lambda: loss_fn(model, sample), own)
-    except Exception:  # whatever the caller's model or loss raises
+    except Exception as error:  # whatever the caller's model or loss raises
+        pass_on_shortage(error)
         return SavedBytes(0, 0)
 
 
@@ -172,7 +174,8 @@ def row_bytes(model: nn.Module, selection: Selection, loss_fn: LossFn, sample: A
     try:
         with seeded(0, next(model.parameters()).device):
             return bytes_of_a_row(model, selection, loss_fn, sample)
-    except Exception:  # whatever the caller's model or loss raises
+    except Exception as error:  # whatever the caller's model or loss raises
+        pass_on_shortage(error)
         return 0
 
 
@@ -182,7 +185,8 @@ def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int
     try:
         with eval_mode(model), seeded(0, place), torch.no_grad():
             return loss_fn.outputs(model, in_own_containers(sample)).nbytes
-    except Exception:  # whatever the caller's model or loss raises
+    except Exception as error:  # whatever the caller's model or loss raises
+        pass_on_shortage(error)
         return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ __all__ = [
     "is_out_of_memory",
     "memory_limit",
     "parse_memory",
+    "pass_on_shortage",
     "peak_memory",
     "reset_peak_memory",
     "return_free_memory",
@@ -27,7 +29,9 @@ __all__ = [
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SHARE = 0.9  # of what is free, taken by default
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # words of torch's allocator, whose error has no type
+_NO_MEMORY = re.compile(  # words of allocators whose errors have no type of their own
+    r"can't allocate memory|not enough memory|cannot allocate memory|std::bad_alloc|out of memory|_ALLOC_FAILED", re.I
+)
 
 
 def parse_memory(budget: str | int) -> int:
@@ -65,7 +69,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory. Then it says nothing of the network or the data."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def pass_on_shortage(error: BaseException) -> None:
+    """Raise an error again that says that there was no memory: whoever catches all errors knows no remedy for that."""
+    if is_out_of_memory(error):
+        raise error
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """A directory for the file of G, deleted at the end; and those of killed processes, deleted by the next run.
 
-A process holds a lock in its directory as long as it lives. The system takes it away when the process ends, however it
-ends, so that a directory whose lock is free has no owner any more.
+Beside a directory ``swap-prune-XXXX`` lies a file ``swap-prune-XXXX.lock``, which its process holds locked. The system
+takes the lock away when the process ends, however it ends. The file says which boot of which machine it is of: locks
+may not be seen from another one.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from swap_prune.checks import user_path
 from swap_prune.fisher.storage import Storage
 
 try:
@@ -21,16 +24,15 @@ try:
 except ImportError:  # not on Windows: what a killed process leaves stays there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["scratch_directory"]
+__all__ = ["delete_abandoned", "scratch_directory"]
 
-_PREFIX, _LOCK = "swap-prune-", "lock"
+_PREFIX, _SUFFIX = "swap-prune-", ".lock"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
 def scratch_directory(storage: Storage) -> Iterator[Storage]:
     """Give a storage that needs it a directory of its own, deleted at the end.
-
-    Those that killed processes left beside it are deleted first.
 
     Raises:
         ValueError: If it cannot be made.
@@ -38,40 +40,64 @@ def scratch_directory(storage: Storage) -> Iterator[Storage]:
     if storage.kind != "mapped":
         yield storage
         return
-    parent = Path(tempfile.gettempdir()) if storage.scratch is None else storage.scratch
-    with suppress(OSError):
-        _delete_abandoned(parent)
     try:
-        directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.scratch))
     except OSError as error:
         raise ValueError(f"scratch must be a directory to write to, got {str(storage.scratch)!r}: {error}") from error
-    with directory as path, _locked(Path(path)):
-        yield replace(storage, scratch=Path(path))
+    with _locked(path):
+        try:
+            yield replace(storage, scratch=path)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def delete_abandoned(scratch: str | Path | None) -> None:
+    """Delete the directories in a place whose processes are gone: the caller's own, of this boot of this machine.
+
+    Args:
+        scratch: The place; by default the system's for temporary files.
+    """
+    if fcntl is None or not hasattr(os, "getuid"):
+        return
+    parent = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
+    with suppress(OSError):
+        for lock in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
+            with suppress(OSError):
+                _delete_if_abandoned(lock)
+
+
+def _delete_if_abandoned(lock: Path) -> None:
+    """Delete a lock and its directory, unless the lock is held, or says that it is another's."""
+    with open(os.open(lock, os.O_RDWR | os.O_NOFOLLOW), "rb") as file:
+        if os.fstat(file.fileno()).st_uid != os.getuid() or file.read() != _mark():
+            return
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink()
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory. It has its name only when it is held: nobody finds it free before."""
+    """Hold the lock of a directory. It has its name only when it is held, and loses it before: nobody finds it free."""
     if fcntl is None:
         yield
         return
-    unnamed = directory / f".{_LOCK}"
-    with unnamed.open("wb") as file:
-        with suppress(OSError):  # a file system without locks: without a lock by its name, nobody deletes it
+    lock, unnamed = directory.with_suffix(_SUFFIX), directory.with_name(f".{directory.name}{_SUFFIX}")
+    with unnamed.open("xb") as file:
+        file.write(_mark())
+        file.flush()
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            unnamed.rename(directory / _LOCK)
-        yield
+            unnamed.rename(lock)
+        except OSError:  # a file system without locks: without a lock by its name, nobody deletes the directory
+            unnamed.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
-def _delete_abandoned(parent: Path) -> None:
-    """Delete the directories whose owners are gone; those of other users stay."""
-    if fcntl is None:
-        return
-    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
-        with suppress(OSError):
-            handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-            finally:
-                os.close(handle)
+def _mark() -> bytes:
+    """Return what a lock says: what it is, and which boot of which machine it is of."""
+    boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
+    return f"swap-prune scratch\n{platform.node()}\n{boot}\n".encode()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.samples.batches import (
     batch_size,
     in_own_containers,
@@ -313,6 +314,7 @@ class CalibrationStream:
 
 def _report(error: Exception) -> NoReturn:
     """Raise what data that fail are reported by: a ValueError of one line, or their own."""
+    pass_on_shortage(error)
     lines = str(error).splitlines() or [""]
     if lines[0].startswith("Caught ") and " DataLoader worker " in lines[0]:  # then a traceback, and what it was
         raise ValueError(f"the calibration data failed in a worker of the DataLoader: {lines[-1]}") from error

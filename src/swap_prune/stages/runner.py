@@ -30,7 +30,7 @@ from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sket
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
-from swap_prune.memory.process import is_out_of_memory
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.methods import Method
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
@@ -320,8 +320,7 @@ class StageRunner:
         try:
             return defence.noise_in(self._row_apart(single, generator) for single in singles)
         except Exception as error:  # mini-batches do not need that it does
-            if is_out_of_memory(error):
-                raise
+            pass_on_shortage(error)
             return 0.0
 
     def _row_apart(self, single: Any, generator: torch.Generator) -> Tensor:

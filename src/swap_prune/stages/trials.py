@@ -24,7 +24,7 @@ from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import LossFn
-from swap_prune.memory.process import is_out_of_memory
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.bound import Bound, add_gradient, flat_gradient
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
@@ -166,8 +166,7 @@ def _candidate_named() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # whatever they raise
-        if is_out_of_memory(error):
-            raise
+        pass_on_shortage(error)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"the model or the loss failed with weights that pruning tried ({reason}); such a network may give any "

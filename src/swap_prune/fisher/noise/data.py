@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swap_prune.fisher.noise.base import NoiseModel, check_choice, check_number
 from swap_prune.losses import LossFn, check_labels, describe
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.modes import eval_mode
 
 __all__ = ["InputNoise", "LabelNoise", "choose", "inputs_of", "replace_part"]
@@ -183,6 +184,7 @@ def _outputs(model: nn.Module, batch: Any) -> int:
         with eval_mode(model), torch.no_grad():
             return int(model(_part_of(batch, 0, "", "inputs")[:1]).shape[1])
     except Exception as error:  # whatever the caller's model raises
+        pass_on_shortage(error)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"noise labels cannot count the network's classes ({reason}); set classes") from error
 
