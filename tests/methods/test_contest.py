@@ -142,7 +142,14 @@ def test_a_level_below_that_of_the_best_at_its_end_is_never_refused(
 
 @pytest.mark.parametrize(
     ("removed", "keep", "blank", "compared"),
-    [(0, 19, 1.0, True), (0, 20, 1.0, False), (10, 14, 1.0, True), (10, 15, 1.0, False), (0, 20, 0.4, True)],
+    [
+        (0, 19, 1.0, True),
+        (0, 20, 1.0, False),
+        (1, 19, 1.0, False),  # half of 39
+        (10, 14, 1.0, True),
+        (10, 15, 1.0, False),
+        (0, 20, 0.4, True),
+    ],
 )
 def test_where_little_is_removed_candidates_are_compared_by_what_they_start_from(
     removed: int, keep: int, blank: float, compared: bool, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +164,15 @@ def test_where_little_is_removed_candidates_are_compared_by_what_they_start_from
     assert len(seen) == 4 and bool(taken) == compared
     if not compared:
         assert candidates.best.loss == pytest.approx(0.4) and candidates.best.steps is None
+        candidates.finish()
+        assert taken == [(2, (), False)] and candidates.best.steps is not None
+        assert candidates.best.entry["loss_after_steps"] == 0.35
+
+
+def test_where_no_steps_are_asked_for_none_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, _, taken = scripted(monkeypatch, (0.5, 0.6, 0.4, 0.45), (0.3, 0.0, 0.35, 0.1))
+    contest.fit_pairing(LR(floor=0, first_order=0, swaps=0), replace(problem_with(held_out), keep=30))
+    assert not taken
 
 
 def test_the_network_without_weights_is_asked_for_where_steps_are_taken() -> None:

@@ -107,6 +107,7 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
     contest = _Contest(settings, problem)
     contest.compare_all()
     contest.try_swaps()
+    contest.finish()
     best, tried = contest.best, contest.tried
     evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
     if len(tried) > 1:
@@ -151,7 +152,8 @@ class _Contest:
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
-        self._is_mild = problem.keep >= _MILD * int(problem.reference.count_nonzero())
+        self._is_mild = problem.keep >= math.floor(_MILD * int(problem.reference.count_nonzero()))
+        self._steps_later = False  # of the best alone
 
     @property
     def best(self) -> _Fitted:
@@ -165,8 +167,9 @@ class _Contest:
         self._beginning = self._last = None  # no path is walked any more
         fits = [first, *sorted(others, key=lambda one: one.loss)]
         del first, others
-        if self._is_mild and not self._has_lost(min(one.loss for one in fits)):
-            self._takes_steps = False
+        least = min(one.loss for one in fits)
+        if self._takes_steps and self._is_mild and least < math.inf and not self._has_lost(least):
+            self._takes_steps, self._steps_later = False, True
         while fits:
             self._judge(fits.pop(0), min((one.loss for one in fits), default=math.inf))
 
@@ -190,6 +193,22 @@ class _Contest:
         self.tried.append(fitted.entry)
         if is_significant(gains(best.losses, after)):
             self._judge(fitted)
+
+    def finish(self) -> None:
+        """Take the steps of the best, where candidates were compared as they start."""
+        if not self._steps_later:
+            return
+        fitted, self._best = self.best, None  # nothing else holds it meanwhile
+        steps = take_steps(
+            self._problem,
+            self.stated(fitted.candidate),
+            fitted.fit(self._problem.reference),
+            Race(),
+            fitted.losses,
+            self._blank,
+        )
+        self._best = fitted._replace(steps=steps)
+        fitted.entry["loss_after_steps"] = steps.levels[-1]
 
     def stated(self, candidate: Candidate) -> WeightedRidge:
         """State the regression of a candidate."""
