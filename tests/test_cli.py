@@ -104,9 +104,11 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     assert status == 0 and json.loads(again)["storage"] == "float32"
     refusals = {
         "--min-keep 0.1": "min_keep=0.1 keeps at least",
-        "--min-keep 0.1,fc1=0.2": "--min-keep must have each pattern once",
-        "--min-keep fc1": "--min-keep needs a share",
-        "--min-keep fc1=0.2,fc9=0.1": "min_keep pattern 'fc9' matches no",
+        "--min-keep 0.1 --min-keep fc1=0.2": "--min-keep has one share for all layers, or one for each pattern",
+        "--min-keep fc1": "--min-keep needs a share, or PATTERN=SHARE, each pattern once, got 'fc1'",
+        "--min-keep fc1=0.2 --min-keep fc1=0.1": "--min-keep needs a share",
+        "--min-keep =0.2": "--min-keep needs a share",
+        "--min-keep re:fc[1,2]=0.2 --min-keep fc9=0.1": "min_keep pattern 'fc9' matches nothing that is pruned",
         "--seed -1": "seed must be",
         "--defence some": "defence must be",
         "--finetune epochs=0": "epochs of fine-tuning must be",

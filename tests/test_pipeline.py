@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
 from swap_prune import METHODS, FineTune, prune
+from swap_prune.selection import layer_floors, select_parameters
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -86,14 +88,23 @@ def test_layers_have_shares_of_their_own() -> None:
     assert report.kept == math.floor(report.total * (1 - 0.96))
     assert report.settings["min_keep"] == {"4": 0.03, "re:4.w.*": 0.02, "6.weight": 0.5}
     for shares, words in (
-        ({"5": 0.1}, "min_keep pattern '5' matches no"),
-        ({"4": 1.0}, "min_keep must lie in .*, got 1.0"),
-        ({"4": "x"}, "min_keep must lie in .*, got 'x'"),
+        ({"5": 0.1}, r"min_keep pattern '5' matches nothing that is pruned \(0.weight, .*"),
+        ({"4.bias": 0.1}, "min_keep pattern '4.bias' matches nothing that is pruned"),
+        ({"4": 1.0}, "min_keep must lie in .*, got 1.0 for '4'"),
+        ({"4": "x"}, "min_keep must lie in .*, got 'x' for '4'"),
         ({"4": 0.5}, "keeps at least 864 of"),
         ({3: 0.5}, "min_keep must hold non-empty strings, got 3"),
     ):
         with pytest.raises(ValueError, match=words):
             prune(small_network(), small_data(), 0.9, "magnitude", min_keep=shares)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [0.07, 0.1, 0.29, 0.57, np.float32(0.07), np.float32(0.29)])
+def test_a_share_is_rounded_up_and_not_one_more(share: float) -> None:
+    """0.07 of 100 weights are seven, though 0.07 * 100 is above it in floating point."""
+    model = nn.Linear(10, 10)
+    floors = layer_floors(model, select_parameters(model), share, 90)
+    assert floors == {"weight": round(100 * float(share))}
 
 
 def test_a_share_that_cannot_be_kept_is_refused() -> None:

@@ -61,6 +61,10 @@ MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
 Samples = Annotated[int, typer.Option(help="calibration samples a stage")]
 Stages = Annotated[str, typer.Option(help="prune-and-recapture stages, or auto", metavar="INTEGER|auto")]
 Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")]
+MinKeep = Annotated[
+    list[str] | None,
+    typer.Option(help="share of every layer that is kept, 0.01, or of some, PATTERN=0.2, which may be repeated"),
+]
 Targets = Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")]
 Ignore = Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")]
 Noise = Annotated[
@@ -123,9 +127,7 @@ def prune(
     samples: Samples = 1024,
     stages: Stages = "1",
     schedule: Schedule = "exponential",
-    min_keep: Annotated[
-        str, typer.Option(help="share of every layer that is kept whatever it is worth; or of some: fc=0.2,layer1=0.05")
-    ] = "0",
+    min_keep: MinKeep = None,
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
     out: Annotated[Path | None, typer.Option(help="new directory for the pruned model")] = None,
     targets: Targets = None,
@@ -374,17 +376,23 @@ def _parse_stages(text: str) -> int | Literal["auto"]:
         raise ValueError(f"--stages needs a whole number or auto, got {text!r}") from None
 
 
-def _parse_shares(text: str) -> float | dict[str, float]:
+def _parse_shares(texts: list[str] | None) -> float | dict[str, float]:
     """Return one share, or patterns with shares of their own."""
-    items = [item.rpartition("=") for item in text.split(",")]
-    try:
-        shares = {pattern.strip(): float(share) for pattern, _, share in items}
-    except ValueError:
-        raise ValueError(f"--min-keep needs a share, or pattern=share joined with commas, got {text!r}") from None
-    if "" not in shares and len(shares) == len(items):
+    shares: dict[str, float] = {}
+    for text in texts or ["0"]:
+        pattern, equals, share = text.rpartition("=")
+        try:
+            if (equals and not pattern) or pattern in shares:
+                raise ValueError
+            shares[pattern] = float(share)
+        except ValueError:
+            raise ValueError(
+                f"--min-keep needs a share, or PATTERN=SHARE, each pattern once, got {' and '.join(texts or [])!r}"
+            ) from None
+    if "" not in shares:
         return shares
-    if len(items) > 1:
-        raise ValueError(f"--min-keep must have each pattern once, and a share without one alone, got {text!r}")
+    if len(shares) > 1:
+        raise ValueError(f"--min-keep has one share for all layers, or one for each pattern, got {texts}")
     return shares[""]
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -196,12 +197,13 @@ def layer_floors(
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     if isinstance(min_keep, Mapping):
         selected = [candidate for candidate in _collect(model) if candidate.name in sizes]
-        shares = dict.fromkeys(sizes, 0.0)
+        shares = dict.fromkeys(sizes, Fraction(0))
         for pattern, share in zip(_as_patterns("min_keep", min_keep), min_keep.values(), strict=True):
             hits = [candidate.name for candidate in selected if _matches(pattern, candidate)]
             if not hits:
-                raise ValueError(_unmatched("min_keep", pattern, model))
-            shares |= {name: max(shares[name], _checked_share(share)) for name in hits}
+                shown = ", ".join(list(sizes)[:6]) + (", ..." if len(sizes) > 6 else "")
+                raise ValueError(f"min_keep pattern {pattern!r} matches nothing that is pruned ({shown})")
+            shares |= {name: max(shares[name], _checked_share(share, pattern)) for name in hits}
     else:
         shares = dict.fromkeys(sizes, _checked_share(min_keep))
     floors = {name: math.ceil(shares[name] * size) for name, size in sizes.items()}
@@ -213,10 +215,10 @@ def layer_floors(
     return {name: least for name, least in floors.items() if least}
 
 
-def _checked_share(share: Any) -> float:
+def _checked_share(share: Any, pattern: str = "") -> Fraction:
     if not is_number(share) or not 0 <= share < 1:
-        raise ValueError(f"min_keep must lie in [0, 1), got {share!r}")
-    return float(share)
+        raise ValueError(f"min_keep must lie in [0, 1), got {share!r}{f' for {pattern!r}' if pattern else ''}")
+    return Fraction(str(share))  # 0.07 of 100 weights are 7, and not the 8 that floating point would round up to
 
 
 def _check_apart(chosen: Mapping[str, nn.Parameter]) -> None:

@@ -62,6 +62,8 @@ BAD = {
     "no name": (GOOD.replace('name = "lr"', 'label = "x"'), "methods.0.name: this key is missing"),
     "no methods": (GOOD[: GOOD.index("[[")] + "methods = []", "methods: "),
     "equal labels": (GOOD.replace("ewr", "lr").replace("anchor", "ridge"), "labels must be distinct, got 'lr'"),
+    "shared storage": (GOOD.replace('name = "lr"', 'name = "lr"\nstorage = "sharded"'), "methods.0.storage: must not"),
+    "storage of nothing": (GOOD.replace('name = "lr"', 'name = "wanda"\nstorage = "float32"'), "wanda takes none"),
     "unknown storage": (GOOD.replace('name = "lr"', 'name = "lr"\nstorage = "shed"'), "methods.0.storage: "),
     "unknown defence": (GOOD.replace('name = "lr"', 'name = "lr"\ndefence = "wall"'), "methods.0.defence: "),
     "equal settings": (GOOD + '[[methods]]\nname = "lr"\nlabel = "again"', "under two labels"),
@@ -188,7 +190,9 @@ def test_ids_depend_on_the_weights_but_not_on_their_path() -> None:
     assert a == b != c
 
 
-@pytest.mark.parametrize(("key", "value"), [("defence", "none"), ("storage", "low-rank")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("defence", "none"), ("defence", "gradients+inputs"), ("storage", "low-rank")]
+)
 def test_a_method_that_is_run_in_two_ways_is_two(key: str, value: str, tmp_path: Path) -> None:
     (tmp_path / "two.toml").write_text(
         GOOD[: GOOD.index("[[")]

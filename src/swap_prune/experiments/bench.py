@@ -25,7 +25,8 @@ from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
 from swap_prune.samples.calibration import CalibrationStream, peek
-from swap_prune.selection import select_parameters
+from swap_prune.schedule import keep_count
+from swap_prune.selection import layer_floors, select_parameters
 from swap_prune.surgery import repair_batchnorm
 
 __all__ = ["Bench", "prepare", "repair"]
@@ -117,7 +118,8 @@ def prepare(
             f"model {experiment.model!r} of the zoo has no weights of its own: name them by the key weights"
         )
     check_values(network)
-    select_parameters(network, experiment.targets, experiment.ignore)
+    selection = select_parameters(network, experiment.targets, experiment.ignore)
+    layer_floors(network, selection, experiment.min_keep, keep_count(selection.total, max(experiment.sparsities)))
     own = entry is not None and entry.dataset == experiment.data
     mean, std = (entry.mean, entry.std) if entry is not None and own else (None, None)
     with seeded(0):

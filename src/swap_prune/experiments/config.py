@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from swap_prune.checks import is_number
-from swap_prune.defences import parse_defence
+from swap_prune.defences import DEFENCES, parse_defence
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
 from swap_prune.methods import METHODS, Method, resolve_method
@@ -70,12 +70,15 @@ def _differ(specs: list[str]) -> list[str]:
 
 
 def _check_defence(defence: str) -> str:
-    parse_defence(defence)
-    return defence
+    """Return the one name of what is asked for."""
+    asked = [name for name in DEFENCES if name in parse_defence(defence)]
+    return "auto" if len(asked) == len(DEFENCES) else "+".join(asked) or "none"
 
 
 def _check_storage(name: str) -> str:
     check_storage(name)
+    if name == "sharded":
+        raise ValueError("must not be 'sharded': runs of an experiment have one process each")
     return name
 
 
@@ -134,6 +137,12 @@ class MethodEntry(_Table):
         """Leave out what is the default, so that files are those of before there was a choice."""
         table: dict[str, Any] = handler(self)
         return {name: value for name, value in table.items() if name not in self.ways() or value != "auto"}
+
+    @model_validator(mode="after")
+    def _holds_rows(self) -> MethodEntry:
+        if self.storage != "auto" and not METHODS[self.name].needs_gradients:
+            raise ValueError(f"storage is how gradients are held, and {self.name} takes none: leave it out")
+        return self
 
     def ways(self) -> dict[str, str]:
         """Return how it is run, beside its settings: what is not the default is a part of a run's id."""
