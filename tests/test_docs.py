@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from swap_prune import METHODS
+from swap_prune.experiments.results import read_results
+from swap_prune.experiments.tables import as_markdown, summarise
 from swap_prune.fisher.noise import NOISE_MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,15 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
             (tmp_path / "mine.py").write_text(block)
         else:
             exec(compile(block, page, "exec", dont_inherit=True), scope)
+
+
+def test_the_tables_are_what_the_report_makes_of_the_lines() -> None:
+    lines = as_markdown(summarise(read_results(ROOT / "results" / "mlpnet"))).splitlines()
+    shown = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "±" in line]
+    accuracies, others = rows[:12], rows[12:]
+    assert len(accuracies) == 12 and set(accuracies) <= set(shown)
+    assert len(set(others) & set(shown)) >= 17, "differences, and the losses of the best"
 
 
 @pytest.mark.parametrize("page", PAGES)
