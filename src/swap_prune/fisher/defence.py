@@ -45,7 +45,9 @@ _CONV_RANK = 3  # docs/method.md
 _TRIMMED = 0.375  # of the rows, at either side of a middle mean
 _SORTED = 2**20  # entries that are sorted at once for it
 _ITERATIONS = 3  # of the subspace iteration
-_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES = 16 * 2**20  # of rows that are worked on together: what a cache holds
+_GPU_CHUNK_BYTES = 256 * 2**20  # the same on a GPU, where small kernels are dear
+_EXPONENT = 126  # powers of two that float32 has, both ways
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,12 @@ class LowRank:
     def clean_rows_(self, factor: DenseFactor) -> DenseFactor:
         """Overwrite per-sample rows of G by their leading outer products, layer by layer, in chunks of rows."""
         n = factor.shape[0]
+        together = _CHUNK_BYTES if factor.matrix.device.type == "cpu" else _GPU_CHUNK_BYTES
         for name, (a, b) in self.shapes.items():
             rank = 1 if name in self.exact else _CONV_RANK
             if not self.per_sample or min(a, b) <= rank:
                 continue
-            size = max(1, _CHUNK_BYTES // (4 * a * b * factor.matrix.element_size()))
+            size = max(1, together // (4 * a * b * factor.matrix.element_size()))
             for start in range(0, n, size):
                 rows = factor.matrix[start : start + size, self.places[name]]
                 rows.copy_(low_rank_rows(rows.reshape(-1, a, b), rank).reshape(len(rows), -1))
@@ -197,12 +200,13 @@ def low_rank_rows(rows: Tensor, rank: int) -> Tensor:
     n, a, b = rows.shape
     if a > b:
         return low_rank_rows(rows.transpose(1, 2), rank).transpose(1, 2)
-    exponent = torch.frexp(rows.abs().amax((1, 2), keepdim=True)).exponent
-    rows = torch.ldexp(rows, -exponent)  # the fourth power of an entry may be no number
+    largest_entry = torch.linalg.vector_norm(rows, torch.inf, (1, 2), keepdim=True)
+    exponent = torch.frexp(largest_entry).exponent.clamp(-_EXPONENT, _EXPONENT)
+    rows = rows * torch.ldexp(torch.ones_like(largest_entry), -exponent)  # the fourth power of one may be no number
     gram = rows @ rows.transpose(1, 2)  # (n, a, a): the smaller side
     diagonal = gram.diagonal(dim1=1, dim2=2)
     largest = diagonal.topk(rank, dim=1).indices
     basis = gram.gather(2, largest.unsqueeze(1).expand(n, a, rank))  # a first guess: where the energy is
     for _ in range(_ITERATIONS):
         basis, _ = torch.linalg.qr(gram @ basis)
-    return torch.ldexp(basis @ (basis.transpose(1, 2) @ rows), exponent)
+    return torch.ldexp(basis, exponent) @ (basis.transpose(1, 2) @ rows)
