@@ -39,6 +39,23 @@ def test_the_rate_of_replaced_labels_is_found(rate: float) -> None:
     assert doubt(logits, labels) == pytest.approx(rate, abs=0.04)
 
 
+@pytest.mark.parametrize("temperature", [1.5, 3.0, 8.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_network_that_is_too_sure_of_itself_is_not_contradicted_by_labels(temperature: float, seed: int) -> None:
+    """As on inputs unlike those of training; labels that were replaced are found beside that."""
+    logits, labels = drawn(4000, seed)
+    assert doubt(temperature * logits, labels) == 0
+    generator = torch.Generator().manual_seed(seed)
+    replaced = torch.rand(len(labels), generator=generator) < 0.25
+    mixed = torch.where(replaced, torch.randint(CLASSES, labels.shape, generator=generator), labels)
+    found = doubt_labels(CrossEntropy(), [temperature * logits], [(logits, mixed)])
+    assert found is not None and found.rate == pytest.approx(0.25, abs=0.04) and found.temperature == temperature
+    calibrated = doubt_labels(CrossEntropy(), [logits], [(logits, mixed)])
+    assert calibrated is not None and calibrated.temperature == 1.0
+    trusts = found.trust(temperature * logits, mixed), calibrated.trust(logits, mixed)
+    torch.testing.assert_close(*trusts, atol=0.02, rtol=0)
+
+
 def test_trust_is_the_posterior_of_bayes() -> None:
     logits, labels = drawn(2000)
     wrong = (labels + 1) % CLASSES

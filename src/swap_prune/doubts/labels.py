@@ -1,15 +1,15 @@
 """Can the calibration labels be believed? The dense network's own predictions tell.
 
-Let q be the dense network's prediction for a sample. If it is calibrated, labels are drawn from q. Where a share rho of
-them was replaced by a class at random, or where the inputs were altered so that the prediction fits no longer, they
-follow
+Let q be the dense network's prediction for a sample, at a temperature T at which it is calibrated (Guo et al., ICML
+2017): labels are drawn from it. Where a share rho of them was replaced by a class at random, they follow
 
-    P(label) = (1 - rho) q(label) + rho / classes.
+    P(label) = (1 - rho) q(label) + rho / classes,    q = softmax(z / T),    T >= 1.
 
-rho is fitted by maximum likelihood (a class-independent case of Sukhbaatar et al., ICLR 2015 workshop, arXiv
-1406.2080). Where it is not significant the labels are taken as they are. Otherwise each label gets its trust, the
-posterior probability that it was not replaced, and the dense network's prediction takes the place of what is not
-trusted.
+rho and T are fitted together by maximum likelihood (for T = 1 a class-independent case of Sukhbaatar et al., ICLR 2015
+workshop, arXiv 1406.2080). Inputs that are unlike those of training make a network too sure of itself, most wrong where
+it is least sure: that is T. A label that was replaced is wrong however sure the network is: that is rho. Where rho is
+not significant beside T the labels are taken as they are. Otherwise each label gets its trust, the posterior
+probability that it was not replaced, and the dense network's prediction takes the place of what is not trusted.
 
 Place in the pipeline: a defence, for the first-order steps and for the choices by held-out loss.
 """
@@ -31,6 +31,7 @@ __all__ = ["LabelDoubt", "doubt_labels"]
 _LEAST_RATE = 0.02  # of rho: less is left alone
 _LEAST_EVIDENCE = 10.0  # log-likelihood ratio against rho = 0; chance exceeds it once in 10^5 times
 _RATES = 100  # the grid of rho
+_TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # the grid of T
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class LabelDoubt:
 
     Attributes:
         rate: rho, the share of labels that say nothing, in (0, 1).
+        temperature: T, that the network's outputs are divided by.
     """
 
     rate: float
+    temperature: float = 1.0
 
     def trust(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the posterior probability that each label was not replaced, (n,).
@@ -50,7 +53,7 @@ class LabelDoubt:
             outputs: Logits of the dense network, (n, classes).
             targets: Class indices, (n,).
         """
-        believed = (1 - self.rate) * _likelihood(outputs, targets)
+        believed = (1 - self.rate) * _likelihood(outputs / self.temperature, targets)
         return (believed / (believed + self.rate / outputs.shape[1])).to(outputs.dtype)
 
 
@@ -70,14 +73,18 @@ def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[A
     if any(z.ndim != 2 for z in outputs) or any(b[1].ndim != 1 or b[1].is_floating_point() for b in batches):
         return None
     targets, logits = torch.cat([batch[1] for batch in batches]), torch.cat(list(outputs))
-    likelihood = _likelihood(logits, targets)
-    rates = torch.arange(_RATES, dtype=likelihood.dtype, device=likelihood.device).unsqueeze(1) / _RATES
-    evidence = ((1 - rates) * likelihood + rates / logits.shape[1]).log().sum(1)
-    best = int(evidence.argmax())
-    rate = best / _RATES
-    if rate < _LEAST_RATE or not float(evidence[best] - evidence[0]) > _LEAST_EVIDENCE:
+    rates = torch.arange(_RATES, dtype=torch.float64, device=logits.device).unsqueeze(1) / _RATES
+    evidence = torch.stack(
+        [
+            ((1 - rates) * _likelihood(logits / temperature, targets) + rates / logits.shape[1]).log().sum(1)
+            for temperature in _TEMPERATURES
+        ]
+    )  # (temperatures, rates)
+    number, best = divmod(int(evidence.argmax()), _RATES)
+    rate, gain = best / _RATES, evidence[number, best] - evidence[:, 0].max()
+    if rate < _LEAST_RATE or not float(gain) > _LEAST_EVIDENCE:
         return None
-    return LabelDoubt(rate)
+    return LabelDoubt(rate, _TEMPERATURES[number])
 
 
 def _likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
