@@ -814,3 +814,37 @@ def test_a_report_names_large_layers_that_were_left_alone() -> None:
     ]
     for options in ({"targets": ["Linear"]}, {"ignore": ["GRU"]}, {"targets": ["Linear", "GRU"]}):
         assert prune(Tagger(), data, 0.5, "magnitude", progress=False, **options).notes == []  # type: ignore[arg-type]
+
+
+class Amp(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "within another"])
+@pytest.mark.parametrize("inside", ["the network", "the loss"])
+def test_autocast_within_a_network_sees_the_weights_that_are_tried(inside: str, around: bool) -> None:
+    def network() -> nn.Module:
+        return drawn(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside == "the loss"):
+            return functional.cross_entropy(model(batch[0]), batch[1], reduction="none").float()
+
+    data = TensorDataset(INPUTS, network()(INPUTS).argmax(1))
+    plain, cast = network(), network()
+    options: dict[str, Any] = {"loss_fn": loss, "samples": 100, "finetune": FineTune(epochs=2), "progress": False}
+    expected = prune(plain, data, 0.8, "lr", **options | {"loss_fn": None, "finetune": options["finetune"]})
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        found = prune(Amp(cast) if inside == "the network" else cast, data, 0.8, "lr", **options)
+        assert torch.is_autocast_enabled("cpu") == around
+    first, second = (report.stages[0].evidence for report in (expected, found))
+    losses = [one["held_out_loss"] for one in second["candidates"]]
+    assert len(set(losses)) > 1, "not those of one network"
+    assert second["finetune_loss"][0] > 0.05 and first["finetune_loss"][0] > 0.05
+    assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0

@@ -33,7 +33,7 @@ from swap_prune.memory.scratch import delete_abandoned, scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
-from swap_prune.network.modes import exact_kernels, slow_attention, uncompiled
+from swap_prune.network.modes import exact_kernels, no_autocast, slow_attention, uncompiled
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport, StageReport, versions
@@ -163,7 +163,7 @@ def prune(
     laid = takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)
     with (
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
-        torch.autocast(place.type, enabled=False),
+        no_autocast(place),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing) as before,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.network.modes import eval_mode
+from swap_prune.network.modes import eval_mode, no_autocast
 from swap_prune.samples.batches import map_tensors
 
 __all__ = ["images_laid_out", "takes_channels_last"]
@@ -120,7 +120,7 @@ def _answer(
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with (
         torch.set_grad_enabled(backwards),
-        torch.autocast("cpu", enabled=False),
+        no_autocast(torch.device("cpu")),
         torch.random.fork_rng(devices=[]),
         images_laid_out(model, laid),
     ):

@@ -16,6 +16,7 @@ __all__ = [
     "check_no_inference",
     "eval_mode",
     "exact_kernels",
+    "no_autocast",
     "slow_attention",
     "training_mode",
     "uncompiled",
@@ -98,6 +99,26 @@ def uncompiled() -> AbstractContextManager[Any]:
     be loaded to say so: that takes longer than many a run. A network that asks for its first one in the block gets it.
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """Run a block without the caller's autocast; what runs in the block may have one of its own.
+
+    A nested ``torch.autocast(enabled=False)`` would not do: torch keeps the weights that it has cast until the
+    outermost one ends, and the network would go on with those of before.
+    """
+    enabled, depth = torch.is_autocast_enabled(device.type), torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    torch.set_autocast_enabled(device.type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device.type, enabled)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
 
 
 @contextmanager
