@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -27,9 +27,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from swap_prune.checks import is_number
 from swap_prune.network.device import check_module
 
-__all__ = ["DEFAULT_TARGETS", "Selection", "layer_floors", "select_parameters", "unnamed_weights"]
+__all__ = ["DEFAULT_TARGETS", "Selection", "layer_floors", "select_parameters", "unnamed_weights", "unnamed_zeros"]
 
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+_PRUNED = 0.05  # of a weight: so many exact zeros are no accident
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,37 @@ def unnamed_weights(model: nn.Module, selection: Selection, ignore: Sequence[str
         Class name of their modules to their number.
     """
     counts: dict[str, int] = {}
+    for candidate in _unnamed(model, selection.shapes, ignore):
+        name = type(candidate.owners[0][1]).__name__
+        counts[name] = counts.get(name, 0) + candidate.parameter.numel()
+    return counts
+
+
+def unnamed_zeros(model: nn.Module, names: Iterable[str], ignore: Sequence[str] = ()) -> list[str]:
+    """Return the names of such weights that seem to have been pruned: a part of them is exactly zero, and not all.
+
+    Args:
+        model: The model.
+        names: Of the parameters that are selected.
+        ignore: Patterns of what was to be left alone.
+    """
+    shares = {
+        candidate.name: float((candidate.parameter.detach() == 0).double().mean())
+        for candidate in _unnamed(model, set(names), ignore)
+        if candidate.parameter.layout is torch.strided and candidate.parameter.numel() > 0
+    }
+    return [name for name, share in shares.items() if _PRUNED <= share < 1]
+
+
+def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) -> Iterator[_Candidate]:
+    """Yield weights of two dimensions and more, those of embeddings apart, that are neither named nor ignored."""
     for candidate in _collect(model):
         parameter, (_, owner) = candidate.parameter, candidate.owners[0]
-        weight = parameter.is_floating_point() and parameter.ndim >= 2 and candidate.name not in selection.shapes
+        lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+        weight = not lazy and parameter.is_floating_point() and parameter.ndim >= 2 and candidate.name not in names
         looked_up = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
         if weight and not looked_up and not any(_matches(pattern, candidate) for pattern in ignore):
-            name = type(owner).__name__
-            counts[name] = counts.get(name, 0) + parameter.numel()
-    return counts
+            yield candidate
 
 
 def layer_floors(

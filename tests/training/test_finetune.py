@@ -288,6 +288,32 @@ def test_gradual_pruning_learns_from_the_network_before_it(method: str) -> None:
     assert auto == agreement(0.9)
 
 
+def test_zeros_of_other_layers_are_not_lost_in_silence() -> None:
+    """A network that was pruned with targets of its own, and is trained without naming them again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Own(8), nn.Linear(8, 3))
+    swap_prune.prune(model, DATA, 0.7, "magnitude", targets=["Linear", "Own"], progress=False)
+    zeros = int((model[1].table == 0).sum())
+    assert zeros > 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for refused in (lambda: finetune(model, DATA), lambda: swap_prune.keep_masks(model, optimizer)):
+        with pytest.raises(ValueError, match=r"1.table hold zeros too, and targets does not .* pass the targets="):
+            refused()
+    finetune(model, DATA, targets=["Linear", "Own"])
+    assert int((model[1].table == 0).sum()) == zeros
+    finetune(model, DATA, ignore=["Own"])
+    assert int((model[1].table == 0).sum()) < zeros
+
+
+class Own(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(width) + 0.1 * torch.randn(width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table
+
+
 def test_a_dense_network_has_no_mask() -> None:
     with pytest.raises(ValueError, match="no mask to keep"):
         finetune(nn.Linear(6, 3), DATA)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from swap_prune.selection import DEFAULT_TARGETS, select_parameters
+from swap_prune.selection import DEFAULT_TARGETS, select_parameters, unnamed_zeros
 
 __all__ = ["MaskKeeper", "keep_masks", "masks_of", "pair_masks", "resolve_masks"]
 
@@ -101,6 +101,12 @@ def resolve_masks(
         raise ValueError(
             f"no selected weight of {type(model).__name__} is zero, so there is no mask to keep: prune it first, or "
             "pass masks="
+        )
+    others = unnamed_zeros(model, found, ignore) if tuple(targets) == DEFAULT_TARGETS else []
+    if others:
+        raise ValueError(
+            f"{', '.join(others[:3])} hold zeros too, and targets does not name them, so that they would be lost: pass "
+            "the targets= that the network was pruned with, or masks=, or leave them out by ignore="
         )
     return found
 
