@@ -246,6 +246,26 @@ def test_rows_are_of_sixteen_samples_however_few_run_at_once(monkeypatch: pytest
     assert outcomes[0] == pytest.approx(outcomes[1], rel=0.2), "the same rows; judged on batches of 16 and 8"
 
 
+@pytest.mark.parametrize("method", ["lr", "obd"])
+def test_a_network_that_draws_random_numbers_has_no_one_g(method: str) -> None:
+    """Its rows can be held, but not made anew for each product."""
+
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.inner(x), 0.5, training=True)
+
+    model = Random()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="'matrix-free' needs a network that gives the same values each time"):
+        prune(model, small_data(), 0.5, method, samples=40, storage="matrix-free", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert prune(model, small_data(), 0.5, method, samples=40, storage="float32", progress=False).kept > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lr", "magnitude"])
 def test_resnet50_goes_through(method: str) -> None:

@@ -28,7 +28,7 @@ from swap_prune.fisher.factor import FisherFactor, add_squares_, gram_of_columns
 from swap_prune.fisher.passes import NetworkPasses, Way
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import AT_ONCE, BLOCK_VECTORS
-from swap_prune.losses import check_calibration, check_independence
+from swap_prune.losses import check_calibration, check_independence, least_precise
 from swap_prune.memory.process import return_free_memory
 from swap_prune.samples.batches import is_sliceable, select_samples, split_batches
 from swap_prune.selection import Selection
@@ -241,6 +241,7 @@ def capture_matrix_free(
         with source.mode(model):
             counts = check_calibration(model, source.function, batches)
             check_independence(model, source.function, batches)
+    _check_repeatable(model, source, batches[0])
     held = selection.read(model) if weights is None else weights
     passes = NetworkPasses(model, selection, source, held, at_once=at_once)
     passed = MatrixFreeFactor(passes, batches, counts, block_vectors=block_vectors)
@@ -251,3 +252,20 @@ def capture_matrix_free(
     tries = (replace(passes, way=way) for way in _WAYS)
     passed.passes = next((one for one in tries if one.holds(batches[0], counts[0])), replace(passes, way="rows"))
     return Capture(passed, losses, "mini-batch" if seen is None else seen.backend, at_once)
+
+
+def _check_repeatable(model: nn.Module, source: RowSource, batch: Any) -> None:
+    """Refuse a network that draws random numbers: products would not belong to one G.
+
+    Raises:
+        ValueError: If it gives other values the second time.
+    """
+    with source.mode(model), torch.no_grad():
+        first, again = (source.function(model, batch) for _ in range(2))
+    digits = torch.finfo(least_precise(model.parameters())).eps ** 0.5
+    scale = float(first.abs().nan_to_num(0.0, 0.0, 0.0).max())  # what is not finite is said elsewhere
+    if not torch.allclose(first, again, rtol=digits, atol=digits * scale, equal_nan=True):
+        raise ValueError(
+            "storage 'matrix-free' needs a network that gives the same values each time, and this one draws random "
+            "numbers (dropout that is always on, noise): choose another storage, or more memory="
+        )
