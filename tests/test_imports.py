@@ -18,6 +18,7 @@ LAYERS = {
     "stages": 3,
     "pipeline": 4,
     "experiments": 5,
+    "options": 5,
     "cli": 6,
 }
 

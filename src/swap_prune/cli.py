@@ -7,12 +7,11 @@ progress and messages go to standard error. Whatever a user can mend ends in one
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -28,8 +27,34 @@ from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
-from swap_prune.methods import METHODS, resolve_method
+from swap_prune.methods import resolve_method
 from swap_prune.network.device import check_values, usable_device
+from swap_prune.options import (
+    AsJson,
+    Data,
+    DataDir,
+    Device,
+    Ignore,
+    Memory,
+    MethodName,
+    MinKeep,
+    Model,
+    Noise,
+    Recalibrate,
+    Samples,
+    Schedule,
+    Scratch,
+    Settings,
+    Sparsity,
+    Stages,
+    StorageOption,
+    Targets,
+    Weights,
+    Width,
+    parse_setting,
+    parse_shares,
+    parse_stages,
+)
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.selection import DEFAULT_TARGETS
@@ -44,36 +69,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[str, typer.Option(help="mlpnet, resnet20, mobilenetv1, resnet50, or package.module:factory")]
-Weights = Annotated[Path | None, typer.Option(help="checkpoint: .safetensors, or .pt/.pth/.bin of tensors")]
-Data = Annotated[str, typer.Option(help="mnist, cifar10, imagenet, or package.module:loader")]
-DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or a cache")]
-Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Memory = Annotated[str | None, typer.Option(help="memory budget of the process, or of its GPU, such as 4GB")]
-StorageOption = Annotated[
-    str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped, matrix-free, low-rank or sharded")
-]
-Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
-Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
-MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
-Samples = Annotated[int, typer.Option(help="calibration samples a stage")]
-Stages = Annotated[str, typer.Option(help="prune-and-recapture stages, or auto", metavar="INTEGER|auto")]
-Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")]
-MinKeep = Annotated[
-    list[str] | None,
-    typer.Option(help="share of every layer that is kept, 0.01, or of some, PATTERN=0.2, which may be repeated"),
-]
-Targets = Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")]
-Ignore = Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")]
-Noise = Annotated[
-    list[str] | None,
-    typer.Option(help="noise such as gradient:std=4,fraction=0.25; may be repeated"),
-]
-Recalibrate = Annotated[bool, typer.Option("--recalibrate/--no-recalibrate", help="re-estimate BatchNorm statistics")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="a method's setting: name=value; may be repeated")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 def _show_version(asked: bool) -> None:
@@ -155,7 +150,7 @@ def prune(
     Several processes, started by torchrun --nproc-per-node N -m swap_prune prune ..., share the work.
     """
     with launched():
-        solver = resolve_method(method, dict(map(_parse_setting, settings or [])))
+        solver = resolve_method(method, dict(map(parse_setting, settings or [])))
         training = None if finetune is None else parse_finetune(finetune)
         target = check_output_directory(out) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)
@@ -167,9 +162,9 @@ def prune(
             targets=targets or DEFAULT_TARGETS,
             ignore=ignore or (),
             samples=samples,
-            stages=_parse_stages(stages),
+            stages=parse_stages(stages),
             schedule=schedule,
-            min_keep=_parse_shares(min_keep),
+            min_keep=parse_shares(min_keep),
             recalibrate_batchnorm=recalibrate,
             recalibration_data=recalibration_data(images, seed),
             finetune=training,
@@ -241,12 +236,12 @@ def plan(**given: Any) -> None:
         network,
         load_dataset(given["data"], given["data_dir"]).train,
         given["sparsity"],
-        resolve_method(given["method"], dict(map(_parse_setting, given["settings"] or []))),
+        resolve_method(given["method"], dict(map(parse_setting, given["settings"] or []))),
         targets=given["targets"] or DEFAULT_TARGETS,
         ignore=given["ignore"] or (),
         recalibrate_batchnorm=given["recalibrate"],
-        stages=_parse_stages(given["stages"]),
-        min_keep=_parse_shares(given["min_keep"]),
+        stages=parse_stages(given["stages"]),
+        min_keep=parse_shares(given["min_keep"]),
         finetune=None if given["finetune"] is None else parse_finetune(given["finetune"]),
         device=_device(given["device"]),
         **{name: given[name] for name in _PASSED_ON},
@@ -355,45 +350,6 @@ def _load(
 
 def _device(name: str | None) -> torch.device | None:
     return None if name is None else usable_device(own_device(name))
-
-
-def _parse_setting(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise ValueError(f"--set needs name=value, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def _parse_stages(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"--stages needs a whole number or auto, got {text!r}") from None
-
-
-def _parse_shares(texts: list[str] | None) -> float | dict[str, float]:
-    """Return one share, or patterns with shares of their own."""
-    shares: dict[str, float] = {}
-    for text in texts or ["0"]:
-        pattern, equals, share = text.rpartition("=")
-        try:
-            if (equals and not pattern) or pattern in shares:
-                raise ValueError
-            shares[pattern] = float(share)
-        except ValueError:
-            raise ValueError(
-                f"--min-keep needs a share, or PATTERN=SHARE, each pattern once, got {' and '.join(texts or [])!r}"
-            ) from None
-    if "" not in shares:
-        return shares
-    if len(shares) > 1:
-        raise ValueError(f"--min-keep has one share for all layers, or one for each pattern, got {texts}")
-    return shares[""]
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
