@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import METHODS, load_pruned, prune
-from swap_prune.artifact import check_output_directory, load_report, load_weights, read_weights
+from swap_prune import METHODS, FineTune, finetune, load_pruned, load_report, prune
+from swap_prune.artifact import check_output_directory, load_weights, read_weights
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -94,11 +94,26 @@ def test_folders_above_are_made_when_there_is_something_to_write(tmp_path: Path)
             check_output_directory(tmp_path / impossible / "out")
 
 
+def test_a_model_that_was_trained_after_loading_is_saved_with_the_report_that_was_read(tmp_path: Path) -> None:
+    pruned()[1].save(tmp_path / "out")
+    model, report = load_pruned(network(seed=9), tmp_path / "out"), load_report(tmp_path / "out")
+    finetune(model, TensorDataset(torch.randn(40, 8), torch.randint(4, (40,))), FineTune(epochs=1))
+    assert report.save(tmp_path / "tuned", model) == tmp_path / "tuned"
+    other = load_pruned(network(), tmp_path / "tuned")
+    assert torch.equal(other[0].weight, model[0].weight) and load_report(tmp_path / "tuned").kept == 30
+    assert not torch.equal(model[0].weight, load_pruned(network(), tmp_path / "out")[0].weight)
+    refused = ((None, "name the model"), (network(), "does not have the sparsity"), (nn.Linear(2, 2), "lacks"))
+    for wrong, message in refused:
+        with pytest.raises(ValueError, match=message):
+            report.save(tmp_path / "wrong", wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_model_changed_after_pruning_is_not_saved(tmp_path: Path) -> None:
     model, report = pruned()
     with torch.no_grad():
         model[0].weight.fill_(1)
-    with pytest.raises(ValueError, match="no longer has the sparsity"):
+    with pytest.raises(ValueError, match="does not have the sparsity"):
         report.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -122,6 +122,9 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     status, text, _ = call("plan", *arguments)
     assert status == 0 and "recalibrate" in text and "float32 (no copies)" in text, "in the 80 columns of a terminal"
     assert "low-rank: approximates G" in text
+    for options in ("", "--json"):
+        status, text, error = call("plan", *arguments, *("--memory", "1MB", *options.split()))
+        assert (status, error) == (1, "") and "do not fit" in text
     status, _, error = call("plan", *arguments, "--storage", "paper")
     assert status == 2 and "storage must be one of" in error
     status, text, _ = call(*PRUNE, "--method", "lr", "--samples", "60", "--storage", "float16", "--json")

@@ -51,7 +51,7 @@ QUERIES = ("blocks.0.query.weight", "blocks.1.query.weight")
         (("OwnLinear",), ("own.weight",)),
         (("Embedding", "Conv2d"), ("embedding.weight", "conv.weight")),
         (("Conv2d", "Embedding"), ("embedding.weight", "conv.weight")),
-        (("Attention",), ("blocks.0.table", "blocks.1.table")),
+        (("Attention",), ("blocks.0.table", "blocks.0.query.weight", "blocks.1.table", "blocks.1.query.weight")),
         (("blocks.0",), ("blocks.0.table", "blocks.0.query.weight")),
         (("blocks",), ("blocks.0.table", "blocks.0.query.weight", "blocks.1.table", "blocks.1.query.weight")),
         (("head.weight",), ("head.weight",)),
@@ -74,6 +74,7 @@ def test_targets(targets, names):
         ("head.weight", ("conv.weight", *QUERIES, "own.weight")),
         (("blocks", "Conv2d"), ("own.weight", "head.weight")),
         (("re:.*query.*",), ("conv.weight", "own.weight", "head.weight")),
+        (("Attention",), ("conv.weight", "own.weight", "head.weight")),
         (("own.bias", "blocks.1"), ("conv.weight", QUERIES[0], "own.weight", "head.weight")),
     ],
 )

@@ -848,3 +848,31 @@ def test_autocast_within_a_network_sees_the_weights_that_are_tried(inside: str, 
     assert len(set(losses)) > 1, "not those of one network"
     assert second["finetune_loss"][0] > 0.05 and first["finetune_loss"][0] > 0.05
     assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([(INPUTS[i], LABELS[i]) for i in range(80)], r"gives single samples, .*DataLoader\(data, batch_size=64\)"),
+        ([(INPUTS[i], int(LABELS[i])) for i in range(80)], "gives single samples"),
+        (TensorDataset(INPUTS, functional.one_hot(LABELS, 3)), r"one-hot, or of several labels: .*argmax\(1\)"),
+        (TensorDataset(INPUTS, LABELS[:, None]), r"as a column: take targets.squeeze\(1\)"),
+        (None, "got None, and method 'ewr' reads it"),
+    ],
+)
+def test_data_that_nearly_fit(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune(perceptron(), data, 0.5, samples=32, progress=False)
+
+
+def test_methods_without_data_need_none() -> None:
+    assert prune(perceptron(), None, 0.5, "magnitude", stages=2, progress=False).sparsity == 0.5
+    normalised = drawn(lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)))
+    with pytest.raises(ValueError, match="got None, and recalibrate_batchnorm reads it"):
+        prune(normalised, None, 0.5, "magnitude", progress=False)
+    with pytest.raises(ValueError, match="got None, and finetune reads it"):
+        prune(perceptron(), None, 0.5, "magnitude", finetune=FineTune(epochs=1), progress=False)
+    with pytest.raises(ValueError, match="got None, and stages='auto' reads it"):
+        prune(perceptron(), None, 0.5, "magnitude", stages="auto", progress=False)
+    prune(normalised, None, 0.5, "magnitude", recalibration_data=DATA, progress=False)
+    prune(normalised, None, 0.75, "magnitude", recalibrate_batchnorm=False, progress=False)

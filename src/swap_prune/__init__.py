@@ -3,7 +3,7 @@
 One call, ``prune(model, data, sparsity)``, on any ``torch.nn.Module``; start reading at ``pipeline.py``.
 """
 
-from swap_prune.artifact import load_pruned
+from swap_prune.artifact import load_pruned, load_report
 from swap_prune.fisher.noise import (
     AdversarialInputs,
     AnalogMemory,
@@ -49,6 +49,7 @@ __all__ = [
     "finetune",
     "keep_masks",
     "load_pruned",
+    "load_report",
     "masks_of",
     "prune",
 ]

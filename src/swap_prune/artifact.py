@@ -47,10 +47,14 @@ _WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put
 def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path) -> Path:
     """Write a pruned model and its report; see :meth:`PruningReport.save`."""
     target = check_output_directory(directory)
+    check_network(model)
+    missing = report.layers.keys() - dict(model.named_parameters()).keys()
+    if missing:
+        raise ValueError(f"the model lacks parameters that the report is of: {_some(sorted(missing))}")
     if count_layers(model, tuple(report.layers)) != report.layers:
         raise ValueError(
-            "the model no longer has the sparsity reported (it was changed after pruning); save right after "
-            "pruning, or prune again"
+            "the model does not have the sparsity reported (it was changed after pruning); save right after pruning, "
+            "prune again, or train under swap_prune.keep_masks"
         )
     check_dense(model, "which is not saved")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
@@ -185,12 +189,15 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def load_report(directory: str | Path) -> PruningReport:
-    """Read an artifact's report.
+    """Read an artifact's report; ``save(directory, model)`` writes it with a model that has its zeros.
+
+    Args:
+        directory: What ``report.save`` wrote.
 
     Raises:
         ValueError: If it is missing or not a report.
     """
-    return _read_report(user_path(directory))[0]
+    return _read_report(user_path(directory))[0].bind(save_artifact)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:

@@ -27,6 +27,7 @@ from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.memory.planning import MemoryPlan
 from swap_prune.methods import resolve_method
 from swap_prune.network.device import check_values, usable_device
 from swap_prune.options import (
@@ -229,7 +230,10 @@ _PASSED_ON = ("samples", "schedule", "noise", "defence", "memory", "storage", "s
 @own_output
 @with_options_of(prune)
 def plan(**given: Any) -> None:
-    """Say how much memory prune would need with the same arguments, without running it. No weights are read."""
+    """Say how much memory prune would need with the same arguments, without running it. No weights are read.
+
+    Exit status 1 says that nothing fits.
+    """
     width = given["width"]
     network, _ = build_model(given["model"], **({} if width is None else {"width": width}))
     forecast = plan_run(
@@ -248,7 +252,14 @@ def plan(**given: Any) -> None:
     )
     if given["as_json"]:
         print_json(forecast.to_dict())
-        return
+    else:
+        _show_plan(forecast)
+    if forecast.forecasts and forecast.chosen is None:
+        raise typer.Exit(1)
+
+
+def _show_plan(forecast: MemoryPlan) -> None:
+    """Print a plan for people."""
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
     table = Table(title=f"GB held in each phase; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
     phases = list(forecast.forecasts[0].phases) if forecast.forecasts else []

@@ -14,14 +14,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.distributed import is_first, local_count, team_of
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.sketch import MINI_BATCH
@@ -36,11 +34,12 @@ from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels, no_autocast, slow_attention, uncompiled
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
-from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.request import Run, check_run, workload
+from swap_prune.report import PruningReport
+from swap_prune.request import Run, calibrating, check_run, workload
 from swap_prune.samples.calibration import CalibrationStream, peek
 from swap_prune.samples.spill import Spill
-from swap_prune.selection import DEFAULT_TARGETS, Selection, unnamed_weights
+from swap_prune.selection import DEFAULT_TARGETS, Selection
+from swap_prune.stages.accounting import account
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
 from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
@@ -50,7 +49,6 @@ from swap_prune.training.teaching import Teacher
 __all__ = ["plan", "prune"]
 
 _IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
-_LEFT_ALONE = 0.1  # of the weights, in layers of other kinds than the default targets: more than that is said
 
 
 @shortage_named()
@@ -84,7 +82,8 @@ def prune(
     Args:
         model: Any module. It is changed in place; if anything goes wrong it is left as it was.
         data: Calibration data: a Dataset or a DataLoader, from which samples are drawn at random, or an iterable of
-            batches that ``loss_fn`` takes, which is read in order.
+            batches that ``loss_fn`` takes, which is read in order. None for a method that uses no data, such as
+            ``"magnitude"``, if nothing else does.
         sparsity: Fraction of the selected weights that becomes zero, in [0, 1):
             ``p - floor(p * (1 - sparsity))`` zeros.
         method: A name in ``swap_prune.METHODS``, or a config object such as ``swap_prune.EWR(epsilon=0.1)``.
@@ -152,7 +151,7 @@ def prune(
         storage=storage,
         seed=seed,
     )
-    place = _place(model, device)
+    place, data = _place(model, device), calibrating(data, recalibration_data, run)
     held, notes = _settle_storage(model, data, run, place, memory, scratch)
     if device is not None:
         _move(model, place)
@@ -189,7 +188,7 @@ def prune(
             before.restore_bystanders()
     settings = run.settings | {"device": str(place), "channels_last": laid, "memory": memory}
     settings["storage"] = _recorded(storage, held) if run.solver.needs_gradients else None
-    return _report(model, run, settings, records, notes, started)
+    return account(model, run, settings, records, notes, started)
 
 
 def plan(
@@ -347,44 +346,3 @@ def _shared(storage: Storage, device: torch.device) -> Iterator[Storage]:
         return
     with team_of(device) as team:
         yield replace(storage, team=team)
-
-
-def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:
-    """Say that many weights were not pruned, by the kinds of their layers."""
-    count = sum(others.values())
-    if count < _LEFT_ALONE * (count + selected):
-        return []
-    share, kinds = round(100 * count / (count + selected)), ", ".join(others)
-    return [f"{count} weights, {share} % of all, were left alone: targets does not name their layers ({kinds})"]
-
-
-def _report(
-    model: nn.Module, run: Run, settings: dict[str, Any], stages: list[StageReport], notes: list[str], started: float
-) -> PruningReport:
-    """Count what is in the model now, and say what a reader should know."""
-    layers = count_layers(model, run.selection.names)
-    kept = sum(layer.kept for layer in layers.values())
-    if kept != stages[-1].kept:
-        notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
-    if 0 < stages[-1].samples < settings["samples"]:
-        notes.append(f"samples used in a stage: {stages[-1].samples}, fewer than the {settings['samples']} asked for")
-    if "not_recalibrated" in stages[-1].evidence:
-        notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
-    if tuple(settings["targets"]) == DEFAULT_TARGETS:
-        notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
-    emptied = [name for name, layer in layers.items() if layer.kept == 0]
-    if emptied:
-        notes.append(f"layers without a weight left: {', '.join(emptied)}")
-    return PruningReport(
-        method=run.solver.name,
-        sparsity=1 - kept / run.selection.total,
-        kept=kept,
-        total=run.selection.total,
-        layers=layers,
-        seconds=time.perf_counter() - started,
-        settings=settings,
-        seed=run.seed,
-        stages=stages,
-        versions=versions(),
-        notes=notes,
-    ).bind(partial(save_artifact, model))

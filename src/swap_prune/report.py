@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
+from torch import nn
 
 __all__ = ["LayerReport", "PruningReport", "StageReport", "versions"]
 
@@ -89,28 +90,34 @@ class PruningReport(_Record):
     versions: dict[str, str]
     notes: list[str]
 
-    _saver: Callable[[PruningReport, str | Path], Path] | None = PrivateAttr(default=None)
+    _saver: Callable[[nn.Module, PruningReport, str | Path], Path] | None = PrivateAttr(default=None)
+    _model: nn.Module | None = PrivateAttr(default=None)
 
-    def bind(self, saver: Callable[[PruningReport, str | Path], Path]) -> PruningReport:
-        """Remember how to save the pruned model."""
-        self._saver = saver
+    def bind(
+        self, saver: Callable[[nn.Module, PruningReport, str | Path], Path], model: nn.Module | None = None
+    ) -> PruningReport:
+        """Remember how a model is saved with this report, and the one that it is of."""
+        self._saver, self._model = saver, model
         return self
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, model: nn.Module | None = None) -> Path:
         """Write the pruned model's weights and this report to a new directory.
 
         Args:
             directory: Must not exist, or be empty. It appears whole or not at all.
+            model: The model to save, with the zeros that are reported; by default the one that was pruned. A report
+                that :func:`swap_prune.load_report` read has none.
 
         Returns:
             The directory.
 
         Raises:
-            ValueError: If it cannot be written, or the model no longer has the sparsity reported.
+            ValueError: If it cannot be written, or the model does not have the sparsity reported.
         """
-        if self._saver is None:
-            raise ValueError("this report was read from a file: there is no model to save with it")
-        return self._saver(self, directory)
+        model = self._model if model is None else model
+        if self._saver is None or model is None:
+            raise ValueError("this report was read from a file: name the model to save with it, save(directory, model)")
+        return self._saver(model, self, directory)
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return plain types, as stored in ``report.json``."""

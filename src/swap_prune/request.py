@@ -40,7 +40,7 @@ from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers, bystande
 from swap_prune.training.finetune import FineTune
 from swap_prune.training.teaching import losses_beside_own
 
-__all__ = ["Run", "check_run", "workload"]
+__all__ = ["Run", "calibrating", "check_run", "workload"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,26 @@ def check_run(
     )
 
 
+def calibrating(data: Any, recalibration_data: Any, run: Run) -> Any:
+    """Return the calibration data, for which None may stand where nothing is read of it.
+
+    Raises:
+        ValueError: If something is.
+    """
+    if data is not None:
+        return data
+    users = {
+        f"method {run.solver.name!r}": run.solver.needs_gradients or run.solver.needs_inputs,
+        "recalibrate_batchnorm": run.normalised and recalibration_data is None,
+        "finetune": run.finetune is not None and recalibration_data is None,
+        "stages='auto'": len(run.schedules) > 1,
+    }
+    reading = [user for user, reads in users.items() if reads]
+    if reading:
+        raise ValueError(f"data must be a Dataset or an iterable of batches, got None, and {reading[0]} reads it")
+    return ()
+
+
 def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
     """Count what the need of a run depends on, on the device where it will take place."""
     numbered = NumberedSamples.of(data)
@@ -187,7 +207,6 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
     return_free_memory()  # of the sample's passes
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    hooks = [(type(one).apply, type(one).apply_) for one in run.noise.models]
     altered = any(type(one).corrupt != NoiseModel.corrupt for one in run.noise.models)  # into others, in memory
     return Workload(
         rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
@@ -211,7 +230,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         largest_parameter=max((p.nbytes for p in model.parameters() if p.requires_grad), default=0),
         copies=0 if run.finetune is None else (4 if len(run.schedules) > 1 else 2) * _bytes(model),
         mini_batches=in_batches,
-        row_noise=any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks),
+        row_noise=run.noise.acts_on_rows,
         held=held_memory(place) + (_bytes(model) if place != own else 0),
         device=place,
         processes=max(1, process_count()),

@@ -1,9 +1,9 @@
 r"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
 
-First step of the pipeline. Patterns are class names (``"Linear"``), parameter or module names
-(``"fc1.weight"``, ``"encoder"``) or regular expressions (``"re:layer[12]\..*"``, matched against the whole
-parameter or module name). A parameter that several modules share is selected once, and its pruning acts
-wherever it is used.
+First step of the pipeline. Patterns are class names (``"Linear"``), parameter or module names (``"fc1.weight"``,
+``"encoder"``) or regular expressions (``"re:layer[12]\..*"``, matched against the whole parameter or module name). A
+module that is named, or whose class is, stands for all that lies in it. A parameter that several modules share is
+selected once, and its pruning acts wherever it is used.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class _Candidate:
     parameter: nn.Parameter
     aliases: tuple[str, ...]
     owners: tuple[tuple[str, nn.Module], ...]  # modules that hold it directly: (module name, module)
+    around: tuple[tuple[str, nn.Module], ...]  # those, and all that these lie in
 
 
 def select_parameters(
@@ -298,7 +299,7 @@ def _check_parametrized(
     for name, module in model.named_modules():
         for tensor, (parts, remedy) in _parametrised(module).items():
             sources = [candidate for candidate in candidates if any(p is candidate.parameter for p in parts)]
-            own = _Candidate(name, nn.Parameter(), (), ((name, module),))
+            own = _Candidate(name, nn.Parameter(), (), ((name, module),), _around(model, [name]))
             taken = any(_matches(pattern, own) for pattern in targets)
             left = all(any(_matches(pattern, source) for pattern in ignore) for source in sources)
             left = left or any(_matches(pattern, own) for pattern in ignore)
@@ -352,17 +353,28 @@ def _collect(model: nn.Module) -> list[_Candidate]:
             aliases.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
             owners.setdefault(id(parameter), []).append((module_name, module))
     return [
-        _Candidate(name, parameter, tuple(aliases[id(parameter)]), tuple(owners[id(parameter)]))
+        _Candidate(
+            name,
+            parameter,
+            tuple(aliases[id(parameter)]),
+            tuple(owners[id(parameter)]),
+            _around(model, [owner for owner, _ in owners[id(parameter)]]),
+        )
         for name, parameter in model.named_parameters()
     ]
 
 
+def _around(model: nn.Module, names: Iterable[str]) -> tuple[tuple[str, nn.Module], ...]:
+    """Return modules, by their names, and all that they lie in."""
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        parts = name.split(".") if name else []
+        found |= {path: model.get_submodule(path) for path in (".".join(parts[:i]) for i in range(len(parts) + 1))}
+    return tuple(found.items())
+
+
 def _matches(pattern: str, candidate: _Candidate) -> bool:
-    modules = {""}
-    for module_name, _ in candidate.owners:
-        parts = module_name.split(".")
-        modules.update(".".join(parts[: i + 1]) for i in range(len(parts)))
-    modules.discard("")
+    modules = {name for name, _ in candidate.around if name}
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
@@ -372,7 +384,7 @@ def _matches(pattern: str, candidate: _Candidate) -> bool:
     if pattern in candidate.aliases or pattern in modules:
         return True
     return any(
-        pattern in {c.__name__ for c in type(module).__mro__[:-1]} - {"Module"} for _, module in candidate.owners
+        pattern in {c.__name__ for c in type(module).__mro__[:-1]} - {"Module"} for _, module in candidate.around
     )
 
 

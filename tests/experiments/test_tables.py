@@ -12,6 +12,7 @@ import pytest
 from swap_prune.experiments.plots import write_plots
 from swap_prune.experiments.results import RunResult
 from swap_prune.experiments.tables import Cell, Estimate, as_csv, as_markdown, summarise, write_tables
+from swap_prune.selection import DEFAULT_TARGETS
 
 NOISE = "gradient:std=4"
 
@@ -45,6 +46,17 @@ RESULTS = [
 def cell(results: list[RunResult], label: str, noise: str = "none", reference: str | None = None) -> Cell:
     (found,) = (c for c in summarise(results, reference).cells if (c.label, c.noise) == (label, noise))
     return found
+
+
+def test_what_is_pruned_is_said_where_it_is_not_the_default() -> None:
+    plain = result("lr", 0, 90.0)
+    default = {"targets": list(DEFAULT_TARGETS), "ignore": [], "min_keep": 0.0}
+    for settings in ({}, default):
+        (note, *_) = summarise([plain.model_copy(update={"settings": plain.settings | settings})]).notes
+        assert "schedule cubic" in note and not any(name in note for name in default)
+    own = {"targets": ["Linear"], "ignore": ["head"], "min_keep": {"fc": 0.1}}
+    (note, *_) = summarise([plain.model_copy(update={"settings": plain.settings | own})]).notes
+    assert "targets Linear, ignore head, min_keep fc: 0.1" in note
 
 
 def test_means_and_standard_errors() -> None:

@@ -88,6 +88,13 @@ def _check_schedule(name: str) -> str:
     return name
 
 
+def _check_min_keep(value: Any) -> Any:
+    for share in value.values() if isinstance(value, Mapping) else [value]:
+        if not is_number(share) or not 0 <= share < 1:
+            raise ValueError(f"must be a share in [0, 1), or a table of patterns with such shares, got {share!r}")
+    return {name: float(share) for name, share in value.items()} if isinstance(value, Mapping) else float(value)
+
+
 def _check_stages(stages: Any) -> int | str:
     if stages != "auto" and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
         raise ValueError(f"must be a whole number of at least 1 or 'auto', got {stages!r}")
@@ -107,6 +114,7 @@ _Whole = Annotated[int, Field(ge=1)]
 _Stages = Annotated[Any, AfterValidator(_check_stages)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Sparsity = Annotated[float, Field(ge=0, lt=1)]
+_MinKeep = Annotated[Any, AfterValidator(_check_min_keep)]
 _Noise = Annotated[str, AfterValidator(_check_noise)]
 _FineTune = Annotated[FineTune, BeforeValidator(_read_finetune)]
 
@@ -214,7 +222,7 @@ class Experiment(_Table):
     seeds: Annotated[list[_Seed], _Axis, Field(min_length=1), AfterValidator(_distinct)] = [0]
     samples: _Whole = 1024
     schedule: Annotated[str, AfterValidator(_check_schedule)] = "exponential"
-    min_keep: _Sparsity | dict[str, _Sparsity] = 0.0
+    min_keep: _MinKeep = 0.0
     recalibrate_batchnorm: bool = True
     evaluate_before_recalibration: bool = False
     finetune: _FineTune | None = None
@@ -239,6 +247,18 @@ class Experiment(_Table):
                     f"must differ in name, settings, defence or storage, got {labels[number]!r} under two labels"
                 )
         return methods
+
+    @model_validator(mode="after")
+    def _rows_to_disturb(self) -> Experiment:
+        """Refuse runs that could only fail: noise on the rows of G needs them in memory, as they are."""
+        disturbing = [spec for spec in self.noise if spec != "none" and parse_noise(spec).acts_on_rows]
+        for method in self.methods:
+            if disturbing and method.storage not in ("auto", "float32"):
+                raise ValueError(
+                    f"storage {method.storage!r} of {method.label!r} does not hold the rows that noise "
+                    f"{disturbing[0]!r} acts on: leave one of them out, or use storage 'float32'"
+                )
+        return self
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from swap_prune.experiments.results import RunResult, replacing, shortest
+from swap_prune.selection import DEFAULT_TARGETS
 
 __all__ = ["Cell", "Estimate", "Summary", "as_csv", "as_markdown", "summarise", "write_tables"]
 
@@ -218,13 +220,21 @@ def _gathered(results: Sequence[RunResult]) -> list[str]:
 
 def _settings(result: RunResult) -> str:
     shown = {name: result.settings[name] for name in ("samples", "schedule", "recalibrate_batchnorm")}
-    if "min_keep" in result.settings:
-        shown["min_keep"] = result.settings["min_keep"]
+    shown |= {name: result.settings[name] for name in ("targets", "ignore", "min_keep") if result.settings.get(name)}
+    if tuple(shown.get("targets", ())) == DEFAULT_TARGETS:
+        del shown["targets"]
     if "finetune" in result.settings:
         shown |= {f"fine-tuning {name}": value for name, value in result.settings["finetune"].items()}
     if result.test_samples is not None:
         shown["test images"] = result.test_samples
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
+    return ", ".join(f"{name} {_plain(value)}" for name, value in shown.items())
+
+
+def _plain(value: Any) -> str:
+    """Return a setting without brackets and quotes."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {part}" for name, part in value.items())
+    return " and ".join(value) if isinstance(value, list) else str(value)
 
 
 def as_markdown(summary: Summary) -> str:

@@ -146,6 +146,11 @@ def check_pair(batch: Any) -> None:
         ValueError: If it is not.
     """
     is_pair = isinstance(batch, Sequence) and len(batch) == 2
+    if is_pair and isinstance(batch[0], Tensor) and _is_one_label(batch[1]):
+        raise ValueError(
+            f"the data gives single samples, (inputs {tuple(batch[0].shape)}, one label), and not batches: pass "
+            "torch.utils.data.DataLoader(data, batch_size=64)"
+        )
     if not is_pair or not all(isinstance(part, Tensor) for part in batch):
         what = f"a {type(batch).__name__}"
         if isinstance(batch, Mapping):
@@ -164,6 +169,11 @@ def check_pair(batch: Any) -> None:
             "a batch (inputs, targets) must have a target for each input: "
             f"there are {len(targets)} targets, and not as many inputs"
         )
+
+
+def _is_one_label(target: Any) -> bool:
+    """Whether a target is that of one sample, without a dimension for samples."""
+    return isinstance(target, int) or (isinstance(target, Tensor) and target.ndim == 0)
 
 
 def check_labels(targets: Tensor, classes: int) -> None:
@@ -185,17 +195,25 @@ def check_labels(targets: Tensor, classes: int) -> None:
         )
 
 
-def check_shares(targets: Tensor, classes: int) -> None:
-    """Check that targets which are no class indices are the classes' probabilities.
+def _check_targets(targets: Tensor, logits: Tensor) -> None:
+    """Check targets, (n,) or (n, ...) of class indices, or (n, classes) of probabilities, against a few logits.
 
     Raises:
-        ValueError: If there is but one class, or floating-point targets are something else, as in a regression.
+        ValueError: If there is but one class, a label out of range, whole numbers with a dimension that the logits have
+            not, or floating-point targets that are no probabilities, as in a regression.
     """
+    classes = logits.shape[1] if logits.ndim > 1 else 1
     if classes < 2:
         raise ValueError(
             "the default loss is the cross-entropy of two classes or more, and the model has one output: pass loss_fn="
         )
     if not targets.is_floating_point():
+        if logits.ndim == 2 and targets.ndim == 2:
+            remedy = "as a column: take targets.squeeze(1)"
+            if targets.shape[1] > 1:
+                remedy = "one-hot, or of several labels: take targets.argmax(1), or pass loss_fn= for another loss"
+            raise ValueError(f"the default loss needs class indices (n,), got {describe(targets)} {remedy}")
+        check_labels(targets, classes)
         return
     shares = targets.ndim == 2 and targets.shape[1] == classes
     if (
@@ -259,22 +277,15 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
             finite or not per sample.
     """
     sizes: list[int] = []
-    classes: int | None = None
+    logits: Any = None
     for batch in batches:
         known = batch_size(batch) if is_sliceable(batch) else None
         with failures_named("calibration batch", batch), torch.no_grad():
             if isinstance(loss_fn, CrossEntropy):
                 check_pair(batch)
-                if classes is None:
-                    logits = model(batch[0][:2])
-                    if not isinstance(logits, Tensor):
-                        raise ValueError(
-                            "the default loss needs a model that returns logits (n, classes), got a "
-                            f"{type(logits).__name__}: pass loss_fn="
-                        )
-                    classes = logits.shape[1] if logits.ndim > 1 else 1
-                check_shares(batch[1], classes)
-                check_labels(batch[1], classes)
+                if logits is None:
+                    logits = _few_logits(model, batch[0])
+                _check_targets(batch[1], logits)
             if known is None:
                 known = len(check_losses(loss_fn(model, batch), None))
             elif not sizes:  # a few samples speak for their like
@@ -283,6 +294,16 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
         assert known is not None, "just counted"
         sizes.append(known)
     return sizes
+
+
+def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the logits of a sample or two; refuse a model that gives others than those."""
+    logits = model(inputs[:_FEW])
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"the default loss needs a model that returns logits (n, classes), got a {type(logits).__name__}: pass loss_fn="
+    )
 
 
 @contextmanager

@@ -96,6 +96,12 @@ class NoiseChain(NoiseModel):
 
     models: tuple[NoiseModel, ...] = ()
 
+    @property
+    def acts_on_rows(self) -> bool:
+        """Whether a model changes the rows of G."""
+        hooks = [(type(noise).apply, type(noise).apply_) for noise in self.models]
+        return any(hook != (NoiseModel.apply, NoiseModel.apply_) for hook in hooks)
+
     def corrupt(self, batches: list[Any], generator: torch.Generator, model: nn.Module, loss_fn: LossFn) -> list[Any]:
         """Pass the samples from model to model; no samples stay no samples."""
         for noise in self.models if batches else ():

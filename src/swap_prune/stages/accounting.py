@@ -1,0 +1,71 @@
+"""The end of a run: what is in the network now, and what a reader should know of it.
+
+Place in the pipeline: after the last stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from swap_prune.artifact import count_layers, save_artifact
+from swap_prune.report import PruningReport, StageReport, versions
+from swap_prune.request import Run
+from swap_prune.selection import DEFAULT_TARGETS, unnamed_weights
+
+__all__ = ["account"]
+
+_LEFT_ALONE = 0.1  # of the weights, in layers of other kinds than the default targets: more than that is said
+
+
+def account(
+    model: nn.Module, run: Run, settings: dict[str, Any], stages: list[StageReport], notes: list[str], started: float
+) -> PruningReport:
+    """Return the report of a run: count what is in the model now, and say what a reader should know.
+
+    Args:
+        model: The pruned network.
+        run: What was asked for.
+        settings: Every setting that was used.
+        stages: What the stages did, at least one.
+        notes: What is to be said already; more is added.
+        started: When the run began, by ``time.perf_counter``.
+    """
+    layers = count_layers(model, run.selection.names)
+    kept = sum(layer.kept for layer in layers.values())
+    if kept != stages[-1].kept:
+        notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
+    if 0 < stages[-1].samples < settings["samples"]:
+        notes.append(f"samples used in a stage: {stages[-1].samples}, fewer than the {settings['samples']} asked for")
+    if "not_recalibrated" in stages[-1].evidence:
+        notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
+    if tuple(settings["targets"]) == DEFAULT_TARGETS:
+        notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
+    emptied = [name for name, layer in layers.items() if layer.kept == 0]
+    if emptied:
+        notes.append(f"layers without a weight left: {', '.join(emptied)}")
+    return PruningReport(
+        method=run.solver.name,
+        sparsity=1 - kept / run.selection.total,
+        kept=kept,
+        total=run.selection.total,
+        layers=layers,
+        seconds=time.perf_counter() - started,
+        settings=settings,
+        seed=run.seed,
+        stages=stages,
+        versions=versions(),
+        notes=notes,
+    ).bind(save_artifact, model)
+
+
+def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:
+    """Say that many weights were not pruned, by the kinds of their layers."""
+    count = sum(others.values())
+    if count < _LEFT_ALONE * (count + selected):
+        return []
+    share, kinds = round(100 * count / (count + selected)), ", ".join(others)
+    return [f"{count} weights, {share} % of all, were left alone: targets does not name their layers ({kinds})"]
