@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import METHODS, FineTune, finetune, load_pruned, load_report, prune
-from swap_prune.artifact import check_output_directory, load_weights, read_weights
+from swap_prune.artifact import load_weights, read_weights
+from swap_prune.files import check_output_directory
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 from swap_prune.artifact import load_report
 from swap_prune.cli import app, run
 from swap_prune.experiments.demo import embedded_data, embedded_network
+from swap_prune.stages.runner import StageRunner
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,31 @@ def test_text_for_people_and_settings_of_the_method(call) -> None:
     )  # fmt: skip
     assert status == 0
     assert "accuracy" in text and "31880" not in text and "32160" in text
+
+
+def test_an_interrupted_run_goes_on_after_its_last_stage(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*PRUNE, "--method", "lr", "--samples", "60", "--stages", "3", "--json")
+    expected = json.loads(call(*arguments)[1])
+    own, numbers = StageRunner.run, []
+
+    def until_second(runner: StageRunner, *given: Any, **options: Any) -> Any:
+        numbers.append(given[2])
+        if numbers == [1, 2]:
+            raise KeyboardInterrupt
+        return own(runner, *given, **options)
+
+    monkeypatch.setattr(StageRunner, "run", until_second)
+    kept = ("--checkpoint", str(tmp_path / "run"))
+    status, text, error = call(*arguments, *kept)
+    assert (status, text) == (130, "") and f"finished stages are kept in {tmp_path / 'run'}, and the same" in error
+    status, text, _ = call(*arguments, *kept)
+    assert status == 0 and numbers == [1, 2, 2, 3]
+    assert {**json.loads(text), "seconds": 0} == {**expected, "seconds": 0}
+    status, text, error = call(*arguments, *kept, "--seed", "1")
+    assert (status, text) == (2, "") and "is of another run: seed was 0 and is 1" in error
+    numbers.clear()
+    status, _, error = call(*arguments)
+    assert status == 130 and "kept" not in error
 
 
 def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> None:

@@ -27,6 +27,7 @@ from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.sharded import ShardedFactor, owned_columns
 from swap_prune.losses import cross_entropy
 from swap_prune.pipeline import plan
+from swap_prune.stages.runner import StageRunner
 from tests.test_pipeline import small_data, small_network
 
 SIZES = (1, 2, 4)
@@ -79,8 +80,29 @@ def products(p: int) -> dict[str, torch.Tensor]:
         return found["shared"]
 
 
-def pruned() -> dict[str, Any]:
-    """Prune with several methods."""
+def resumed(folder: Path) -> dict[str, Any]:
+    """Prune as the run "lr" does, interrupted after its first stage."""
+    own = StageRunner.run
+
+    def first_only(runner: StageRunner, *arguments: Any, **options: Any) -> Any:
+        if arguments[2] == 2:
+            raise RuntimeError("interrupted")
+        return own(runner, *arguments, **options)
+
+    arguments: dict[str, Any] = {"sparsity": 0.7, "samples": 40, "progress": False, "checkpoint": folder, **RUNS["lr"]}
+    StageRunner.run = first_only  # type: ignore[method-assign]
+    try:
+        with pytest.raises(RuntimeError, match="interrupted"):
+            prune(small_network(), small_data(), **arguments)
+    finally:
+        StageRunner.run = own  # type: ignore[method-assign]
+    model = small_network()
+    prune(model, small_data(), **arguments)
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def pruned(folder: Path) -> dict[str, Any]:
+    """Prune with several methods; one of them goes on from a checkpoint in a folder."""
     found: dict[str, Any] = {f"products {p}": products(p) for p in (3, 64, 333)}
     for name, settings in RUNS.items():
         model = small_network()
@@ -95,6 +117,7 @@ def pruned() -> dict[str, Any]:
             "spilled": "nothing",
         }
         found[name] = {key: value.clone() for key, value in model.state_dict().items()}
+    found["resumed"] = resumed(folder)
     forecast = plan(small_network(), small_data(), samples=40).require()
     return {**found, "kind": forecast.storage.kind}
 
@@ -133,7 +156,8 @@ def work(rank: int, folder: Path) -> None:
     capture._MAX_CHUNK = 7  # several chunks, which ranks take in turns
     for size in SIZES:
         if rank < size:
-            torch.save(in_group(f"group{size}", rank, size, folder, pruned), folder / f"pruned-{size}-{rank}.pt")
+            found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
+            torch.save(found, folder / f"pruned-{size}-{rank}.pt")
     pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "silence": 0}
     for case, first in pairs.items():
         if case == "silence":
@@ -162,7 +186,8 @@ def test_every_number_of_processes_gives_the_same_bits_on_every_rank(folder: Pat
     assert first["kind"] == "sharded" and set(RUNS) < set(first)
     for size in SIZES:
         for rank in range(size):
-            assert bits(torch.load(folder / f"pruned-{size}-{rank}.pt")) == bits(first), (size, rank)
+            found = torch.load(folder / f"pruned-{size}-{rank}.pt")
+            assert bits(found) == bits(first) and bits(found["resumed"]) == bits(found["lr"]), (size, rank)
 
 
 @pytest.mark.parametrize("name", ["lr", "empirical", "obd"])

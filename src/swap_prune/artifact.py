@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -24,20 +22,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from swap_prune.checks import user_path
+from swap_prune.files import check_output_directory, write_directory
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.device import check_network
 from swap_prune.report import LayerReport, PruningReport
 
 __all__ = [
     "check_dense",
-    "check_output_directory",
     "count_layers",
     "load_pruned",
     "load_report",
     "load_weights",
     "read_weights",
     "save_artifact",
-    "write_directory",
+    "weights_sha256",
 ]
 
 _WEIGHTS, _REPORT = "weights.safetensors", "report.json"
@@ -68,64 +66,6 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
     return write_directory(target, {_WEIGHTS: data, _REPORT: text.encode()})  # the report makes it an artifact
 
 
-def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
-    """Write files to a directory: a new one appears whole or not at all.
-
-    In an empty one that is there already the files appear one after the other, in their order.
-
-    Args:
-        target: The directory, as :func:`check_output_directory` gave it.
-        files: Contents by name, in the order in which they appear.
-
-    Raises:
-        ValueError: If it cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)) as scratch:
-            made = Path(scratch, target.name)
-            made.mkdir()
-            for name, content in files.items():
-                (made / name).write_bytes(content)
-            if target.is_dir():  # maybe a mount point: it stays
-                for name in files:
-                    os.replace(made / name, target / name)
-            else:
-                os.replace(made, target)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
-    return target
-
-
-def check_output_directory(directory: str | Path) -> Path:
-    """Check that a new directory can be written, before any work is done; makes nothing that stays.
-
-    Returns:
-        Its absolute path.
-
-    Raises:
-        ValueError: If it exists and is not an empty directory, or cannot be written.
-    """
-    target = user_path(directory).absolute()
-    try:
-        target = target.resolve() if target.is_dir() else target
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
-            raise ValueError(f"output {target} exists and is not a directory; choose another")
-        if target.is_dir() and any(target.iterdir()):
-            raise ValueError(f"output directory {target} is not empty; choose another or remove it")
-        there = next(path for path in (target, *target.parents) if os.path.lexists(path))
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=there) as scratch:
-            Path(scratch, target.relative_to(there)).mkdir(parents=True, exist_ok=True)  # its names may be refused
-    except OSError as error:
-        raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error
-    return target
-
-
-def _beside(target: Path) -> Path:
-    """Return where files for a directory are prepared: in it, where it is there already."""
-    return target if target.is_dir() else target.parent
-
-
 def check_dense(model: nn.Module, trouble: str) -> None:
     """Check that a model's state_dict holds dense tensors and nothing else.
 
@@ -143,6 +83,15 @@ def check_dense(model: nn.Module, trouble: str) -> None:
     ]
     if odd:
         raise ValueError(f"the model's state_dict holds more than dense tensors, {trouble}: {_some(odd)}")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return a hash of a model's tensors and their names; its state_dict must be dense."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:

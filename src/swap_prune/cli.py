@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +19,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from swap_prune.artifact import check_output_directory, load_pruned, load_report, load_weights
+from swap_prune.artifact import load_pruned, load_report, load_weights
 from swap_prune.checks import checked_seed
 from swap_prune.console import own_output, print_json, run, say, show, show_table
 from swap_prune.distributed import is_first, launched, own_device
@@ -27,11 +28,13 @@ from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.files import check_output_directory
 from swap_prune.memory.planning import MemoryPlan
 from swap_prune.methods import resolve_method
 from swap_prune.network.device import check_values, usable_device
 from swap_prune.options import (
     AsJson,
+    CheckpointDir,
     Data,
     DataDir,
     Device,
@@ -140,6 +143,7 @@ def prune(
     memory: Memory = None,
     storage: StorageOption = "auto",
     scratch: Scratch = None,
+    checkpoint: CheckpointDir = None,
     settings: Settings = None,
     data_dir: DataDir = None,
     width: Width = None,
@@ -150,7 +154,7 @@ def prune(
 
     Several processes, started by torchrun --nproc-per-node N -m swap_prune prune ..., share the work.
     """
-    with launched():
+    with launched(), _stages_kept(checkpoint):
         solver = resolve_method(method, dict(map(parse_setting, settings or [])))
         training = None if finetune is None else parse_finetune(finetune)
         target = check_output_directory(out) if out is not None else None
@@ -174,6 +178,7 @@ def prune(
             memory=memory,
             storage=storage,
             scratch=scratch,
+            checkpoint=checkpoint,
             seed=seed,
             device=_device(device),
         )
@@ -210,6 +215,19 @@ def prune(
     if target is not None:
         result["out"] = str(target)
     _print_result(result, as_json)
+
+
+@contextmanager
+def _stages_kept(checkpoint: Path | None) -> Iterator[None]:
+    """Say how to go on after an interruption, where there is a way."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is None:
+            raise
+        raise InterruptedError(
+            f"interrupted; finished stages are kept in {checkpoint}, and the same command goes on after them"
+        ) from None
 
 
 def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -12,6 +12,7 @@ from swap_prune.methods import METHODS
 
 __all__ = [
     "AsJson",
+    "CheckpointDir",
     "Data",
     "DataDir",
     "Device",
@@ -48,6 +49,9 @@ StorageOption = Annotated[
     str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped, matrix-free, low-rank or sharded")
 ]
 Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
+CheckpointDir = Annotated[
+    Path | None, typer.Option("--checkpoint", help="keep finished stages there; the same command goes on after them")
+]
 Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
 MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
 Samples = Annotated[int, typer.Option(help="calibration samples a stage")]

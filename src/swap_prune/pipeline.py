@@ -35,11 +35,13 @@ from swap_prune.network.modes import exact_kernels, no_autocast, slow_attention,
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport
-from swap_prune.request import Run, calibrating, check_run, workload
-from swap_prune.samples.calibration import CalibrationStream, peek
+from swap_prune.request import Run, calibrating, check_run, identity, workload
+from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.samples.peek import peek
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import DEFAULT_TARGETS, Selection
 from swap_prune.stages.accounting import account
+from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
 from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
@@ -73,6 +75,7 @@ def prune(
     memory: str | int | None = None,
     storage: str = "auto",
     scratch: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -120,6 +123,8 @@ def prune(
             ``"sharded"`` (each process of the group of ``torch.distributed`` holds a part), or ``"auto"``: the last
             where there is a process group, and else the fastest that fits the memory and does not approximate.
         scratch: Directory of that file, which is deleted at the end; by default the system's for temporary files.
+        checkpoint: Directory in which the network is kept after each stage. The same call, on the dense network and the
+            same data, goes on after the last one that was finished, and ends in the same bytes. It stays there.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
         device: Where to compute; the model is moved there. By default where it is.
         progress: Show progress on standard error.
@@ -178,8 +183,11 @@ def prune(
             compared = dict(run.settings, noise=None)  # that may hold any object
             placed.team.agree("settings", repr((compared, dict(run.selection.shapes), run.seed)))
             placed.team.agree("weights", model.state_dict())
+        kept = None if checkpoint is None else Checkpoint(checkpoint, identity(model, run, place), writes=is_first())
         notes += repair_batchnorm(model, runner.recalibration, run.loss) if run.normalised else []
         runner = _taught(replace(runner, storage=placed), changing, before)
+        if kept is not None:
+            runner = _checkpointed(runner, kept, place)
         if stages == "auto":
             records = search_stages(runner, run.schedules, shown)
         else:
@@ -188,6 +196,7 @@ def prune(
             before.restore_bystanders()
     settings = run.settings | {"device": str(place), "channels_last": laid, "memory": memory}
     settings["storage"] = _recorded(storage, held) if run.solver.needs_gradients else None
+    started -= 0 if kept is None else kept.seconds
     return account(model, run, settings, records, notes, started)
 
 
@@ -336,6 +345,20 @@ def _taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -
         trainer=teacher if distils else None,
         doubts=doubts if asks and doubts.looks else None,
     )
+
+
+def _checkpointed(runner: StageRunner, checkpoint: Checkpoint, place: torch.device) -> StageRunner:
+    """Give a runner a checkpoint that keeps what changes from stage to stage."""
+    parts: dict[str, Remembering] = {
+        "network": NetworkState(runner.model),
+        "random": RandomStates(runner.noise_generator, place),
+        "calibration": runner.calibration,
+    }
+    if runner.recalibration is not runner.calibration:
+        parts["recalibration"] = runner.recalibration
+    if runner.doubts is not None:
+        parts["doubts"] = runner.doubts
+    return replace(runner, checkpoint=checkpoint.of(**parts))
 
 
 @contextmanager

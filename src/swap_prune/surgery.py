@@ -33,6 +33,7 @@ __all__ = [
     "repair_batchnorm",
     "restored_on_error",
     "temporary_weights",
+    "unexpanded",
     "write_weights",
 ]
 
@@ -78,7 +79,7 @@ def fill_lost(parameter: nn.Parameter, kept: Tensor) -> None:
         parameter.masked_fill_((parameter == 0) & kept, torch.finfo(parameter.dtype).smallest_normal)
 
 
-def _unexpanded(tensor: Tensor) -> Tensor:
+def unexpanded(tensor: Tensor) -> Tensor:
     """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
     if tensor.layout != torch.strided:
         return tensor.detach()
@@ -92,7 +93,7 @@ class _Buffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.held = [
-            (module, name, buffer, _unexpanded(buffer).clone())
+            (module, name, buffer, unexpanded(buffer).clone())
             for module in modules
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
@@ -103,7 +104,7 @@ class _Buffers:
             for module, name, buffer, values in self.held:
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
-                place = _unexpanded(buffer)
+                place = unexpanded(buffer)
                 if place.shape == values.shape:
                     place.copy_(values)
                 else:
@@ -121,7 +122,7 @@ class Snapshot:
     def __init__(self, model: nn.Module, selection: Selection | None = None) -> None:
         parameters = dict(model.named_parameters())
         chosen = parameters.values() if selection is None else (parameters[name] for name in selection.names)
-        self._tensors = list(map(_unexpanded, chosen))
+        self._tensors = list(map(unexpanded, chosen))
         self._values = [tensor.detach().clone() for tensor in self._tensors]
         self._statistics, self._bystanders = _Buffers(batchnorm_layers(model)), _Buffers(_bystanders(model))
 

@@ -39,6 +39,18 @@ def test_a_doubt_is_remembered_and_holds_for_what_is_fitted_and_what_is_held_out
     assert own.weigh([mixed(0.8)], [apart])[2] > first
 
 
+def test_what_was_seen_can_be_taken_over():
+    own, other, apart = doubts(), doubts(), mixed(0.5, seed=2)
+    other.recall(own.remembered())
+    assert other._radius is None and other._labels is None
+    own.weigh([mixed(0.5)], [apart])
+    own._radius = 0.1
+    other.recall(own.remembered())
+    assert other._radius == 0.1 and other._labels == own._labels is not None
+    other.recall(doubts().remembered())
+    assert other._radius is None and other._labels is None
+
+
 def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)

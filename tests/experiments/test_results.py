@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from swap_prune.experiments.results import RunResult, check_directory, open_results, read_results, replacing
+from swap_prune.experiments.results import RunResult, check_directory, open_results, read_results
+from swap_prune.files import replacing
 
 CONFIG = {"seeds": [0, 1], "model": "m"}
 

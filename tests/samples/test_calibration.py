@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from swap_prune.experiments.images import ImageTensors
-from swap_prune.samples.calibration import CalibrationStream, peek, share_out_samples
+from swap_prune.samples.calibration import CalibrationStream, share_out_samples
+from swap_prune.samples.peek import peek
 from tests.cases import batches_of, generator
 
 

@@ -12,7 +12,7 @@ Place in the pipeline: a defence, around capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ class Doubts:
         self._doubts_inputs, self._doubts_labels = "inputs" in defences, "labels" in defences
         self._radius: float | None = None  # by which inputs were seen to have been shifted
         self._labels: LabelDoubt | None = None
+
+    def remembered(self) -> dict[str, Tensor]:
+        """Return what has been seen, for :meth:`recall`."""
+        seen = {} if self._radius is None else {"radius": torch.tensor(self._radius, dtype=torch.float64)}
+        if self._labels is not None:
+            seen["labels"] = torch.tensor([self._labels.rate, self._labels.temperature], dtype=torch.float64)
+        return seen
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what was seen before."""
+        self._radius = float(state["radius"]) if "radius" in state else None
+        self._labels = LabelDoubt(*state["labels"].tolist()) if "labels" in state else None
 
     @property
     def looks(self) -> bool:

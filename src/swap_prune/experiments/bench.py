@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from swap_prune.artifact import check_dense, load_weights
+from swap_prune.artifact import check_dense, load_weights, weights_sha256
 from swap_prune.checks import user_path
 from swap_prune.experiments.config import Experiment
 from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
@@ -24,7 +23,8 @@ from swap_prune.network.device import check_values
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
-from swap_prune.samples.calibration import CalibrationStream, peek
+from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.samples.peek import peek
 from swap_prune.schedule import keep_count
 from swap_prune.selection import layer_floors, select_parameters
 from swap_prune.surgery import repair_batchnorm
@@ -54,11 +54,7 @@ class Bench:
     @property
     def weights_sha256(self) -> str:
         """Hash of the dense network's tensors and their names."""
-        digest = hashlib.sha256()
-        for name, value in self.network.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_sha256(self.network)
 
     def data(self) -> ImageData:
         """Return the data set."""

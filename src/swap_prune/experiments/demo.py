@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune.artifact import load_weights, write_directory
+from swap_prune.artifact import load_weights
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.files import write_directory
 from swap_prune.methods import METHODS
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport

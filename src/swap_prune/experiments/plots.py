@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from swap_prune.experiments.results import replacing, shortest
+from swap_prune.experiments.results import shortest
 from swap_prune.experiments.tables import Cell, Summary
+from swap_prune.files import replacing
 
 __all__ = ["write_plots"]
 

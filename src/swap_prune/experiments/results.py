@@ -14,14 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from swap_prune.checks import user_path
 from swap_prune.experiments.config import comparable
 
-__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "replacing", "shortest"]
+__all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "shortest"]
 
 _CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
 
@@ -182,17 +181,6 @@ def read_results(directory: str | Path) -> list[RunResult]:
     if not records:
         raise ValueError(f"{path} holds no finished run yet")
     return list({record.id: record for record in records}.values())
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside another one to write to, which takes its place when the block ends well."""
-    scratch = path.with_name(f".{uuid4().hex}.{path.name}")  # two may write the same file at once
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def shortest(sparsity: float) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from swap_prune.experiments.results import RunResult, replacing, shortest
+from swap_prune.experiments.results import RunResult, shortest
+from swap_prune.files import replacing
 from swap_prune.selection import DEFAULT_TARGETS
 
 __all__ = ["Cell", "Estimate", "Summary", "as_csv", "as_markdown", "summarise", "write_tables"]

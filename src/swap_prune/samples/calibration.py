@@ -30,7 +30,7 @@ from swap_prune.samples.batches import (
 )
 from swap_prune.samples.numbered import NumberedSamples, known_length
 
-__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "peek", "share_out_samples"]
+__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "share_out_samples"]
 
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
@@ -85,6 +85,40 @@ class CalibrationStream:
         self._pass_size: int | None = None  # samples in one pass, once one was completed
         self._read = 0  # samples read in the first pass
         self._rest: Any = None  # what a draw left of its last batch
+        self._taken = 0  # batches and ends of passes, where samples have no numbers
+
+    def remembered(self) -> dict[str, Tensor]:
+        """Return where the stream is, for :meth:`recall`."""
+        numbers = {"order": self._order, "reserved": self._reserved, "barred": sorted(self._barred)}
+        rest = 0 if self._rest is None else batch_size(self._rest)
+        places = {"taken": self._taken, "rest": rest, "size": self._read if self._samples is None else self._count()}
+        state = {name: torch.tensor(held, dtype=torch.int64) for name, held in (numbers | places).items()}
+        return state | {"drawing": self._generator.get_state(), "reading": self._reading}
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Go to where a stream of the same data was; data that have no numbers are read again up to there.
+
+        Args:
+            state: What :meth:`remembered` returned. The stream must not have gone further.
+
+        Raises:
+            ValueError: If the data are others, as far as can be told.
+        """
+        if self._samples is None:
+            batch = self._rest
+            while self._taken < int(state["taken"]):
+                batch = self._next()
+            rest = int(state["rest"])
+            self._rest = slice_batch(batch, batch_size(batch) - rest, batch_size(batch)) if rest else None
+        else:
+            self._order, self._reserved = state["order"].tolist(), state["reserved"].tolist()
+            self._barred.clear()  # another stream may share it
+            self._barred.update(state["barred"].tolist())
+        size, before = self._read if self._samples is None else self._count(), int(state["size"])
+        if size != before:
+            raise ValueError(f"the data are not those of before: {size} samples, and {before} then")
+        self._generator.set_state(state["drawing"])
+        self._reading = state["reading"]
 
     def draw(self, samples: int) -> list[Any]:
         """Return batches with ``samples`` samples together, or all the data if it holds fewer.
@@ -248,15 +282,8 @@ class CalibrationStream:
     def _draw_iterated(self, samples: int) -> Iterator[Any]:
         got = 0
         while got < min(samples, self._pass_size or samples):
-            batch, self._rest = self._rest if self._rest is not None else next(self._passes), None
+            batch, self._rest = self._rest if self._rest is not None else self._next(), None
             if batch is _END:
-                self._pass_size = self._read
-                if self._pass_size == 0:
-                    raise ValueError(
-                        "the calibration data is empty or exhausted: it gave no sample (a generator can be "
-                        "read only once: pass a list, a DataLoader or a Dataset; with drop_last=True no batch may be "
-                        "larger than the data)"
-                    )
                 continue
             size = batch_size(batch)
             surplus = got + size - min(samples, self._pass_size or samples)
@@ -265,6 +292,20 @@ class CalibrationStream:
                 batch = slice_batch(batch, 0, size - surplus)
             got += batch_size(batch)
             yield batch
+
+    def _next(self) -> Any:
+        """Return the next batch, or that a pass ended."""
+        batch = next(self._passes)
+        self._taken += 1
+        if batch is _END:
+            self._pass_size = self._read
+            if self._pass_size == 0:
+                raise ValueError(
+                    "the calibration data is empty or exhausted: it gave no sample (a generator can be "
+                    "read only once: pass a list, a DataLoader or a Dataset; with drop_last=True no batch may be "
+                    "larger than the data)"
+                )
+        return batch
 
     def _read_passes(self) -> Iterator[Any]:
         """Yield batch after batch for ever, ``_END`` at the end of each pass."""
@@ -337,42 +378,3 @@ def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]
         return samples, held_out
     spare = max(min(held_out, size // 5), size - samples)
     return size - spare, spare
-
-
-def peek(data: Any, device: torch.device | str = "cpu") -> Any:
-    """Return one sample as a batch, or None; reads nothing away, and leaves torch's random state.
-
-    A Dataset and a sequence of batches can be looked at, a DataLoader through its Dataset. Iterators are left alone.
-
-    Args:
-        data: As for :class:`CalibrationStream`.
-        device: Where the sample is put.
-    """
-    drawn_from = [(generator, generator.get_state()) for generator in _generators(data)]
-    try:
-        return map_tensors(lambda t: t.to(device), _first(data))
-    finally:
-        for generator, state in drawn_from:
-            generator.set_state(state)
-
-
-def _generators(data: Any) -> Iterator[torch.Generator]:
-    """Yield the random states that a data set, or one that it is a part of, keeps for its augmentation."""
-    while isinstance(data, Dataset | DataLoader):
-        yield from (value for value in vars(data).values() if isinstance(value, torch.Generator))
-        data = getattr(data, "dataset", None)
-
-
-def _first(data: Any) -> Any:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            if isinstance(data, DataLoader) and data.collate_fn is not None:
-                return data.collate_fn([data.dataset[0]])
-            samples = NumberedSamples.of(data)
-            if samples is not None:
-                return next(iter(samples.batches([[0]])))
-        if isinstance(data, list | tuple) and data and is_sliceable(data[0]):
-            return slice_batch(data[0], 0, 1)
-    except Exception:  # what is wrong with the data is said where it is drawn
-        return None
-    return None

@@ -41,6 +41,7 @@ from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.samples.calibration import HELD_OUT, CalibrationStream
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
+from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
 from swap_prune.training.finetune import FineTune, train
@@ -78,6 +79,7 @@ class StageRunner:
         teacher: The network before pruning, where the method asks it and the loss can compare outputs.
         trainer: The same, where fine-tuning asks it.
         doubts: What it has made of the samples so far; None where they are not doubted.
+        checkpoint: Keeps finished stages; None: nothing does.
     """
 
     model: nn.Module
@@ -100,14 +102,20 @@ class StageRunner:
     teacher: Teacher | None = None
     trainer: Teacher | None = None
     doubts: Doubts | None = None
+    checkpoint: Checkpoint | None = None
 
     def run_all(self, sparsities: Sequence[float], shown: StageProgress) -> list[StageReport]:
-        """Run one stage after another."""
-        shown.expect(len(sparsities))
-        return [
-            self.run(sparsity, shown, number, final=number == len(sparsities))
-            for number, sparsity in enumerate(sparsities, start=1)
-        ]
+        """Run one stage after another, but those that a checkpoint has."""
+        count = len(sparsities)
+        shown.expect(count)
+        records = [] if self.checkpoint is None else self.checkpoint.resume(count)
+        if self.storage.team is not None:
+            self.storage.team.agree("finished stages in the checkpoint", str(len(records)))
+        for number in range(len(records) + 1, count + 1):
+            records.append(self.run(sparsities[number - 1], shown, number, final=number == count))
+            if self.checkpoint is not None:
+                self.checkpoint.keep(records, count)
+        return records
 
     def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
         """Capture, solve, apply, fine-tune, recalibrate."""

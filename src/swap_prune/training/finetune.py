@@ -31,7 +31,8 @@ from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernel
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.samples.batches import batch_size, is_single
-from swap_prune.samples.calibration import BATCH, CalibrationStream, peek
+from swap_prune.samples.calibration import BATCH, CalibrationStream
+from swap_prune.samples.peek import peek
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.surgery import fill_lost, restored_on_error
 from swap_prune.training.masks import MaskKeeper, pair_masks, resolve_masks
