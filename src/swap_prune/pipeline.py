@@ -85,7 +85,8 @@ def prune(
     Args:
         model: Any module. It is changed in place; if anything goes wrong it is left as it was.
         data: Calibration data: a Dataset or a DataLoader, from which samples are drawn at random, or an iterable of
-            batches that ``loss_fn`` takes, which is read in order. None for a method that uses no data, such as
+            batches that ``loss_fn`` takes, which is read in order. An IterableDataset gives single samples; one that
+            gives batches is passed as ``DataLoader(data, batch_size=None)``. None for a method that uses no data, such as
             ``"magnitude"``, if nothing else does.
         sparsity: Fraction of the selected weights that becomes zero, in [0, 1):
             ``p - floor(p * (1 - sparsity))`` zeros.
@@ -107,8 +108,9 @@ def prune(
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
         finetune: Train the network under its mask after each stage, as these settings say, on ``recalibration_data`` or
-            ``data``, which must come to an end; all parameters change, pruned weights stay zero. It learns from the
-            network before pruning too (``FineTune.distillation``). The next stage takes fresh gradients.
+            ``data``, which has to come to an end if no ``steps_per_epoch`` is set; all parameters change, pruned
+            weights stay zero. It learns from the network before pruning too (``FineTune.distillation``). The next stage
+            takes fresh gradients.
         noise: Noise on data, weights or gradients, to measure how a method bears it: text such as
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true

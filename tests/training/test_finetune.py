@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -130,6 +131,32 @@ def test_the_learning_rate_follows_the_schedule(schedule: str) -> None:
     assert rates(batch for batch in [(torch.zeros(4, 2),)] * 4) == pytest.approx(stepwise, abs=1e-6), (
         "the length is not known"
     )
+
+
+def test_an_epoch_has_the_steps_that_it_is_said_to_have() -> None:
+    """Data that do not end go on where they stopped; the learning rate falls from step to step."""
+    model = nn.Linear(1, 1, bias=False)
+    masks = {"weight": torch.tensor([[True]])}
+    seen: list[float] = []
+
+    def loss_fn(net: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
+        seen.append(batch[0][0, 0].item())
+        return net.weight.sum() * torch.ones(len(batch[0]))
+
+    def steps(data: Any, **settings: Any) -> tuple[int, list[float], float]:
+        seen.clear()
+        model.weight.data.fill_(1)
+        own = FineTune(lr=0.5, momentum=0, weight_decay=0, schedule="linear", batch_size=4, **settings)
+        report = finetune(model, data, own, loss_fn=loss_fn, masks=masks)
+        return report.steps, seen[1:], 2 * (1 - model.weight.item())  # the first call checks the loss
+
+    endless = ((torch.full((4, 1), float(number)),) for number in itertools.count())
+    assert steps(endless, epochs=2, steps_per_epoch=3) == (6, [0, 1, 2, 3, 4, 5], pytest.approx(21 / 6))
+    short = [(torch.full((4, 1), float(number)),) for number in range(4)]
+    assert steps(short, epochs=2, steps_per_epoch=3)[1] == [0, 1, 2, 3, 0, 1]
+    assert steps(short, epochs=2, steps_per_epoch=9)[:2] == (8, [0, 1, 2, 3, 0, 1, 2, 3])
+    assert steps(short, epochs=2, steps_per_epoch=9)[2] == pytest.approx(sum(1 - t / 8 for t in range(8)))
+    assert steps(TensorDataset(torch.zeros(40, 1)), epochs=3, steps_per_epoch=2)[0] == 6
 
 
 def test_lone_samples_are_passed_over_where_batchnorm_needs_two() -> None:
@@ -336,6 +363,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "schedule": ({"schedule": "steps"}, "schedule"),
     "distillation": ({"distillation": 1.1}, r"must be 'auto' or a finite number in \[0, 1\], got 1.1"),
     "distillation text": ({"distillation": "some"}, "distillation of fine-tuning must be 'auto' or"),
+    "steps_per_epoch": ({"steps_per_epoch": 0}, "steps_per_epoch of fine-tuning must be a whole number of at least 1"),
     "temperature": ({"temperature": 0}, "temperature of fine-tuning must be a finite number above 0"),
 }
 
@@ -353,6 +381,7 @@ def test_settings_as_text_and_as_a_table() -> None:
     assert parse_finetune({"epochs": 3, "lr": 0.5, "optimizer": "adamw"}) == expected
     assert parse_finetune("distillation=0.5,temperature=2") == FineTune(distillation=0.5, temperature=2)
     assert parse_finetune("distillation=auto") == FineTune()
+    assert parse_finetune("steps_per_epoch=5") == parse_finetune({"steps_per_epoch": 5}) == FineTune(steps_per_epoch=5)
     assert FineTune(lr=1) == FineTune(lr=1.0) and repr(FineTune(lr=1)) == repr(FineTune(lr=1.0))
     for text, message in {
         "epochs": "name=value",

@@ -56,6 +56,7 @@ _DISTILLATION = 0.9  # share of the dense network's outputs, where there are any
 
 _LARGEST = torch.finfo(torch.float32).max  # a step computes in it
 
+_WHOLE = ("epochs", "batch_size", "steps_per_epoch")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("above 0", lambda value: value > 0),
     "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
@@ -82,6 +83,8 @@ class FineTune:
             rest. ``"auto"``: 0.9 where there is a dense network to ask and the loss compares outputs, as the default
             one does, and is not the distance from it itself; else 0.
         temperature: That outputs are divided by before they are compared, > 0. A higher one lets every class count.
+        steps_per_epoch: Steps of an epoch, at the most; None: a whole pass. Data that are read in order go on in the
+            next epoch where they stopped; they need not come to an end then.
     """
 
     epochs: int = 2
@@ -93,10 +96,12 @@ class FineTune:
     batch_size: int = 128
     distillation: float | Literal["auto"] = "auto"
     temperature: float = 4.0
+    steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            whole_number(f"{name} of fine-tuning", getattr(self, name))
+        for name in _WHOLE:
+            if (name, getattr(self, name)) != ("steps_per_epoch", None):
+                whole_number(f"{name} of fine-tuning", getattr(self, name))
         for name, (words, holds) in _NUMBERS.items():
             value = getattr(self, name)
             if name == "distillation" and value == "auto":
@@ -177,9 +182,10 @@ def finetune(
 
     Args:
         model: The network. If anything goes wrong it is left as it was.
-        data: Training data: a Dataset or a DataLoader, or an iterable of batches that ``loss_fn`` takes and that comes
-            to an end. What it draws from PyTorch's own random state, such as an augmentation, is reproducible from
-            ``seed``, and so is the order of a DataLoader that shuffles.
+        data: Training data: a Dataset or a DataLoader, or an iterable of batches that ``loss_fn`` takes. It has to come
+            to an end, if ``settings.steps_per_epoch`` does not end epochs before. What it draws from PyTorch's own
+            random state, such as an augmentation, is reproducible from ``seed``, and so is the order of a DataLoader
+            that shuffles.
         settings: Optimiser, epochs and so on.
         loss_fn: ``(model, batch) -> (n,)`` per-sample losses, of which the mean is taken; by default the
             cross-entropy of batches ``(inputs, targets)``.
@@ -294,12 +300,13 @@ class _Course:
     share: float
 
     def run_epoch(self, epoch: int) -> tuple[float, int]:
-        """Train on every sample once; returns the mean loss and the number of steps."""
-        total, samples, steps = 0.0, 0, 0
+        """Train on every sample once, or as many as an epoch has; returns the mean loss and the number of steps."""
+        total, samples, steps, most = 0.0, 0, 0, self.settings.steps_per_epoch
         alone = any(isinstance(module, _BatchNorm) for module in self.model.modules())  # one sample has no variance
         for share, batch in self.stream.read_pass(self.settings.batch_size, self.generator):
             if alone and is_single(batch):
                 continue
+            share = share if most is None else max(share, steps / most)
             if epoch == steps == 0:
                 with eval_mode(self.model):
                     check_calibration(self.model, self.loss_fn, [batch])
@@ -310,6 +317,8 @@ class _Course:
             size = batch_size(batch)
             total, samples, steps = total + loss * size, samples + size, steps + 1
             self.reach(epoch + share)
+            if steps == most:
+                break
         if steps == 0:
             raise ValueError(
                 "fine-tuning needs batches of at least 2 samples for a network with BatchNorm, got none: raise "
@@ -363,8 +372,8 @@ def parse_finetune(spec: str | Mapping[str, Any]) -> FineTune:
             raise ValueError(f"fine-tuning has no setting {name!r}; it has {', '.join(known)}")
         if name in table:
             raise ValueError(f"fine-tuning must have each setting once, got {name!r} twice in {spec!r}")
-        number = isinstance(spec, str) and (name in _NUMBERS or isinstance(known[name], int)) and value != known[name]
-        table[name] = _parse_number(name, value, whole=isinstance(known[name], int)) if number else value
+        number = isinstance(spec, str) and name in (*_NUMBERS, *_WHOLE) and value != known[name]
+        table[name] = _parse_number(name, value, whole=name in _WHOLE) if number else value
     return FineTune(**table)
 
 
