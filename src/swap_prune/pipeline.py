@@ -86,8 +86,8 @@ def prune(
         model: Any module. It is changed in place; if anything goes wrong it is left as it was.
         data: Calibration data: a Dataset or a DataLoader, from which samples are drawn at random, or an iterable of
             batches that ``loss_fn`` takes, which is read in order. An IterableDataset gives single samples; one that
-            gives batches is passed as ``DataLoader(data, batch_size=None)``. None for a method that uses no data, such as
-            ``"magnitude"``, if nothing else does.
+            gives batches is passed as ``DataLoader(data, batch_size=None)``. None for a method that uses no data, such
+            as ``"magnitude"``, if nothing else does.
         sparsity: Fraction of the selected weights that becomes zero, in [0, 1):
             ``p - floor(p * (1 - sparsity))`` zeros.
         method: A name in ``swap_prune.METHODS``, or a config object such as ``swap_prune.EWR(epsilon=0.1)``.
