@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -61,7 +60,9 @@ from swap_prune.options import (
 )
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
+from swap_prune.report import PruningReport
 from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.stages.checkpoint import has_stages
 from swap_prune.training.finetune import parse_finetune
 
 __all__ = ["app", "main"]
@@ -154,12 +155,13 @@ def prune(
 
     Several processes, started by torchrun --nproc-per-node N -m swap_prune prune ..., share the work.
     """
-    with launched(), _stages_kept(checkpoint):
+    with launched():
         solver = resolve_method(method, dict(map(parse_setting, settings or [])))
         training = None if finetune is None else parse_finetune(finetune)
         target = check_output_directory(out) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)
-        report = prune_model(
+        report = _go_on(
+            checkpoint,
             network,
             calibration_data(images, seed),
             sparsity,
@@ -178,7 +180,6 @@ def prune(
             memory=memory,
             storage=storage,
             scratch=scratch,
-            checkpoint=checkpoint,
             seed=seed,
             device=_device(device),
         )
@@ -217,13 +218,12 @@ def prune(
     _print_result(result, as_json)
 
 
-@contextmanager
-def _stages_kept(checkpoint: Path | None) -> Iterator[None]:
-    """Say how to go on after an interruption, where there is a way."""
+def _go_on(checkpoint: Path | None, *arguments: Any, **options: Any) -> PruningReport:
+    """Prune, and say how to go on after an interruption, where there is something to go on from."""
     try:
-        yield
+        return prune_model(*arguments, checkpoint=checkpoint, **options)
     except KeyboardInterrupt:
-        if checkpoint is None:
+        if checkpoint is None or not has_stages(checkpoint):
             raise
         raise InterruptedError(
             f"interrupted; finished stages are kept in {checkpoint}, and the same command goes on after them"

@@ -1,8 +1,13 @@
-"""Files that appear whole or not at all: written under a temporary name, then renamed."""
+"""Files that appear whole or not at all: written under a temporary name, then renamed.
+
+A temporary name says which process of which machine it is of, so that what a killed one left can be told and deleted.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +16,69 @@ from uuid import uuid4
 
 from swap_prune.checks import user_path
 
-__all__ = ["check_output_directory", "replacing", "write_directory"]
+__all__ = [
+    "check_output_directory",
+    "force_to_disk",
+    "is_abandoned",
+    "replaced_name",
+    "replacing",
+    "write_directory",
+]
+
+
+_SCRATCH = re.compile(r"\.(?P<machine>.+)-(?P<process>\d+)-[0-9a-f]{32}\.(?P<name>.+)")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside another one to write to, which takes its place when the block ends well."""
-    scratch = path.with_name(f".{uuid4().hex}.{path.name}")  # two may write the same file at once
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Give a file beside another one to write to, which takes its place when the block ends well.
+
+    Args:
+        path: The file that is replaced, or made.
+        durable: Whether it is forced to the disk before it takes its place, and its name after that.
+    """
+    name = f".{platform.node()}-{os.getpid()}-{uuid4().hex}.{path.name}"  # two may write the same file at once
+    scratch = path.with_name(name)
     try:
         yield scratch
+        if durable:
+            force_to_disk(scratch)
         os.replace(scratch, path)
+        if durable:
+            force_to_disk(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def force_to_disk(path: Path) -> None:
+    """Force what a file holds, or the names of a directory's files, to the disk."""
+    if path.is_dir() and os.name == "nt":  # where a directory cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replaced_name(path: Path) -> str | None:
+    """Return the name of the file that a file of :func:`replacing` would have replaced; None for any other file."""
+    match = _SCRATCH.fullmatch(path.name)
+    return None if match is None else match["name"]
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file is one of :func:`replacing` whose process, on this machine, is gone."""
+    match = _SCRATCH.fullmatch(path.name)
+    if match is None or match["machine"] != platform.node():
+        return False
+    try:
+        os.kill(int(match["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # it is somebody else's, or no process at all
+        return False
+    return False
 
 
 def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:

@@ -35,13 +35,14 @@ from swap_prune.network.modes import exact_kernels, no_autocast, slow_attention,
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport
-from swap_prune.request import Run, calibrating, check_run, identity, workload
+from swap_prune.request import Run, calibrating, check_run, workload
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.peek import peek
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import DEFAULT_TARGETS, Selection
 from swap_prune.stages.accounting import account
-from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering
+from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering, kept_storage
+from swap_prune.stages.identity import identity
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
 from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
@@ -159,7 +160,9 @@ def prune(
         seed=seed,
     )
     place, data = _place(model, device), calibrating(data, recalibration_data, run)
-    held, notes = _settle_storage(model, data, run, place, memory, scratch)
+    earlier = None if checkpoint is None else kept_storage(checkpoint)
+    held, notes = _settle_storage(model, data, run, place, memory, scratch, earlier)
+    recorded = _recorded(storage, held) if run.solver.needs_gradients else None
     if device is not None:
         _move(model, place)
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
@@ -167,6 +170,7 @@ def prune(
     changing = run.selection if finetune is None else None  # fine-tuning changes every parameter
     backwards = run.solver.needs_gradients or finetune is not None
     laid = takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)
+    kept: Checkpoint | None = None
     with (
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
         no_autocast(place),
@@ -185,7 +189,9 @@ def prune(
             compared = dict(run.settings, noise=None)  # that may hold any object
             placed.team.agree("settings", repr((compared, dict(run.selection.shapes), run.seed)))
             placed.team.agree("weights", model.state_dict())
-        kept = None if checkpoint is None else Checkpoint(checkpoint, identity(model, run, place), writes=is_first())
+        if checkpoint is not None:
+            same = identity(model, run, data, recalibration_data, recorded, place)
+            kept = Checkpoint(checkpoint, same, placed.team)
         notes += repair_batchnorm(model, runner.recalibration, run.loss) if run.normalised else []
         runner = _taught(replace(runner, storage=placed), changing, before)
         if kept is not None:
@@ -197,8 +203,11 @@ def prune(
         if finetune is None:
             before.restore_bystanders()
     settings = run.settings | {"device": str(place), "channels_last": laid, "memory": memory}
-    settings["storage"] = _recorded(storage, held) if run.solver.needs_gradients else None
-    started -= 0 if kept is None else kept.seconds
+    settings["storage"] = recorded
+    if kept is not None:
+        started -= kept.seconds
+        if runner.calibration.is_altered or runner.recalibration.is_altered:
+            notes.append("data gave other samples than before the interruption, and the result is another")
     return account(model, run, settings, records, notes, started)
 
 
@@ -274,14 +283,20 @@ def _move(model: nn.Module, place: torch.device) -> None:
 
 
 def _settle_storage(
-    model: nn.Module, data: Any, run: Run, place: torch.device, memory: str | int | None, scratch: str | Path | None
+    model: nn.Module,
+    data: Any,
+    run: Run,
+    place: torch.device,
+    memory: str | int | None,
+    scratch: str | Path | None,
+    earlier: Storage | None,
 ) -> tuple[Storage, list[str]]:
     """Choose how G is held, and say what a reader should know of that."""
     if not run.solver.needs_gradients:
         return Storage(), []
     delete_abandoned(scratch)  # it takes room that there might be
     limit = memory_limit(memory, local_count(), place)
-    chosen = plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
+    chosen = plan_memory(workload(model, data, run, place), limit, run.storage, scratch, earlier)
     held, notes = chosen.require().storage, []
     if held != chosen.forecasts[0].storage:
         notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")

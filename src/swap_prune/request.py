@@ -5,7 +5,6 @@ Place in the pipeline: before it. Nothing is changed here, and no data is used u
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from swap_prune.artifact import check_dense, weights_sha256
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.defences import parse_defence
 from swap_prune.distributed import process_count
@@ -32,11 +30,10 @@ from swap_prune.memory.process import held_memory, return_free_memory
 from swap_prune.methods import Method, resolve_method
 from swap_prune.network.device import check_values
 from swap_prune.network.modes import check_no_inference, uncompiled
-from swap_prune.report import versions
 from swap_prune.samples.batches import map_tensors
-from swap_prune.samples.calibration import HELD_OUT, JUDGED, share_out_samples
 from swap_prune.samples.numbered import NumberedSamples, known_length
 from swap_prune.samples.peek import peek
+from swap_prune.samples.shares import HELD_OUT, JUDGED, share_out_samples
 from swap_prune.samples.spill import can_spill
 from swap_prune.schedule import keep_count, stage_schedules
 from swap_prune.selection import Selection, layer_floors, select_parameters
@@ -44,7 +41,7 @@ from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers, bystande
 from swap_prune.training.finetune import FineTune
 from swap_prune.training.teaching import losses_beside_own
 
-__all__ = ["Run", "calibrating", "check_run", "identity", "workload"]
+__all__ = ["Run", "calibrating", "check_run", "workload"]
 
 
 @dataclass(frozen=True)
@@ -161,32 +158,8 @@ def check_run(
             "noise": noise_model.settings(),
             "defence": defence if defence is not None else "none",
         }
-        | ({} if finetune is None else {"finetune": _plain(finetune)}),
+        | ({} if finetune is None else {"finetune": finetune.settings()}),
     )
-
-
-def identity(model: nn.Module, run: Run, place: torch.device) -> dict[str, Any]:
-    """Return what makes a run this one and no other, as JSON has it, as far as can be told: the data are not looked at.
-
-    Args:
-        model: The network, not pruned yet.
-        run: What is asked for.
-        place: Where it takes place.
-
-    Raises:
-        ValueError: If the network holds more than dense tensors.
-    """
-    check_dense(model, "which a checkpoint cannot keep: leave checkpoint out")
-    own = {
-        "seed": run.seed,
-        "storage": run.storage,
-        "loss": getattr(run.loss, "__qualname__", type(run.loss).__qualname__),
-        "weights_sha256": weights_sha256(model),
-        "device": place.type,
-        "versions": versions(),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(run.settings | own, default=lambda odd: type(odd).__qualname__))
-    return plain
 
 
 def calibrating(data: Any, recalibration_data: Any, run: Run) -> Any:

@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from swap_prune.experiments.images import ImageTensors
-from swap_prune.samples.calibration import CalibrationStream, share_out_samples
+from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.peek import peek
+from swap_prune.samples.shares import share_out_samples
 from tests.cases import batches_of, generator
 
 
@@ -469,3 +470,16 @@ def test_what_data_draw_from_the_global_random_state_is_not_drawn_again():
     parts = stream(Noisy()).draw(300)
     images = torch.cat([part[0] for part in parts])
     assert len(torch.unique(images, dim=0)) == 300
+
+
+def test_a_look_at_random_data_is_the_same_each_time():
+    class Noisy(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.randn(2), index
+
+    state = torch.get_rng_state()
+    assert torch.equal(peek(Noisy())[0], peek(DataLoader(Noisy()))[0])
+    assert torch.equal(torch.get_rng_state(), state)

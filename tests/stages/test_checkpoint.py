@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,9 +18,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from swap_prune import FineTune, PruningReport, prune
+from swap_prune.losses import CrossEntropy, cross_entropy
+from swap_prune.pipeline import plan
+from swap_prune.report import StageReport
 from swap_prune.stages import checkpoint
 from swap_prune.stages.runner import StageRunner
 from tests.test_pipeline import small_data, small_network
@@ -44,18 +50,35 @@ class Endless(IterableDataset[Any]):
 
 
 class Counting(nn.Module):
-    """A network with a buffer that no state_dict has, and one that grows."""
+    """A network without BatchNorm whose outputs depend on buffers that no state_dict has: one grows, one is None."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = small_network()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3))
         self.register_buffer("calls", torch.zeros(()), persistent=False)
         self.register_buffer("seen", torch.zeros(0), persistent=False)
+        self.register_buffer("late", None, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.calls += 1
-        outputs: Tensor = self.body(inputs)
-        return outputs
+        if not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(inputs):
+            self.calls += 1
+            self.seen = torch.cat([self.seen, torch.ones(1)])
+            self.late = torch.zeros(()) if self.late is None else self.late + 1
+        outputs: Tensor = self.body(inputs) * (1 + 0.01 * self.calls + 0.01 * len(self.seen))
+        return outputs if self.late is None else outputs + 0.01 * self.late * inputs[:, 0, 0, :3]
+
+
+class OwnRandomness(TensorDataset):
+    """Augments with a random state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(*small_data().tensors)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        inputs, label = super().__getitem__(index)
+        return inputs + 0.1 * torch.randn(inputs.shape, generator=self.generator), label
 
 
 class Drawing(nn.Module):
@@ -78,6 +101,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
     "dataset": (small_network, small_data, {}),
     "few samples, that are drawn again": (small_network, small_data, {"samples": SIZE}),
     "augmented": (small_network, lambda: Noisy(*small_data().tensors), {"recalibration_data": small_data(seed=5)}),
+    "augmented by itself": (small_network, OwnRandomness, {}),
+    "a part of what augments itself": (small_network, lambda: DataLoader(Subset(OwnRandomness(), range(50))), {}),
     "batches": (small_network, in_batches, {"samples": 37}),
     "read once": (small_network, lambda: iter(in_batches()), {"samples": 37}),
     "endless": (small_network, Endless, {"samples": 37}),
@@ -154,8 +179,10 @@ def test_the_interrupted_network_is_as_it_was(tmp_path: Path, monkeypatch: pytes
         ({"stages": 5}, "stages was 4 and is 5"),
         ({"method": "obd"}, r"method was .*lr.* and is .*obd"),
         ({"noise": "labels:fraction=0.1"}, "noise was null and is"),
-        ({"storage": "float16"}, 'storage was "auto" and is "float16"'),
-        ({"loss_fn": nn.functional.relu}, 'loss was "CrossEntropy" and is "relu"'),
+        ({"storage": "float16"}, 'storage was .*"used": "float32".* and is .*"used": "float16"'),
+        ({"loss_fn": CrossEntropy(1.0)}, r'loss was "CrossEntropy\(temperature=4.0\)" and is "CrossEntropy\(temp'),
+        ({"loss_fn": lambda net, batch: net(batch[0]).sum(1)}, r"loss was .* and is .*<lambda> [0-9a-f]{16}"),
+        ({"recalibration_data": small_data()}, 'recalibration_data was null and is "TensorDataset of 60 samples"'),
     ],
 )
 def test_another_run_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -169,22 +196,71 @@ def test_another_run_is_refused(changes: dict[str, Any], words: str, tmp_path: P
 def test_other_weights_and_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(2, monkeypatch, lambda: run("dataset", tmp_path))
     given = {"method": "lr", "samples": 40, "stages": 4, "progress": False, "checkpoint": tmp_path}
-    with pytest.raises(ValueError, match="weights_sha256 was"):
+    with pytest.raises(ValueError, match=r"weights was .* on the dense network"):
         prune(small_network(seed=3), small_data(), 0.8, **given)
     fewer = TensorDataset(*(tensor[:-1] for tensor in small_data().tensors))
-    with pytest.raises(ValueError, match=f"the data are not those of before: {SIZE - 1} samples, and {SIZE} then"):
+    with pytest.raises(ValueError, match=f'data was "TensorDataset of {SIZE} samples" and is "T.* of {SIZE - 1} samp'):
         prune(small_network(), fewer, 0.8, **given)
+    report = prune(small_network(), small_data(seed=9), 0.8, **given)
+    assert "data gave other samples than before the interruption, and the result is another" in report.notes
+
+
+@pytest.mark.parametrize("loss_fns", [("a", "b"), ("a", "a")])
+def test_losses_are_told_apart_by_their_code(loss_fns: tuple[str, str], tmp_path: Path) -> None:
+    def made(name: str) -> Callable[[nn.Module, Any], Tensor]:
+        if name == "a":
+            return lambda net, batch: cross_entropy(net, batch) * 2
+        return lambda net, batch: cross_entropy(net, batch) * 3
+
+    first, second = (made(name) for name in loss_fns)
+    run("dataset", tmp_path, loss_fn=first)
+    if loss_fns == ("a", "a"):
+        run("dataset", tmp_path, loss_fn=second)
+        return
+    with pytest.raises(ValueError, match="loss was"):
+        run("dataset", tmp_path, loss_fn=second)
+
+
+def test_data_that_are_read_again_and_give_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"method": "lr", "samples": 24, "stages": 4, "progress": False}
+    stream = ((torch.randn(24, 1, 8, 8) + number, torch.arange(24) % 3) for number in itertools.count())
+    interrupted_after(
+        1, monkeypatch, lambda: prune(small_network(), stream, 0.8, checkpoint=tmp_path / "stream", **given)
+    )
+    report = prune(small_network(), stream, 0.8, checkpoint=tmp_path / "stream", **given)
+    assert any("data gave other samples than before" in note for note in report.notes), "they go on"
+    interrupted_after(
+        3, monkeypatch, lambda: prune(small_network(), in_batches(), 0.8, checkpoint=tmp_path / "list", **given)
+    )
+    fewer = [*in_batches()[:-1], tuple(tensor[:4] for tensor in in_batches()[-1])]
+    with pytest.raises(ValueError, match=f"the data are not those of before: 52 samples, and {SIZE} then"):
+        prune(small_network(), fewer, 0.8, checkpoint=tmp_path / "list", **given)
+
+
+def test_the_storage_of_the_first_stages_is_kept_or_the_run_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run("dataset", None, memory="8GB")
+    least = int(1.02 * plan(small_network(), small_data(), 0.8, "lr", samples=40, memory="8GB").forecasts[0].need)
+    interrupted_after(2, monkeypatch, lambda: run("dataset", tmp_path, storage="auto", memory=least))
+    held = json.loads((tmp_path / "run.json").read_text())["storage"]
+    report, found = run("dataset", tmp_path, memory="8GB")
+    assert report.settings["storage"] == held
+    if held == expected[0].settings["storage"]:
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected[1].items())
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="is not empty, and no run's"):
+    (tmp_path / ".best.safetensors").write_text("keep")
+    with pytest.raises(ValueError, match=r"is no run's, and not empty \("):
         run("dataset", tmp_path)
+    assert (tmp_path / ".best.safetensors").read_text() == "keep"
     with pytest.raises(ValueError, match="cannot be used"):
         run("dataset", tmp_path / "mine.txt")
     assert (tmp_path / "mine.txt").read_text() == "keep"
-    for content in ("[]", "{"):
-        (tmp_path / "run.json").write_text(content)
+    for content in (b"[]", b"{", b"\xff\xfe"):
+        (tmp_path / "run.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"run.json was altered"):
             run("dataset", tmp_path)
 
@@ -217,9 +293,55 @@ def test_what_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest
 
 def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(1, monkeypatch, lambda: run("dataset", tmp_path))
-    (tmp_path / ".1f.4-stages.safetensors").write_bytes(b"half")
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout
+    left = {
+        process: tmp_path / f".{platform.node()}-{process}-{'1f' * 16}.4-stages.safetensors"
+        for process in (int(gone), os.getpid())
+    }
+    for path in left.values():
+        path.write_bytes(b"half")
     run("dataset", tmp_path)
+    left[os.getpid()].unlink()  # another thread may be writing it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4-stages.safetensors", "run.json"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / f".{platform.node()}-{gone.strip()}-{'1f' * 16}.run.json").write_bytes(b"{")
+    run("dataset", tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["4-stages.safetensors", "run.json"]
+
+
+def test_every_process_compares_and_writes_unless_it_shares_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("dataset", tmp_path / "one")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        run("dataset", tmp_path / "one", seed=1)
+    run("dataset", tmp_path / "other", seed=1)
+    assert (tmp_path / "other" / "4-stages.safetensors").exists()
+
+
+def test_networks_that_no_file_holds_are_refused_before_any_work(tmp_path: Path) -> None:
+    for odd in (torch.eye(3).to_sparse(), torch.zeros(2, dtype=torch.complex128)):
+        model = small_network()
+        model.register_buffer("odd", odd, persistent=False)
+        with pytest.raises(ValueError, match=r"cannot keep 'odd' \(.*\): leave checkpoint out"):
+            prune(model, small_data(), 0.8, "lr", samples=40, stages=2, checkpoint=tmp_path / "run")
+        prune(model, small_data(), 0.8, "lr", samples=40)
+
+
+def test_evidence_that_is_no_number_comes_back(tmp_path: Path) -> None:
+    kept = checkpoint.Checkpoint(tmp_path, {})
+    record = StageReport(
+        sparsity=0.5, kept=3, samples=2, loss=math.inf, seconds=1.5, converged=True, iterations=1,
+        evidence={"a": math.nan, "b": [1e-300, None]},
+    )  # fmt: skip
+    kept.keep([record], 2)
+    (found,) = kept.resume(2)
+    assert math.isnan(found.evidence.pop("a")) and record.evidence.pop("a") and found == record
+    with pytest.raises(ValueError, match="cannot be written"):
+        kept.keep([record.model_copy(update={"evidence": {"a": torch.zeros(1)}})], 2)
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
@@ -263,5 +385,5 @@ def stamp(folder: Path) -> int:
 def test_what_a_run_is(tmp_path: Path) -> None:
     run("noise", tmp_path)
     kept = json.loads((tmp_path / "run.json").read_text())
-    assert (kept["seed"], kept["stages"], kept["loss"], kept["device"]) == (0, 4, "CrossEntropy", "cpu")
+    assert (kept["seed"], kept["stages"], kept["device"]) == (0, 4, "cpu")
     assert [model["model"] for model in kept["noise"]] == ["LabelNoise", "GradientNoise"]

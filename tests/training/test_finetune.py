@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -382,6 +383,7 @@ def test_settings_as_text_and_as_a_table() -> None:
     assert parse_finetune("distillation=0.5,temperature=2") == FineTune(distillation=0.5, temperature=2)
     assert parse_finetune("distillation=auto") == FineTune()
     assert parse_finetune("steps_per_epoch=5") == parse_finetune({"steps_per_epoch": 5}) == FineTune(steps_per_epoch=5)
+    assert type(FineTune(epochs=np.int64(3)).settings()["epochs"]) is int
     assert FineTune(lr=1) == FineTune(lr=1.0) and repr(FineTune(lr=1)) == repr(FineTune(lr=1.0))
     for text, message in {
         "epochs": "name=value",

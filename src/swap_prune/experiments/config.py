@@ -231,8 +231,8 @@ class Experiment(_Table):
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what is not asked for, so that ids and files are those of before it was there."""
         table: dict[str, Any] = handler(self)
-        if table["finetune"]:
-            table["finetune"] = {name: value for name, value in table["finetune"].items() if value is not None}
+        if self.finetune is not None and "finetune" in table:
+            table["finetune"] = self.finetune.settings()
         return {name: value for name, value in table.items() if value or name not in ("finetune", "min_keep")}
 
     @field_validator("methods")

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from swap_prune.checks import user_path
 from swap_prune.experiments.config import comparable
+from swap_prune.files import force_to_disk
 
 __all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "shortest"]
 
@@ -198,7 +199,7 @@ def _keep_config(target: Path, config: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(target / _SCRATCH, path)
-        _sync_names(target)
+        force_to_disk(target)
         return
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -225,7 +226,7 @@ def _recover(path: Path) -> list[RunResult]:
         if whole < len(content):
             file.truncate(whole)
         os.fsync(file.fileno())
-    _sync_names(path.parent)
+    force_to_disk(path.parent)
     return records
 
 
@@ -247,12 +248,3 @@ def _parse(path: Path, content: bytes) -> tuple[list[RunResult], int]:
                 "altered or damaged; mend or remove the line"
             ) from error
     return records, len(content) - len(torn)
-
-
-def _sync_names(directory: Path) -> None:
-    """Force the names of a directory's files to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

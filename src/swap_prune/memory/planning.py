@@ -191,7 +191,11 @@ def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int
 
 
 def plan_memory(
-    load: Workload, limit: int | None, storage: str = "auto", scratch: str | Path | None = None
+    load: Workload,
+    limit: int | None,
+    storage: str = "auto",
+    scratch: str | Path | None = None,
+    kept: Storage | None = None,
 ) -> MemoryPlan:
     """Choose how G is held.
 
@@ -200,6 +204,7 @@ def plan_memory(
         limit: Bytes that the process may hold; None: no limit is known, and the fastest storage is taken.
         storage: One that must be taken, or ``"auto"``.
         scratch: Directory of a file; by default the system's for temporary files.
+        kept: One that the first stages of the same run were held in; it is taken where it fits.
     """
     check_storage(storage)
     directory = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
@@ -208,6 +213,10 @@ def plan_memory(
         for kind, lean in _ORDER
         if storage == kind or (storage == "auto" and kind != "sharded")
     )
+    if kept is not None and storage in ("auto", kept.kind):
+        again = _attempt(load, replace(kept, scratch=directory), limit, directory)
+        if not again.obstacle:
+            return MemoryPlan(limit, forecasts, again, "as in the stages that are there")
     chosen = next((f for f in forecasts if not f.obstacle and (storage != "auto" or f.exact)), None)
     if storage == "auto":
         forecasts = tuple(f if f.exact or f.obstacle else replace(f, obstacle=_BY_NAME) for f in forecasts)

@@ -8,6 +8,7 @@ iterator (remembered as it is read). A draw larger than the data returns all of 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -29,11 +30,11 @@ from swap_prune.samples.batches import (
     split_batches,
 )
 from swap_prune.samples.numbered import NumberedSamples, known_length
+from swap_prune.samples.peek import digest_of, own_generators, peek
+from swap_prune.samples.shares import share_out_samples
 
-__all__ = ["BATCH", "HELD_OUT", "JUDGED", "CalibrationStream", "share_out_samples"]
+__all__ = ["BATCH", "CalibrationStream"]
 
-HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
-JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
 BATCH = 128  # samples, where the stream makes the batches itself
 _END = object()  # of a pass over the data
 
@@ -86,23 +87,36 @@ class CalibrationStream:
         self._read = 0  # samples read in the first pass
         self._rest: Any = None  # what a draw left of its last batch
         self._taken = 0  # batches and ends of passes, where samples have no numbers
+        self._seen = hashlib.sha256()  # of these batches
+        self.is_altered = False  # whether data that were read again are not what they were
 
     def remembered(self) -> dict[str, Tensor]:
         """Return where the stream is, for :meth:`recall`."""
         numbers = {"order": self._order, "reserved": self._reserved, "barred": sorted(self._barred)}
         rest = 0 if self._rest is None else batch_size(self._rest)
-        places = {"taken": self._taken, "rest": rest, "size": self._read if self._samples is None else self._count()}
-        state = {name: torch.tensor(held, dtype=torch.int64) for name, held in (numbers | places).items()}
-        return state | {"drawing": self._generator.get_state(), "reading": self._reading}
+        numbers |= {"taken": [self._taken], "rest": [rest], "size": [self._size_so_far()]}
+        state = {name: torch.tensor(held, dtype=torch.int64) for name, held in numbers.items()}
+        drawing = {f"own {i}": own.get_state() for i, own in enumerate(self._own_generators())}
+        return (
+            state
+            | drawing
+            | {
+                "drawing": self._generator.get_state(),
+                "reading": self._reading,
+                "digest": self._digest(),
+            }
+        )
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Go to where a stream of the same data was; data that have no numbers are read again up to there.
+
+        ``is_altered`` is true afterwards where they are others, as far as a few samples tell.
 
         Args:
             state: What :meth:`remembered` returned. The stream must not have gone further.
 
         Raises:
-            ValueError: If the data are others, as far as can be told.
+            ValueError: If there are not as many samples.
         """
         if self._samples is None:
             batch = self._rest
@@ -114,11 +128,28 @@ class CalibrationStream:
             self._order, self._reserved = state["order"].tolist(), state["reserved"].tolist()
             self._barred.clear()  # another stream may share it
             self._barred.update(state["barred"].tolist())
-        size, before = self._read if self._samples is None else self._count(), int(state["size"])
-        if size != before:
-            raise ValueError(f"the data are not those of before: {size} samples, and {before} then")
+            for i, own in enumerate(self._own_generators()):
+                own.set_state(state.get(f"own {i}", own.get_state()))
+        if self._size_so_far() != int(state["size"]):
+            raise ValueError(
+                f"the data are not those of before: {self._size_so_far()} samples, and {int(state['size'])} then"
+            )
+        self.is_altered = not torch.equal(self._digest(), state["digest"])
         self._generator.set_state(state["drawing"])
         self._reading = state["reading"]
+
+    def _size_so_far(self) -> int:
+        """Return how many samples there are, or were read in the first pass."""
+        return self._read if self._samples is None else known_length(self._samples.dataset) or 0
+
+    def _own_generators(self) -> list[torch.Generator]:
+        """Return the random states of samples that have numbers; others are read again with theirs."""
+        return [] if self._samples is None else list(own_generators(self._data))
+
+    def _digest(self) -> Tensor:
+        """Return a digest of one sample, or of a few numbers of each batch that was read."""
+        digest = self._seen if self._samples is None else digest_of(peek(self._data), hashlib.sha256())
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
     def draw(self, samples: int) -> list[Any]:
         """Return batches with ``samples`` samples together, or all the data if it holds fewer.
@@ -297,7 +328,9 @@ class CalibrationStream:
         """Return the next batch, or that a pass ended."""
         batch = next(self._passes)
         self._taken += 1
-        if batch is _END:
+        if batch is not _END:
+            digest_of(batch, self._seen)
+        else:
             self._pass_size = self._read
             if self._pass_size == 0:
                 raise ValueError(
@@ -362,19 +395,3 @@ def _report(error: Exception) -> NoReturn:
     if isinstance(error, ValueError | InterruptedError):
         raise error
     raise ValueError(f"the calibration data failed: {type(error).__name__}: {lines[0]}") from error
-
-
-def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:
-    """Return how many of the samples that there are get fitted, and how many are held out.
-
-    Where there are fewer than are asked for, a fifth is held out, or what is left beside ``samples``, if that is more.
-
-    Args:
-        size: Samples that there are.
-        samples: To fit, at the most.
-        held_out: To hold out, at the most.
-    """
-    if size >= samples + held_out:
-        return samples, held_out
-    spare = max(min(held_out, size // 5), size - samples)
-    return size - spare, spare

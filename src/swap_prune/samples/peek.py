@@ -1,17 +1,21 @@
-"""A look at one sample of the calibration data, before any is drawn."""
+"""A look at one sample of the calibration data, before any is drawn, and digests by which samples can be told."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from swap_prune.samples.batches import is_sliceable, map_tensors, slice_batch
 from swap_prune.samples.numbered import NumberedSamples
 
-__all__ = ["peek"]
+__all__ = ["digest_of", "own_generators", "peek"]
+
+_TOLD_BY = 256  # numbers of a tensor
 
 
 def peek(data: Any, device: torch.device | str = "cpu") -> Any:
@@ -23,7 +27,7 @@ def peek(data: Any, device: torch.device | str = "cpu") -> Any:
         data: As for :class:`~swap_prune.samples.calibration.CalibrationStream`.
         device: Where the sample is put.
     """
-    drawn_from = [(generator, generator.get_state()) for generator in _generators(data)]
+    drawn_from = [(generator, generator.get_state()) for generator in own_generators(data)]
     try:
         return map_tensors(lambda t: t.to(device), _first(data))
     finally:
@@ -31,7 +35,21 @@ def peek(data: Any, device: torch.device | str = "cpu") -> Any:
             generator.set_state(state)
 
 
-def _generators(data: Any) -> Iterator[torch.Generator]:
+def digest_of(batch: Any, digest: hashlib._Hash) -> hashlib._Hash:
+    """Add the shapes and the first numbers of a batch's tensors to a digest, and return it."""
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
+            few = tensor.detach().reshape(-1)[:_TOLD_BY].cpu().contiguous()
+            digest.update(few.view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    map_tensors(add, batch)
+    return digest
+
+
+def own_generators(data: Any) -> Iterator[torch.Generator]:
     """Yield the random states that a data set, or one that it is a part of, keeps for its augmentation."""
     while isinstance(data, Dataset | DataLoader):
         yield from (value for value in vars(data).values() if isinstance(value, torch.Generator))
@@ -41,6 +59,7 @@ def _generators(data: Any) -> Iterator[torch.Generator]:
 def _first(data: Any) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
             if isinstance(data, DataLoader) and data.collate_fn is not None:
                 return data.collate_fn([data.dataset[0]])
             samples = NumberedSamples.of(data)

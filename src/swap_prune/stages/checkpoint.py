@@ -10,7 +10,6 @@ Place in the pipeline: around the stages.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,17 +17,19 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from swap_prune.checks import user_path
-from swap_prune.files import replacing
+from swap_prune.distributed import Team
+from swap_prune.files import is_abandoned, replaced_name, replacing
+from swap_prune.fisher.storage import Storage
 from swap_prune.report import StageReport
 from swap_prune.surgery import unexpanded
 
-__all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering"]
+__all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering", "has_stages", "kept_storage"]
 
-_RUN, _STAGES = "run.json", "stages"
+_RUN, _STAGES, _SUFFIX = "run.json", "stages", "-stages.safetensors"
 
 
 class Remembering(Protocol):
@@ -42,10 +43,18 @@ class Remembering(Protocol):
 
 
 class NetworkState:
-    """A network's parameters and buffers, with those that no ``state_dict`` has."""
+    """A network's parameters and buffers, with those that no ``state_dict`` has.
+
+    Raises:
+        ValueError: If it holds what a file cannot.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        for name, tensor in self._tensors().items():
+            if tensor.layout is not torch.strided or not _can_be_stored(tensor.dtype):
+                kind = f"{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+                raise ValueError(f"a checkpoint cannot keep {name!r} ({kind}): leave checkpoint out")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
@@ -56,13 +65,25 @@ class NetworkState:
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Write them to the network."""
+        own = self._tensors()
+        if not own.keys() <= state.keys():
+            raise KeyError(next(iter(own.keys() - state.keys())))
         with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                place = unexpanded(tensor)
-                if place.shape == state[name].shape:
-                    place.copy_(state[name])
+            for name, values in state.items():
+                if name not in own:
+                    self._fill(name, values)
+                elif (place := unexpanded(own[name])).shape == values.shape:
+                    place.copy_(values)
                 else:  # a buffer that grows
-                    tensor.data = state[name].to(tensor)
+                    own[name].data = values.to(own[name])
+
+    def _fill(self, name: str, values: Tensor) -> None:
+        """Give a buffer that is None so far its values."""
+        path, _, own = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if own not in module._buffers:
+            raise KeyError(name)
+        module._buffers[own] = values.to(next(self._model.parameters()).device)
 
 
 class RandomStates:
@@ -95,7 +116,7 @@ class Checkpoint:
     Args:
         directory: Where it is; made if it is not there.
         run: What makes the run this one and no other, as JSON has it.
-        writes: Whether this process writes; of several that run together only one does.
+        team: The processes that do the run together, of which the first writes; None: this one alone.
 
     Attributes:
         seconds: What the stages took that were found there, in seconds.
@@ -104,16 +125,23 @@ class Checkpoint:
         ValueError: If the directory is another run's, holds something else, or cannot be used.
     """
 
-    def __init__(self, directory: str | Path, run: Mapping[str, Any], *, writes: bool = True) -> None:
+    def __init__(self, directory: str | Path, run: Mapping[str, Any], team: Team | None = None) -> None:
         self._directory = user_path(directory).absolute()
-        self._writes = writes
-        self.seconds = 0.0
-        if writes:
-            self._open(run)
+        self._writes = team is None or team.rank == 0
         self._parts: Mapping[str, Remembering] = {}
+        self.seconds = 0.0
+        wanted = json.loads(json.dumps(run))
+        if self._writes:
+            self._make(wanted)
+        if team is not None:
+            team.wait()
+        self._compare(wanted)
+        if self._writes:
+            for left in filter(is_abandoned, self._directory.iterdir()):
+                left.unlink(missing_ok=True)
 
     def of(self, **parts: Remembering) -> Checkpoint:
-        """Say what is kept, by names; none of it may hold another one's tensors."""
+        """Say what is kept, by names."""
         self._parts = parts
         return self
 
@@ -136,7 +164,7 @@ class Checkpoint:
             for part, remembering in self._parts.items():
                 prefix = f"{part}."
                 remembering.recall({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        except (SafetensorError, ValidationError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValidationError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or was altered: remove {self._directory}, and begin again") from error
         self.seconds += sum(record.seconds for record in records)
         return records
@@ -158,57 +186,94 @@ class Checkpoint:
             for part, remembering in self._parts.items()
             for name, tensor in remembering.remembered().items()
         }
-        text = json.dumps([record.model_dump(mode="json") for record in records])
         path = self._path(stages)
         try:
-            with replacing(path) as scratch:
+            text = json.dumps([record.model_dump() for record in records])
+            with replacing(path, durable=True) as scratch:
                 save_file(state, scratch, metadata={_STAGES: text})
-                with scratch.open("rb") as file:
-                    os.fsync(file.fileno())  # its name may reach the disk before it does
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(f"checkpoint {path} cannot be written: {error}") from error
 
     def _path(self, stages: int) -> Path:
-        return self._directory / f"{stages}-stages.safetensors"
+        return self._directory / f"{stages}{_SUFFIX}"
 
-    def _open(self, run: Mapping[str, Any]) -> None:
-        """Make the directory, or see whether it is this run's."""
-        path, wanted = self._directory / _RUN, json.loads(json.dumps(run))
+    def _make(self, run: Mapping[str, Any]) -> None:
+        """Make the directory, where it is not there."""
+        path = self._directory / _RUN
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for torn in self._directory.glob(".*.safetensors"):  # of a process that was killed while it wrote
-                torn.unlink()
-            if not path.exists():
-                if any(self._directory.iterdir()):
-                    raise ValueError(
-                        f"checkpoint {self._directory} is not empty, and no run's: choose another directory"
-                    )
-                with replacing(path) as scratch:
-                    scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            if path.exists():
                 return
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differ = _differences(found, wanted)
+            strange = [found.name for found in self._directory.iterdir() if replaced_name(found) != _RUN]
+            if strange:
+                raise ValueError(
+                    f"checkpoint {self._directory} is no run's, and not empty ({strange[0]}): choose another"
+                )
+            with replacing(path, durable=True) as scratch:
+                scratch.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ValueError(f"checkpoint {self._directory} cannot be used: {error.strerror or error}") from error
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{path} was altered: choose another directory") from error
+
+    def _compare(self, run: Mapping[str, Any]) -> None:
+        """Refuse another run."""
+        found = _read_run(self._directory)
+        names = sorted(found.keys() | run.keys())
+        differ = [
+            f"{name} was {_shown(found.get(name))} and is {_shown(run.get(name))}"
+            for name in names
+            if found.get(name) != run.get(name)
+        ]
         if differ:
             raise ValueError(
-                f"checkpoint {self._directory} is of another run: {'; '.join(differ)}. Repeat that run's arguments, or "
-                "choose another directory"
+                f"checkpoint {self._directory} is of another run: {'; '.join(differ)}. Repeat that run's arguments on "
+                "the dense network (under the same names), with as much memory, or choose another directory"
             )
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return what differs of two runs, in words."""
-    names = sorted(found.keys() | wanted.keys())
-    return [
-        f"{name} was {_shown(found.get(name))} and is {_shown(wanted.get(name))}"
-        for name in names
-        if found.get(name) != wanted.get(name)
-    ]
+def has_stages(directory: str | Path) -> bool:
+    """Whether a checkpoint has a finished stage."""
+    return any(user_path(directory).glob(f"*{_SUFFIX}"))
+
+
+def kept_storage(directory: str | Path) -> Storage | None:
+    """Return how the first stages of a run held G, where they can be gone on with."""
+    if not has_stages(directory):
+        return None
+    try:
+        recorded = dict(_read_run(user_path(directory))["storage"])
+        del recorded["asked"]
+        return Storage(kind=recorded.pop("used"), scratch=Path(), **recorded)
+    except (KeyError, TypeError, ValueError):  # it is another's, as will be seen, or holds none
+        return None
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    """Return what run a directory is of.
+
+    Raises:
+        ValueError: If it does not say.
+    """
+    path = directory / _RUN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"checkpoint {directory} cannot be used: {error.strerror or error}") from error
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} was altered: choose another directory") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} was altered: choose another directory")
+    return found
+
+
+def _can_be_stored(dtype: torch.dtype) -> bool:
+    """Whether safetensors has a dtype."""
+    try:
+        save({"one": torch.empty(0, dtype=dtype)})
+    except (KeyError, SafetensorError, RuntimeError):
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:70]}..."
+    return text if len(text) < 160 else f"{text[:150]}..."

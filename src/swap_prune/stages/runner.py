@@ -38,7 +38,8 @@ from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.samples.batches import batch_size, is_single, split_batches
-from swap_prune.samples.calibration import HELD_OUT, CalibrationStream
+from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection
 from swap_prune.stages.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ from swap_prune.network.modes import eval_mode
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
-from swap_prune.samples.calibration import JUDGED
+from swap_prune.samples.shares import JUDGED
 from swap_prune.stages.runner import StageRunner
 from swap_prune.surgery import Snapshot
 from swap_prune.training.teaching import Taught, taught_losses

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
 
 import torch
@@ -101,7 +101,7 @@ class FineTune:
     def __post_init__(self) -> None:
         for name in _WHOLE:
             if (name, getattr(self, name)) != ("steps_per_epoch", None):
-                whole_number(f"{name} of fine-tuning", getattr(self, name))
+                object.__setattr__(self, name, whole_number(f"{name} of fine-tuning", getattr(self, name)))
         for name, (words, holds) in _NUMBERS.items():
             value = getattr(self, name)
             if name == "distillation" and value == "auto":
@@ -114,6 +114,10 @@ class FineTune:
             chosen = getattr(self, name)
             if not (isinstance(chosen, str) and chosen in known):
                 raise ValueError(f"{name} of fine-tuning must be one of {', '.join(known)}, got {chosen!r}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return those that are set, as plain types."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def arrays(self) -> int:

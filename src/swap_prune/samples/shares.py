@@ -1,0 +1,24 @@
+"""How many of the samples there are get fitted, and how many choose settings and the number of stages."""
+
+from __future__ import annotations
+
+__all__ = ["HELD_OUT", "JUDGED", "share_out_samples"]
+
+HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
+JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
+
+
+def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:
+    """Return how many of the samples that there are get fitted, and how many are held out.
+
+    Where there are fewer than are asked for, a fifth is held out, or what is left beside ``samples``, if that is more.
+
+    Args:
+        size: Samples that there are.
+        samples: To fit, at the most.
+        held_out: To hold out, at the most.
+    """
+    if size >= samples + held_out:
+        return samples, held_out
+    spare = max(min(held_out, size // 5), size - samples)
+    return size - spare, spare
