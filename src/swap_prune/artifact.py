@@ -11,7 +11,7 @@ import hashlib
 import json
 import pickle
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from swap_prune.checks import user_path
 from swap_prune.files import check_output_directory, write_directory
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.device import check_network
+from swap_prune.network.names import renamed
 from swap_prune.report import LayerReport, PruningReport
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 _WEIGHTS, _REPORT = "weights.safetensors", "report.json"
-_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
 
 
 def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path) -> Path:
@@ -125,7 +125,8 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
                 f"{name!r} in {path} has {found.kept} of {found.total} weights, but the report says "
                 f"{layer.kept} of {layer.total}"
             )
-    own, fitting = model.state_dict(), _unwrapped(state, model)
+    own = model.state_dict()
+    fitting = renamed(state, own.keys())
     for (name, tensor), there in zip(state.items(), fitting, strict=True):
         if name in report.layers and there in own:
             dtype = own[there].dtype
@@ -161,28 +162,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: If the file is missing, damaged, would run code, or does not fit.
     """
     check_network(model)
-    _load_state(model, _unwrapped(read_weights(path), model), Path(path))
+    _load_state(model, renamed(read_weights(path), model.state_dict().keys()), Path(path))
     return model
-
-
-def _unwrapped(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return tensors by the names that they have in a model, where a wrapper gave names to one of the two."""
-    own = model.state_dict().keys()
-    if state.keys() & own:
-        return state
-    there, here = _wrapping(state.keys()), _wrapping(own)
-    return {here + name.removeprefix(there): value for name, value in state.items()}
-
-
-def _wrapping(names: Collection[str]) -> str:
-    """Return what wrappers (DataParallel, torch.compile) have put before all names of a network's tensors."""
-    prefix = ""
-    while names:
-        outer = [known for known in _WRAPPERS if all(name.startswith(prefix + known) for name in names)]
-        if not outer:
-            break
-        prefix += outer[0]
-    return prefix
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -176,6 +176,18 @@ def test_several_optimisers_and_wrappers_of_them() -> None:
     assert model[0].weight[~masks["0.weight"]].any(), "the context is over"
 
 
+def test_masks_of_a_wrapped_network_fit_the_network_in_it() -> None:
+    model = network()
+    model[0].weight.data[:, :3] = 0
+    wrapped = nn.DataParallel(model)
+    for one, other in ((wrapped, model), (model, wrapped)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with keep_masks(other, optimizer, masks_of(one)):
+            model(INPUTS).sum().backward()
+            optimizer.step()
+        assert int(model[0].weight.count_nonzero()) == 24
+
+
 def test_masks_are_the_zeros_of_what_is_selected() -> None:
     model = pruned_network()
     assert list(masks_of(model)) == ["0.weight", "2.weight"]

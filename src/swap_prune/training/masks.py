@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from swap_prune.network.names import renamed
 from swap_prune.selection import DEFAULT_TARGETS, select_parameters, unnamed_zeros
 
 __all__ = ["MaskKeeper", "keep_masks", "masks_of", "pair_masks", "resolve_masks"]
@@ -112,12 +113,13 @@ def resolve_masks(
 
 
 def pair_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return each masked parameter with its mask.
+    """Return each masked parameter with its mask; names may be those of a wrapped or compiled network.
 
     Raises:
         ValueError: If a mask has no parameter, or is not boolean and of its shape.
     """
     parameters = dict(model.named_parameters())
+    masks = renamed(masks, parameters.keys()) if all(isinstance(name, str) for name in masks) else masks
     for name, mask in masks.items():
         if name not in parameters:
             raise ValueError(f"masks names {name!r}, which is no parameter of {type(model).__name__}")
