@@ -444,3 +444,17 @@ def test_a_network_that_ends_the_process_has_not_succeeded(
     status, text, error = call(command, "--model", "leaving_net:network", "--data", "tests.tiny:data", "--json")
     assert (status, text) == (2, "") and error.count("\n") == 1
     assert "the model or the data called sys.exit(0); raise an error instead" in error
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """As ``| head -1``."""
+    code = "import sys; from swap_prune.console import own_output, run, show; from swap_prune.cli import app\n"
+    code += "@app.command()\n@own_output\ndef talk() -> None:\n    for _ in range(20000): show('x' * 100)\n"
+    code += "sys.exit(run(lambda: app(args=['talk'], standalone_mode=False)))"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as own:
+        assert own.stdout is not None and own.stderr is not None
+        assert own.stdout.readline() == "x" * 100 + "\n"
+        own.stdout.close()
+        error = own.stderr.read()
+    assert (own.returncode, error) == (1, "")

@@ -1,6 +1,7 @@
 """What a command says, and how it ends: whatever a user can mend is one line on standard error, and an exit status.
 
-0 is success, 1 runs of an experiment that failed, 2 what a user can mend, 130 an interruption.
+0 is success, 1 runs of an experiment that failed, a plan that does not fit or a reader that left, 2 what a user can
+mend, 130 an interruption.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def _status_of(stop: typer.Exit | typer.Abort | SystemExit) -> int:
         return stop.exit_code
     if isinstance(stop, EndedByAnother):
         return 2
+    if isinstance(stop, SystemExit) and isinstance(stop.__context__, BrokenPipeError):  # typer's, of a reader that left
+        return 1
     if isinstance(stop, SystemExit):  # its own status may be that of success, and there is no result
         return _fail(f"the model or the data called sys.exit({stop.code!r}); raise an error instead", 2)
     cause = stop.__cause__ or stop.__context__
