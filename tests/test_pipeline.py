@@ -90,7 +90,7 @@ def test_layers_have_shares_of_their_own() -> None:
     for shares, words in (
         ({"5": 0.1}, r"min_keep pattern '5' matches nothing that is pruned \(0.weight, .*"),
         ({"4.bias": 0.1}, "min_keep pattern '4.bias' matches nothing that is pruned"),
-        ({"4": 1.0}, "min_keep must lie in .*, got 1.0 for '4'"),
+        ({"4": 1.1}, "min_keep must lie in .*, got 1.1 for '4'"),
         ({"4": "x"}, "min_keep must lie in .*, got 'x' for '4'"),
         ({"4": 0.5}, "keeps at least 864 of"),
         ({3: 0.5}, "min_keep must hold non-empty strings, got 3"),
@@ -109,7 +109,7 @@ def test_a_share_is_rounded_up_and_not_one_more(share: float) -> None:
 
 def test_a_share_that_cannot_be_kept_is_refused() -> None:
     before = copy.deepcopy(small_network().state_dict())
-    for share, words in ((-0.1, "min_keep must lie"), (1.0, "min_keep must lie"), (0.2, "keeps at least")):
+    for share, words in ((-0.1, "min_keep must lie"), (1.1, "min_keep must lie"), (0.2, "keeps at least")):
         with pytest.raises(ValueError, match=words):
             prune(small_network(), small_data(), 0.9, "magnitude", min_keep=share)
     model = with_an_idle_layer()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, prune
 
@@ -876,3 +876,86 @@ def test_methods_without_data_need_none() -> None:
         prune(perceptron(), None, 0.5, "magnitude", stages="auto", progress=False)
     prune(normalised, None, 0.5, "magnitude", recalibration_data=DATA, progress=False)
     prune(normalised, None, 0.75, "magnitude", recalibrate_batchnorm=False, progress=False)
+
+
+def test_batches_that_a_collate_function_unpacks_are_taken_as_they_come() -> None:
+    """As of data sets that hold whole batches: ``batch_size=1`` and a collate function that takes the first."""
+    seen: list[int] = []
+
+    class Batches(Dataset[Any]):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return INPUTS[8 * index : 8 * index + 8], LABELS[8 * index : 8 * index + 8]
+
+    def first(items: list[Any]) -> Any:
+        seen.append(len(items))
+        return items[0]
+
+    loader = DataLoader(Batches(), batch_size=1, shuffle=True, collate_fn=first)
+    report = prune(perceptron(), loader, 0.5, "lr", samples=40, progress=False)
+    assert report.stages[0].samples == 40 and not report.notes and set(seen) == {1}
+
+
+def test_a_collate_function_gets_no_more_than_a_batch_of_the_loader() -> None:
+    seen: list[int] = []
+
+    def strict(items: list[Any]) -> Any:
+        seen.append(len(items))
+        return default_collate(items)
+
+    loader = DataLoader(DATA, batch_size=6, shuffle=True, collate_fn=strict)
+    assert prune(perceptron(), loader, 0.5, "lr", samples=40, progress=False).stages[0].samples == 40
+    assert max(seen) == 6
+
+
+def test_data_in_the_order_of_their_classes_are_noted() -> None:
+    def network() -> nn.Module:
+        return drawn(lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10)))
+
+    labels = torch.arange(80) // 8
+    batches = [(INPUTS[i : i + 8], labels[i : i + 8]) for i in range(0, 80, 8)]
+    note = "the 24 calibration labels are of 3 of 10 classes: data that are read in order should be shuffled"
+    report = prune(network(), batches, 0.5, "lr", samples=24, progress=False)
+    assert any(text.startswith(note) for text in report.notes)
+    report = prune(network(), TensorDataset(INPUTS, labels), 0.5, "lr", samples=24, progress=False)
+    assert not any("classes" in text for text in report.notes)
+
+
+def test_frozen_layers_are_noted() -> None:
+    model = perceptron()
+    model[0].requires_grad_(False)
+    note = "parameters that require no gradient were pruned too (0.weight): ignore= leaves them alone"
+    assert note in prune(model, DATA, 0.5, "lr", samples=32, progress=False).notes
+    assert note not in prune(model, DATA, 0.6, "lr", samples=32, ignore=["0"], progress=False).notes
+    model.requires_grad_(False)  # a network that is only used
+    assert note not in prune(model, DATA, 0.7, "lr", samples=32, progress=False).notes
+
+
+def test_errors_of_the_callers_own_code_say_on_what() -> None:
+    def strict(net: nn.Module, batch: Any) -> Tensor:
+        if len(batch[0]) < 5:
+            raise ValueError("five at least")
+        return functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+    words = r"failed on a cut of 2 of the \d+ samples of a batch, .*: ValueError: five at least"
+    with pytest.raises(ValueError, match=words):
+        prune(perceptron(), DATA, 0.5, "lr", samples=32, loss_fn=strict, progress=False)
+    with pytest.raises(ValueError, match="for a loss module or function L"):
+        prune(perceptron(), DATA, 0.5, "lr", samples=32, loss_fn=functional.mse_loss, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_have_lost_their_classes() -> None:
+    for made in (torch.jit.script(perceptron()), torch.jit.trace(perceptron(), INPUTS[:2])):
+        with pytest.raises(ValueError, match="a scripted or traced model cannot be pruned: prune the one that it was"):
+            prune(made, DATA, 0.5, "magnitude", progress=False)
+    exported = torch.export.export(perceptron(), (INPUTS[:2],)).module()
+    with pytest.raises(ValueError, match="an exported graph has lost its classes: prune before"):
+        prune(exported, DATA, 0.5, "magnitude", progress=False)
+
+
+def test_a_layer_may_be_kept_whole() -> None:
+    report = prune(perceptron(), DATA, 0.5, "lr", samples=32, min_keep={"2": 1.0}, progress=False)
+    assert report.layers["2.weight"].sparsity == 0 and report.sparsity == pytest.approx(0.5, abs=0.01)

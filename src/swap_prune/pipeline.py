@@ -102,7 +102,7 @@ def prune(
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
             on up to 1,024 more samples falls; of a Dataset or a DataLoader no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
-        min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1), rounded up; or shares
+        min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1], rounded up; or shares
             by pattern, as ``targets`` has them: ``{"fc": 0.2, "re:layer1.*": 0.05}``. By default weights compete over
             all layers, and a layer may be emptied; the report's notes say so.
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when

@@ -105,10 +105,11 @@ def check_run(
     Raises:
         ValueError: If one cannot be used.
     """
-    if loss_fn is not None and (isinstance(loss_fn, _Loss) or not callable(loss_fn)):
+    functional = getattr(loss_fn, "__module__", None) == "torch.nn.functional"
+    if loss_fn is not None and (isinstance(loss_fn, _Loss) or functional or not callable(loss_fn)):
         raise ValueError(
-            f"loss_fn must be a function (model, batch) -> losses (n,), got {loss_fn!r}; for a loss module L: "
-            "lambda model, batch: L(model(batch[0]), batch[1]), with reduction='none'"
+            f"loss_fn must be a function (model, batch) -> losses (n,), got {loss_fn!r}; for a loss module or function "
+            "L: lambda model, batch: L(model(batch[0]), batch[1]), with reduction='none'"
         )
     if recalibrate_batchnorm not in (True, False):
         raise ValueError(f"recalibrate_batchnorm must be True or False, got {recalibrate_batchnorm!r}")

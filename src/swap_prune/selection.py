@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -27,7 +28,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 from swap_prune.checks import is_number
 from swap_prune.network.device import check_module
 
-__all__ = ["DEFAULT_TARGETS", "Selection", "layer_floors", "select_parameters", "unnamed_weights", "unnamed_zeros"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "Selection",
+    "frozen_among",
+    "layer_floors",
+    "select_parameters",
+    "unnamed_weights",
+    "unnamed_zeros",
+]
 
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 _PRUNED = 0.05  # of a weight: so many exact zeros are no accident
@@ -146,6 +155,7 @@ def select_parameters(
         raise ValueError(
             f"the model has nothing to prune: targets={list(targets)} less ignore={list(ignore)} "
             f"leaves no floating-point weight in {type(model).__name__}"
+            + (" (an exported graph has lost its classes: prune before)" if isinstance(model, GraphModule) else "")
         )
     _check_apart({c.name: c.parameter for c in candidates if c.name in shapes})
     groups = {c.name: max((_groups_of(owner) for _, owner in c.owners), default=1) for c in candidates}
@@ -175,6 +185,14 @@ def unnamed_weights(model: nn.Module, selection: Selection, ignore: Sequence[str
         name = type(candidate.owners[0][1]).__name__
         counts[name] = counts.get(name, 0) + candidate.parameter.numel()
     return counts
+
+
+def frozen_among(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which of some parameters require no gradient, in a model of which others do."""
+    parameters = dict(model.named_parameters())
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        return []  # a network that is only used
+    return [name for name in names if not parameters[name].requires_grad]
 
 
 def unnamed_zeros(model: nn.Module, names: Iterable[str], ignore: Sequence[str] = ()) -> list[str]:
@@ -212,7 +230,7 @@ def layer_floors(
     Args:
         model: The model.
         selection: What is selected of it.
-        min_keep: Share of each parameter's weights, in [0, 1), rounded up to a whole weight; or patterns, as targets
+        min_keep: Share of each parameter's weights, in [0, 1], rounded up to a whole weight; or patterns, as targets
             have them, to shares. Where several match, the largest share holds.
         keep: k, of all parameters together.
 
@@ -241,8 +259,8 @@ def layer_floors(
 
 
 def _checked_share(share: Any, pattern: str = "") -> Fraction:
-    if not is_number(share) or not 0 <= share < 1:
-        raise ValueError(f"min_keep must lie in [0, 1), got {share!r}{f' for {pattern!r}' if pattern else ''}")
+    if not is_number(share) or not 0 <= share <= 1:
+        raise ValueError(f"min_keep must lie in [0, 1], got {share!r}{f' for {pattern!r}' if pattern else ''}")
     return Fraction(str(share))  # 0.07 of 100 weights are 7, and not the 8 that floating point would round up to
 
 
@@ -346,6 +364,10 @@ def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tup
 
 def _collect(model: nn.Module) -> list[_Candidate]:
     check_module(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "a scripted or traced model cannot be pruned: prune the one that it was made of before"
+        )
     aliases: dict[int, list[str]] = {}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):

@@ -82,8 +82,8 @@ BAD = {
     "samples": ("samples = true\n" + GOOD, "samples: "),
     "seed": ("seeds = [-1]\n" + GOOD, "seeds.0: "),
     "schedule": ('schedule = "steep"\n' + GOOD, "schedule: must be one of exponential"),
-    "min_keep": ("min_keep = 1.5\n" + GOOD, "min_keep: must be a share in [0, 1), or a table"),
-    "min_keep of layers": ('min_keep = {fc = "x"}\n' + GOOD, "min_keep: must be a share in [0, 1), or a table"),
+    "min_keep": ("min_keep = 1.5\n" + GOOD, "min_keep: must be a share in [0, 1], or a table"),
+    "min_keep of layers": ('min_keep = {fc = "x"}\n' + GOOD, "min_keep: must be a share in [0, 1], or a table"),
     "storage that holds no rows": (
         'noise = ["none", "poison:fraction=0.1"]\n' + GOOD.replace('name = "lr"', 'name = "lr"\nstorage = "low-rank"'),
         "storage 'low-rank' of 'lr' does not hold the rows that noise 'poison:fraction=0.1' acts on",

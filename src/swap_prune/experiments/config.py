@@ -90,8 +90,8 @@ def _check_schedule(name: str) -> str:
 
 def _check_min_keep(value: Any) -> Any:
     for share in value.values() if isinstance(value, Mapping) else [value]:
-        if not is_number(share) or not 0 <= share < 1:
-            raise ValueError(f"must be a share in [0, 1), or a table of patterns with such shares, got {share!r}")
+        if not is_number(share) or not 0 <= share <= 1:
+            raise ValueError(f"must be a share in [0, 1], or a table of patterns with such shares, got {share!r}")
     return {name: float(share) for name, share in value.items()} if isinstance(value, Mapping) else float(value)
 
 

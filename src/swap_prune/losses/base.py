@@ -191,7 +191,7 @@ def check_labels(targets: Tensor, classes: int) -> None:
     if low < 0 or high >= classes:
         raise ValueError(
             f"labels out of range: the model has {classes} outputs, so labels must lie in 0..{classes - 1}, "
-            f"got {low}..{high}"
+            f"got {low}..{high}" + (f" (where targets have positions, {_IGNORE_INDEX} leaves one out)")
         )
 
 
@@ -290,7 +290,10 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
                 known = len(check_losses(loss_fn(model, batch), None))
             elif not sizes:  # a few samples speak for their like
                 few = min(known, _FEW)
-                check_losses(loss_fn(model, slice_batch(batch, 0, few)), few)
+                part = slice_batch(batch, 0, few)
+                kind = "calibration batch" if few == known else f"cut of {few} of the {known} samples of a batch,"
+                with failures_named(kind, part):
+                    check_losses(loss_fn(model, part), few)
         assert known is not None, "just counted"
         sizes.append(known)
     return sizes
@@ -316,11 +319,21 @@ def failures_named(kind: str, batch: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError):
+    except OSError:
         raise
     except Exception as error:  # whatever they raise
         pass_on_shortage(error)
+        if isinstance(error, ValueError) and _is_own(error):
+            raise
         raise ValueError(f"the loss failed on a {kind} {describe(batch)}: {_first_line(error)}") from error
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether this package raised an error, and not what the caller brought, or torch in it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("swap_prune.")
 
 
 def run_loss(model: nn.Module, batch: Any, loss_fn: LossFn, kind: str = "calibration batch") -> Tensor:

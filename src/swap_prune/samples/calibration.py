@@ -29,8 +29,8 @@ from swap_prune.samples.batches import (
     slice_batch,
     split_batches,
 )
-from swap_prune.samples.numbered import NumberedSamples, known_length
-from swap_prune.samples.peek import digest_of, own_generators, peek
+from swap_prune.samples.numbered import NumberedSamples, known_length, own_generators
+from swap_prune.samples.peek import digest_of, peek
 from swap_prune.samples.shares import share_out_samples
 
 __all__ = ["BATCH", "CalibrationStream"]

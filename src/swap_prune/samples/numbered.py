@@ -2,12 +2,14 @@
 
 Whoever can ask for a sample can also leave it out: what is held out is then never fitted. A loader's samples are drawn
 like those of its Dataset, since the first ones of data that are sorted by class are of one class; its collate function
-and its workers read them. One with a sampler or a batching of its own gives no more than its batches.
+and its workers read them. One with a sampler or a batching of its own, or whose samples are batches already, gives no
+more than its batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-__all__ = ["NumberedSamples", "known_length"]
+from swap_prune.memory.process import pass_on_shortage
+from swap_prune.samples.batches import batch_size
+
+__all__ = ["NumberedSamples", "generators_given_back", "known_length", "own_generators"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class NumberedSamples:
     def of(cls, data: Any) -> NumberedSamples | None:
         """Return the samples of data, or None where they cannot be asked for by number."""
         if isinstance(data, DataLoader):
-            return cls(data.dataset, data.collate_fn, data) if _is_plain(data) else None
+            plain = _is_plain(data) and (data.collate_fn is default_collate or _keeps_count(data))
+            return cls(data.dataset, data.collate_fn, data) if plain else None
         return cls(data) if isinstance(data, Dataset) and not isinstance(data, IterableDataset) else None
 
     def count(self) -> int:
@@ -59,7 +65,13 @@ class NumberedSamples:
         return size
 
     def batches(self, parts: Sequence[Sequence[int]]) -> Iterable[Any]:
-        """Return the batches of samples with these numbers, each read when its turn comes."""
+        """Return the batches of samples with these numbers, each read when its turn comes.
+
+        A loader's collate function gets no more of them at once than a batch of its own has.
+        """
+        if self.loader is not None and self.loader.batch_size is not None:
+            most = self.loader.batch_size
+            parts = [part[i : i + most] for part in parts for i in range(0, len(part), most)]
         if self.loader is None or self.loader.num_workers == 0:
             return (self.collate(self._fetch(part)) for part in parts)
         return DataLoader(
@@ -107,6 +119,34 @@ def _is_plain(loader: DataLoader[Any]) -> bool:
     if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler.num_samples == known_length(loader.dataset)
     return type(sampler) is SequentialSampler
+
+
+def _keeps_count(loader: DataLoader[Any]) -> bool:
+    """Whether a collate function makes a batch of one sample of one; others unpack what is a batch already."""
+    try:
+        with generators_given_back(loader), torch.random.fork_rng(devices=[]):
+            return batch_size(loader.collate_fn([loader.dataset[0]])) == 1
+    except Exception as error:  # what is wrong with the data is said where it is drawn
+        pass_on_shortage(error)
+        return False
+
+
+def own_generators(data: Any) -> Iterator[torch.Generator]:
+    """Yield the random states that a data set, or one that it is a part of, keeps for its augmentation."""
+    while isinstance(data, Dataset | DataLoader):
+        yield from (value for value in vars(data).values() if isinstance(value, torch.Generator))
+        data = getattr(data, "dataset", None)
+
+
+@contextmanager
+def generators_given_back(data: Any) -> Iterator[None]:
+    """Run a block that reads samples, then give their own random states back."""
+    states = [(generator, generator.get_state()) for generator in own_generators(data)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def known_length(data: Any) -> int | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from swap_prune.samples.batches import is_sliceable, map_tensors, slice_batch
-from swap_prune.samples.numbered import NumberedSamples
+from swap_prune.samples.numbered import NumberedSamples, generators_given_back
 
-__all__ = ["digest_of", "own_generators", "peek"]
+__all__ = ["digest_of", "peek"]
 
 _TOLD_BY = 256  # numbers of a tensor
 
@@ -27,12 +26,8 @@ def peek(data: Any, device: torch.device | str = "cpu") -> Any:
         data: As for :class:`~swap_prune.samples.calibration.CalibrationStream`.
         device: Where the sample is put.
     """
-    drawn_from = [(generator, generator.get_state()) for generator in own_generators(data)]
-    try:
+    with generators_given_back(data):
         return map_tensors(lambda t: t.to(device), _first(data))
-    finally:
-        for generator, state in drawn_from:
-            generator.set_state(state)
 
 
 def digest_of(batch: Any, digest: hashlib._Hash) -> hashlib._Hash:
@@ -47,13 +42,6 @@ def digest_of(batch: Any, digest: hashlib._Hash) -> hashlib._Hash:
 
     map_tensors(add, batch)
     return digest
-
-
-def own_generators(data: Any) -> Iterator[torch.Generator]:
-    """Yield the random states that a data set, or one that it is a part of, keeps for its augmentation."""
-    while isinstance(data, Dataset | DataLoader):
-        yield from (value for value in vars(data).values() if isinstance(value, torch.Generator))
-        data = getattr(data, "dataset", None)
 
 
 def _first(data: Any) -> Any:

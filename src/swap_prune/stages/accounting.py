@@ -14,7 +14,7 @@ from torch import nn
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Run
-from swap_prune.selection import DEFAULT_TARGETS, unnamed_weights
+from swap_prune.selection import DEFAULT_TARGETS, frozen_among, unnamed_weights
 
 __all__ = ["account"]
 
@@ -44,6 +44,16 @@ def account(
         notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
     if tuple(settings["targets"]) == DEFAULT_TARGETS:
         notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
+    frozen = frozen_among(model, run.selection.names)
+    if frozen:
+        shown = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
+        notes.append(f"parameters that require no gradient were pruned too ({shown}): ignore= leaves them alone")
+    if "few_classes" in stages[-1].evidence:
+        seen, classes, count = stages[-1].evidence["few_classes"]
+        notes.append(
+            f"the {count} calibration labels are of {seen} of {classes} classes: data that are read in order should be "
+            "shuffled; a Dataset is drawn from at random"
+        )
     emptied = [name for name, layer in layers.items() if layer.kept == 0]
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")

@@ -29,7 +29,7 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
+from swap_prune.losses import CrossEntropy, GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.methods import Method
 from swap_prune.network.modes import eval_mode
@@ -37,7 +37,7 @@ from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
-from swap_prune.samples.batches import batch_size, is_single, split_batches
+from swap_prune.samples.batches import batch_size, is_single, slice_batch, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
@@ -172,6 +172,7 @@ class StageRunner:
             signs, slopes, apart = (forked_generator(self.seed, f"{name} {number}") for name in _DRAWN)
             capture = self._capture(problem.reference, fitting, signs, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.double().mean())
+            evidence |= self._classes_seen(fitting)
             factor, defence = self._defended(capture, fitting, apart, evidence)
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
@@ -188,6 +189,19 @@ class StageRunner:
             ) from error
         self._let_go(problem.factor, evidence)
         return solution, samples, loss
+
+    def _classes_seen(self, fitting: list[Any]) -> dict[str, Any]:
+        """Say how many classes labels are of, how many there are, and how many labels, where few classes are seen."""
+        if not isinstance(self.loss_fn, CrossEntropy):
+            return {}
+        with eval_mode(self.model), torch.no_grad():
+            outputs = self.loss_fn.outputs(self.model, slice_batch(fitting[0], 0, 1))
+        labels = [batch[1] for batch in fitting]
+        if outputs.ndim != 2 or any(one.is_floating_point() for one in labels):
+            return {}
+        count, classes = sum(map(len, labels)), outputs.shape[1]
+        seen = len(set(torch.cat(labels).tolist()))
+        return {"few_classes": [seen, classes, count]} if 2 * seen < min(classes, count) else {}
 
     def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
         """Return a problem whose method may ask the network."""
@@ -211,7 +225,7 @@ class StageRunner:
             if count < least:
                 raise ValueError(
                     f"method {self.solver.name!r} kept {count} weights of {name!r}, and min_keep asks for {least}: it "
-                    "takes no account of min_keep; leave that out, or use ewr, lr or magnitude"
+                    "takes no account of min_keep; leave that out, or use another method, such as lr or magnitude"
                 )
 
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
