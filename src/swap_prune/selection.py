@@ -365,9 +365,7 @@ def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tup
 def _collect(model: nn.Module) -> list[_Candidate]:
     check_module(model)
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "a scripted or traced model cannot be pruned: prune the one that it was made of before"
-        )
+        raise ValueError("a scripted or traced model cannot be pruned: prune the one that it was made of before")
     aliases: dict[int, list[str]] = {}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):

@@ -436,10 +436,17 @@ def test_a_message_on_a_batch_of_many_names_is_short() -> None:
     def broken(net: nn.Module, batch: Any) -> torch.Tensor:
         raise RuntimeError("no such file")
 
-    batch = [INPUTS[:100], [f"{i}.png" for i in range(100)]]
-    with pytest.raises(ValueError, match=r"str, \.\.\. 100 in all\)\): RuntimeError: no such file") as caught:
+    for count, words in (
+        (100, r"a cut of 2 of the 100 samples of a batch, .*\(str, str\)\)"),
+        (2, r"a calibration batch .*"),
+    ):
+        batch = [INPUTS[:count], [f"{i}.png" for i in range(count)]]
+        with pytest.raises(ValueError, match=rf"failed on {words}: RuntimeError: no such file"):
+            finetune(pruned_network(), [batch], loss_fn=broken)
+    batch = [INPUTS[:2], *(INPUTS[:2] for _ in range(99))]
+    with pytest.raises(ValueError, match=r"float32, \.\.\. 100 in all\): RuntimeError: no such file") as caught:
         finetune(pruned_network(), [batch], loss_fn=broken)
-    assert len(str(caught.value)) < 200
+    assert len(str(caught.value)) < 400
 
 
 def test_a_model_made_in_inference_mode_is_refused() -> None:

@@ -195,7 +195,7 @@ class StageRunner:
         if not isinstance(self.loss_fn, CrossEntropy):
             return {}
         with eval_mode(self.model), torch.no_grad():
-            outputs = self.loss_fn.outputs(self.model, slice_batch(fitting[0], 0, 1))
+            outputs = self.loss_fn.outputs(self.model, slice_batch(fitting[0], 0, 2))
         labels = [batch[1] for batch in fitting]
         if outputs.ndim != 2 or any(one.is_floating_point() for one in labels):
             return {}
