@@ -959,3 +959,46 @@ def test_models_that_have_lost_their_classes() -> None:
 def test_a_layer_may_be_kept_whole() -> None:
     report = prune(perceptron(), DATA, 0.5, "lr", samples=32, min_keep={"2": 1.0}, progress=False)
     assert report.layers["2.weight"].sparsity == 0 and report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+class Squared:
+    """The squared error, with a divergence that is wrong on demand."""
+
+    def __init__(self, wrong: Callable[[Tensor], Tensor] = lambda divergence: divergence) -> None:
+        self.wrong = wrong
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.losses(self.outputs(model, batch), batch)
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        outputs: Tensor = model(batch[0])
+        return outputs
+
+    def losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs - batch[1][:, None]).square().sum(1)
+
+    def curvature_root(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:
+        return signs
+
+    def divergence(self, outputs: Tensor, batch: Any, teacher: Tensor) -> Tensor:
+        return self.wrong((outputs - teacher).square().sum(1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda divergence: -divergence, "must grow as outputs leave the teacher's, .* check its sign"),
+        (lambda divergence: divergence.mean(), r"must return one value a sample, \(n,\), got \(\)"),
+        (lambda divergence: 1.0, r"must return one value a sample, \(n,\), got float"),
+    ],
+)
+def test_a_divergence_that_is_none_is_refused(wrong: Callable[[Tensor], Tensor], words: str) -> None:
+    prune(perceptron(), DATA, 0.5, "lr", samples=32, loss_fn=Squared(), progress=False)
+    with pytest.raises(ValueError, match=words):
+        prune(perceptron(), DATA, 0.5, "lr", samples=32, loss_fn=Squared(wrong), progress=False)
+
+
+def test_a_handful_of_samples_is_noted() -> None:
+    for samples, noted in ((8, True), (48, False)):
+        report = prune(perceptron(), DATA, 0.5, "lr", samples=samples, progress=False)
+        assert any("are few to choose by" in note for note in report.notes) == noted

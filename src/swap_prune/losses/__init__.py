@@ -1,18 +1,16 @@
 """Per-sample losses: classes, tokens, self-distillation; and the checks of those that a caller brings.
 
-What a loss has to give is in :mod:`~swap_prune.losses.base`.
+What a loss has to give is in :mod:`~swap_prune.losses.base`, the checks are in :mod:`~swap_prune.losses.checks`.
 """
 
-from swap_prune.losses.base import (
-    CrossEntropy,
-    GaussNewtonLoss,
-    LossFn,
+from swap_prune.losses.base import CrossEntropy, GaussNewtonLoss, LossFn, cross_entropy
+from swap_prune.losses.checks import (
     check_calibration,
+    check_divergence,
     check_independence,
     check_labels,
     check_losses,
     check_pair,
-    cross_entropy,
     describe,
     failures_named,
     least_precise,
@@ -24,6 +22,7 @@ __all__ = [
     "GaussNewtonLoss",
     "LossFn",
     "check_calibration",
+    "check_divergence",
     "check_independence",
     "check_labels",
     "check_losses",

@@ -18,6 +18,7 @@ from swap_prune.selection import DEFAULT_TARGETS, frozen_among, unnamed_weights
 
 __all__ = ["account"]
 
+_FEW = 32  # samples, of which a fifth or as many more choose settings and the lengths of steps
 _LEFT_ALONE = 0.1  # of the weights, in layers of other kinds than the default targets: more than that is said
 
 
@@ -40,6 +41,8 @@ def account(
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
     if 0 < stages[-1].samples < settings["samples"]:
         notes.append(f"samples used in a stage: {stages[-1].samples}, fewer than the {settings['samples']} asked for")
+    elif 0 < stages[-1].samples < _FEW and run.solver.needs_held_out:
+        notes.append(f"{stages[-1].samples} calibration samples are few to choose by: give some hundred")
     if "not_recalibrated" in stages[-1].evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
     if tuple(settings["targets"]) == DEFAULT_TARGETS:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from swap_prune.doubts.labels import few_classes
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.defence import APART, LowRank
@@ -29,7 +30,14 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import CrossEntropy, GaussNewtonLoss, LossFn, check_calibration, check_losses, run_loss
+from swap_prune.losses import (
+    GaussNewtonLoss,
+    LossFn,
+    check_calibration,
+    check_divergence,
+    check_losses,
+    run_loss,
+)
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.methods import Method
 from swap_prune.network.modes import eval_mode
@@ -37,7 +45,7 @@ from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
-from swap_prune.samples.batches import batch_size, is_single, slice_batch, split_batches
+from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
@@ -172,7 +180,7 @@ class StageRunner:
             signs, slopes, apart = (forked_generator(self.seed, f"{name} {number}") for name in _DRAWN)
             capture = self._capture(problem.reference, fitting, signs, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.double().mean())
-            evidence |= self._classes_seen(fitting)
+            evidence |= few_classes(self.model, self.loss_fn, fitting)
             factor, defence = self._defended(capture, fitting, apart, evidence)
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
@@ -189,19 +197,6 @@ class StageRunner:
             ) from error
         self._let_go(problem.factor, evidence)
         return solution, samples, loss
-
-    def _classes_seen(self, fitting: list[Any]) -> dict[str, Any]:
-        """Say how many classes labels are of, how many there are, and how many labels, where few classes are seen."""
-        if not isinstance(self.loss_fn, CrossEntropy):
-            return {}
-        with eval_mode(self.model), torch.no_grad():
-            outputs = self.loss_fn.outputs(self.model, slice_batch(fitting[0], 0, 2))
-        labels = [batch[1] for batch in fitting]
-        if outputs.ndim != 2 or any(one.is_floating_point() for one in labels):
-            return {}
-        count, classes = sum(map(len, labels)), outputs.shape[1]
-        seen = len(set(torch.cat(labels).tolist()))
-        return {"few_classes": [seen, classes, count]} if 2 * seen < min(classes, count) else {}
 
     def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
         """Return a problem whose method may ask the network."""
@@ -255,7 +250,10 @@ class StageRunner:
             if self.teacher is None:  # else its outputs are checked
                 for batch in batches:
                     check_losses(run_loss(self.model, batch, self.loss_fn), None)
-        return self.taught(batches)
+        taught = self.taught(batches)
+        if taught and taught[0].teacher is not None and isinstance(self.loss_fn, GaussNewtonLoss):
+            check_divergence(self.loss_fn, taught[0].teacher, taught[0].batch)
+        return taught
 
     def corrupt(self, batches: list[Any]) -> list[Any]:
         """Return batches with the noise of the run."""

@@ -1,0 +1,76 @@
+"""Parameters that are not numbers of their own: views of the same memory, and what others are computed from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["check_apart", "computed_tensors"]
+
+
+def check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that are views of the same memory: a zero in one would be a zero in the other.
+
+    Raises:
+        ValueError: If two overlap, or one with itself.
+    """
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, parameter in chosen.items():
+        if parameter.layout is torch.strided and not parameter.is_meta:
+            groups.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter.detach()))
+    for name, parameter in chosen.items():
+        if parameter.layout is torch.strided and _repeats(parameter.detach()):
+            raise ValueError(
+                f"parameter {name!r} was expanded, and holds a number in several places at once: make it "
+                f"torch.nn.Parameter(value.clone()), or leave it out by ignore=[{name!r}]"
+            )
+    for group in groups.values():
+        for (name, one), (other_name, other) in itertools.combinations(group, 2):
+            if _overlap(one, other):
+                raise ValueError(
+                    f"parameters {name!r} and {other_name!r} share memory without being one parameter: tie them by "
+                    f"assigning the parameter itself, or leave one out by ignore=[{other_name!r}]"
+                )
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether a tensor was expanded along a dimension."""
+    return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two views of one storage have an element in common."""
+    starts = [view.storage_offset() for view in (one, other)]
+    reaches = [sum((s - 1) * step for s, step in zip(v.shape, v.stride(), strict=True)) + 1 for v in (one, other)]
+    ends = [start + reach for start, reach in zip(starts, reaches, strict=True)]
+    if starts[0] >= ends[1] or starts[1] >= ends[0]:
+        return False
+    seen = torch.zeros(max(ends) - min(starts), dtype=torch.bool)
+    seen.as_strided(one.shape, one.stride(), starts[0] - min(starts)).fill_(True)
+    return bool(seen.as_strided(other.shape, other.stride(), starts[1] - min(starts)).any())
+
+
+def computed_tensors(module: nn.Module) -> dict[str, tuple[list[nn.Parameter], str]]:
+    """Return the tensors of a module that are computed: what from, and how to end that."""
+    found = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm):  # the old way
+            parts = [p for own, p in module.named_parameters(recurse=False) if own.startswith(f"{hook.name}_")]
+            kind = "weight" if isinstance(hook, WeightNorm) else "spectral"
+            found[hook.name] = (parts, f"torch.nn.utils.remove_{kind}_norm(module)")
+        if isinstance(hook, BasePruningMethod):
+            tensor = hook._tensor_name
+            source = getattr(module, f"{tensor}_orig")
+            found[tensor] = ([source], f"torch.nn.utils.prune.remove(module, {tensor!r})")
+    if parametrize.is_parametrized(module):
+        for tensor, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r})"
+            found[tensor] = (list(chain.parameters()), remedy)
+    return found
