@@ -212,6 +212,13 @@ def test_eval_of_a_network_without_parameters(call) -> None:
     assert status == 0 and json.loads(text)["accuracy"] == 100
 
 
+def test_a_network_without_a_checkpoint_is_noted(call) -> None:
+    own = ("--model", "tests.tiny:network", "--data", "tests.tiny:data", "--method", "magnitude", "--json")
+    status, text, error = call("prune", *own)
+    note = "no --weights: the network is as tests.tiny:network makes it"
+    assert status == 0 and note in json.loads(text)["notes"] and f"note: {note}\n" in error
+
+
 def test_help_and_no_arguments(call) -> None:
     for arguments in (("--help",), ("prune", "--help")):
         status, text, _ = call(*arguments)

@@ -185,7 +185,9 @@ def prune(
         )
     if not is_first():
         return
-    for note in report.notes:
+    as_made = [] if weights is not None else [f"no --weights: the network is as {model} makes it"]
+    notes = [*as_made, *report.notes]
+    for note in notes:
         say(f"note: {note}")
     if target is not None:
         report.save(target)
@@ -210,7 +212,7 @@ def prune(
         "seconds": report.seconds,
         "seed": report.seed,
         "stages": len(report.stages),
-        "notes": [*report.notes, *measured.notes],
+        "notes": [*notes, *measured.notes],
         "layers": {name: layer.kept for name, layer in report.layers.items()},
     }
     if target is not None:
