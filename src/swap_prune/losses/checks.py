@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "check_losses",
     "check_pair",
     "describe",
+    "errors_worded",
     "failures_named",
     "least_precise",
     "run_loss",
@@ -226,12 +227,11 @@ def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def failures_named(kind: str, batch: Any) -> Iterator[None]:
-    """Run the caller's model and loss on a batch; what they raise becomes a ValueError that says on what.
+def errors_worded(words: Callable[[str], str]) -> Iterator[None]:
+    """Run what the caller brought; what it raises becomes a ValueError in a line. An OSError, and this package's, stay.
 
     Args:
-        kind: What the batch is for.
-        batch: The batch.
+        words: Makes the line of a reason.
     """
     try:
         yield
@@ -241,7 +241,17 @@ def failures_named(kind: str, batch: Any) -> Iterator[None]:
         pass_on_shortage(error)
         if isinstance(error, ValueError) and _is_own(error):
             raise
-        raise ValueError(f"the loss failed on a {kind} {describe(batch)}: {_first_line(error)}") from error
+        raise ValueError(words(_first_line(error))) from error
+
+
+def failures_named(kind: str, batch: Any) -> AbstractContextManager[None]:
+    """Run the caller's model and loss on a batch, and say on what they failed.
+
+    Args:
+        kind: What the batch is for.
+        batch: The batch.
+    """
+    return errors_worded(lambda reason: f"the loss failed on a {kind} {describe(batch)}: {reason}")
 
 
 def _is_own(error: Exception) -> bool:

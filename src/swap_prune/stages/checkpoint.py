@@ -200,6 +200,8 @@ class Checkpoint:
     def _make(self, run: Mapping[str, Any]) -> None:
         """Make the directory, where it is not there."""
         path = self._directory / _RUN
+        if self._directory.exists() and not self._directory.is_dir():
+            raise ValueError(f"checkpoint {self._directory} is not a directory: choose another")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             if path.exists():

@@ -12,8 +12,8 @@ Where there is a teacher, both are those of a mean of the loss and of the diverg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,7 @@ from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import LossFn
-from swap_prune.memory.process import pass_on_shortage
+from swap_prune.losses import LossFn, errors_worded
 from swap_prune.network.bound import Bound, add_gradient, flat_gradient
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
@@ -158,20 +157,14 @@ class Trials:
         return taught_losses(self.loss_fn, model, taught)
 
 
-@contextmanager
-def _candidate_named() -> Iterator[None]:
-    """Run the caller's model and loss with weights that are tried; what they raise becomes a ValueError in a line."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # whatever they raise
-        pass_on_shortage(error)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
+def _candidate_named() -> AbstractContextManager[None]:
+    """Run the caller's model and loss with weights that are tried."""
+    return errors_worded(
+        lambda reason: (
             f"the model or the loss failed with weights that pruning tried ({reason}); such a network may give any "
             "outputs: let both bear them, for instance by a clamp"
-        ) from error
+        )
+    )
 
 
 def _sizes(batches: Sequence[Taught]) -> list[int]:
