@@ -22,7 +22,7 @@ from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.fisher.half import HalfFactor, _kernel, cut_and_weigh
+from swap_prune.fisher.half import HalfFactor, _operations, cut_and_weigh, split_in_pieces
 from swap_prune.fisher.sketch import sketch_curvature
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
@@ -258,14 +258,31 @@ def test_products_in_half_precision(n: int, p: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "p", "m"), [(1, 64, 64), (7, 1000, 320), (130, 5000, 3008)])
-def test_the_kernel_does_what_torch_does(n: int, p: int, m: int, dtype: torch.dtype) -> None:
+def test_kernels_do_what_torch_does(n: int, p: int, m: int, dtype: torch.dtype) -> None:
     kernels = pytest.importorskip("swap_prune.fisher.kernels", reason="needs Triton", exc_type=ImportError)
     stored, weights = normal(n, p).to(CUDA, dtype), normal(m, seed=1).float().cuda()
     index = torch.randperm(p, generator=generator())[:m].sort().values.cuda()
-    found, expected = kernels.cut_and_weigh(stored, index, weights), cut_and_weigh(stored, index, weights)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    torch.testing.assert_close(found[2], expected[2], rtol=2e-2, atol=1e-5)
-    assert _kernel(CUDA) is kernels.cut_and_weigh, "it compiles here"
+    (part, found), (same, expected) = (cut(stored, index, weights) for cut in (kernels.cut_and_weigh, cut_and_weigh))
+    assert torch.equal(part, same)
+    for rows, others in zip(halves(found), halves(expected), strict=True):  # high, low, high, low
+        torch.testing.assert_close(rows, others, rtol=2e-2, atol=1e-5)
+    pieces, alike = stored.new_empty(2, 4, m).unbind()
+    kernels.split_in_pieces(weights, pieces)
+    split_in_pieces(weights, alike)
+    assert torch.equal(pieces, alike)
+
+
+def halves(both: torch.Tensor) -> list[torch.Tensor]:
+    """What is written of the first half of the rows, and of the others: what is rounded, and what that loses, each."""
+    n = len(both) // 2
+    return list(both.split([n // 2, n // 2, n - n // 2, n - n // 2]))
+
+
+def test_kernels_are_used() -> None:
+    """A probe that no compiler passes once left everything to torch's operations, in silence."""
+    kernels = pytest.importorskip("swap_prune.fisher.kernels", reason="needs Triton", exc_type=ImportError)
+    found = _operations(CUDA)
+    assert found.cut_and_weigh is kernels.cut_and_weigh and found.split_in_pieces is kernels.split_in_pieces
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])

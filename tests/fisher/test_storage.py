@@ -114,10 +114,13 @@ def test_matrix_units_multiply_float32_vectors(n, p, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weighted_columns_lose_nothing_to_rounding(dtype):
-    stored, index = normal(6, 50).to(dtype), torch.tensor([3, 3, 49, 0])
+@pytest.mark.parametrize("n", [1, 6, 7])
+def test_weighted_columns_lose_nothing_to_rounding(dtype, n):
+    stored, index = normal(n, 50).to(dtype), torch.tensor([3, 3, 49, 0])
     weights = normal(4, seed=1).float()
-    part, high, low = cut_and_weigh(stored, index, weights)
+    part, both = cut_and_weigh(stored, index, weights)
+    first, second = both.split([2 * (n // 2), 2 * (n - n // 2)])
+    high, low = (torch.cat(pieces) for pieces in zip(first.tensor_split(2), second.tensor_split(2), strict=True))
     assert torch.equal(part, stored[:, index])
     product = part.double() * weights.double()
     assert torch.equal(high, product.float().to(dtype))

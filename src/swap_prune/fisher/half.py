@@ -7,7 +7,7 @@ entry to [2^14, 2^15): entries keep full precision down to 2^-28 of it, and what
 
 On a GPU a product with a vector converts nothing: the vector is the sum of three of 16 bits (eight digits each in
 bfloat16), and matrix units multiply them by G as it is stored, in float32. It then reads G once, in 16 bits. A Gram
-matrix is made of two such pieces of its left factor.
+matrix is made of two such pieces of its left factor; of its four quarters three are computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,12 +121,18 @@ class HalfFactor(BlockedFactor):
         if not self._by_matrix_units:
             return super().gram(scale)
         n, unit = self.shape[0], 2.0**_TOP * power_of_two(scale) if self.stored.dtype == torch.float16 else 1.0
-        result = self.scale.new_zeros(n, n)
+        half = n // 2
+        above, below = self.scale.new_zeros(2 * half, half), self.scale.new_zeros(2 * (n - half), n)
         for index in torch.split(scale.nonzero().squeeze(1), self.column_limit):
             more = (0, -len(index) % ALIGNED)  # columns of weight zero
             weights = functional.pad(scale[index] / unit, more)
-            part, high, low = _kernel(self.device)(self.stored, functional.pad(index, more), weights)
-            result += wide_product(high, part.T) - wide_product(low, part.T)
+            part, both = _operations(self.device).cut_and_weigh(self.stored, functional.pad(index, more), weights)
+            above += wide_product(both[: 2 * half], part[:half].T)
+            below += wide_product(both[2 * half :], part.T)
+        result = self.scale.new_empty(n, n)
+        result[:half, :half] = above[:half] - above[half:]
+        result[half:] = below[: n - half] - below[n - half :]
+        result[:half, half:] = result[half:, :half].T
         return result.mul_(self.scale).mul_(self.scale.unsqueeze(1)).mul_(unit)
 
     def columns(self, index: Tensor) -> Tensor:
@@ -161,31 +168,71 @@ class HalfFactor(BlockedFactor):
         return part if self.stored.dtype == torch.bfloat16 else part.mul_(self.scale.unsqueeze(1))
 
 
-def cut_and_weigh(stored: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class _Operations(NamedTuple):
+    """What is done to entries of 16 bits beside products.
+
+    Attributes:
+        cut_and_weigh: See :func:`cut_and_weigh`.
+        split_in_pieces: See :func:`split_in_pieces`.
+    """
+
+    cut_and_weigh: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    split_in_pieces: Callable[[Tensor, Tensor], None]
+
+
+def cut_and_weigh(stored: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Do what :func:`swap_prune.fisher.kernels.cut_and_weigh` does, with torch's own operations."""
     part = stored.index_select(1, index)
-    high, low = torch.empty_like(part), torch.empty_like(part)
-    torch.mul(part, weights, out=high)  # computed in float32, and rounded as it is written
-    torch.addcmul(high, part, weights, value=-1, out=low)
-    return part, high, low
+    half, both = len(part) // 2, part.new_empty(2 * len(part), len(index))
+    for rows, place in ((part[:half], both[: 2 * half]), (part[half:], both[2 * half :])):
+        high, low = place.tensor_split(2)
+        torch.mul(rows, weights, out=high)  # computed in float32, and rounded as it is written
+        torch.addcmul(high, rows, weights, value=-1, out=low)
+    return part, both
+
+
+def split_in_pieces(x: Tensor, pieces: Tensor) -> None:
+    """Do what :func:`swap_prune.fisher.kernels.split_in_pieces` does, with torch's own operations."""
+    rest = x.clone()
+    for piece in pieces[:_PIECES]:
+        piece.copy_(rest)
+        rest -= piece
+    pieces[_PIECES:] = 0
+
+
+_TORCH = _Operations(cut_and_weigh, split_in_pieces)
 
 
 @cache
-def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return the kernel, or torch's operations where there is no Triton or no C compiler for it."""
+def _operations(device: torch.device) -> _Operations:
+    """Return kernels, or torch's operations where there is no Triton, or no C compiler for it, or a GPU without."""
+    if device.type != "cuda":
+        return _TORCH
     try:
         from swap_prune.fisher import kernels
 
-        index = torch.arange(ALIGNED, device=device)
-        probe = (index / 3 - 5).bfloat16().unsqueeze(0), index, index / 7
-        found, expected = kernels.cut_and_weigh(*probe), cut_and_weigh(*probe)
-        works = all(
-            torch.allclose(one, other, rtol=0.02, atol=1e-6) for one, other in zip(found, expected, strict=True)
-        )
+        found = _Operations(kernels.cut_and_weigh, kernels.split_in_pieces)
+        works = _is_right(found, device)
     except Exception as error:  # whatever a compiler raises
         pass_on_shortage(error)
-        return cut_and_weigh
-    return kernels.cut_and_weigh if works else cut_and_weigh
+        return _TORCH
+    return found if works else _TORCH
+
+
+def _is_right(operations: _Operations, device: torch.device) -> bool:
+    """Whether the pieces that operations make sum up to what they are made of."""
+    index = torch.arange(ALIGNED, device=device)
+    stored, weights = (index / 3 - 5).bfloat16().expand(3, -1).contiguous(), index / 7
+    part, both = operations.cut_and_weigh(stored, index, weights)
+    one, high, other, low = both.double().split([1, 1, 2, 2])
+    sums = torch.cat([one - high, other - low])
+    pieces = stored.new_empty(_WIDTH, ALIGNED)
+    operations.split_in_pieces(weights, pieces)
+    return (
+        torch.equal(part, stored)
+        and torch.allclose(sums, stored.double() * weights.double(), rtol=2**-15, atol=0)
+        and torch.allclose(pieces.double().sum(0), weights.double(), rtol=2**-22, atol=0)
+    )
 
 
 def row_scales(rows: Tensor) -> Tensor:
@@ -207,11 +254,8 @@ def in_pieces(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
         Pieces, (4, m), of which three hold something; and the power of two that their sum is to be multiplied by.
     """
     unit = power_of_two(x) if dtype == torch.float16 else 1.0
-    pieces = x.new_zeros(_WIDTH, len(x), dtype=dtype)
-    rest = x / unit
-    for piece in pieces[:_PIECES]:
-        piece.copy_(rest)
-        rest -= piece
+    pieces = x.new_empty(_WIDTH, len(x), dtype=dtype)
+    _operations(x.device).split_in_pieces((x / unit if unit != 1 else x).contiguous(), pieces)
     return pieces, unit
 
 
