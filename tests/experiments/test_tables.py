@@ -96,6 +96,14 @@ def test_runs_of_other_points_do_not_mix() -> None:
     assert found[0.9, 1] == cell(RESULTS, "lr").accuracy
 
 
+def test_differences_are_from_the_first_method_that_has_not_failed() -> None:
+    failed = {"error": "out of memory", "seconds": None, "peak_memory": None, "layers": {}}
+    broken = [result("cbs", seed, None, **failed) for seed in range(2)]
+    summary = summarise([*broken, *RESULTS])
+    assert summary.reference == "lr" and summary.labels()[0] == "cbs"
+    assert summarise(broken).reference == "cbs"
+
+
 def test_reference_must_be_there() -> None:
     assert summarise(RESULTS).reference == "lr"
     with pytest.raises(ValueError, match="reference must be one of lr, ewr, got 'obd'"):

@@ -133,13 +133,14 @@ def summarise(results: Sequence[RunResult], reference: str | None = None) -> Sum
 
     Args:
         results: At least one, each run once.
-        reference: Label of the method to take differences from; by default the first.
+        reference: Label of the method to take differences from; by default the first of which a run has not failed.
 
     Raises:
         ValueError: If no result has that label.
     """
     labels = list(dict.fromkeys(result.label for result in results))
-    reference = labels[0] if reference is None else reference
+    if reference is None:
+        reference = next((result.label for result in results if result.error is None), labels[0])
     if reference not in labels:
         raise ValueError(f"reference must be one of {', '.join(labels)}, got {reference!r}")
     runs = {label: {_point(r): r for r in results if r.label == label} for label in labels}
