@@ -224,7 +224,7 @@ def _is_right(operations: _Operations, device: torch.device) -> bool:
     index = torch.arange(ALIGNED, device=device)
     stored, weights = (index / 3 - 5).bfloat16().expand(3, -1).contiguous(), index / 7
     part, both = operations.cut_and_weigh(stored, index, weights)
-    one, high, other, low = both.double().split([1, 1, 2, 2])
+    one, high, other, low = torch.split(both.double(), [1, 1, 2, 2])
     sums = torch.cat([one - high, other - low])
     pieces = stored.new_empty(_WIDTH, ALIGNED)
     operations.split_in_pieces(weights, pieces)
