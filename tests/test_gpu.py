@@ -263,7 +263,9 @@ def test_kernels_do_what_torch_does(n: int, p: int, m: int, dtype: torch.dtype) 
     stored, weights = normal(n, p).to(CUDA, dtype), normal(m, seed=1).float().cuda()
     index = torch.randperm(p, generator=generator())[:m].sort().values.cuda()
     (part, found), (same, expected) = (cut(stored, index, weights) for cut in (kernels.cut_and_weigh, cut_and_weigh))
-    assert torch.equal(part, same)
+    assert torch.equal(part, same) and torch.equal(part, kernels.cut(stored, index))
+    mixed = index[torch.randperm(m, generator=generator(2)).cuda()]
+    assert torch.equal(kernels.cut(stored, mixed), stored[:, mixed])
     for rows, others in zip(halves(found), halves(expected), strict=True):  # high, low, high, low
         torch.testing.assert_close(rows, others, rtol=2e-2, atol=1e-5)
     pieces, alike = stored.new_empty(2, 4, m).unbind()
@@ -282,7 +284,7 @@ def test_kernels_are_used() -> None:
     """A probe that no compiler passes once left everything to torch's operations, in silence."""
     kernels = pytest.importorskip("swap_prune.fisher.kernels", reason="needs Triton", exc_type=ImportError)
     found = _operations(CUDA)
-    assert found.cut_and_weigh is kernels.cut_and_weigh and found.split_in_pieces is kernels.split_in_pieces
+    assert found == (kernels.cut, kernels.cut_and_weigh, kernels.split_in_pieces)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])

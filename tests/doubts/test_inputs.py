@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import swap_prune
 from swap_prune.defences import parse_defence
 from swap_prune.doubts.inputs import (
-    _is_rarer_than_chance,
+    _are_shunned,
     labels_contradicted,
     shift_back,
     shift_seen,
@@ -96,10 +96,44 @@ def test_labels_that_are_predicted_less_often_than_by_chance_need_not_be_near(
     assert shift_seen(network, cross_entropy, weak, generator(4)) is None, "many are still right"
 
 
+def standing(places: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Logits, (m, classes), whose labels, (m,), stand in given places; 0 is predicted."""
+    labels = torch.randint(classes, places.shape, generator=generator(5))
+    order = torch.rand(len(places), classes, generator=generator(6)).scatter(1, labels.unsqueeze(1), -1.0)
+    others = order.argsort(1, descending=True)[:, :-1]
+    ranks = torch.arange(classes - 1).expand_as(others)
+    logits = torch.zeros(len(places), classes)
+    logits.scatter_(1, others, -(ranks + (ranks >= places.unsqueeze(1))).float())
+    return logits.scatter_(1, labels.unsqueeze(1), -places.unsqueeze(1).float()), labels
+
+
 @pytest.mark.parametrize(("right", "classes", "rare"), [(6, 10, True), (7, 10, False), (0, 10, True), (0, 1000, False)])
-def test_rarer_than_chance(right: int, classes: int, rare: bool) -> None:
+def test_labels_that_are_predicted_less_often_than_by_chance(right: int, classes: int, rare: bool) -> None:
     """Of 256 labels of ten classes 25.6 are right by chance, with a standard error of 4.8: 6.4 are four below."""
-    assert _is_rarer_than_chance(torch.arange(256) >= right, classes) is rare
+    places = torch.arange(256) % (classes - 1) + 1  # of the others all alike
+    assert _are_shunned(*standing(places.masked_fill(torch.arange(256) < right, 0), classes)) is rare
+
+
+@pytest.mark.parametrize(("worse", "shunned"), [(0, False), (71, False), (73, True)])
+@pytest.mark.parametrize("right", [0, 44])
+def test_labels_that_stand_lower_than_by_chance(worse: int, shunned: bool, right: int) -> None:
+    """Places 1 to 999 have a standard deviation of 288.4, the mean over 256 of them 18.0: four are 72.1.
+
+    What is right says nothing here; errors of a network's own, which stand high, cannot be taken for an attack.
+    """
+    places = 500 + worse + torch.linspace(-400, 400, 256).round().long()
+    places = torch.cat([places, torch.zeros(right, dtype=torch.long)])
+    assert _are_shunned(*standing(places, 1000)) is shunned
+    assert not _are_shunned(*standing(torch.full((256,), 3), 1000))
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.6, 1.0])
+def test_labels_drawn_at_random_are_not_shunned(rate: float) -> None:
+    """Whatever share of a thousand labels is: at four standard errors once in thirty thousand times."""
+    for seed in range(20):
+        places = torch.randint(1000, (256,), generator=generator(seed))
+        places[torch.rand(256, generator=generator(seed + 100)) > rate] = 0
+        assert not _are_shunned(*standing(places, 1000))
 
 
 def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(

@@ -14,7 +14,8 @@ radius that was seen when that was attacked.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
-is as far as to any other.
+is as far as to any other. And an attack that is strong leaves labels behind that are less likely than any drawn at
+random.
 
 Place in the pipeline: a defence, before capture, where the dense network contradicts the labels.
 """
@@ -53,7 +54,7 @@ _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label:
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
 _LEAST_STRAIGHT = 0.5  # mean cosine between slopes at both ends of a way back
-_LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
+_LEAST_RARITY = 4.0  # standard errors that labels must be less likely than by chance
 
 
 def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> bool:
@@ -104,7 +105,7 @@ def shift_seen(
     if found is None:
         return None
     radius, moved = found
-    if _is_rarer_than_chance(wrong, outputs.shape[1]):
+    if _are_shunned(outputs, labels):
         return radius
     reached = (_outputs(network, moved, at_once).argmax(1) == labels)[wrong]
     others = _other_classes(outputs, labels, generator)[wrong]
@@ -225,11 +226,24 @@ def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) 
     return drawn.scatter(1, barred, -1.0).argmax(1)
 
 
-def _is_rarer_than_chance(wrong: Tensor, classes: int) -> bool:
-    """Whether fewer labels are predicted than of labels drawn at random would be: somebody saw to it, (m,)."""
-    expected = len(wrong) / classes
-    right = len(wrong) - int(wrong.sum())
-    return expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes))
+def _are_shunned(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether labels are less likely than labels drawn at random would be: somebody saw to it.
+
+    Then fewer of them are predicted, or the others stand lower among the classes that are not; a network's own errors
+    stand high.
+
+    Args:
+        outputs: Logits, (m, classes), of three classes or more.
+        labels: Class indices (m,), of which some are not predicted.
+    """
+    count, classes = outputs.shape
+    place = (outputs > outputs.gather(1, labels.long().unsqueeze(1))).sum(1)  # 0: predicted
+    others = place[outputs.argmax(1) != labels].double() - 1  # uniform over classes - 1 places
+    expected, right = count / classes, count - len(others)
+    if expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes)):
+        return True
+    error = math.sqrt(((classes - 1) ** 2 - 1) / 12 / len(others))
+    return float(others.mean()) - (classes - 2) / 2 > _LEAST_RARITY * error
 
 
 def _is_nearer(reached: Tensor, led: Tensor) -> bool:

@@ -137,12 +137,12 @@ class HalfFactor(BlockedFactor):
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense."""
-        return self._converted(self.stored.index_select(1, index))
+        return self._converted(_operations(self.device).cut(self.stored, index))
 
     def exact_columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]`` in any dtype that holds it: as it is stored, where matrix units multiply that."""
         as_stored = self._by_matrix_units and self.stored.dtype == torch.bfloat16  # its scale is one
-        return self.stored.index_select(1, index) if as_stored else self.columns(index)
+        return _operations(self.device).cut(self.stored, index) if as_stored else self.columns(index)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
@@ -172,10 +172,12 @@ class _Operations(NamedTuple):
     """What is done to entries of 16 bits beside products.
 
     Attributes:
+        cut: Columns of a matrix (n, p), for indices (m,): (n, m).
         cut_and_weigh: See :func:`cut_and_weigh`.
         split_in_pieces: See :func:`split_in_pieces`.
     """
 
+    cut: Callable[[Tensor, Tensor], Tensor]
     cut_and_weigh: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     split_in_pieces: Callable[[Tensor, Tensor], None]
 
@@ -200,7 +202,7 @@ def split_in_pieces(x: Tensor, pieces: Tensor) -> None:
     pieces[_PIECES:] = 0
 
 
-_TORCH = _Operations(cut_and_weigh, split_in_pieces)
+_TORCH = _Operations(lambda stored, index: stored.index_select(1, index), cut_and_weigh, split_in_pieces)
 
 
 @cache
@@ -211,7 +213,7 @@ def _operations(device: torch.device) -> _Operations:
     try:
         from swap_prune.fisher import kernels
 
-        found = _Operations(kernels.cut_and_weigh, kernels.split_in_pieces)
+        found = _Operations(kernels.cut, kernels.cut_and_weigh, kernels.split_in_pieces)
         works = _is_right(found, device)
     except Exception as error:  # whatever a compiler raises
         pass_on_shortage(error)
@@ -220,7 +222,7 @@ def _operations(device: torch.device) -> _Operations:
 
 
 def _is_right(operations: _Operations, device: torch.device) -> bool:
-    """Whether the pieces that operations make sum up to what they are made of."""
+    """Whether columns are what they were, and the pieces that operations make sum up to what they are made of."""
     index = torch.arange(ALIGNED, device=device)
     stored, weights = (index / 3 - 5).bfloat16().expand(3, -1).contiguous(), index / 7
     part, both = operations.cut_and_weigh(stored, index, weights)
@@ -229,7 +231,8 @@ def _is_right(operations: _Operations, device: torch.device) -> bool:
     pieces = stored.new_empty(_WIDTH, ALIGNED)
     operations.split_in_pieces(weights, pieces)
     return (
-        torch.equal(part, stored)
+        torch.equal(operations.cut(stored, index.flip(0)), stored.flip(1))
+        and torch.equal(part, stored)
         and torch.allclose(sums, stored.double() * weights.double(), rtol=2**-15, atol=0)
         and torch.allclose(pieces.double().sum(0), weights.double(), rtol=2**-22, atol=0)
     )
