@@ -262,6 +262,7 @@ def test_prune_reports_what_it_undid_and_gains_by_it(network: nn.Module) -> None
     assert defended > bare + 0.02
 
 
+SAID = {"labels": "% of the calibration labels seem wrong", "inputs": "inputs seem to be attacked, and were moved back"}
 SEEN = {"gradients": "noise_seen", "labels": "label_noise", "inputs": "inputs_shifted_back"}
 
 
@@ -277,6 +278,8 @@ def test_a_defence_looks_where_it_is_told_to(defence: str | None, network: nn.Mo
         report = swap_prune.prune(model, data, 0.8, "lr", noise=noise, **options)
         looked = {"auto": set(SEEN), None: set()}.get(defence, set((defence or "").split("+")))
         assert (SEEN[hit] in report.stages[0].evidence) == (hit in looked), hit
+        if hit in SAID:
+            assert any(SAID[hit] in note for note in report.notes) == (hit in looked), report.notes
 
 
 @pytest.mark.parametrize("wrong", ["", "+", "labels+", "auto+labels", "wall", 3, True, ["labels"]])

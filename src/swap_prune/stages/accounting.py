@@ -57,6 +57,7 @@ def account(
             f"the {count} calibration labels are of {seen} of {classes} classes: data that are read in order should be "
             "shuffled; a Dataset is drawn from at random"
         )
+    notes += _held_against(stages)
     emptied = [name for name, layer in layers.items() if layer.kept == 0]
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")
@@ -73,6 +74,26 @@ def account(
         versions=versions(),
         notes=notes,
     ).bind(save_artifact, model)
+
+
+def _held_against(stages: list[StageReport]) -> list[str]:
+    """Say what the defence has made of labels and inputs: a user who knows better can do without."""
+
+    def most(name: str) -> float:
+        return max((float(stage.evidence.get(name, 0)) for stage in stages), default=0.0)
+
+    notes, labels, shift = [], most("label_noise"), most("inputs_shifted_back")
+    if labels > 0:
+        notes.append(
+            f"{labels:.0%} of the calibration labels seem wrong to the network, and were not believed: are they "
+            "numbered as its outputs are? If they are right, give defence='gradients+inputs'"
+        )
+    if shift > 0:
+        notes.append(
+            f"calibration inputs seem to be attacked, and were moved back by up to {shift:.2g}: if they are clean, "
+            "give defence='gradients+labels'"
+        )
+    return notes
 
 
 def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:
