@@ -102,6 +102,8 @@ def test_differences_are_from_the_first_method_that_has_not_failed() -> None:
     summary = summarise([*broken, *RESULTS])
     assert summary.reference == "lr" and summary.labels()[0] == "cbs"
     assert summarise(broken).reference == "cbs"
+    once = result("lr", 0, None, **failed)
+    assert summarise([once, *RESULTS[3:], *RESULTS[1:3]]).reference == "lr", "others of its runs have not"
 
 
 def test_reference_must_be_there() -> None:

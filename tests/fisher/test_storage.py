@@ -89,7 +89,7 @@ def test_float16_bears_any_size_of_a_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "p"), [(9, 1), (5, 64), (37, 1000)])
+@pytest.mark.parametrize(("n", "p"), [(9, 1), (1, 7), (6, 64), (37, 1000)])
 def test_matrix_units_multiply_float32_vectors(n, p, dtype, monkeypatch):
     """What a GPU does, on the CPU: vectors of any size are not rounded to 16 bits."""
     monkeypatch.setattr(HalfFactor, "_by_matrix_units", property(lambda _: True))

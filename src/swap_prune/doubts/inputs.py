@@ -55,6 +55,7 @@ _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label an
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
 _LEAST_STRAIGHT = 0.5  # mean cosine between slopes at both ends of a way back
 _LEAST_RARITY = 4.0  # standard errors that labels must be less likely than by chance
+_LEAST_CLASSES = 20  # of labels, whose places among the classes say something
 
 
 def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> bool:
@@ -105,7 +106,7 @@ def shift_seen(
     if found is None:
         return None
     radius, moved = found
-    if _are_shunned(outputs, labels):
+    if _are_shunned(outputs, labels, wrong):
         return radius
     reached = (_outputs(network, moved, at_once).argmax(1) == labels)[wrong]
     others = _other_classes(outputs, labels, generator)[wrong]
@@ -226,24 +227,29 @@ def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) 
     return drawn.scatter(1, barred, -1.0).argmax(1)
 
 
-def _are_shunned(outputs: Tensor, labels: Tensor) -> bool:
+def _are_shunned(outputs: Tensor, labels: Tensor, wrong: Tensor) -> bool:
     """Whether labels are less likely than labels drawn at random would be: somebody saw to it.
 
-    Then fewer of them are predicted, or the others stand lower among the classes that are not; a network's own errors
-    stand high.
+    Then fewer of them are predicted; or the others stand lower, among the classes, than their class does beside the
+    samples of other labels. That is compared class by class, for labels of a class that is numbered wrongly are alike.
 
     Args:
         outputs: Logits, (m, classes), of three classes or more.
-        labels: Class indices (m,), of which some are not predicted.
+        labels: Class indices (m,).
+        wrong: Which of them are not predicted, boolean (m,).
     """
-    count, classes = outputs.shape
-    place = (outputs > outputs.gather(1, labels.long().unsqueeze(1))).sum(1)  # 0: predicted
-    others = place[outputs.argmax(1) != labels].double() - 1  # uniform over classes - 1 places
-    expected, right = count / classes, count - len(others)
+    (count, classes), right = outputs.shape, int((~wrong).sum())
+    expected = count / classes
     if expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes)):
         return True
-    error = math.sqrt(((classes - 1) ** 2 - 1) / 12 / len(others))
-    return float(others.mean()) - (classes - 2) / 2 > _LEAST_RARITY * error
+    places = outputs.argsort(1, descending=True).argsort(1).double()
+    lower = (places - places.mean(0)).gather(1, labels.long().unsqueeze(1)).squeeze(1)[wrong]
+    _, own = torch.unique(labels[wrong], return_inverse=True)
+    found = int(own.max()) + 1 if len(own) else 0
+    if found < _LEAST_CLASSES:
+        return False
+    means = lower.new_zeros(found).index_add_(0, own, lower) / own.bincount()
+    return float(means.mean()) > _LEAST_RARITY * float(means.std()) / math.sqrt(found)
 
 
 def _is_nearer(reached: Tensor, led: Tensor) -> bool:

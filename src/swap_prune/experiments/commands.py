@@ -59,7 +59,7 @@ def experiment(
 def report(
     directory: Annotated[Path, typer.Argument(help="what experiment wrote")],
     reference: Annotated[
-        str | None, typer.Option(help="label of the method to take differences from; default the first")
+        str | None, typer.Option(help="label of the method to take differences from; default the first that ran")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -140,7 +140,8 @@ def summarise(results: Sequence[RunResult], reference: str | None = None) -> Sum
     """
     labels = list(dict.fromkeys(result.label for result in results))
     if reference is None:
-        reference = next((result.label for result in results if result.error is None), labels[0])
+        alive = {result.label for result in results if result.error is None}
+        reference = next((label for label in labels if label in alive), labels[0])
     if reference not in labels:
         raise ValueError(f"reference must be one of {', '.join(labels)}, got {reference!r}")
     runs = {label: {_point(r): r for r in results if r.label == label} for label in labels}

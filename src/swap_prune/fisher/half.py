@@ -126,8 +126,9 @@ class HalfFactor(BlockedFactor):
         for index in torch.split(scale.nonzero().squeeze(1), self.column_limit):
             more = (0, -len(index) % ALIGNED)  # columns of weight zero
             weights = functional.pad(scale[index] / unit, more)
-            part, both = _operations(self.device).cut_and_weigh(self.stored, functional.pad(index, more), weights)
-            above += wide_product(both[: 2 * half], part[:half].T)
+            part, both = self._operations.cut_and_weigh(self.stored, functional.pad(index, more), weights)
+            if half > 0:
+                above += wide_product(both[: 2 * half], part[:half].T)
             below += wide_product(both[2 * half :], part.T)
         result = self.scale.new_empty(n, n)
         result[:half, :half] = above[:half] - above[half:]
@@ -137,12 +138,12 @@ class HalfFactor(BlockedFactor):
 
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense."""
-        return self._converted(_operations(self.device).cut(self.stored, index))
+        return self._converted(self._operations.cut(self.stored, index))
 
     def exact_columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]`` in any dtype that holds it: as it is stored, where matrix units multiply that."""
         as_stored = self._by_matrix_units and self.stored.dtype == torch.bfloat16  # its scale is one
-        return _operations(self.device).cut(self.stored, index) if as_stored else self.columns(index)
+        return self._operations.cut(self.stored, index) if as_stored else self.columns(index)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
@@ -156,10 +157,11 @@ class HalfFactor(BlockedFactor):
 
     @property
     def _by_matrix_units(self) -> bool:
-        if self.stored.device.type != "cuda" or self.dtype != torch.float32 or torch.version.hip is not None:
-            return False
-        known = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
-        return known and torch.cuda.get_device_capability(self.stored.device) >= (8, 0)
+        return self.dtype == torch.float32 and _has_matrix_units(self.stored.device)
+
+    @property
+    def _operations(self) -> _Operations:
+        return _operations(self.stored.device, self.stored.dtype)
 
     def _converted(self, part: Tensor) -> Tensor:
         return self._scaled(part.to(self.dtype))
@@ -205,29 +207,37 @@ def split_in_pieces(x: Tensor, pieces: Tensor) -> None:
 _TORCH = _Operations(lambda stored, index: stored.index_select(1, index), cut_and_weigh, split_in_pieces)
 
 
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether 16 bits are multiplied there, and summed in float32, without a copy."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    known = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @cache
-def _operations(device: torch.device) -> _Operations:
-    """Return kernels, or torch's operations where there is no Triton, or no C compiler for it, or a GPU without."""
-    if device.type != "cuda":
+def _operations(device: torch.device, dtype: torch.dtype) -> _Operations:
+    """Return kernels where there are matrix units, Triton and a C compiler for it; elsewhere torch's operations."""
+    if not _has_matrix_units(device):
         return _TORCH
     try:
         from swap_prune.fisher import kernels
 
         found = _Operations(kernels.cut, kernels.cut_and_weigh, kernels.split_in_pieces)
-        works = _is_right(found, device)
+        works = _is_right(found, device, dtype)
     except Exception as error:  # whatever a compiler raises
         pass_on_shortage(error)
         return _TORCH
     return found if works else _TORCH
 
 
-def _is_right(operations: _Operations, device: torch.device) -> bool:
+def _is_right(operations: _Operations, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether columns are what they were, and the pieces that operations make sum up to what they are made of."""
     index = torch.arange(ALIGNED, device=device)
-    stored, weights = (index / 3 - 5).bfloat16().expand(3, -1).contiguous(), index / 7
+    stored, weights = (index / 3 - 5).to(dtype).expand(3, -1).contiguous(), index / 7
     part, both = operations.cut_and_weigh(stored, index, weights)
-    one, high, other, low = torch.split(both.double(), [1, 1, 2, 2])
-    sums = torch.cat([one - high, other - low])
+    first, lost_of_first, others, lost_of_others = torch.split(both.double(), [1, 1, 2, 2])
+    sums = torch.cat([first - lost_of_first, others - lost_of_others])
     pieces = stored.new_empty(_WIDTH, ALIGNED)
     operations.split_in_pieces(weights, pieces)
     return (
@@ -258,7 +268,7 @@ def in_pieces(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """
     unit = power_of_two(x) if dtype == torch.float16 else 1.0
     pieces = x.new_empty(_WIDTH, len(x), dtype=dtype)
-    _operations(x.device).split_in_pieces((x / unit if unit != 1 else x).contiguous(), pieces)
+    _operations(x.device, dtype).split_in_pieces((x / unit if unit != 1 else x).contiguous(), pieces)
     return pieces, unit
 
 

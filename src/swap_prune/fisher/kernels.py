@@ -22,8 +22,8 @@ def cut(stored: Tensor, index: Tensor) -> Tensor:
     """Cut columns out of a matrix, (n, m).
 
     Args:
-        stored: (n, p), bfloat16 or float16, rows without gaps.
-        index: (m,), int64.
+        stored: (n, p), bfloat16 or float16, the entries of a row side by side.
+        index: (m,), int64, without gaps.
     """
     n, m = len(stored), len(index)
     part = stored.new_empty(n, m)
@@ -38,9 +38,9 @@ def cut_and_weigh(stored: Tensor, index: Tensor, weights: Tensor) -> tuple[Tenso
     """Cut columns C out of a matrix, and write ``C diag(weights)`` as ``high - low``.
 
     Args:
-        stored: (n, p), bfloat16 or float16, rows without gaps.
-        index: (m,), int64.
-        weights: (m,), float32.
+        stored: As for :func:`cut`.
+        index: The same.
+        weights: (m,), float32, without gaps.
 
     Returns:
         C, (n, m), and both of these, (2 n, m), of the matrix's dtype: low is what rounding added to high. First come
@@ -59,8 +59,8 @@ def split_in_pieces(x: Tensor, pieces: Tensor) -> None:
     """Write a vector as a sum of three of 16 bits: what is left of it after one is rounded to the next.
 
     Args:
-        x: (m,), float32.
-        pieces: (4, m), bfloat16 or float16, rows without gaps: overwritten, the last with zeros.
+        x: (m,), float32, without gaps.
+        pieces: (4, m), bfloat16 or float16, without gaps: overwritten, the last with zeros.
     """
     with torch.cuda.device(x.device):
         _split_in_pieces[triton.cdiv(len(x), _ENTRIES),](x, pieces, len(x), ENTRIES=_ENTRIES)
@@ -102,8 +102,9 @@ def _split_in_pieces(x, pieces, m, ENTRIES: tl.constexpr):  # type: ignore[no-un
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     there = entry < m
     rest = tl.load(x + entry, mask=there, other=0.0)
-    for number in tl.static_range(3):
+    for _ in tl.static_range(3):
         piece = rest.to(pieces.dtype.element_ty)
-        tl.store(pieces + number * m + entry, piece, mask=there)
+        tl.store(pieces + entry, piece, mask=there)
         rest -= piece.to(tl.float32)
-    tl.store(pieces + 3 * m + entry, tl.zeros_like(rest).to(pieces.dtype.element_ty), mask=there)
+        pieces += m  # a row further: three times m may be above 2^31
+    tl.store(pieces + entry, tl.zeros_like(rest).to(pieces.dtype.element_ty), mask=there)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from swap_prune.artifact import count_layers, save_artifact
+from swap_prune.defences import DEFENCES
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Run
 from swap_prune.selection import DEFAULT_TARGETS, frozen_among, unnamed_weights
@@ -39,28 +40,8 @@ def account(
     kept = sum(layer.kept for layer in layers.values())
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
-    if 0 < stages[-1].samples < settings["samples"]:
-        notes.append(f"samples used in a stage: {stages[-1].samples}, fewer than the {settings['samples']} asked for")
-    elif 0 < stages[-1].samples < _FEW and run.solver.needs_held_out:
-        notes.append(f"{stages[-1].samples} calibration samples are few to choose by: give some hundred")
-    if "not_recalibrated" in stages[-1].evidence:
-        notes.append(f"BatchNorm's statistics are the old ones: {stages[-1].evidence['not_recalibrated']}")
-    if tuple(settings["targets"]) == DEFAULT_TARGETS:
-        notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
-    frozen = frozen_among(model, run.selection.names)
-    if frozen:
-        shown = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
-        notes.append(f"parameters that require no gradient were pruned too ({shown}): ignore= leaves them alone")
-    if "few_classes" in stages[-1].evidence:
-        seen, classes, count = stages[-1].evidence["few_classes"]
-        notes.append(
-            f"the {count} calibration labels are of {seen} of {classes} classes: data that are read in order should be "
-            "shuffled; a Dataset is drawn from at random"
-        )
-    notes += _held_against(stages)
-    emptied = [name for name, layer in layers.items() if layer.kept == 0]
-    if emptied:
-        notes.append(f"layers without a weight left: {', '.join(emptied)}")
+    notes += _of_samples(run, settings, stages[-1]) + _held_against(run, stages)
+    notes += _of_layers(model, run, settings, [name for name, layer in layers.items() if layer.kept == 0])
     return PruningReport(
         method=run.solver.name,
         sparsity=1 - kept / run.selection.total,
@@ -76,23 +57,56 @@ def account(
     ).bind(save_artifact, model)
 
 
-def _held_against(stages: list[StageReport]) -> list[str]:
+def _of_samples(run: Run, settings: dict[str, Any], last: StageReport) -> list[str]:
+    """Say what there is to know of the calibration samples, by the last stage."""
+    notes = []
+    if 0 < last.samples < settings["samples"]:
+        notes.append(f"samples used in a stage: {last.samples}, fewer than the {settings['samples']} asked for")
+    elif 0 < last.samples < _FEW and run.solver.needs_held_out:
+        notes.append(f"{last.samples} calibration samples are few to choose by: give some hundred")
+    if "not_recalibrated" in last.evidence:
+        notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
+    if "few_classes" in last.evidence:
+        seen, classes, count = last.evidence["few_classes"]
+        notes.append(
+            f"the {count} calibration labels are of {seen} of {classes} classes: data that are read in order should be "
+            "shuffled; a Dataset is drawn from at random"
+        )
+    return notes
+
+
+def _held_against(run: Run, stages: list[StageReport]) -> list[str]:
     """Say what the defence has made of labels and inputs: a user who knows better can do without."""
 
-    def most(name: str) -> float:
-        return max((float(stage.evidence.get(name, 0)) for stage in stages), default=0.0)
+    def without(defence: str) -> str:
+        return repr("+".join(name for name in DEFENCES if name in run.defences - {defence}) or "none")
 
-    notes, labels, shift = [], most("label_noise"), most("inputs_shifted_back")
-    if labels > 0:
+    notes, rate = [], stages[-1].evidence.get("label_noise")  # a doubt of labels ends where an attack is seen
+    shifts = [stage.evidence["inputs_shifted_back"] for stage in stages if "inputs_shifted_back" in stage.evidence]
+    if rate is not None:
         notes.append(
-            f"{labels:.0%} of the calibration labels seem wrong to the network, and were not believed: are they "
-            "numbered as its outputs are? If they are right, give defence='gradients+inputs'"
+            f"{round(100 * rate)} % of the calibration labels seem wrong to the network, and were not believed: are "
+            f"they numbered as its outputs are? If they are right, give defence={without('labels')}"
         )
-    if shift > 0:
+    if shifts:
         notes.append(
-            f"calibration inputs seem to be attacked, and were moved back by up to {shift:.2g}: if they are clean, "
-            "give defence='gradients+labels'"
+            "calibration inputs seem to be attacked, or their labels numbered wrongly, and were moved back by up to "
+            f"{max(shifts):.2g}: if they are clean, give defence={without('inputs')}"
         )
+    return notes
+
+
+def _of_layers(model: nn.Module, run: Run, settings: dict[str, Any], emptied: list[str]) -> list[str]:
+    """Say which layers were left alone, were frozen, and have lost all."""
+    notes = []
+    if tuple(settings["targets"]) == DEFAULT_TARGETS:
+        notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
+    frozen = frozen_among(model, run.selection.names)
+    if frozen:
+        shown = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
+        notes.append(f"parameters that require no gradient were pruned too ({shown}): ignore= leaves them alone")
+    if emptied:
+        notes.append(f"layers without a weight left: {', '.join(emptied)}")
     return notes
 
 
