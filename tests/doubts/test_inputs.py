@@ -79,6 +79,45 @@ def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
     assert all(float((a[0] - b[0]).abs().max()) <= radius * 1.0001 for a, b in zip(back, attacked, strict=True))
 
 
+def test_a_shift_suffices_where_the_statistics_of_batches_say_so_too(network: nn.Module) -> None:
+    """As where a way back that is just long enough in eval mode does nothing on those."""
+    attacked = disturbed(network, "adversarial:attack=pgd,budget=0.5", samples())
+    first = torch.cat([inputs for inputs, _ in attacked])[:256]
+    alone = shift_seen(network, cross_entropy, attacked, generator(4), 256)
+    assert alone is not None
+
+    def beside(inputs: Tensor) -> Tensor:
+        """Sees nothing of what moved by less."""
+        return network(inputs if float((inputs - first).abs().max()) > 1.2 * alone else first)
+
+    both = shift_seen(network, cross_entropy, attacked, generator(4), 256, beside)
+    assert both is not None and both > 1.2 * alone
+    assert shift_seen(network, cross_entropy, attacked, generator(4), 256, lambda _: network(first)) is None
+    assert straight_shift(network, attacked, 256, beside) == both
+
+
+@pytest.mark.parametrize("recalibrates", [True, False])
+def test_a_network_that_will_be_recalibrated_is_asked_on_the_statistics_of_batches(
+    recalibrates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("swap_prune.doubts.record.labels_contradicted", lambda *_: True)
+    monkeypatch.setattr("swap_prune.doubts.record.shift_seen", lambda *given: asked.append(given))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(_SIZE, 16), nn.BatchNorm1d(16), nn.Linear(16, _CLASSES))
+    inputs, labels = task(200, 30)
+    alike = copy.deepcopy(model).train()
+    options: dict[str, Any] = {"samples": 100, "recalibrate_batchnorm": recalibrates, "progress": False}
+    swap_prune.prune(model, TensorDataset(5 + inputs, labels), 0.5, "lr", **options)
+    *_, beside = asked[0]
+    assert (beside is None) is not recalibrates
+    if beside is not None:
+        with torch.no_grad():
+            assert torch.allclose(beside(inputs), alike(inputs), atol=1e-5)
+            assert bool(beside(inputs[:1]).isfinite().all()), "one sample has no variance"
+
+
 @pytest.mark.parametrize("noise", [None, "labels:fraction=0.05", "labels:fraction=0.25", "labels:fraction=0.6"])
 def test_clean_samples_and_wrong_labels_are_no_attack(network: nn.Module, noise: str | None) -> None:
     assert seen(network, noise) is None

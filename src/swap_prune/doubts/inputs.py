@@ -7,6 +7,9 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
     mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
 
+Where BatchNorm will be recalibrated, gradients are taken on the statistics of batches. A shift that is just long enough
+for the network's own statistics does nothing there, so both have to say so.
+
 In later stages the attack may be on the pruned network. Where that is so close to linear that its slope is the same at
 both ends of its own way back, this is the attack's way, reversed. Elsewhere it only leads to inputs on which the loss
 is low, and the network would no longer be told what it gets wrong: there inputs go the way of the dense network, by the
@@ -44,7 +47,7 @@ __all__ = [
     "straight_shift",
 ]
 
-Network = Callable[[Tensor], Tensor]  # in eval mode: inputs (n, ...) to logits (n, classes)
+Network = Callable[[Tensor], Tensor]  # inputs (n, ...) to logits (n, classes)
 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
@@ -80,15 +83,17 @@ def shift_seen(
     batches: Sequence[Any],
     generator: torch.Generator,
     at_once: int = AT_ONCE,
+    beside: Network | None = None,
 ) -> float | None:
     """Return how far inputs seem to have been shifted against their labels.
 
     Args:
-        network: The dense network.
+        network: The dense network, in eval mode.
         loss_fn: Only for the cross-entropy of one label a sample is there an answer.
         batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
         generator: Draws the other classes (CPU).
         at_once: Samples that run through the network at once.
+        beside: The same network on the statistics of batches, where gradients will be taken so.
 
     Returns:
         The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
@@ -102,7 +107,8 @@ def shift_seen(
         return None
     if float(_surplus(outputs, labels).mean()) >= 0:
         return None
-    found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in _RADII], at_once)
+    radii = [r * float(inputs.std()) for r in _RADII]
+    found = _least_shift(network, inputs, labels, radii, at_once, beside)
     if found is None:
         return None
     radius, moved = found
@@ -115,19 +121,23 @@ def shift_seen(
     return radius if _is_nearer(reached, led) else None
 
 
-def straight_shift(network: Network, batches: Sequence[Any], at_once: int = AT_ONCE) -> float | None:
+def straight_shift(
+    network: Network, batches: Sequence[Any], at_once: int = AT_ONCE, beside: Network | None = None
+) -> float | None:
     """Return how far a network's own way back leads from inputs that fool it, where that is the attack's, reversed.
 
     Args:
-        network: The network as the stages so far have left it.
+        network: The network as the stages so far have left it, in eval mode.
         batches: Pairs that can be asked.
         at_once: Samples that run through the network at once.
+        beside: As for :func:`shift_seen`.
 
     Returns:
         The radius; 0 where labels are as likely as it says; None where its slope turns on the way, or none suffices.
     """
     inputs, labels = _first_samples(batches, _LOOKED_AT)
-    found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in (0.0, *_RADII)], at_once)
+    radii = [r * float(inputs.std()) for r in (0.0, *_RADII)]
+    found = _least_shift(network, inputs, labels, radii, at_once, beside)
     if found is None:
         return None
     radius, moved = found
@@ -168,8 +178,8 @@ def _first_samples(batches: Sequence[Any], count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _outputs(network: Network, inputs: Tensor, at_once: int) -> Tensor:
-    """Return the logits, (n, classes)."""
-    return torch.cat([network(part) for part in torch.split(inputs, at_once)])
+    """Return the logits, (n, classes), from parts of about one size, since statistics need several samples."""
+    return torch.cat([network(part) for part in inputs.tensor_split(math.ceil(len(inputs) / at_once))])
 
 
 def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -179,12 +189,13 @@ def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _least_shift(
-    network: Network, inputs: Tensor, labels: Tensor, radii: Sequence[float], at_once: int
+    network: Network, inputs: Tensor, labels: Tensor, radii: Sequence[float], at_once: int, beside: Network | None
 ) -> tuple[float, Tensor] | None:
     """Return the first of some radii at which labels are as likely as a network says, and the inputs there."""
+    asked = [network] if beside is None else [network, beside]
     for radius in radii:
         moved = _shifted(network, inputs, labels, radius, at_once) if radius > 0 else inputs
-        if float(_surplus(_outputs(network, moved, at_once), labels).mean()) >= 0:
+        if all(float(_surplus(_outputs(one, moved, at_once), labels).mean()) >= 0 for one in asked):
             return radius, moved
     return None
 
