@@ -355,14 +355,7 @@ def _taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -
     if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
         return runner
     teacher = Teacher(runner.model, changing, loss, before)
-    doubts = Doubts(
-        teacher,
-        loss,
-        runner.calibration.kept,
-        runner.storage.at_once,
-        runner.defences,
-        normalised=runner.normalised,
-    )
+    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, runner.defences)
     return replace(
         runner,
         teacher=teacher if asks else None,

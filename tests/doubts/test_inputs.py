@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import swap_prune
 from swap_prune.defences import parse_defence
 from swap_prune.doubts.inputs import (
-    _are_shunned,
+    _is_rarer_than_chance,
     labels_contradicted,
     shift_back,
     shift_seen,
@@ -79,45 +79,6 @@ def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
     assert all(float((a[0] - b[0]).abs().max()) <= radius * 1.0001 for a, b in zip(back, attacked, strict=True))
 
 
-def test_a_shift_suffices_where_the_statistics_of_batches_say_so_too(network: nn.Module) -> None:
-    """As where a way back that is just long enough in eval mode does nothing on those."""
-    attacked = disturbed(network, "adversarial:attack=pgd,budget=0.5", samples())
-    first = torch.cat([inputs for inputs, _ in attacked])[:256]
-    alone = shift_seen(network, cross_entropy, attacked, generator(4), 256)
-    assert alone is not None
-
-    def beside(inputs: Tensor) -> Tensor:
-        """Sees nothing of what moved by less."""
-        return network(inputs if float((inputs - first).abs().max()) > 1.2 * alone else first)
-
-    both = shift_seen(network, cross_entropy, attacked, generator(4), 256, beside)
-    assert both is not None and both > 1.2 * alone
-    assert shift_seen(network, cross_entropy, attacked, generator(4), 256, lambda _: network(first)) is None
-    assert straight_shift(network, attacked, 256, beside) == both
-
-
-@pytest.mark.parametrize("recalibrates", [True, False])
-def test_a_network_that_will_be_recalibrated_is_asked_on_the_statistics_of_batches(
-    recalibrates: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("swap_prune.doubts.record.labels_contradicted", lambda *_: True)
-    monkeypatch.setattr("swap_prune.doubts.record.shift_seen", lambda *given: asked.append(given))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(_SIZE, 16), nn.BatchNorm1d(16), nn.Linear(16, _CLASSES))
-    inputs, labels = task(200, 30)
-    alike = copy.deepcopy(model).train()
-    options: dict[str, Any] = {"samples": 100, "recalibrate_batchnorm": recalibrates, "progress": False}
-    swap_prune.prune(model, TensorDataset(5 + inputs, labels), 0.5, "lr", **options)
-    *_, beside = asked[0]
-    assert (beside is None) is not recalibrates
-    if beside is not None:
-        with torch.no_grad():
-            assert torch.allclose(beside(inputs), alike(inputs), atol=1e-5)
-            assert bool(beside(inputs[:1]).isfinite().all()), "one sample has no variance"
-
-
 @pytest.mark.parametrize("noise", [None, "labels:fraction=0.05", "labels:fraction=0.25", "labels:fraction=0.6"])
 def test_clean_samples_and_wrong_labels_are_no_attack(network: nn.Module, noise: str | None) -> None:
     assert seen(network, noise) is None
@@ -135,84 +96,10 @@ def test_labels_that_are_predicted_less_often_than_by_chance_need_not_be_near(
     assert shift_seen(network, cross_entropy, weak, generator(4)) is None, "many are still right"
 
 
-def shunned(outputs: Tensor, labels: Tensor) -> bool:
-    return _are_shunned(outputs, labels, outputs.argmax(1) != labels)
-
-
-def logits(classes: int, count: int = 256, seed: int = 5) -> tuple[Tensor, Tensor]:
-    """Random ones, (count, classes), with what is predicted, (count,)."""
-    outputs = torch.randn(count, classes, generator=generator(seed))
-    outputs += torch.randn(classes, generator=generator(seed + 1))  # some classes are liked better than others
-    return outputs, outputs.argmax(1)
-
-
 @pytest.mark.parametrize(("right", "classes", "rare"), [(6, 10, True), (7, 10, False), (0, 10, True), (0, 1000, False)])
-def test_labels_that_are_predicted_less_often_than_by_chance(right: int, classes: int, rare: bool) -> None:
+def test_rarer_than_chance(right: int, classes: int, rare: bool) -> None:
     """Of 256 labels of ten classes 25.6 are right by chance, with a standard error of 4.8: 6.4 are four below."""
-    outputs, predicted = logits(classes)
-    turned = (predicted + torch.randint(1, classes, predicted.shape, generator=generator(7))) % classes
-    assert shunned(outputs, torch.where(torch.arange(256) < right, predicted, turned)) is rare
-
-
-@pytest.mark.parametrize("right", [0, 40])
-def test_labels_that_stand_lower_than_by_chance(right: int) -> None:
-    """As a strong attack leaves them, whatever is still right; a network's own errors stand high."""
-    outputs, predicted = logits(1000)
-    for label, is_shunned in ((outputs.argmin(1), True), (outputs.topk(3).indices[:, 2], False)):
-        assert shunned(outputs, torch.where(torch.arange(256) < right, predicted, label)) is is_shunned
-
-
-@pytest.mark.parametrize("classes", [30, 1000])
-@pytest.mark.parametrize("rate", [0.25, 0.6, 1.0])
-def test_labels_drawn_at_random_are_not_shunned(rate: float, classes: int) -> None:
-    for seed in range(40):
-        outputs, predicted = logits(classes, seed=seed)
-        drawn = torch.randint(classes, predicted.shape, generator=generator(seed + 50))
-        replaced = torch.rand(256, generator=generator(seed + 100)) < rate
-        assert not shunned(outputs, torch.where(replaced, drawn, predicted))
-
-
-@pytest.mark.parametrize(("known", "classes"), [(10, 100), (20, 20), (40, 40), (100, 1000)])
-def test_labels_that_are_numbered_wrongly_are_not_shunned(known: int, classes: int) -> None:
-    """Classes that a network knows, under the numbers of others: samples of one are not independent."""
-    for seed in range(40):
-        centres = torch.randn(classes, 30, generator=generator(seed))
-        truth = torch.randint(known, (256,), generator=generator(seed + 50))
-        inputs = centres[truth] + torch.randn(256, 30, generator=generator(seed + 100))
-        order = torch.randperm(classes, generator=generator(seed + 150))
-        assert not shunned(inputs @ centres.T, order[truth])
-
-
-def test_odd_cases_are_not_shunned() -> None:
-    """Nothing wrong, and all classes alike likely."""
-    outputs, predicted = logits(1000)
-    assert not shunned(outputs, predicted)
-    assert not shunned(torch.zeros(256, 1000), torch.arange(256))
-
-
-class Turned(nn.Module):
-    """Three hundred classes whose order the sign of the last input turns round."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.centres = torch.randn(300, 60, generator=generator(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 4 * x[:, -1:] * (x[:, :-1] @ self.centres.T - self.centres.square().sum(1) / 2)
-
-
-def test_an_attack_on_many_classes_is_seen_by_where_it_leaves_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 300 classes less than one of 256 labels is right by chance."""
-    monkeypatch.setattr("swap_prune.doubts.inputs._is_nearer", lambda reached, led: False)
-    many, labels = Turned(), torch.randint(300, (256,), generator=generator(1))
-    inputs = many.centres[labels] + torch.randn(256, 60, generator=generator(2))
-    batches = [(torch.cat([inputs, torch.full((256, 1), 0.25)], dim=1), labels)]
-
-    def seen(noise: str) -> float | None:
-        return shift_seen(many, cross_entropy, disturbed(many, noise, batches), generator(4))
-
-    assert seen("adversarial:attack=pgd,budget=0.4") is not None
-    assert seen("labels:fraction=0.3") is seen("labels:fraction=0.99") is None
+    assert _is_rarer_than_chance(torch.arange(256) >= right, classes) is rare
 
 
 def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(

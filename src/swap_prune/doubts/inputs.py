@@ -7,9 +7,6 @@ theirs. The radius is not known. It is the smallest at which labels are as likel
 
     mean log q(label) >= mean sum_c q(c) log q(c),      q the network's prediction at the shifted inputs.
 
-Where BatchNorm will be recalibrated, gradients are taken on the statistics of batches. A shift that is just long enough
-for the network's own statistics does nothing there, so both have to say so.
-
 In later stages the attack may be on the pruned network. Where that is so close to linear that its slope is the same at
 both ends of its own way back, this is the attack's way, reversed. Elsewhere it only leads to inputs on which the loss
 is low, and the network would no longer be told what it gets wrong: there inputs go the way of the dense network, by the
@@ -17,8 +14,7 @@ radius that was seen when that was attacked.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
 is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
-is as far as to any other. And an attack that is strong leaves labels behind that are less likely than any drawn at
-random.
+is as far as to any other.
 
 Place in the pipeline: a defence, before capture, where the dense network contradicts the labels.
 """
@@ -47,7 +43,7 @@ __all__ = [
     "straight_shift",
 ]
 
-Network = Callable[[Tensor], Tensor]  # inputs (n, ...) to logits (n, classes)
+Network = Callable[[Tensor], Tensor]  # in eval mode: inputs (n, ...) to logits (n, classes)
 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
@@ -57,8 +53,7 @@ _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label:
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
 _LEAST_STRAIGHT = 0.5  # mean cosine between slopes at both ends of a way back
-_LEAST_RARITY = 4.0  # standard errors that labels must be less likely than by chance
-_LEAST_CLASSES = 20  # of labels, whose places among the classes say something
+_LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
 
 
 def labels_contradicted(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> bool:
@@ -83,17 +78,15 @@ def shift_seen(
     batches: Sequence[Any],
     generator: torch.Generator,
     at_once: int = AT_ONCE,
-    beside: Network | None = None,
 ) -> float | None:
     """Return how far inputs seem to have been shifted against their labels.
 
     Args:
-        network: The dense network, in eval mode.
+        network: The dense network.
         loss_fn: Only for the cross-entropy of one label a sample is there an answer.
         batches: Pairs of floating-point inputs (n, ...) and class indices (n,).
         generator: Draws the other classes (CPU).
         at_once: Samples that run through the network at once.
-        beside: The same network on the statistics of batches, where gradients will be taken so.
 
     Returns:
         The radius in the largest entry, in the unit of the inputs; None where labels fit, or their misfit is another.
@@ -107,12 +100,11 @@ def shift_seen(
         return None
     if float(_surplus(outputs, labels).mean()) >= 0:
         return None
-    radii = [r * float(inputs.std()) for r in _RADII]
-    found = _least_shift(network, inputs, labels, radii, at_once, beside)
+    found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in _RADII], at_once)
     if found is None:
         return None
     radius, moved = found
-    if _are_shunned(outputs, labels, wrong):
+    if _is_rarer_than_chance(wrong, outputs.shape[1]):
         return radius
     reached = (_outputs(network, moved, at_once).argmax(1) == labels)[wrong]
     others = _other_classes(outputs, labels, generator)[wrong]
@@ -121,23 +113,19 @@ def shift_seen(
     return radius if _is_nearer(reached, led) else None
 
 
-def straight_shift(
-    network: Network, batches: Sequence[Any], at_once: int = AT_ONCE, beside: Network | None = None
-) -> float | None:
+def straight_shift(network: Network, batches: Sequence[Any], at_once: int = AT_ONCE) -> float | None:
     """Return how far a network's own way back leads from inputs that fool it, where that is the attack's, reversed.
 
     Args:
-        network: The network as the stages so far have left it, in eval mode.
+        network: The network as the stages so far have left it.
         batches: Pairs that can be asked.
         at_once: Samples that run through the network at once.
-        beside: As for :func:`shift_seen`.
 
     Returns:
         The radius; 0 where labels are as likely as it says; None where its slope turns on the way, or none suffices.
     """
     inputs, labels = _first_samples(batches, _LOOKED_AT)
-    radii = [r * float(inputs.std()) for r in (0.0, *_RADII)]
-    found = _least_shift(network, inputs, labels, radii, at_once, beside)
+    found = _least_shift(network, inputs, labels, [r * float(inputs.std()) for r in (0.0, *_RADII)], at_once)
     if found is None:
         return None
     radius, moved = found
@@ -178,8 +166,8 @@ def _first_samples(batches: Sequence[Any], count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _outputs(network: Network, inputs: Tensor, at_once: int) -> Tensor:
-    """Return the logits, (n, classes), from parts of about one size, since statistics need several samples."""
-    return torch.cat([network(part) for part in inputs.tensor_split(math.ceil(len(inputs) / at_once))])
+    """Return the logits, (n, classes)."""
+    return torch.cat([network(part) for part in torch.split(inputs, at_once)])
 
 
 def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -189,13 +177,12 @@ def _surplus(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _least_shift(
-    network: Network, inputs: Tensor, labels: Tensor, radii: Sequence[float], at_once: int, beside: Network | None
+    network: Network, inputs: Tensor, labels: Tensor, radii: Sequence[float], at_once: int
 ) -> tuple[float, Tensor] | None:
     """Return the first of some radii at which labels are as likely as a network says, and the inputs there."""
-    asked = [network] if beside is None else [network, beside]
     for radius in radii:
         moved = _shifted(network, inputs, labels, radius, at_once) if radius > 0 else inputs
-        if all(float(_surplus(_outputs(one, moved, at_once), labels).mean()) >= 0 for one in asked):
+        if float(_surplus(_outputs(network, moved, at_once), labels).mean()) >= 0:
             return radius, moved
     return None
 
@@ -238,29 +225,11 @@ def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) 
     return drawn.scatter(1, barred, -1.0).argmax(1)
 
 
-def _are_shunned(outputs: Tensor, labels: Tensor, wrong: Tensor) -> bool:
-    """Whether labels are less likely than labels drawn at random would be: somebody saw to it.
-
-    Then fewer of them are predicted; or the others stand lower, among the classes, than their class does beside the
-    samples of other labels. That is compared class by class, for labels of a class that is numbered wrongly are alike.
-
-    Args:
-        outputs: Logits, (m, classes), of three classes or more.
-        labels: Class indices (m,).
-        wrong: Which of them are not predicted, boolean (m,).
-    """
-    (count, classes), right = outputs.shape, int((~wrong).sum())
-    expected = count / classes
-    if expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes)):
-        return True
-    places = outputs.argsort(1, descending=True).argsort(1).double()
-    lower = (places - places.mean(0)).gather(1, labels.long().unsqueeze(1)).squeeze(1)[wrong]
-    _, own = torch.unique(labels[wrong], return_inverse=True)
-    found = int(own.max()) + 1 if len(own) else 0
-    if found < _LEAST_CLASSES:
-        return False
-    means = lower.new_zeros(found).index_add_(0, own, lower) / own.bincount()
-    return float(means.mean()) > _LEAST_RARITY * float(means.std()) / math.sqrt(found)
+def _is_rarer_than_chance(wrong: Tensor, classes: int) -> bool:
+    """Whether fewer labels are predicted than of labels drawn at random would be: somebody saw to it, (m,)."""
+    expected = len(wrong) / classes
+    right = len(wrong) - int(wrong.sum())
+    return expected - right > _LEAST_RARITY * math.sqrt(expected * (1 - 1 / classes))
 
 
 def _is_nearer(reached: Tensor, led: Tensor) -> bool:

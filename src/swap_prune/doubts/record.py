@@ -30,7 +30,7 @@ from swap_prune.doubts.inputs import (
 from swap_prune.doubts.labels import LabelDoubt, doubt_labels
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import GaussNewtonLoss, check_calibration
-from swap_prune.network.modes import batch_statistics, eval_mode
+from swap_prune.network.modes import eval_mode
 from swap_prune.training.teaching import Taught, Teacher
 
 __all__ = ["Doubts"]
@@ -45,7 +45,6 @@ class Doubts:
         keep: Makes a list of altered batches, each of which comes as it is put in its place.
         at_once: Samples that are shifted at once.
         defences: What is doubted: labels, inputs.
-        normalised: Whether gradients are taken on the statistics of batches.
     """
 
     def __init__(
@@ -55,13 +54,10 @@ class Doubts:
         keep: Callable[[Iterable[Any]], list[Any]] = list,
         at_once: int = AT_ONCE,
         defences: Collection[str] = DEFENCES,
-        *,
-        normalised: bool = False,
     ) -> None:
         self._teacher = teacher
         self._loss_fn = loss_fn
         self._keep, self._at_once = keep, at_once
-        self._joins = normalised and at_once > 1  # one sample alone has no variance
         self._doubts_inputs, self._doubts_labels = "inputs" in defences, "labels" in defences
         self._radius: float | None = None  # by which inputs were seen to have been shifted
         self._labels: LabelDoubt | None = None
@@ -100,7 +96,7 @@ class Doubts:
         with eval_mode(model):
             check_calibration(model, self._loss_fn, fitting)
         if self._radius is None and self._doubts_inputs:
-            self._look(model, fitting, generator)
+            self._look(fitting, generator)
         if self._radius is None or not can_be_asked(self._loss_fn, fitting):
             return fitting, held_out, None
 
@@ -108,8 +104,7 @@ class Doubts:
             return self._loss_fn.outputs(model, (inputs, None))
 
         with eval_mode(model):
-            beside = self._beside(model, network)
-            own = straight_shift(network, fitting, self._at_once, beside)  # the first time, this is the dense network's
+            own = straight_shift(network, fitting, self._at_once)  # the first time, this is the dense network's
             if own is not None:
                 fitting, held_out = (self._back(network, part, own) for part in (fitting, held_out))
                 return fitting, held_out, own
@@ -117,24 +112,12 @@ class Doubts:
             fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
         return fitting, held_out, self._radius
 
-    def _beside(self, model: nn.Module, network: Network) -> Network | None:
-        """Return a network on the statistics of batches, where gradients are taken so."""
-        if not self._joins:
-            return None
-
-        def on_batches(inputs: Tensor) -> Tensor:
-            with (batch_statistics if len(inputs) > 1 else eval_mode)(model):
-                return network(inputs)
-
-        return on_batches
-
-    def _look(self, model: nn.Module, fitting: list[Any], generator: torch.Generator) -> None:
+    def _look(self, fitting: list[Any], generator: torch.Generator) -> None:
         """Look for a shift where labels are contradicted, and remember it."""
         if not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
             return
         with self._teacher.asked() as dense:
-            beside = self._beside(model, dense)
-            self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once, beside)
+            self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once)
         if self._radius is not None:
             self._labels = None  # what was doubted before were labels of inputs that had moved
 
