@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 
 from swap_prune.cli import app, run
 from swap_prune.experiments import demo
 from swap_prune.experiments import run as run_module
 from swap_prune.pipeline import prune
+from tests import tiny
 
 FILE = """
 model = "tests.tiny:network"

@@ -7,12 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from swap_prune.experiments.config import Experiment, plan_runs, read_experiment
 from swap_prune.experiments.datasets import DATASETS
 from swap_prune.experiments.zoo import build_model
 from swap_prune.selection import select_parameters
+from tests import tiny
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.toml"))
 GOOD = """

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.cases import generator
 from torch import Tensor, nn
 
 from swap_prune import SelfDistillation, prune
 from swap_prune.experiments.encoder import EncoderConfig, SentenceEncoder, load_encoder
+from tests.cases import generator
 
 SMALL = EncoderConfig(
     vocab_size=20,

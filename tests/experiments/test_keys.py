@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
-from tests import tiny
-from tests.experiments.test_results import record, write
-from tests.experiments.test_run import start
 
 from swap_prune import prune
 from swap_prune.experiments import run as run_module
 from swap_prune.experiments.results import read_results
+from tests import tiny
+from tests.experiments.test_results import record, write
+from tests.experiments.test_run import start
 
 
 def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from tests.experiments.test_tables import NOISE, result
 
 from swap_prune.experiments.plots import write_plots
 from swap_prune.experiments.results import RunResult
 from swap_prune.experiments.tables import summarise
+from tests.experiments.test_tables import NOISE, result
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 from torch import nn
 
 from swap_prune import LR, FineTune, prune
@@ -21,6 +20,7 @@ from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.results import RunResult, read_results
 from swap_prune.experiments.run import Outcome, run_experiment
 from swap_prune.experiments.tables import as_markdown, summarise
+from tests import tiny
 
 TIMINGS = {"seconds", "peak_memory"}
 
