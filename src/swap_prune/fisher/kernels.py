@@ -1,8 +1,7 @@
 """Kernels for GPUs, in Triton, which torch brings along where it is built for CUDA.
 
 Torch takes three passes over memory to cut columns out of G, weigh them, and say what rounding lost, and nine to write
-a vector as a sum of three in 16 bits; these take one. Cutting columns out alone takes torch several times as long as
-reading them. Import it where there is Triton alone.
+a vector as a sum of three in 16 bits; these take one. Import it where there is Triton alone.
 """
 
 from __future__ import annotations

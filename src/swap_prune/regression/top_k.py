@@ -89,7 +89,7 @@ def _take(scores: Tensor, least: Tensor, keep: int) -> Tensor:
     """Return the indices of all scores above the ``keep``-th largest, and of the first that equal it."""
     if scores.device.type != "cpu":
         reached: Tensor = (scores >= least).nonzero().squeeze(1)
-        if len(reached) == keep:  # as nearly always: one pass instead of three
+        if len(reached) == keep:  # nothing else equals the last of them: one pass instead of three
             return reached
     chunks = scores.split(_CHUNK) if scores.device.type == "cpu" else (scores,)  # type: ignore[no-untyped-call]
     equal = keep - int(torch.stack([(chunk > least).sum() for chunk in chunks]).sum())
