@@ -8,12 +8,20 @@ import operator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checked_seed", "is_number", "positive_number", "user_path", "whole_number"]
+__all__ = ["checked_seed", "is_finite", "is_number", "positive_number", "user_path", "whole_number"]
 
 
 def is_number(value: object) -> bool:
     """Whether a value is a real number, of NumPy or not, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a real number that a float can hold."""
+    try:
+        return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # of a whole number
+        return False
 
 
 def positive_number(name: str, value: Any) -> None:
@@ -26,7 +34,7 @@ def positive_number(name: str, value: Any) -> None:
     Raises:
         ValueError: If it is none.
     """
-    if not (is_number(value) and 0 < value < math.inf):
+    if not (is_finite(value) and value > 0):
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from swap_prune.artifact import load_pruned, load_report, load_weights
 from swap_prune.checks import checked_seed
-from swap_prune.console import own_output, print_json, run, say, show, show_table
+from swap_prune.console import own_output, print_json, run, say, say_notes, show, show_table
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
@@ -60,6 +60,7 @@ from swap_prune.options import (
 )
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
+from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.stages.checkpoint import has_stages
@@ -158,7 +159,7 @@ def prune(
     with launched():
         solver = resolve_method(method, dict(map(parse_setting, settings or [])))
         training = None if finetune is None else parse_finetune(finetune)
-        target = check_output_directory(out) if out is not None else None
+        target = check_output_directory(out, checkpoint) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)
         report = _go_on(
             checkpoint,
@@ -185,10 +186,8 @@ def prune(
         )
     if not is_first():
         return
-    as_made = [] if weights is not None else [f"no --weights: the network is as {model} makes it"]
-    notes = [*as_made, *report.notes]
-    for note in notes:
-        say(f"note: {note}")
+    notes = [*([] if weights is not None else [f"no --weights: the network is as {model} makes it"]), *report.notes]
+    say_notes(notes)
     if target is not None:
         report.save(target)
     try:
@@ -197,8 +196,7 @@ def prune(
         raise ValueError(
             f"{error} (the pruned network is in {target})" if target is not None else str(error)
         ) from error
-    for note in measured.notes:
-        say(f"note: {note}")
+    say_notes(measured.notes)
     result = {
         "model": model,
         "data": data,
@@ -255,10 +253,12 @@ def plan(**given: Any) -> None:
     Exit status 1 says that nothing fits.
     """
     width = given["width"]
-    network, _ = build_model(given["model"], **({} if width is None else {"width": width}))
+    with seeded(0):
+        network, _ = build_model(given["model"], **({} if width is None else {"width": width}))
+        images = load_dataset(given["data"], given["data_dir"])
     forecast = plan_run(
         network,
-        load_dataset(given["data"], given["data_dir"]).train,
+        images.train,
         given["sparsity"],
         resolve_method(given["method"], dict(map(parse_setting, given["settings"] or []))),
         targets=given["targets"] or DEFAULT_TARGETS,
@@ -325,11 +325,9 @@ def evaluate_model(
     check_values(network)
     network.to(place)
     notes = repair(network, images, seed) if pruned is None and recalibrate else []
-    for note in notes:
-        say(f"note: {note}")
+    say_notes(notes)
     measured = evaluate(network, images.test)
-    for note in measured.notes:
-        say(f"note: {note}")
+    say_notes(measured.notes)
     result: dict[str, Any] = {
         "model": model,
         "data": data,
@@ -367,7 +365,8 @@ def _load(
     width: float | None,
     pruned: Path | None = None,
 ) -> tuple[nn.Module, ImageData]:
-    network, entry = build_model(model, **({} if width is None else {"width": width}))
+    with seeded(0):  # a factory or a loader of the user's may draw
+        network, entry = build_model(model, **({} if width is None else {"width": width}))
     if pruned is not None:
         load_pruned(network, pruned)
     elif weights is not None:
@@ -376,7 +375,8 @@ def _load(
         raise ValueError(f"model {model!r} of the zoo has no weights of its own: give --weights FILE")
     fits = entry is not None and entry.dataset == data
     mean, std = (entry.mean, entry.std) if entry is not None and fits else (None, None)
-    return network, load_dataset(data, data_dir, mean=mean, std=std)
+    with seeded(0):
+        return network, load_dataset(data, data_dir, mean=mean, std=std)
 
 
 def _device(name: str | None) -> torch.device | None:

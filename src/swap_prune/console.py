@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TextIO, TypeVar
@@ -22,7 +22,7 @@ from rich.table import Table
 from swap_prune.distributed import EndedByAnother, is_first
 from swap_prune.memory.process import is_out_of_memory
 
-__all__ = ["own_output", "print_json", "run", "say", "show", "show_table"]
+__all__ = ["own_output", "print_json", "run", "say", "say_notes", "show", "show_table"]
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -80,6 +80,12 @@ def _fail(message: str, status: int) -> int:
 def say(message: str) -> None:
     """Print a message for people, to standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Print what a reader should know, in the same place."""
+    for note in notes:
+        say(f"note: {note}")
 
 
 def own_output(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:

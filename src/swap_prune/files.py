@@ -110,24 +110,31 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
     return target
 
 
-def check_output_directory(directory: str | Path) -> Path:
+def check_output_directory(directory: str | Path, checkpoint: str | Path | None = None) -> Path:
     """Check that a new directory can be written, before any work is done; makes nothing that stays.
+
+    Args:
+        directory: The directory.
+        checkpoint: Another that will be filled before.
 
     Returns:
         Its absolute path.
 
     Raises:
-        ValueError: If it exists and is not an empty directory, or cannot be written.
+        ValueError: If it exists and is not an empty directory, will hold the other one, or cannot be written.
     """
     target = user_path(directory).absolute()
+    if checkpoint is not None and user_path(checkpoint).resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"output directory {target} would hold the checkpoint {checkpoint}; choose another")
     try:
         target = target.resolve() if target.is_dir() else target
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise ValueError(f"output {target} exists and is not a directory; choose another")
-        if target.is_dir() and any(target.iterdir()):
+        scratch_of = f".{target.name}."  # another process may be asking the same
+        if target.is_dir() and any(not entry.name.startswith(scratch_of) for entry in target.iterdir()):
             raise ValueError(f"output directory {target} is not empty; choose another or remove it")
         there = next(path for path in (target, *target.parents) if os.path.lexists(path))
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=there) as scratch:
+        with tempfile.TemporaryDirectory(prefix=scratch_of, dir=there) as scratch:
             Path(scratch, target.relative_to(there)).mkdir(parents=True, exist_ok=True)  # its names may be refused
     except OSError as error:
         raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error

@@ -48,7 +48,7 @@ Memory = Annotated[str | None, typer.Option(help="memory budget of the process, 
 StorageOption = Annotated[
     str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped, matrix-free, low-rank or sharded")
 ]
-Scratch = Annotated[Path | None, typer.Option(help="directory for --storage mapped; default the system's")]
+Scratch = Annotated[Path | None, typer.Option(help="directory of temporary files; default the system's")]
 CheckpointDir = Annotated[
     Path | None, typer.Option("--checkpoint", help="keep finished stages there; the same command goes on after them")
 ]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from swap_prune.artifact import check_dense
 from swap_prune.distributed import is_first, local_count, team_of
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.sketch import MINI_BATCH
@@ -29,7 +30,7 @@ from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.process import memory_limit, shortage_named
 from swap_prune.memory.scratch import delete_abandoned, scratch_directory
 from swap_prune.methods import Method
-from swap_prune.network.device import usable_device
+from swap_prune.network.device import moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels, no_autocast, slow_attention, uncompiled
 from swap_prune.progress import StageProgress
@@ -125,7 +126,8 @@ def prune(
             (not at all: products are passes through the network), ``"low-rank"`` (as outer products, an approximation),
             ``"sharded"`` (each process of the group of ``torch.distributed`` holds a part), or ``"auto"``: the last
             where there is a process group, and else the fastest that fits the memory and does not approximate.
-        scratch: Directory of that file, which is deleted at the end; by default the system's for temporary files.
+        scratch: Directory of files that are gone at the end: that of G, and those of samples and activations where
+            memory is short. By default the system's for temporary files.
         checkpoint: Directory in which the network is kept after each stage. The same call, on the dense network and the
             same data, goes on after the last one that was finished, and ends in the same bytes. It stays there.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
@@ -163,16 +165,14 @@ def prune(
     earlier = None if checkpoint is None else kept_storage(checkpoint)
     held, notes = _settle_storage(model, data, run, place, memory, scratch, earlier)
     recorded = _recorded(storage, held) if run.solver.needs_gradients else None
-    if device is not None:
-        _move(model, place)
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
     runner = _runner(model, data, recalibration_data, run, place, held, spill)
     changing = run.selection if finetune is None else None  # fine-tuning changes every parameter
     backwards = run.solver.needs_gradients or finetune is not None
-    laid = takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)
     kept: Checkpoint | None = None
     with (
         torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
+        moved(model, None if device is None else place),
         no_autocast(place),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
@@ -181,7 +181,7 @@ def prune(
         exact_kernels(place),
         slow_attention(),
         uncompiled(),
-        images_laid_out(model, laid),
+        images_laid_out(model, laid := takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)),
         nullcontext() if spill is None else spill.around(),
         StageProgress(progress and is_first()) as shown,
     ):
@@ -190,6 +190,7 @@ def prune(
             placed.team.agree("settings", repr((compared, dict(run.selection.shapes), run.seed)))
             placed.team.agree("weights", model.state_dict())
         if checkpoint is not None:
+            check_dense(model, "which a checkpoint cannot keep (leave checkpoint out)")
             same = identity(model, run, data, recalibration_data, recorded, place)
             kept = Checkpoint(checkpoint, same, placed.team)
         notes += repair_batchnorm(model, runner.recalibration, run.loss) if run.normalised else []
@@ -202,7 +203,8 @@ def prune(
             records = runner.run_all(run.schedules[0], shown)
         if finetune is None:
             before.restore_bystanders()
-    settings = run.settings | {"device": str(place), "channels_last": laid, "memory": memory}
+    budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON
+    settings = run.settings | {"device": str(place), "channels_last": laid, "memory": budget}
     settings["storage"] = recorded
     if kept is not None:
         started -= kept.seconds
@@ -270,16 +272,6 @@ def plan(
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """Return where a run takes place."""
     return next(model.parameters()).device if device is None else usable_device(device)
-
-
-def _move(model: nn.Module, place: torch.device) -> None:
-    """Move a model, or leave it where it was."""
-    own = next(model.parameters()).device
-    try:
-        model.to(place)
-    except BaseException:
-        model.to(own)  # what had been moved
-        raise
 
 
 def _settle_storage(

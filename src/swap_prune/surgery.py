@@ -89,17 +89,21 @@ def unexpanded(tensor: Tensor) -> Tensor:
 
 
 class _Buffers:
-    """Buffers of some modules, and the values that they had: a module may write to one, replace it, or resize it."""
+    """Buffers of some modules, and the values that they had: a module may fill, write to, replace or resize one."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
         self.held = [
             (module, name, buffer, unexpanded(buffer).clone())
             for module in modules
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
+        self._empty = [(module, name) for module in modules for name, own in module._buffers.items() if own is None]
 
     def restore(self) -> None:
         """Give them back."""
+        for module, name in self._empty:
+            setattr(module, name, None)
         with torch.no_grad():
             for module, name, buffer, values in self.held:
                 if getattr(module, name) is not buffer:

@@ -24,6 +24,7 @@ from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
 from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.samples.numbered import known_length
 from swap_prune.samples.peek import peek
 from swap_prune.schedule import keep_count
 from swap_prune.selection import layer_floors, select_parameters
@@ -66,9 +67,10 @@ class Bench:
         test, limit = self.data().test, self.experiment.test_images
         if limit is None:
             return evaluate(network, test)
-        if not isinstance(test, Dataset):
-            raise ValueError("test_images needs test data that is a Dataset, got an iterable of batches; leave it out")
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        length = known_length(test) if isinstance(test, Dataset) else None
+        if length is None:
+            raise ValueError("test_images needs test data that is a Dataset with a length; leave it out")
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
         return evaluate(network, iterate(test, order[:limit].sort().values))
 
     def dense(self) -> nn.Module:

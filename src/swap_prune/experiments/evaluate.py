@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.experiments.images import iterate
-from swap_prune.losses import check_labels, check_pair, describe
+from swap_prune.losses import check_labels, check_pair, describe, errors_worded
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import eval_mode, exact_kernels
 
 __all__ = ["Evaluation", "evaluate"]
+
+_END = object()  # of the test data
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
     device = torch.device("cpu") if first is None else first.device
     correct, total, undefined, loss = 0, 0, 0, 0.0
     with eval_mode(model), torch.no_grad(), exact_kernels(device), ExitStack() as layout:
-        for batch in iterate(dataset, batch_size=batch_size):
+        for batch in _read(dataset, batch_size):
             check_pair(batch)
             inputs, targets = (part.to(device) for part in batch)
             if len(targets) == 0:
@@ -96,6 +98,17 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
         raise ValueError("the test data is empty: nothing to evaluate on")
     mean = loss / total
     return Evaluation(100 * correct / total, mean if math.isfinite(mean) else None, total, undefined)
+
+
+def _read(dataset: Any | Iterable[Any], batch_size: int) -> Iterator[Any]:
+    """Yield batches of test data, and word what fails there."""
+    batches = iterate(dataset, batch_size=batch_size)
+    while True:
+        with errors_worded(lambda reason: f"the test data failed: {reason}"):
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield batch
 
 
 def _forward(model: nn.Module, inputs: Tensor) -> Tensor:

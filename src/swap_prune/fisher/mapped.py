@@ -155,11 +155,11 @@ class MappedWriter:
         try:
             if hasattr(os, "posix_fallocate"):  # a full disk is found out now, not after the work
                 os.posix_fallocate(self._file.fileno(), 0, _HEADER + self._bytes)
-            self._file.seek(_HEADER)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 self.discard()
                 raise self._refusal(error) from error
+        self._file.seek(_HEADER)
 
     def append(self, rows: Tensor) -> None:
         """Write rows (m, p).

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.checks import is_number, whole_number
+from swap_prune.checks import is_finite, whole_number
 from swap_prune.methods.contest import fit_pairing
 from swap_prune.methods.descent import LEAST_GAIN, gains, held_out_losses, is_significant, mean_loss, step_down
 from swap_prune.methods.pairing import (
@@ -80,9 +80,9 @@ class EWR:
 
     def __post_init__(self) -> None:
         check_regression_settings(self)
-        if self.epsilon != "auto" and not (is_number(self.epsilon) and 0 < float(self.epsilon) < float("inf")):
+        if self.epsilon != "auto" and not (is_finite(self.epsilon) and float(self.epsilon) > 0):
             raise ValueError(f"epsilon must be 'auto' or a positive number, got {self.epsilon!r}")
-        if self.anchor != "auto" and not (is_number(self.anchor) and 0 <= float(self.anchor) <= 1):
+        if self.anchor != "auto" and not (is_finite(self.anchor) and 0 <= float(self.anchor) <= 1):
             raise ValueError(f"anchor must be 'auto' or lie in [0, 1], got {self.anchor!r}")
         choices = {"epsilon_unit": ("mean_cost", "absolute"), "gradient": ("exact", "paper")}
         choices["solver"] = ("iht", "algorithm1")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from swap_prune.checks import is_number
+from swap_prune.checks import is_finite
 from swap_prune.methods.scoring import keep_unchanged, select_best
 from swap_prune.problem import PruningProblem, PruningSolution
 
@@ -34,7 +34,7 @@ class OBD:
     needs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_number(self.damping) and 0 <= self.damping < float("inf")):
+        if not (is_finite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping must be a number of at least 0, got {self.damping!r}")
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast, get_args
 
 from torch import Tensor
 
-from swap_prune.checks import is_number, whole_number
+from swap_prune.checks import is_finite, whole_number
 from swap_prune.methods.descent import kept_set
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit
@@ -149,9 +149,9 @@ def check_regression_settings(settings: RegressionSettings) -> None:
         value = getattr(settings, name)
         if value == "auto":
             continue
-        if not is_number(value) or not math.isfinite(value) or value < 0 or (value == 0 and least == "above"):
+        if not is_finite(value) or value < 0 or (value == 0 and least == "above"):
             raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
-    if settings.floor != "auto" and not (is_number(settings.floor) and 0 <= float(settings.floor) < 1):
+    if settings.floor != "auto" and not (is_finite(settings.floor) and 0 <= float(settings.floor) < 1):
         raise ValueError(f"floor must be 'auto' or lie in [0, 1), got {settings.floor!r}")
     for name, lowest in (("iterations", 1), ("swaps", 0)):
         whole_number(name, getattr(settings, name), lowest)

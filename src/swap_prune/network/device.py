@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["check_module", "check_network", "check_values", "usable_device"]
+__all__ = ["check_module", "check_network", "check_values", "moved", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -25,6 +28,27 @@ def usable_device(name: str | torch.device) -> torch.device:
     if device.type == "meta":
         raise ValueError("device 'meta' cannot be used: it holds no values; use cpu or cuda")
     return device
+
+
+@contextmanager
+def moved(model: nn.Module | None, device: torch.device | None) -> Iterator[None]:
+    """Run a block with a model on a device, where it stays; if the block does not end well it goes back.
+
+    Args:
+        model: The model, or None.
+        device: The device; None leaves it where it is.
+    """
+    first = None if model is None or device is None else next(model.parameters(), None)
+    if model is None or first is None:
+        yield
+        return
+    own = first.device
+    try:
+        model.to(device)
+        yield
+    except BaseException:
+        model.to(own)
+        raise
 
 
 def check_module(model: nn.Module) -> None:

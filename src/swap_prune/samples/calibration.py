@@ -195,9 +195,11 @@ class CalibrationStream:
             return
         length = known_length(self._data) or float("inf")
         for number, batch in enumerate(self._draw_iterated(sys.maxsize)):
-            parts = split_batches([batch], size)
-            for place, part in enumerate(parts):
-                yield min((number + place / len(parts)) / length, 1.0), self._placed(part)
+            whole, done = batch_size(batch), 0
+            for part in split_batches([batch], size):
+                before, done = done, done + batch_size(part)
+                self._rest = slice_batch(batch, done, whole) if done < whole else None  # if the reader stops here
+                yield min((number + before / whole) / length, 1.0), self._placed(part)
 
     def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
         """Draw ``samples`` samples, and ``held_out`` more that are not among them.

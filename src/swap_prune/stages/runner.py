@@ -134,7 +134,7 @@ class StageRunner:
         problem = PruningProblem(self.selection.read(self.model), keep, selection=self.selection, floors=floors)
         evidence: dict[str, Any] = {}
         solution, samples, loss = self._solve(problem, sparsity, shown, number, evidence)
-        self._check_floors(solution.kept)
+        self._check(solution, keep)
         write_weights(self.model, self.selection, solution.weights, solution.kept)
         if self.finetune is not None:
             evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
@@ -213,8 +213,18 @@ class StageRunner:
         if isinstance(factor, MatrixFreeFactor):
             evidence["passes"] = factor.log.summary() | {"way": factor.passes.way}
 
-    def _check_floors(self, kept: Tensor) -> None:
-        places = self.selection.slices()
+    def _check(self, solution: PruningSolution, keep: int) -> None:
+        """Refuse what a method may not return; it may be the user's own."""
+        kept, weights, places = solution.kept, solution.weights, self.selection.slices()
+        if kept.dtype != torch.bool or not kept.shape == weights.shape == (self.selection.total,):
+            raise ValueError(
+                f"method {self.solver.name!r} returned kept {tuple(kept.shape)}, {kept.dtype}, and weights "
+                f"{tuple(weights.shape)} for {self.selection.total} weights: a boolean and a number of each are needed"
+            )
+        if int(kept.sum()) != keep:
+            raise ValueError(f"method {self.solver.name!r} kept {int(kept.sum())} weights; problem.keep is {keep}")
+        if not bool(weights.isfinite().all()):
+            raise ValueError(f"method {self.solver.name!r} returned weights that are not finite numbers")
         for name, least in self.floors.items():
             count = int(kept[places[name]].sum())
             if count < least:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
-from swap_prune.network.device import check_network, usable_device
+from swap_prune.network.device import check_network, moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernels, training_mode
 from swap_prune.progress import StageProgress
@@ -221,17 +221,15 @@ def finetune(
     kept = resolve_masks(model, masks, targets, ignore)
     loss = cross_entropy if loss_fn is None else loss_fn
     share = settings.share_of_teacher(loss, known=teacher is not None)
-    if device is not None:
-        model.to(usable_device(device))
-        if teacher is not None:
-            teacher.to(usable_device(device))
-    generator, place = forked_generator(seed, "fine-tuning"), next(model.parameters()).device
+    chosen = None if device is None else usable_device(device)
+    generator, place = forked_generator(seed, "fine-tuning"), chosen or next(model.parameters()).device
     stream = CalibrationStream(data, generator, place, max(BATCH, settings.batch_size))
-    laid = takes_channels_last(model, loss, peek(data, place))
     with (
         torch.inference_mode(False),
+        moved(model, chosen),
+        moved(teacher, chosen),
         restored_on_error(model),
-        images_laid_out(model, laid),
+        images_laid_out(model, takes_channels_last(model, loss, peek(data, place))),
         StageProgress(progress) as shown,
     ):
         dense = None if teacher is None or share == 0 else Teacher(teacher, None, cast(GaussNewtonLoss, loss))

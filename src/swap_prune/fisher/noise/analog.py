@@ -66,7 +66,12 @@ class AnalogMemory(NoiseModel):
             check_number(setting, getattr(self, setting), 0)
         check_number("time", self.time, 1)
         check_number("stuck_off", self.stuck_off, 0, 1)
-        check_number("stuck_on", self.stuck_on, 0, 1 - self.stuck_off)
+        check_number("stuck_on", self.stuck_on, 0, 1)
+        if self.stuck_off + self.stuck_on > 1:
+            raise ValueError(
+                "noise settings stuck_off and stuck_on must be together at most 1, got "
+                f"{self.stuck_off} and {self.stuck_on}"
+            )
 
     def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
         """Return the weights (p,) that are read, layer by layer."""

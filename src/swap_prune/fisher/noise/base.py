@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from swap_prune.checks import is_number
+from swap_prune.checks import is_finite, is_number
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import LossFn
 
@@ -140,7 +140,7 @@ def check_number(setting: str, value: Any, least: float, most: float = math.inf,
             most ``most``.
     """
     fits = isinstance(value, numbers.Integral) if whole else True
-    if not (is_number(value) and fits and math.isfinite(value) and least <= value <= most):
+    if not (is_finite(value) and fits and least <= value <= most):
         what = "a whole number" if whole else "a finite number"
         bounds = f"of at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"noise setting {setting} must be {what} {bounds}, got {value!r}")
