@@ -95,6 +95,20 @@ def test_folders_above_are_made_when_there_is_something_to_write(tmp_path: Path)
             check_output_directory(tmp_path / impossible / "out")
 
 
+def test_an_output_is_not_where_a_checkpoint_will_be_nor_in_the_way_of_who_asks_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for checkpoint in (out, out / "below", tmp_path / "other" / ".." / "out"):
+        with pytest.raises(ValueError, match="would hold the checkpoint"):
+            check_output_directory(out, checkpoint)
+    assert check_output_directory(out, tmp_path / "outer") == check_output_directory(out, tmp_path) == out
+    out.mkdir()
+    (out / ".out.of-another").mkdir()  # which is looking whether it can be written
+    assert check_output_directory(out) == out
+    (out / ".else").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        check_output_directory(out)
+
+
 def test_a_model_that_was_trained_after_loading_is_saved_with_the_report_that_was_read(tmp_path: Path) -> None:
     pruned()[1].save(tmp_path / "out")
     model, report = load_pruned(network(seed=9), tmp_path / "out"), load_report(tmp_path / "out")

@@ -242,6 +242,8 @@ BAD = {
     "shapes": ([*PRUNE[:-1], "shapes.safetensors"], "shapes"),
     "out not empty": ([*PRUNE, "--out", "."], "not empty"),
     "weights of a new out": ([*PRUNE[:-1], "none.safetensors", "--out", "deep/er/x"], "does not exist"),
+    "checkpoint in out": ([*PRUNE, "--out", "new", "--checkpoint", "new/ck"], "would hold the checkpoint new/ck"),
+    "checkpoint is out": ([*PRUNE, "--out", "new", "--checkpoint", "new"], "would hold the checkpoint new"),
     "out not writable": ([*PRUNE, "--out", "w.safetensors/below"], "cannot be written"),
     "noise": ([*PRUNE, "--noise", "thunder"], "noise must be one of gradient"),
     "second noise": ([*PRUNE, "--noise", "gradient", "--noise", "input:kind=rain"], "gaussian, impulse"),
@@ -251,6 +253,8 @@ BAD = {
     "finetune value": ([*PRUNE, "--finetune", "epochs=2,lr=fast"], "lr of fine-tuning must be a number"),
     "setting": ([*PRUNE, "--method", "lr", "--set", "colour=1"], "colour"),
     "setting form": ([*PRUNE, "--set", "ridge"], "name=value"),
+    "large ridge": ([*PRUNE, "--method", "lr", "--set", "ridge=1" + 400 * "0"], "ridge must be 'auto' or a number"),
+    "large damping": ([*PRUNE, "--method", "obd", "--set", "damping=1" + 400 * "0"], "damping"),
     "setting value": ([*PRUNE, "--method", "lr", "--set", "ridge=-1"], "ridge"),
     "device without code": ([*PRUNE, "--device", "ipu"], "'ipu' cannot be used: this PyTorch has no code for it; use"),
     "device": ([*PRUNE, "--device", "tpu9"], "device"),
@@ -311,14 +315,28 @@ def test_a_model_and_a_loader_of_ones_own(
         "    return [batch], [batch]\n"
         "def labels(): return [(torch.randn(4, 6), torch.tensor([0, 1, 2, 9]))], []\n"
         "def nothing(): return [], []\n"
+        "class Failing(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 9\n"
+        "    def __getitem__(self, i): return {}[i]\n"
+        "def failing(): return data()[0], Failing()\n"
+        "def ragged():\n"
+        "    test = [(torch.zeros(6 + i), 0) for i in range(4)]\n"
+        "    return data()[0], torch.utils.data.StackDataset(*zip(*test))\n"
+        "def split():\n"
+        "    whole = torch.utils.data.TensorDataset(*data()[0][0])\n"
+        "    return torch.utils.data.random_split(whole, [20, 20])\n"
     )
     monkeypatch.chdir(tmp_path)
     command = ("prune", "--model", "mine_for_cli:net", "--method", "lr", "--json", "--data")
     status, text, _ = call(*command, "mine_for_cli:data")
     assert status == 0 and json.loads(text)["kept"] == 1
-    for loader, message in (("labels", "labels out of range"), ("nothing", "empty")):
+    broken = {"labels": "labels out of range", "nothing": "empty"}
+    broken |= {"failing": "the test data failed: KeyError: 0", "ragged": "the test data failed: RuntimeError: stack"}
+    for loader, message in broken.items():
         status, text, err = call(*command, f"mine_for_cli:{loader}")
-        assert (status, text) == (2, "") and message in err
+        assert (status, text) == (2, "") and message in err and "Traceback" not in err
+    figures = [call(*command, "mine_for_cli:split")[1] for _ in range(3)]
+    assert len({json.loads(text)["loss"] for text in figures}) == 1, "the seed decides what is split off"
 
 
 def test_demo_needs_nothing_and_writes_a_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

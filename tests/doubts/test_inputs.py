@@ -102,8 +102,9 @@ def test_rarer_than_chance(right: int, classes: int, rare: bool) -> None:
     assert _is_rarer_than_chance(torch.arange(256) >= right, classes) is rare
 
 
-def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("taken_for_wrong_labels", [False, True])
+def test_an_attack_is_looked_for_until_something_was_seen(
+    network: nn.Module, taken_for_wrong_labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("swap_prune.doubts.labels._TEMPERATURES", (1.0,))  # it would pass for one unlike in training
     model = copy.deepcopy(network)
@@ -112,17 +113,22 @@ def test_an_attack_that_is_seen_late_ends_the_doubt_of_labels(
     attacked = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
     asked: list[float | None] = []
 
-    def late(*arguments: Any) -> float | None:
-        asked.append(shift_seen(*arguments) if asked else None)
+    def watched(*arguments: Any) -> float | None:
+        asked.append(None if taken_for_wrong_labels else shift_seen(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr("swap_prune.doubts.record.shift_seen", late)
-    rates = []
-    for _ in range(3):
-        fitting, _, _ = doubts.restore(model, attacked, [], generator(5))
+    monkeypatch.setattr("swap_prune.doubts.record.shift_seen", watched)
+    rates, radii = [], []
+    for batches in (samples(), attacked, attacked):
+        fitting, _, radius = doubts.restore(model, batches, [], generator(5))
         rates.append(doubts.weigh(Teacher(model, selection, cross_entropy).teach(fitting), [])[2])
-    assert len(asked) == 2, "a shift that was seen is not looked for again"
-    assert rates[0] is not None and rates[0] > 0.3 and rates[1] is rates[2] is None
+        radii.append(radius)
+    assert len(asked) == 1, "labels that fit are not asked about, and what was seen is not looked for again"
+    assert rates[0] is radii[0] is None
+    if taken_for_wrong_labels:
+        assert rates[1] == rates[2] is not None and rates[1] > 0.3 and radii[1] is radii[2] is None
+    else:
+        assert rates[1] is rates[2] is None and radii[1] is not None and radii[2] is not None
 
 
 def test_the_way_back_is_the_dense_networks_where_the_pruned_one_is_crooked(

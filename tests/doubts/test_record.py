@@ -47,8 +47,9 @@ def test_what_was_seen_can_be_taken_over():
     own._radius = 0.1
     other.recall(own.remembered())
     assert other._radius == 0.1 and other._labels == own._labels is not None
+    assert all(map(torch.equal, other.judges[0], apart.batch)) and len(other.judges) == len(own.judges) == 1
     other.recall(doubts().remembered())
-    assert other._radius is None and other._labels is None
+    assert other._radius is None and other._labels is None and other.judges is None
 
 
 def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
@@ -69,14 +70,41 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     assert len(asked) == 1
 
 
-def test_labels_doubted_before_a_shift_was_seen_are_believed_again(monkeypatch):
+def test_labels_that_are_doubted_are_not_taken_for_those_of_attacked_inputs_later(monkeypatch):
+    """A pruned network's attacks are weak on the dense one, and may then look so by chance."""
     own = doubts_of(nn.Linear(10, CLASSES))
     assert own.weigh([mixed(0.5)], [])[2] is not None
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
-    monkeypatch.setattr(module, "shift_seen", lambda *_: 0.1)
+    monkeypatch.setattr(module, "shift_seen", lambda *_: pytest.fail("asked"))
     batch = torch.randn(8, 10), torch.arange(8)
-    own.restore(nn.Linear(10, CLASSES), [batch], [], generator())
-    assert own.weigh([mixed(0.0)], [])[2] is None
+    assert own.restore(nn.Linear(10, CLASSES), [batch], [], generator()) == ([batch], [], None)
+    assert own.weigh([mixed(0.0)], [])[2] is not None
+
+
+@pytest.mark.parametrize("seen", ["labels", "inputs"])
+def test_what_was_held_out_when_something_was_first_seen_judges_from_then_on(seen, monkeypatch):
+    own, model = doubts_of(nn.Linear(10, CLASSES)), nn.Linear(10, CLASSES)
+    clean, apart = mixed(0.0), mixed(0.0, seed=2)
+    own.weigh([clean], [apart])
+    assert own.judges is None, "nothing was seen"
+    if seen == "labels":
+        own.weigh([mixed(0.5)], [])
+        assert own.judges is None, "nothing is held out where the number of stages is judged"
+        own.weigh([mixed(0.5)], [apart])
+    else:
+        monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
+        monkeypatch.setattr(module, "shift_seen", lambda *_: 0.1)
+        monkeypatch.setattr(module, "straight_shift", lambda *_: None)
+        _, held_out, _ = own.restore(model, [clean.batch], [apart.batch], generator())
+        assert not torch.equal(held_out[0][0], apart.batch[0])
+        apart = Taught(held_out[0], apart.teacher)
+        own.weigh([clean], [apart])
+    (judge,) = own.judges
+    assert judge is apart.batch
+    fitting, held_out, _ = own.restore(model, [mixed(0.5).batch], own.judges, generator())
+    assert held_out[0] is judge, "it is not shifted back again"
+    own.weigh([Taught(fitting[0], clean.teacher)], [mixed(0.5, seed=3)])
+    assert own.judges == [judge]
 
 
 def test_labels_doubted_after_a_shift_was_seen_stay_doubted(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -179,6 +180,17 @@ def test_a_finished_file_is_opened_with_the_same_bits(dtype, tmp_path):
     assert again.shape == (9, 33) and torch.equal(again.columns(torch.arange(33)), G)
     again.delete()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_on_which_no_room_can_be_reserved_is_written_to(tmp_path, monkeypatch):
+    def unsupported(*_arguments):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    matrix = normal(3, 5000, dtype=torch.float32)
+    factor = mapped(matrix, tmp_path)
+    assert torch.equal(factor.row_span(0, 3), matrix)
+    assert torch.equal(MappedFactor.open(factor.path).row_span(0, 3), matrix)
 
 
 def test_fewer_rows_than_announced(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.report import StageReport
 from swap_prune.stages import checkpoint
 from swap_prune.stages.runner import StageRunner
+from tests.stages.test_runner import own_labels, sure_network
 from tests.test_pipeline import small_data, small_network
 
 SIZE = len(small_data())
@@ -109,6 +111,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
     "a network that draws": (Drawing, small_data, {}),
     "noise": (small_network, small_data, {"noise": ["labels:fraction=0.5", "gradient:std=4,fraction=0.25"]}),
     "attacked": (small_network, small_data, {"noise": "adversarial:attack=fgsm,budget=0.5"}),
+    "labels doubted": (sure_network, own_labels, {"noise": "labels:fraction=0.5", "samples": 200}),
+    "an attack seen": (sure_network, own_labels, {"noise": "adversarial:budget=0.5", "samples": 200}),
     "no data": (small_network, small_data, {"method": "magnitude"}),
     "found by itself": (small_network, small_data, {"stages": "auto"}),
     "buffers": (Counting, small_data, {}),
@@ -204,20 +208,98 @@ def test_other_weights_and_data_are_refused(tmp_path: Path, monkeypatch: pytest.
     assert "data gave other samples than before the interruption, and the result is another" in report.notes
 
 
-@pytest.mark.parametrize("loss_fns", [("a", "b"), ("a", "a")])
-def test_losses_are_told_apart_by_their_code(loss_fns: tuple[str, str], tmp_path: Path) -> None:
-    def made(name: str) -> Callable[[nn.Module, Any], Tensor]:
-        if name == "a":
-            return lambda net, batch: cross_entropy(net, batch) * 2
-        return lambda net, batch: cross_entropy(net, batch) * 3
+def times(factor: float) -> Callable[[nn.Module, Any], Tensor]:
+    return lambda net, batch: cross_entropy(net, batch) * factor
 
-    first, second = (made(name) for name in loss_fns)
-    run("dataset", tmp_path, loss_fn=first)
-    if loss_fns == ("a", "a"):
-        run("dataset", tmp_path, loss_fn=second)
-        return
+
+class Times:
+    def __init__(self, factor: Any) -> None:
+        self.factor, self.calls, self.myself = factor, [0], self
+
+    def __call__(self, net: nn.Module, batch: Any) -> Tensor:
+        self.calls.append(len(self.calls))  # what changes in a run is not compared
+        return cross_entropy(net, batch) * self.factor
+
+    def method(self, net: nn.Module, batch: Any) -> Tensor:
+        return self(net, batch)
+
+
+def helped(net: nn.Module, batch: Any) -> Tensor:
+    return torch.nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none") * FACTOR
+
+
+FACTOR = 2
+LOSSES: dict[str, Callable[[float], Any]] = {
+    "a constant": lambda factor: (
+        (lambda net, batch: cross_entropy(net, batch) * 2)
+        if factor == 2
+        else (lambda net, batch: cross_entropy(net, batch) * 3)
+    ),
+    "a name": lambda factor: (
+        (lambda net, batch: net(batch[0]).square().sum(1))
+        if factor == 2
+        else (lambda net, batch: net(batch[0]).abs().sum(1))
+    ),
+    "inside": lambda factor: (
+        (lambda net, batch: (lambda x: x.abs() + 1)(cross_entropy(net, batch)))
+        if factor == 2
+        else (lambda net, batch: (lambda x: x.abs() + 2)(cross_entropy(net, batch)))
+    ),
+    "a closure": times,
+    "a tensor": lambda factor: times(torch.tensor([factor])),  # type: ignore[arg-type]
+    "a default": lambda factor: lambda net, batch, by=factor: cross_entropy(net, batch) * by,
+    "a keyword": lambda factor: lambda net, batch, *, by=factor: cross_entropy(net, batch) * by,
+    "an object": Times,
+    "a method": lambda factor: Times(factor).method,
+    "a part": lambda factor: functools.partial(lambda net, batch, by: cross_entropy(net, batch) * by, by=factor),
+    "a set": lambda factor: times({frozenset({"a", "b", factor}): factor}[frozenset({"b", "a", factor})]),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_are_told_apart_by_what_they_do(kind: str, tmp_path: Path) -> None:
+    run("dataset", tmp_path, loss_fn=LOSSES[kind](2))
+    run("dataset", tmp_path, loss_fn=LOSSES[kind](2))
     with pytest.raises(ValueError, match="loss was"):
-        run("dataset", tmp_path, loss_fn=second)
+        run("dataset", tmp_path, loss_fn=LOSSES[kind](3))
+
+
+def test_a_loss_is_told_apart_by_what_it_reads_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("dataset", tmp_path, loss_fn=helped)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3)
+    with pytest.raises(ValueError, match="loss was"):
+        run("dataset", tmp_path, loss_fn=helped)
+
+
+def test_what_a_loss_is_does_not_depend_on_the_process() -> None:
+    program = (
+        "from swap_prune.stages.identity import _described; from tests.stages.test_checkpoint import LOSSES\n"
+        "print([_described(make(2)) for make in LOSSES.values()])\n"
+        "print(_described(lambda net, batch: batch in {'some', 'words', 'in', 'a', 'set'}))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    }
+    assert len(seen) == 1
+
+
+def test_a_network_that_no_file_can_hold_is_refused_first(tmp_path: Path) -> None:
+    class Odd(nn.Sequential):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    with pytest.raises(ValueError, match="more than dense tensors, which a checkpoint cannot keep"):
+        prune(Odd(small_network()), small_data(), 0.5, "lr", samples=40, progress=False, checkpoint=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_data_that_are_read_again_and_give_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """What one stage hands to the method and to the next stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -75,6 +75,60 @@ def test_what_one_stage_chooses_by_no_stage_fits():
     fitted = {image.numpy().tobytes() for one in trials for taught in one.fitting for image in taught.batch[0]}
     apart = {image.numpy().tobytes() for one in trials for taught in one.held_out for image in taught.batch[0]}
     assert len(trials) == 3 and fitted and apart and not fitted & apart
+
+
+def sure_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+def own_labels(size=600):
+    inputs = torch.randn(size, 8, generator=generator(2))
+    with torch.no_grad():
+        return TensorDataset(inputs, sure_network()(inputs).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("noise", "seen"),
+    [("labels:fraction=0.5", "label_noise"), ("adversarial:budget=0.5", "inputs_shifted_back"), (None, None)],
+)
+def test_the_first_samples_held_out_judge_all_stages_where_something_was_seen(noise, seen):
+    method = asking()
+    report = prune(sure_network(), own_labels(1800), 0.5, method, samples=200, stages=3, noise=noise, progress=False)
+    assert all(seen is None or seen in stage.evidence for stage in report.stages)
+    trials = [problem.slope.__self__ for problem in method.problems]
+    judges = [[tensor for one in trial.held_out for tensor in one.batch] for trial in trials]
+    assert len(judges) == 3 and all(map(torch.equal, judges[1], judges[2])) == (seen is not None)
+    assert all(map(torch.equal, judges[0], judges[1])) == (seen is not None)
+    fitted = [trial.fitting[0].batch[0] for trial in trials]
+    assert not torch.equal(fitted[0], fitted[1]) and not torch.equal(fitted[1], fitted[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w, k: (w, k.logical_or(torch.arange(len(k)) < 30)), r"kept \d+ weights; problem.keep is"),
+        (lambda w, k: (w, torch.zeros_like(k)), "kept 0 weights; problem.keep is"),
+        (lambda w, k: (w[:-1], k), "a boolean and a number of each are needed"),
+        (lambda w, k: (w, k.float()), "torch.float32, and weights .* a boolean and a number of each are needed"),
+        (lambda w, k: (w / 0, k), "weights that are not finite numbers"),
+    ],
+)
+def test_what_a_method_may_not_return_is_refused_and_the_network_stays(change, words):
+    class Wrong(Asking):
+        def solve(self, problem, generator):
+            solution = super().solve(problem, generator)
+            weights, kept = change(solution.weights, solution.kept)
+            return replace(solution, weights=weights, kept=kept)
+
+    model = sure_network()
+    with pytest.raises(ValueError, match=f"method 'asking' .*{words}"):
+        prune(model, own_labels(), 0.5, Wrong(), samples=50, progress=False)
+    assert all(map(torch.equal, model.state_dict().values(), sure_network().state_dict().values()))
 
 
 def test_no_more_is_held_out_than_is_fitted():

@@ -158,6 +158,8 @@ def test_an_epoch_has_the_steps_that_it_is_said_to_have() -> None:
     assert steps(short, epochs=2, steps_per_epoch=9)[:2] == (8, [0, 1, 2, 3, 0, 1, 2, 3])
     assert steps(short, epochs=2, steps_per_epoch=9)[2] == pytest.approx(sum(1 - t / 8 for t in range(8)))
     assert steps(TensorDataset(torch.zeros(40, 1)), epochs=3, steps_per_epoch=2)[0] == 6
+    large = [(torch.arange(20.0).repeat_interleave(4).reshape(-1, 1),)]
+    assert steps(large, epochs=4, steps_per_epoch=3)[1] == list(range(12)), "the rest of a batch that was split"
 
 
 def test_lone_samples_are_passed_over_where_batchnorm_needs_two() -> None:

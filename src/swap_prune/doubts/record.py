@@ -5,7 +5,9 @@ Inputs may have been shifted against their labels (:mod:`swap_prune.doubts.input
 believe labels only as far as the dense network bears them out.
 
 Either is remembered for the rest of the run, where it was seen once, and so is how far inputs were shifted: an attacker
-who reads the weights fits the inputs of a later stage to a pruned network, and soon no longer fools the dense one.
+who reads the weights fits the inputs of a later stage to a pruned network, and soon no longer fools the dense one. For
+the same reason the held-out samples of that first stage judge all later ones. Steps that follow an attack on the
+network as it is now lower the loss on others of its kind, and nothing there says that the network is lost.
 
 Place in the pipeline: a defence, around capture.
 """
@@ -45,6 +47,9 @@ class Doubts:
         keep: Makes a list of altered batches, each of which comes as it is put in its place.
         at_once: Samples that are shifted at once.
         defences: What is doubted: labels, inputs.
+
+    Attributes:
+        judges: Held-out batches of the stage in which something was first seen; None where nothing was.
     """
 
     def __init__(
@@ -61,18 +66,25 @@ class Doubts:
         self._doubts_inputs, self._doubts_labels = "inputs" in defences, "labels" in defences
         self._radius: float | None = None  # by which inputs were seen to have been shifted
         self._labels: LabelDoubt | None = None
+        self.judges: list[Any] | None = None
 
     def remembered(self) -> dict[str, Tensor]:
         """Return what has been seen, for :meth:`recall`."""
         seen = {} if self._radius is None else {"radius": torch.tensor(self._radius, dtype=torch.float64)}
         if self._labels is not None:
             seen["labels"] = torch.tensor([self._labels.rate, self._labels.temperature], dtype=torch.float64)
+        for number, (inputs, targets) in enumerate(self.judges or ()):
+            seen |= {f"judges {number} inputs": inputs, f"judges {number} targets": targets}
         return seen
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Take over what was seen before."""
         self._radius = float(state["radius"]) if "radius" in state else None
         self._labels = LabelDoubt(*state["labels"].tolist()) if "labels" in state else None
+        count, place = sum(name.endswith(" targets") for name in state), self._teacher.device
+        pairs = ((state[f"judges {i} inputs"], state[f"judges {i} targets"]) for i in range(count))
+        placed = self._keep((inputs.to(place), targets.to(place)) for inputs, targets in pairs)
+        self.judges = placed or None
 
     @property
     def looks(self) -> bool:
@@ -87,7 +99,7 @@ class Doubts:
         Args:
             model: The network as the stages so far have left it.
             fitting: Batches that gradients will be taken of; they are asked.
-            held_out: Others.
+            held_out: Others; ``judges``, where there are any, which have been shifted back already.
             generator: Draws the classes that labels are compared with.
 
         Raises:
@@ -95,7 +107,7 @@ class Doubts:
         """
         with eval_mode(model):
             check_calibration(model, self._loss_fn, fitting)
-        if self._radius is None and self._doubts_inputs:
+        if self._radius is None and self._labels is None and self._doubts_inputs:
             self._look(fitting, generator)
         if self._radius is None or not can_be_asked(self._loss_fn, fitting):
             return fitting, held_out, None
@@ -106,11 +118,9 @@ class Doubts:
         with eval_mode(model):
             own = straight_shift(network, fitting, self._at_once)  # the first time, this is the dense network's
             if own is not None:
-                fitting, held_out = (self._back(network, part, own) for part in (fitting, held_out))
-                return fitting, held_out, own
+                return *self._both_back(network, fitting, held_out, own), own
         with self._teacher.asked() as dense:
-            fitting, held_out = (self._back(dense, part, self._radius) for part in (fitting, held_out))
-        return fitting, held_out, self._radius
+            return *self._both_back(dense, fitting, held_out, self._radius), self._radius
 
     def _look(self, fitting: list[Any], generator: torch.Generator) -> None:
         """Look for a shift where labels are contradicted, and remember it."""
@@ -118,8 +128,13 @@ class Doubts:
             return
         with self._teacher.asked() as dense:
             self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once)
-        if self._radius is not None:
-            self._labels = None  # what was doubted before were labels of inputs that had moved
+
+    def _both_back(
+        self, network: Network, fitting: list[Any], held_out: list[Any], radius: float
+    ) -> tuple[list[Any], list[Any]]:
+        """Return both shifted back, but for samples that were already."""
+        moved = self._back(network, fitting, radius)
+        return moved, held_out if self.judges is not None else self._back(network, held_out, radius)
 
     def _back(self, network: Network, batches: list[Any], radius: float) -> list[Any]:
         """Return batches shifted back; some may have no single labels to lead to."""
@@ -131,13 +146,14 @@ class Doubts:
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]
     ) -> tuple[list[Taught], list[Taught], float | None]:
         """Return batches whose labels have the trust that they deserve, and the share of labels that say nothing."""
-        if not self._doubts_labels:
-            return list(fitting), list(held_out), None
-        outputs = [one.teacher for one in fitting if one.teacher is not None]
-        seen = doubt_labels(self._loss_fn, outputs, [one.batch for one in fitting])
-        if seen is not None and (self._labels is None or seen.rate > self._labels.rate):
-            self._labels = seen
+        if self._doubts_labels:
+            outputs = [one.teacher for one in fitting if one.teacher is not None]
+            seen = doubt_labels(self._loss_fn, outputs, [one.batch for one in fitting])
+            if seen is not None and (self._labels is None or seen.rate > self._labels.rate):
+                self._labels = seen
         doubt = self._labels
+        if self.judges is None and held_out and not (doubt is None and self._radius is None):
+            self.judges = [one.batch for one in held_out]
         if doubt is None:
             return list(fitting), list(held_out), None
 

@@ -167,7 +167,9 @@ class StageRunner:
         samples, loss = 0, None
         if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, HELD_OUT) if self.solver.needs_held_out else 0
-            fitting, spare = map(self.corrupt, self.calibration.draw_apart(self.samples, held_out, self.stages))
+            fitting, spare = self.calibration.draw_apart(self.samples, held_out, self.stages)
+            known = None if self.doubts is None else self.doubts.judges
+            fitting, spare = self.corrupt(fitting), self.corrupt(spare) if known is None else known
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])

@@ -67,6 +67,11 @@ class Teacher:
         self._state = {f"model.{name}": copy_of(tensor) for name, tensor in weights.items()}
         self._bound = Bound(model, loss.outputs)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(iter(self._state.values())).device
+
     @contextmanager
     def asked(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Give a block the dense network, in eval mode: a function of the inputs of pairs that returns the outputs."""
