@@ -52,9 +52,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 def force_to_disk(path: Path) -> None:
     """Force what a file holds, or the names of a directory's files, to the disk."""
-    if path.is_dir() and os.name == "nt":  # where a directory cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -19,8 +19,6 @@ from swap_prune.fisher.storage import Storage
 from swap_prune.memory import scratch
 from swap_prune.memory.scratch import delete_abandoned, scratch_directory
 
-pytest.importorskip("fcntl")
-
 
 def pruned(place: Path, wait_for: str = "") -> dict[str, Tensor]:
     """Prune with G in a file; stop for ever once there is a file of some name."""

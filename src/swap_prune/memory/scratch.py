@@ -7,6 +7,7 @@ may not be seen from another one.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -18,11 +19,6 @@ from pathlib import Path
 
 from swap_prune.checks import user_path
 from swap_prune.fisher.storage import Storage
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: what a killed process leaves stays there
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["delete_abandoned", "scratch_directory"]
 
@@ -57,8 +53,6 @@ def delete_abandoned(scratch: str | Path | None) -> None:
     Args:
         scratch: The place; by default the system's for temporary files.
     """
-    if fcntl is None or not hasattr(os, "getuid"):
-        return
     parent = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
     with suppress(OSError):
         for lock in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
@@ -79,9 +73,6 @@ def _delete_if_abandoned(lock: Path) -> None:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory. It has its name only when it is held, and loses it before: nobody finds it free."""
-    if fcntl is None:
-        yield
-        return
     lock, unnamed = directory.with_suffix(_SUFFIX), directory.with_name(f".{directory.name}{_SUFFIX}")
     with unnamed.open("xb") as file:
         file.write(_mark())
