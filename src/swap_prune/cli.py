@@ -157,7 +157,7 @@ def prune(
     Several processes, started by torchrun --nproc-per-node N -m swap_prune prune ..., share the work.
     """
     with launched():
-        solver = resolve_method(method, dict(map(parse_setting, settings or [])))
+        seed, solver = checked_seed(seed), resolve_method(method, dict(map(parse_setting, settings or [])))
         training = None if finetune is None else parse_finetune(finetune)
         target = check_output_directory(out, checkpoint) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -28,6 +29,7 @@ class StageProgress:
             console=console,
             transient=True,
             disable=not (shown and console.is_terminal),
+            redirect_stdout=sys.stdout.isatty(),  # else what a loss prints would leave its file
         )
         self._task = self._bar.add_task("pruning", total=None, unit="gradients")
 

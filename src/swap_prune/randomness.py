@@ -1,8 +1,8 @@
 """Random states forked from the seed of a run.
 
 Whatever draws a number of random numbers that depends on the method or on the data has a state of its own. So two runs
-of one seed see the same calibration samples and the same noise, whatever their methods draw, and their difference is
-that of the methods.
+of one seed see the same calibration samples and the same noise, whatever their methods draw, as long as these hold as
+many samples out; and their difference is that of the methods.
 """
 
 from __future__ import annotations

@@ -128,6 +128,8 @@ BAD = {
         (),
         "more than dense tensors, which an experiment cannot",
     ),
+    "a network that cannot be copied": (FILE.replace(":network", ":locked"), (), "it cannot be copied: TypeError"),
+    "nested": ("model = " + 3000 * "[" + "\n" + FILE, (), "is not TOML"),
     "targets": (FILE.replace("data =", 'targets = ["fc9"]\ndata ='), (), "fc9"),
     "data": (FILE.replace("tests.tiny:data", "letters"), (), "letters"),
     "data that does not fit": (FILE.replace("tests.tiny:data", f"{demo.__name__}:embedded_data"), (), "shapes"),

@@ -215,6 +215,9 @@ def test_imagenet_damage_and_strangers_are_named(tmp_path):
     (folder / "train" / "n07" / "a.JPEG").write_bytes(b"")
     with pytest.raises(ValueError, match=r"classes\.txt.*n07"):
         len(load_dataset("imagenet", tmp_path).train)
+    (folder / "classes.txt").write_bytes(b"\xff\xfen01")
+    with pytest.raises(ValueError, match=r"classes\.txt must be text in UTF-8, got byte 0xff"):
+        load_dataset("imagenet", tmp_path)
 
 
 def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):

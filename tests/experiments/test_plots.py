@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from swap_prune.experiments.plots import write_plots
+from swap_prune.experiments.plots import _style, write_plots
 from swap_prune.experiments.results import RunResult
 from swap_prune.experiments.tables import summarise
 from tests.experiments.test_tables import NOISE, result
@@ -43,6 +43,11 @@ def test_every_method_is_in_every_legend(drawn) -> None:
         colours = [line.get_color() for line in legend.get_lines()]
         assert len(set(colours)) == 3
         assert set(colours[1:]) <= {line.get_color() for line in figure.axes[1].get_lines()}, name
+
+
+def test_points_of_sixteen_methods_are_told_apart_without_their_lines() -> None:
+    styles = [_style(number) for number in range(16)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 16
 
 
 def test_sparsities_that_are_near_are_told_apart(drawn) -> None:

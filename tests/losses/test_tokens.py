@@ -179,6 +179,9 @@ def test_one_label_a_sample() -> None:
     data = {"input": torch.randn(6, 4, generator=generator(1)), "y": torch.tensor([0, 1, 2, 0, 1, 2])}
     expected = functional.cross_entropy(model(data["input"]), data["y"], reduction="none")
     torch.testing.assert_close(loss(model, data), expected)
+    data["y"] = torch.tensor([0, -100, 2, 0, 9, 2])
+    with pytest.raises(ValueError, match=r"labels out of range: the model has 3 outputs.*got 0..9"):
+        loss(model, data)
 
 
 @LOSSES

@@ -244,9 +244,23 @@ def test_a_pass_over_a_dataset_is_whole_in_a_new_order_and_changes_no_draw():
 
 def test_a_pass_over_batches_splits_them_and_goes_on_where_it_was():
     source = stream(batches_of(4, 6))
-    assert passed(source, 3) == ([0.0, 0.25, 0.5, 0.75], [2, 2, 3, 3], list(range(10)))
+    assert passed(source, 3) == ([0.0, 0.25, 0.4, 0.7], [2, 2, 3, 3], list(range(10))), "the length is learned"
     assert drawn(source, 5) == [0, 1, 2, 3, 4]
-    assert sorted(passed(source, 100)[2]) == list(range(10))
+    shares, sizes, numbers = passed(source, 100)
+    assert (shares, sizes) == ([0.0, 0.5, 0.9], [5, 4, 1]) and numbers == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
+    assert drawn(source, 3) == [5, 6, 7], "the rest of a batch that a pass ended in"
+    assert passed(source, 100)[2] == [8, 9, *range(8)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_pass_that_is_left_early_goes_on_where_it_was_left(steps):
+    source, seen = stream(batches_of(10)), []
+    for _ in range(10):
+        for _, (_, (_, targets)) in zip(range(steps), source.read_pass(4, generator()), strict=False):
+            seen += targets.tolist()
+    assert seen == [number % 10 for number in range(len(seen))] and len(seen) > 20
+    following = (seen[-1] + 1) % 10
+    assert drawn(source, 3) == [(following + number) % 10 for number in range(3)]
 
 
 def test_large_batches_of_a_loader_are_split_and_no_sample_stays_alone():

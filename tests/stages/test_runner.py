@@ -131,6 +131,28 @@ def test_what_a_method_may_not_return_is_refused_and_the_network_stays(change, w
     assert all(map(torch.equal, model.state_dict().values(), sure_network().state_dict().values()))
 
 
+@pytest.mark.parametrize(
+    ("finetune", "starts"),
+    [
+        (None, [0, 30, 60]),
+        (FineTune(epochs=1), [0, 30, 60]),  # a pass over all ends where it began
+        (FineTune(epochs=2, steps_per_epoch=3, batch_size=10), [0, 90, 80]),
+    ],
+)
+@pytest.mark.parametrize("size", [100, 40])
+def test_what_is_left_in_a_batch_comes_next(finetune, starts, size):
+    """Of data that are read in order, whether stages or fine-tuning have left it."""
+    numbered = small_data(100).tensors[0].clone()
+    numbered[:, 0, 0, 0] = torch.arange(100)
+    data = [(part, torch.zeros(len(part), dtype=torch.long)) for part in numbered.split(size)]
+    method = type("Own", (Asking,), {"problems": [], "needs_held_out": False})()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    prune(model, data, 0.5, method, samples=30, stages=3, finetune=finetune, progress=False)
+    trials = [problem.slope.__self__ for problem in method.problems]
+    seen = [[int(x[0, 0, 0]) for one in trial.fitting for x in one.batch[0]] for trial in trials]
+    assert seen == [[(start + number) % 100 for number in range(30)] for start in starts]
+
+
 def test_no_more_is_held_out_than_is_fitted():
     method = asking()
     prune(small_network(), small_data(200), 0.5, method, samples=20, progress=False)

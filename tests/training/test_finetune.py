@@ -61,6 +61,16 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_random_state() 
     assert same(models[0], models[1]) and not same(models[0], models[2])
 
 
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+def test_what_is_set_around_changes_nothing(around: Callable[[], Any]) -> None:
+    inside, outside = pruned_network(), pruned_network()
+    settings = FineTune(epochs=2, batch_size=16)
+    with around():
+        finetune(inside, DATA, settings)
+    finetune(outside, DATA, settings)
+    assert all(map(torch.equal, inside.state_dict().values(), outside.state_dict().values()))
+
+
 def test_what_data_draws_from_the_global_state_is_reproducible() -> None:
     class Noisy(Dataset[Any]):
         def __len__(self) -> int:

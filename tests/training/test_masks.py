@@ -60,6 +60,35 @@ def step(model: nn.Module, optimizer: Optimizer, inputs: torch.Tensor = INPUTS, 
     return loss.item()
 
 
+def test_the_norm_that_gradients_are_clipped_by_is_that_of_kept_weights() -> None:
+    """As if the pruned weights were not there: a network in which they are constants takes the same steps."""
+    torch.manual_seed(0)
+    start = torch.randn(5, 6)
+    start[torch.rand(5, 6) < 0.8] = 0
+    layer = nn.Linear(6, 5, bias=False)
+    layer.weight.data.copy_(start)
+    kept = nn.Parameter(start[start != 0].clone())
+
+    def smaller(inputs: torch.Tensor) -> torch.Tensor:
+        weight = torch.zeros(5, 6).masked_scatter(start != 0, kept)
+        return inputs @ weight.T
+
+    own, other = torch.optim.SGD(layer.parameters(), lr=0.1), torch.optim.SGD([kept], lr=0.1)
+    keeper = keep_masks(layer, own)
+    for _ in range(3):
+        norms = []
+        for function, parameters, optimizer in ((layer, [layer.weight], own), (smaller, [kept], other)):
+            optimizer.zero_grad()
+            (function(INPUTS) - GOALS).square().mean().backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.05))
+            optimizer.step()
+        torch.testing.assert_close(*norms)
+    torch.testing.assert_close(layer.weight[start != 0], kept)
+    keeper.remove()
+    (layer(INPUTS) - GOALS).square().mean().backward()
+    assert layer.weight.grad is not None and bool(layer.weight.grad[start == 0].any()), "the hooks are off"
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_zeros_stay_after_every_step_and_the_others_learn(name: str) -> None:
     model = pruned_network()

@@ -18,7 +18,7 @@ from swap_prune.experiments.datasets import ImageData, load_dataset, recalibrati
 from swap_prune.experiments.evaluate import Evaluation, evaluate
 from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
-from swap_prune.losses import cross_entropy
+from swap_prune.losses import cross_entropy, errors_worded
 from swap_prune.network.device import check_values
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
@@ -108,6 +108,8 @@ def prepare(
     with seeded(0):  # a factory of the user's may draw its weights
         network, entry = build_model(experiment.model, **experiment.model_options)
     check_dense(network, "which an experiment cannot compare: leave it out")
+    with errors_worded(lambda reason: f"a copy of the model is pruned in each run, and it cannot be copied: {reason}"):
+        copy.deepcopy(network)
     path = weights if weights is not None else _find_weights(experiment.weights, folder, data_dir)
     if path is not None:
         load_weights(network, path)

@@ -199,7 +199,7 @@ class Experiment(_Table):
         sparsities: Sparsities asked for.
         stages: Numbers of stages, or ``"auto"``.
         noise: Noise specs, or ``"none"``.
-        seeds: Seeds. The same seed gives every method the same calibration samples.
+        seeds: Seeds. The same seed gives methods the same calibration samples, as far as they hold as many out.
         samples: Calibration samples a stage.
         schedule: Sparsity over the stages.
         min_keep: Share of every layer that is kept, or patterns to shares, as for ``prune``.
@@ -295,7 +295,7 @@ def read_experiment(path: str | Path) -> Experiment:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: {key}: {_explain(first)}") from error
-    except ValueError as error:  # not UTF-8, not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested too deeply
         raise ValueError(f"experiment file {path} is not TOML: {error}") from error
 
 

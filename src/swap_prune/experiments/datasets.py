@@ -292,5 +292,8 @@ def _read_wnids(folder: Path) -> list[str]:
     """Return the class folders' names in the order of classes.txt (first word a line), else sorted."""
     listing = folder / "classes.txt"
     if listing.exists():
-        return [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            return [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise damaged(listing, "text in UTF-8", f"byte {error.object[error.start]:#x}") from error
     return sorted({path.name for part in ("train", "val") for path in (folder / part).iterdir() if path.is_dir()})

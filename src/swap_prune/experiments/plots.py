@@ -73,7 +73,7 @@ def _style(number: int) -> dict[str, Any]:
     again = number // len(_COLOURS)
     return {
         "color": _COLOURS[number % len(_COLOURS)],
-        "marker": _MARKERS[number % len(_MARKERS)],
+        "marker": _MARKERS[(number + again) % len(_MARKERS)],  # points without lines are told apart too
         "linestyle": ("-", "--", ":")[again % 3],
         "markersize": 6,
         "markerfacecolor": "none",  # equal results stay visible

@@ -1,7 +1,8 @@
 """What an experiment's results say: means over seeds, paired differences, the cost, as Markdown and CSV.
 
-Everything comes from the lines of ``results.jsonl``. Runs are paired by sparsity, stages, noise and seed, hence by
-calibration samples, so that a difference has a smaller error than the accuracies that it is taken of.
+Everything comes from the lines of ``results.jsonl``. Runs are paired by sparsity, stages, noise and seed, so that a
+difference has a smaller error than the accuracies that it is taken of: methods that hold as many samples out are
+calibrated on the same ones in each stage, others in the first.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ try:
     from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError(
-        "swap_prune.integrations.transformers needs the package transformers: pip install 'swap-prune[transformers]'"
+        "swap_prune.integrations.transformers needs the package transformers: pip install 'accelerate' 'transformers>=4.46'"
     ) from error
 
 __all__ = ["KeepMasks"]

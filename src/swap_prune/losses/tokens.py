@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from swap_prune.losses import CrossEntropy, check_labels, describe
+from swap_prune.losses.base import IGNORE_INDEX
 
 __all__ = ["TokenCrossEntropy", "call_model"]
 
@@ -87,11 +88,11 @@ class TokenCrossEntropy:
         """
         targets = self._targets(batch)
         if targets.is_cuda:  # which would say it too late, and be of no use afterwards
-            check_labels(targets, outputs.shape[1])
+            check_labels(targets[targets != IGNORE_INDEX], outputs.shape[1])
         try:
             return self._plain.losses(outputs, (None, targets))
         except IndexError:
-            check_labels(targets, outputs.shape[1])
+            check_labels(targets[targets != IGNORE_INDEX], outputs.shape[1])
             raise
 
     def curvature_root(self, outputs: Tensor, batch: Any, signs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -193,13 +194,11 @@ class CalibrationStream:
             for start, batch in zip(starts, self._guarded(self._samples.batches(parts)), strict=True):
                 yield start / total, self._placed(batch)
             return
-        length = known_length(self._data) or float("inf")
-        for number, batch in enumerate(self._draw_iterated(sys.maxsize)):
-            whole, done = batch_size(batch), 0
-            for part in split_batches([batch], size):
-                before, done = done, done + batch_size(part)
-                self._rest = slice_batch(batch, done, whole) if done < whole else None  # if the reader stops here
-                yield min((number + before / whole) / length, 1.0), self._placed(part)
+        length, done = known_length(self._data) or math.inf, 0
+        for part in self._draw_iterated(sys.maxsize, size):
+            whole = length if length == math.inf else self._pass_size or self._read / max(1, self._taken) * length
+            yield min(done / whole, 1.0), self._placed(part)
+            done += batch_size(part)
 
     def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
         """Draw ``samples`` samples, and ``held_out`` more that are not among them.
@@ -312,17 +311,19 @@ class CalibrationStream:
         parts = [numbers[i : i + self._size] for i in range(0, len(numbers), self._size)]
         return map(self._placed, join_batches(self._guarded(self._samples.batches(parts)), self._size))
 
-    def _draw_iterated(self, samples: int) -> Iterator[Any]:
+    def _draw_iterated(self, samples: int, most: int = sys.maxsize) -> Iterator[Any]:
+        """Yield the next samples as they come, large batches in equal parts; what is not asked for stays for later."""
         got = 0
         while got < min(samples, self._pass_size or samples):
             batch, self._rest = self._rest if self._rest is not None else self._next(), None
             if batch is _END:
                 continue
             size = batch_size(batch)
-            surplus = got + size - min(samples, self._pass_size or samples)
-            if surplus > 0 and is_sliceable(batch):
-                self._rest = slice_batch(batch, size - surplus, size)
-                batch = slice_batch(batch, 0, size - surplus)
+            taken = min(size, min(samples, self._pass_size or samples) - got)
+            taken //= math.ceil(taken / most)
+            if taken < size and is_sliceable(batch):
+                self._rest = slice_batch(batch, taken, size)
+                batch = slice_batch(batch, 0, taken)
             got += batch_size(batch)
             yield batch
 

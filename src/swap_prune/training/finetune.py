@@ -27,7 +27,7 @@ from swap_prune.checks import checked_seed, is_number, whole_number
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
 from swap_prune.network.device import check_network, moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
-from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernels, training_mode
+from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernels, no_autocast, training_mode
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.samples.batches import batch_size, is_single
@@ -226,6 +226,7 @@ def finetune(
     stream = CalibrationStream(data, generator, place, max(BATCH, settings.batch_size))
     with (
         torch.inference_mode(False),
+        no_autocast(place),  # which keeps copies of weights
         moved(model, chosen),
         moved(teacher, chosen),
         restored_on_error(model),

@@ -10,6 +10,7 @@ Place in the pipeline: used by fine-tuning, and by anybody's own training loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -155,6 +156,10 @@ class MaskKeeper:
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
             self._clear_gradients()
             self._after_step(optimizer)
+        for number, (parameter, _) in enumerate(self._pruned):
+            if parameter.requires_grad and parameter.is_leaf:
+                clear = partial(self._clear_gradient, number)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(clear))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the hooks off; the weights stay as they are."""
@@ -202,9 +207,13 @@ class MaskKeeper:
                 parameter.masked_fill_(pruned, 0)
 
     def _clear_gradients(self) -> None:
-        for parameter, pruned in self._on_device():
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                parameter.grad.detach().masked_fill_(pruned, 0)
+        for number, (parameter, _) in enumerate(self._pruned):
+            self._clear_gradient(number, parameter)
+
+    def _clear_gradient(self, number: int, parameter: Tensor) -> None:
+        """Clear a gradient as soon as it is there: who clips gradients by their norm does so before the step."""
+        if parameter.grad is not None and parameter.grad.layout == torch.strided:
+            parameter.grad.detach().masked_fill_(self._pruned[number][1].to(parameter.grad.device), 0)
 
     def _on_device(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters with what is pruned of them, wherever the network was moved."""
