@@ -20,11 +20,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from swap_prune import FineTune, distributed, prune
+from swap_prune import FineTune, distributed, pipeline, prune
 from swap_prune.distributed import PARTS, Team, team_of
 from swap_prune.fisher import capture
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.sharded import ShardedFactor, owned_columns
+from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
 from swap_prune.pipeline import plan
 from swap_prune.stages.runner import StageRunner
@@ -142,11 +143,16 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
 
     data = small_data(seed=rank if case == "samples" else 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settle = pipeline._settle_storage
+    if case == "plan" and rank == 1:  # as where memory is short
+        pipeline._settle_storage = lambda *_: (Storage("sharded", lean=True, at_once=32), [])
     try:
         prune(model, data, 0.7, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False)
     except (ValueError, OSError, MemoryError) as error:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         return type(error).__name__, str(error), time.perf_counter() - started
+    finally:
+        pipeline._settle_storage = settle
     return "", "nothing", time.perf_counter() - started
 
 
@@ -158,7 +164,7 @@ def work(rank: int, folder: Path) -> None:
         if rank < size:
             found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
             torch.save(found, folder / f"pruned-{size}-{rank}.pt")
-    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "silence": 0}
+    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "silence": 0}
     for case, first in pairs.items():
         if case == "silence":
             os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
@@ -240,7 +246,14 @@ def test_a_process_that_is_gone_ends_the_other(folder: Path) -> None:
     assert kind == "ConnectionError" and "lost the others" in text and seconds < 30
 
 
-@pytest.mark.parametrize(("case", "what"), [("samples", "calibration samples"), ("seed", "settings")])
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("samples", "calibration samples"),
+        ("seed", "settings"),
+        ("plan", "storage, found by the free memory of each (memory= gives a budget)"),
+    ],
+)
 def test_processes_that_do_not_do_the_same_are_refused_on_both(case: str, what: str, folder: Path) -> None:
     for rank in (0, 1):
         kind, text, _ = torch.load(folder / f"{case}-{rank}.pt")

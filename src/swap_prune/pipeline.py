@@ -189,6 +189,7 @@ def prune(
             compared = dict(run.settings, noise=None)  # that may hold any object
             placed.team.agree("settings", repr((compared, dict(run.selection.shapes), run.seed)))
             placed.team.agree("weights", model.state_dict())
+            placed.team.agree("storage, found by the free memory of each (memory= gives a budget)", repr(recorded))
         if checkpoint is not None:
             check_dense(model, "which a checkpoint cannot keep (leave checkpoint out)")
             same = identity(model, run, data, recalibration_data, recorded, place)

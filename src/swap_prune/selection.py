@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 
 from swap_prune.checks import is_number
 from swap_prune.network.aliasing import check_apart, computed_tensors
@@ -153,7 +154,9 @@ def select_parameters(
             f"leaves no floating-point weight in {type(model).__name__}"
             + (" (an exported graph has lost its classes: prune before)" if isinstance(model, GraphModule) else "")
         )
-    check_apart({c.name: c.parameter for c in candidates if c.name in shapes})
+    chosen_ones = {c.name: c.parameter for c in candidates if c.name in shapes}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    check_apart(chosen_ones, {n: t for n, t in tensors if n not in shapes and not is_lazy(t)})
     groups = {c.name: max((_groups_of(owner) for _, owner in c.owners), default=1) for c in candidates}
     return Selection(shapes, {name: groups[name] for name in shapes if groups[name] > 1})
 

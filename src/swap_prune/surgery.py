@@ -211,8 +211,9 @@ def temporary_weights(model: nn.Module, selection: Selection, weights: Tensor) -
 
 
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the BatchNorm layers that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    """Return the BatchNorm layers that keep running statistics, and are not frozen by ``track_running_stats=False``."""
+    layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [layer for layer in layers if layer.running_mean is not None and layer.track_running_stats]
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> bool:

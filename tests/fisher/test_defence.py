@@ -82,6 +82,41 @@ def test_which_layers_have_gradients_of_rank_one() -> None:
     assert outer_product_layers(conv, selection, cross_entropy, batch) == ("2.weight",)
 
 
+class TiedAutoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode, self.middle = nn.Linear(12, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.middle(self.encode(x).tanh()).tanh()
+        return nn.functional.linear(hidden, self.encode.weight.T)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+@pytest.mark.parametrize("noise", [False, True])
+def test_weights_that_are_used_outside_their_layer_have_gradients_of_higher_rank(penalty: float, noise: bool) -> None:
+    """In a decoder that shares them, or in a penalty; noise of a user's own is another each time, and is seen."""
+    model, state = TiedAutoencoder(), generator(1)
+
+    def loss_fn(net: nn.Module, batch: tuple[torch.Tensor]) -> torch.Tensor:
+        outputs = net(batch[0])
+        if noise and outputs.requires_grad:
+            weight = net.middle.weight  # type: ignore[union-attr]
+            outputs = outputs + (weight * torch.randn(5, 5, generator=state)).sum() * outputs.detach()
+        squares = sum(parameter.square().sum() for parameter in net.parameters())
+        losses: torch.Tensor = (outputs - batch[0]).square().sum(1) + penalty * squares
+        return losses
+
+    batch = (torch.randn(30, 12, generator=generator(2)),)
+    selection = select_parameters(model)
+    found = outer_product_layers(model, selection, loss_fn, batch)
+    assert found == (("encode.weight", "middle.weight") if noise else () if penalty else ("middle.weight",))
+    if not noise:
+        report = prune(model, [batch], 0.5, "lr", loss_fn=loss_fn, samples=20, progress=False)
+        assert "noise_seen" not in report.stages[0].evidence
+
+
 def test_no_noise_is_seen_on_clean_gradients_and_some_on_noisy_ones() -> None:
     model, selection, batch = perceptron()
     defence = LowRank.of(model, selection, cross_entropy, batch, per_sample=True)

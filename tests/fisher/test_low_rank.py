@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from swap_prune.fisher import layers as layers_module
 from swap_prune.fisher import low_rank as low_rank_module
@@ -20,6 +21,7 @@ from swap_prune.fisher.outer_products import leading_products
 from swap_prune.fisher.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.losses import cross_entropy
+from swap_prune.pipeline import prune
 from swap_prune.selection import Selection, select_parameters
 from tests.cases import generator, normal
 
@@ -290,6 +292,28 @@ def test_the_numbers_held_are_those_predicted() -> None:
     held = {name: sum(t.numel() for t in layer.tensors) // N for name, layer in capture.factor.layers.items()}
     assert held == numbers
     assert capture.factor.nbytes == 8 * N * sum(numbers.values())
+
+
+def test_layers_of_several_precisions_have_factors_of_one() -> None:
+    torch.manual_seed(0)
+
+    class Wider(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 9), nn.Linear(9, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.two(self.one(x).relu().double())
+            return outputs
+
+    model, batch = Wider(), (normal(20, 8, dtype=torch.float32), torch.arange(20) % 3)
+    selection = select_parameters(model)
+    factor = capture_low_rank(model, selection, RowSource(cross_entropy, [batch])).factor
+    dense = capture_gradients(model, selection, [batch], cross_entropy).factor
+    v = normal(20)
+    assert factor.rmatvec(v).dtype == selection.dtype(model) == torch.float64
+    torch.testing.assert_close(factor.rmatvec(v), dense.rmatvec(v), rtol=1e-5, atol=1e-6)
+    prune(model, TensorDataset(*batch), 0.5, "lr", samples=16, storage="low-rank", progress=False)
 
 
 def test_linear_networks_are_exact() -> None:

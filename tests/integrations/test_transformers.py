@@ -62,7 +62,7 @@ def test_masks_hold_while_the_trainer_trains(module: ModuleType) -> None:
 def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'accelerate' 'transformers>=4.46'"):
+    with pytest.raises(ImportError, match=r"pip install accelerate 'transformers>=4.46'"):
         importlib.import_module(NAME)
 
 

@@ -8,6 +8,7 @@ import pytest
 from swap_prune.fisher.storage import Storage
 from swap_prune.memory.forecast import memory_phases
 from swap_prune.memory.planning import plan_memory
+from swap_prune.methods import WoodFisher
 from tests.memory.test_process import GB, load
 
 
@@ -18,11 +19,32 @@ def phases(work, kind="float32", lean=False):
 def test_what_a_method_copies_counts_where_nothing_holds_it_back():
     n, p = 500, 200_000
     plain = phases(load(n, p, "obd"))
-    lr, ewr, wood = (phases(load(n, p, name)) for name in ("lr", "ewr", "woodfisher"))
-    assert wood["solve"] - plain["solve"] == 4 * 8 * n * 50_000
+    lr, ewr, own = (phases(load(n, p, name)) for name in ("lr", "ewr", "of a user"))
+    assert own == lr, "it may solve the same problems"
+    for lean in (False, True):  # blocks of the Fisher are copied in any case
+        wood = phases(replace(load(n, p, "woodfisher"), columns=2000), lean=lean)
+        assert wood["solve"] - phases(load(n, p, "obd"), lean=lean)["solve"] == 4 * 8 * n * 2000
     assert lr["solve"] - plain["solve"] >= 2 * n * (p // 10) * 4
     assert ewr["solve"] - plain["solve"] >= 256 * p * 4, "rows that the coupling is chosen on are copied"
-    assert phases(load(n, p, "woodfisher"), lean=True)["solve"] == phases(load(n, p, "obd"), lean=True)["solve"]
+    assert phases(load(n, p, "lr"), lean=True)["solve"] == phases(load(n, p, "obd"), lean=True)["solve"]
+
+
+@pytest.mark.parametrize(("block", "p", "columns"), [("auto", 50_000, 50_000), ("auto", 50_001, 2000), (70, 60, 60)])
+def test_woodfisher_says_how_large_its_blocks_are(block, p, columns):
+    assert WoodFisher(block=block).columns_at_once(p) == columns
+
+
+@pytest.mark.parametrize("kind", ["float32", "low-rank", "matrix-free"])
+@pytest.mark.parametrize("mini_batches", [False, True])
+def test_signs_that_are_held_count(kind, mini_batches):
+    """Those of rows of mini-batches are drawn one by one; a matrix-free factor keeps all of them."""
+    work = replace(load(100, 10**5), samples=1600, row_numbers=9, mini_batches=mini_batches)
+    with_outputs = replace(work, output_bytes=4000)
+    plain, more = (memory_phases(one, Storage(kind)) for one in (work, with_outputs))
+    signs, taught = 1600 * 4000, 1600 * 4000
+    assert more["capture"] - plain["capture"] >= (0 if kind == "float32" and mini_batches else signs)
+    assert more["solve"] - plain["solve"] == (signs if kind == "matrix-free" else 0)
+    assert more["trials"] - plain["trials"] >= taught + (signs if kind == "matrix-free" else 0)
 
 
 def test_square_arrays_and_libraries_count():

@@ -6,7 +6,9 @@ import errno
 import mmap
 import os
 import re
+import resource
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
+from swap_prune.memory import process
 from swap_prune.memory.planning import Workload, plan_memory
 from swap_prune.memory.process import (
     held_memory,
@@ -153,6 +156,49 @@ def test_without_a_disk_nothing_is_held(tmp_path) -> None:
     taken = plan_memory(work, 10 * GB, scratch=tmp_path / "nowhere")
     assert taken.require().name == "matrix-free" and taken.require().disk == 0
     assert taken.why.count("memory allows") == 4 and "mapped: " in taken.why and "low-rank" not in taken.why
+
+
+def group(folder: Path, limit: str, used: int, droppable: int, names: tuple[str, str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, str(used), f"anon 5\n{names[2]} {droppable}\n"), strict=True):
+        (folder / ("memory.stat" if name == names[2] else name)).write_text(text)
+
+
+def test_a_container_leaves_what_its_groups_leave(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("0::/outer/inner\n")
+    assert process._free_in_group(root, own) is None
+    group(root / "outer" / "inner", "max", 9, 0, process._GROUP_2)
+    assert process._free_in_group(root, own) is None
+    group(root / "outer", str(10 * GB), 4 * GB, GB, process._GROUP_2)
+    assert process._free_in_group(root, own) == 7 * GB, "pages of files can be dropped"
+    group(root / "outer" / "inner", str(6 * GB), 5 * GB, 0, process._GROUP_2)
+    assert process._free_in_group(root, own) == GB, "the tightest counts"
+    own.write_text("0::/\n")
+    assert process._free_in_group(root, own) is None, "not those of others"
+    own.write_text("5:cpu,memory:/docker/x\n4:cpu:/\n1:name=systemd:/docker/x\n")
+    group(root / "memory", str(2**63 - 4096), 9, 0, process._GROUP_1)
+    group(root / "memory" / "docker" / "x", str(3 * GB), GB, 0, process._GROUP_1)
+    assert process._free_in_group(root, own) == 2 * GB
+    group(root / "memory" / "docker" / "x", str(3 * GB), 4 * GB, 0, process._GROUP_1)
+    assert process._free_in_group(root, own) == 0
+    own.write_bytes(b"\xff")
+    assert process._free_in_group(root, own) is None
+
+
+def test_what_the_machine_leaves_is_not_all_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a budget that a user gives cut down: it is then the user's word."""
+    for group, own, expected in ((9 * GB, None, 9 * GB), (None, 8 * GB, 8 * GB), (None, None, 10 * GB)):
+        with monkeypatch.context() as patch:
+            patch.setattr(process, "_free_on_machine", lambda: 10 * GB)
+            patch.setattr(process, "_free_in_group", lambda group=group: group)
+            patch.setattr(process, "_free_to_process", lambda own=own: own)
+            assert process._free_memory(None) == expected
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (held + GB // 2, most))
+    assert GB // 4 < (process._free_memory(None) or 0) < 3 * GB // 4
+    assert memory_limit("20GB") == 20 * GB
 
 
 def test_an_approximation_is_taken_only_where_it_is_asked_for(tmp_path) -> None:

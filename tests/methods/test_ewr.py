@@ -75,6 +75,17 @@ def test_a_coupling_that_was_asked_for_needs_no_confirmation_and_steps_follow_it
     assert not torch.equal(moved.weights, free) and moved.evidence["first_order"] == [0.3]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_single_held_out_sample_has_no_error(count):
+    method, evidence = EWR(), {}
+    problem = replace(pruning_problem(20, 30, 10), held_out=lambda w, kept: w.square().sum().expand(count).clone())
+    regression = pairing_regression(problem, 0.1, 0.1)
+    fit = solve_sparse(regression, 10)
+    better = replace(fit, weights=fit.weights / 2)
+    assert method._earns_its_place(problem, fit, better, evidence) == (count > 1)
+    assert ("held_out_gain_error" in evidence) == (count > 1)
+
+
 def test_iterations_are_those_asked_for():
     problem = pruning_problem(40, 60, 12, seed=0, dtype=torch.float64)
     fixed = FIXED | {"ridge": 0.01}

@@ -71,6 +71,14 @@ def test_layers_keep_the_same_share_unless_they_are_compared():
     assert shares == {"layer": [8, 8], "global": [0, 16]}, "the first layer's inputs are a thousand times smaller"
 
 
+def test_weights_that_are_zero_go_before_those_without_an_input():
+    weights = torch.tensor([[[0.0, 2.0, 3.0, 4.0]]], dtype=torch.float64)
+    H = torch.eye(4, dtype=torch.float64).unsqueeze(0)
+    idle = torch.tensor([[False, False, True, True]])
+    for keep in (1, 2, 3):
+        assert not bool(prune_columns(weights, H, keep, 4, idle)[1][0, 0, 0])
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_weights_without_an_input_go_first(scope):
     problem = pruning_problem(40, 40, 16, kind="zero columns")

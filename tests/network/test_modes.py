@@ -8,8 +8,28 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from swap_prune.network.modes import eval_mode, exact_kernels
+from swap_prune.network.modes import batch_statistics, eval_mode, exact_kernels
+from swap_prune.pipeline import prune
+
+
+def test_a_batchnorm_layer_that_is_frozen_stays_on_its_statistics() -> None:
+    """By ``track_running_stats=False``: pruning asks the network as it will be used, and leaves them alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    frozen, data = model[1], TensorDataset(torch.randn(60, 1, 8, 8), torch.arange(60) % 3)
+    assert isinstance(frozen, nn.BatchNorm2d) and frozen.running_mean is not None
+    frozen.running_mean += 0.3
+    frozen.track_running_stats = False
+    x = data.tensors[0]
+    with torch.no_grad(), batch_statistics(model):
+        assert torch.equal(model(x), model.eval()(x))
+    before = {name: value.clone() for name, value in frozen.state_dict().items() if "running" in name}
+    report = prune(model, data, 0.5, "lr", samples=40, progress=False)
+    assert all(torch.equal(frozen.state_dict()[name], value) for name, value in before.items())
+    assert not frozen.track_running_stats and not any("BatchNorm" in note for note in report.notes)
+
 
 PRECISION = hasattr(torch.backends.cudnn, "conv")
 

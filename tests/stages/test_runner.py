@@ -113,8 +113,11 @@ def test_the_first_samples_held_out_judge_all_stages_where_something_was_seen(no
     [
         (lambda w, k: (w, k.logical_or(torch.arange(len(k)) < 30)), r"kept \d+ weights; problem.keep is"),
         (lambda w, k: (w, torch.zeros_like(k)), "kept 0 weights; problem.keep is"),
-        (lambda w, k: (w[:-1], k), "a boolean and a number of each are needed"),
-        (lambda w, k: (w, k.float()), "torch.float32, and weights .* a boolean and a number of each are needed"),
+        (lambda w, k: (w[:-1], k), "a boolean and a number of each of 192 weights are needed"),
+        (
+            lambda w, k: (w, k.float()),
+            r"torch.float32, and weights \(192,\): a boolean and a number",
+        ),
         (lambda w, k: (w / 0, k), "weights that are not finite numbers"),
     ],
 )
@@ -151,6 +154,28 @@ def test_what_is_left_in_a_batch_comes_next(finetune, starts, size):
     trials = [problem.slope.__self__ for problem in method.problems]
     seen = [[int(x[0, 0, 0]) for one in trial.fitting for x in one.batch[0]] for trial in trials]
     assert seen == [[(start + number) % 100 for number in range(30)] for start in starts]
+
+
+def test_a_sample_that_stays_alone_does_not_change_how_the_others_are_run():
+    """One of another size cannot join them; BatchNorm stays on the statistics of batches, as for the rows of G."""
+    torch.manual_seed(0)
+    pooled = nn.AdaptiveAvgPool2d(2)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), pooled, nn.Flatten(), nn.Linear(16, 3))
+    odd = torch.randn(1, 1, 9, 9)
+    batches = [*([torch.randn(8, 1, 8, 8)] * 6), odd, *([torch.randn(8, 1, 8, 8)] * 6), odd]
+    data = [(part, torch.zeros(len(part), dtype=torch.long)) for part in batches]
+    method = asking()
+    prune(model, data, 0.5, method, samples=49, progress=False)
+    (trials,) = (problem.slope.__self__ for problem in method.problems)
+    sizes = {len(one.batch[0]) for one in (*trials.fitting, *trials.held_out)}
+    assert 1 not in sizes and sizes
+    with trials._mode():
+        assert model[1].training
+    alone = asking()
+    singles = [(torch.randn(1, 1, side, side), torch.zeros(1, dtype=torch.long)) for side in range(6, 15)]
+    prune(model, singles, 0.5, alone, samples=6, progress=False)
+    with alone.problems[0].slope.__self__._mode():
+        assert not model[1].training
 
 
 def test_no_more_is_held_out_than_is_fitted():

@@ -21,7 +21,7 @@ Place in the pipeline: between capture and regression.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn
+from swap_prune.memory.process import pass_on_shortage
+from swap_prune.network.bound import Bound
 from swap_prune.network.modes import eval_mode
-from swap_prune.samples.batches import batch_size, in_own_containers
+from swap_prune.samples.batches import batch_size, in_own_containers, is_single, split_batches
 from swap_prune.selection import Selection
 
 __all__ = ["APART", "LowRank", "low_rank_rows", "middle_mean", "outer_product_layers"]
@@ -148,7 +150,7 @@ def _energies(matrices: Tensor) -> tuple[float, float]:
 
 
 def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any) -> tuple[str, ...]:
-    """Return the selected weights of Linear layers that see one vector a sample, once.
+    """Return the selected weights of Linear layers that see one vector a sample, once, and are used nowhere else.
 
     Args:
         model: The network.
@@ -181,7 +183,44 @@ def outer_product_layers(model: nn.Module, selection: Selection, loss_fn: LossFn
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(name for name, seen in calls.items() if seen == [True])
+    return _without_other_uses(model, selection, loss_fn, batch, [n for n, seen in calls.items() if seen == [True]])
+
+
+def _without_other_uses(
+    model: nn.Module, selection: Selection, loss_fn: LossFn, batch: Any, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the weights whose gradients of a few samples, each alone, have rank 1, or are others each time.
+
+    A weight may be used outside its layer too, as in a penalty or a decoder that shares it. Its gradients are then of
+    higher rank, and the same each time. Those that a user's own noise is in are not.
+    """
+    exact, weights = dict.fromkeys(names), selection.read(model)
+    for sample in filter(is_single, split_batches([batch], 1)[:APART] if exact else []):
+        both = [_gradients_apart(model, selection, loss_fn, sample, weights) for _ in range(2)]  # the same each time?
+        if not all(both):
+            break  # a network that takes no sample alone
+        for name in list(exact):
+            one, other = (gradients[name] for gradients in both)
+            if one is None or other is None or one.ndim != 2 or not torch.equal(one, other):
+                continue
+            energy, rest = _energies(one.unsqueeze(0)) if min(one.shape) > 1 else (0.0, 0.0)
+            if rest > _CLEAN * energy:
+                del exact[name]
+    return tuple(exact)
+
+
+def _gradients_apart(
+    model: nn.Module, selection: Selection, loss_fn: LossFn, sample: Any, weights: Tensor
+) -> dict[str, Tensor | None]:
+    """Return the gradients of one sample's loss, by name; none where it cannot be run alone."""
+    try:
+        with eval_mode(model), torch.enable_grad():
+            losses, leaves = Bound(model, loss_fn).with_leaves(selection, sample, weights)
+            found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    except Exception as error:  # rows may be those of mini-batches, which do not need that it can
+        pass_on_shortage(error)
+        return {}
+    return dict(zip(selection.names, found, strict=True))
 
 
 def _is_plain(module: nn.Module, parameter: nn.Parameter) -> bool:

@@ -84,7 +84,7 @@ def capture_low_rank(
         else:
             losses, chunk = _capture_samples(model, selection, batches, loss_fn, collector, advance, at_once)
         losses = losses if source.losses is None else source.losses
-        return Capture(LowRankFactor(collector.rows()), losses, "hooks", chunk)
+        return Capture(LowRankFactor(collector.rows(selection.dtype(model))), losses, "hooks", chunk)
     except UnsupportedLayerError as error:
         raise ValueError(f"low-rank rows do not suit the network: {error}; {_OTHERWISE}") from error
 

@@ -109,8 +109,11 @@ class Collector:
                 put_weight_gradients(layer, inputs, gradient, rows, add=True)
             seen.plain.append(rows)
 
-    def rows(self) -> dict[str, OuterRows | PlainRows]:
+    def rows(self, dtype: torch.dtype) -> dict[str, OuterRows | PlainRows]:
         """Join the chunks.
+
+        Args:
+            dtype: That of the factor; layers may have others.
 
         Raises:
             UnsupportedLayerError: If a layer ran for some samples and not for others.
@@ -120,9 +123,9 @@ class Collector:
         for name, seen in self.layers.items():
             if seen.left and not seen.plain:
                 most = max(part.shape[2] for part in seen.left)
-                result[name] = OuterRows(_join(seen.left, most), _join(seen.right, most))
+                result[name] = OuterRows(_join(seen.left, most).to(dtype), _join(seen.right, most).to(dtype))
             elif seen.plain and not seen.left:
-                result[name] = PlainRows(torch.cat(seen.plain))
+                result[name] = PlainRows(torch.cat(seen.plain).to(dtype))
             else:
                 raise UnsupportedLayerError(f"the layer of {name!r} ran for some samples only")
             seen.left, seen.right, seen.plain = [], [], []

@@ -40,6 +40,7 @@ __all__ = [
     "mini_batches",
     "sketch_curvature",
     "sketch_rows",
+    "without_singles",
 ]
 
 MINI_BATCH = 16  # samples that share their statistics
@@ -153,8 +154,12 @@ def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 def mini_batches(batches: Sequence[Any]) -> list[Any]:
     """Return batches of about ``MINI_BATCH`` samples, without those of one sample where there are others."""
-    parts = split_batches(batches, MINI_BATCH)
-    return [part for part in parts if not is_single(part)] or parts  # one sample has no variance
+    return without_singles(split_batches(batches, MINI_BATCH))
+
+
+def without_singles(batches: Sequence[Any]) -> list[Any]:
+    """Return batches without those of one sample, which has no variance, where there are others."""
+    return [batch for batch in batches if not is_single(batch)] or list(batches)
 
 
 def _mini_batch_rows(

@@ -13,7 +13,8 @@ try:
     from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError(
-        "swap_prune.integrations.transformers needs the package transformers: pip install 'accelerate' 'transformers>=4.46'"
+        "swap_prune.integrations.transformers needs the package transformers: "
+        "pip install accelerate 'transformers>=4.46'"
     ) from error
 
 __all__ = ["KeepMasks"]

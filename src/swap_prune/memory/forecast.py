@@ -15,7 +15,6 @@ import torch
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import block_bytes
 from swap_prune.fisher.defence import PIECE
-from swap_prune.fisher.inverse import WHOLE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import HOLDING_NO_ROWS, Storage, StorageKind, chunk_bytes
@@ -76,6 +75,7 @@ class Workload:
         held: Bytes that the process holds already, the model included.
         device: Whose memory is meant.
         processes: How many share G, in storage ``sharded``.
+        columns: Columns of G that the method copies at once in float64, in any storage; 0: not in blocks.
         row_numbers: Numbers that a row of low rank takes.
         unsuited: Why rows of low rank are not to be had, or empty.
     """
@@ -105,6 +105,7 @@ class Workload:
     held: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     processes: int = 1
+    columns: int = 0
     row_numbers: int = 0
     unsuited: str = ""
 
@@ -126,13 +127,15 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     drawn_at_once = max(forwards, MINI_BATCH) if load.mini_batches else forwards
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
-    common = rest + factor + drawn * load.sample_bytes
+    signs = 0 if load.mini_batches and storage.holds_rows else load.samples * load.output_bytes
+    lasting = signs if kind == "matrix-free" else 0
+    common = rest + factor + drawn * load.sample_bytes + lasting
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
     if kind == "matrix-free":
         blocks = 0  # passes count its columns
     vectors = _VECTORS + (_OF_EWR if load.method == "ewr" else 0) + (_HOLES if vector < _MAPPED_BYTES else 0)
     solve = common + vectors * vector + _INDEX * load.kept + (_SQUARES * 8 + _GRAMS * load.itemsize) * n * n + blocks
-    copies = 0 if lean else _column_copies(load)
+    copies = _column_copies(load, lean=lean)
     # a natural-gradient step keeps its columns during trials, and multiplies them before
     step = min(copies, n * load.kept * load.itemsize) - (blocks if lean else 0)
     forward = min(forwards, load.samples) * _forward_bytes(load)
@@ -149,11 +152,10 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     if load.row_noise and not load.mini_batches:  # slopes are then means over rows like those of G
         again = factor + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
-    signs = 0 if load.mini_batches else load.samples * load.output_bytes
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     trial = max(forward + compared, max(backward, again) + _slopes(load, storage), passes)
     phases = {
-        "capture": common + known + signs + max(_capture(load, storage), asking + drawing),
+        "capture": common + known + signs - lasting + max(_capture(load, storage), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),
         "solve": solve + copies + passes,
         "trials": solve + taught + step + trial,
@@ -248,12 +250,14 @@ def _passes(load: Workload, storage: Storage) -> int:
     return columns + max(part, _capture(load, storage))
 
 
-def _column_copies(load: Workload) -> int:
-    """Return the bytes of columns of G that the method copies at once, where nothing holds it back."""
+def _column_copies(load: Workload, *, lean: bool) -> int:
+    """Return the bytes of columns of G that the method copies at once; lean, only those that nothing holds back."""
     n, k, p = load.rows, load.kept, load.weights
-    if load.method in ("lr", "ewr"):
-        coupled = int(_COUPLED * min(n, TUNING_ROWS) * p) * load.itemsize if load.method == "ewr" else 0
-        return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)
+    if load.columns:
+        return 4 * 8 * n * min(p, load.columns)
+    if lean or load.method in ("obd", "cbs"):
+        return 0
     if load.method == "chita":
         return int(1.5 * n * k) * load.itemsize
-    return 4 * 8 * n * min(p, WHOLE) if load.method == "woodfisher" else 0
+    coupled = int(_COUPLED * min(n, TUNING_ROWS) * p) * load.itemsize if load.method == "ewr" else 0
+    return max(2 * n * k * load.itemsize, int(_EXCHANGE * n * k), coupled)  # LR's, or a user's own method's

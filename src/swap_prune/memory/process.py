@@ -29,6 +29,8 @@ __all__ = [
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SHARE = 0.9  # of what is free, taken by default
+_GROUP_2 = ("memory.max", "memory.current", "inactive_file")  # limit, use, and what of that can be dropped
+_GROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _NO_MEMORY = re.compile(  # words of allocators whose errors have no type of their own
     r"can't allocate memory|not enough memory|cannot allocate memory|std::bad_alloc|out of memory|_ALLOC_FAILED", re.I
 )
@@ -155,10 +157,64 @@ def _is_gpu(device: torch.device | None) -> bool:
 
 
 def _free_memory(device: torch.device | None) -> int | None:
-    """Return the memory that is free, where the system says; on a GPU, with what torch keeps there for later."""
+    """Return the memory that is free, where the system says; on a GPU, with what torch keeps there for later.
+
+    Neither what a container may take, nor what the process may, is more than that.
+    """
     if _is_gpu(device):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
+    found = [_free_on_machine(), _free_in_group(), _free_to_process()]
+    return min((one for one in found if one is not None), default=None)
+
+
+def _free_to_process() -> int | None:
+    """Return the addresses that are left to the process, where they are limited (``ulimit -v``)."""
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return None
+    try:
+        with open("/proc/self/statm", encoding="ascii") as line:
+            return max(0, most - int(line.read().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _free_in_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Return what the process's control groups leave it, as those of containers; pages of files can be dropped.
+
+    Args:
+        root: Where the groups are mounted, of the second version, or of the first.
+        own: What says which of them is the process's.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text(encoding="ascii").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (root / "memory", _GROUP_1) if controllers else (root, _GROUP_2)
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                found += _left_in(folder, *names)
+    return min(found, default=None)
+
+
+def _left_in(folder: Path, limit: str, used: str, droppable: str) -> list[int]:
+    """Return what is left in a control group, where it has a limit."""
+    try:
+        most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return [max(0, most - now + int(fields.get(droppable, 0)))]
+    except (OSError, ValueError):  # none, or "max"
+        return []
+
+
+def _free_on_machine() -> int | None:
+    """Return the memory of the machine that is free."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)

@@ -140,7 +140,8 @@ class EWR:
         before = held_out_losses(problem, paired)
         gain = gains(before, held_out_losses(problem, coupled))
         evidence["held_out_gain"] = float(gain.mean())
-        evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
+        if len(gain) > 1:
+            evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
         return is_significant(gain) and float(gain.mean()) >= LEAST_GAIN * abs(mean_loss(before))
 
     def _coupling(

@@ -122,7 +122,7 @@ def prune_columns(W: Tensor, H: Tensor, keep: int, block: int, idle: Tensor | No
         end = min(start + block, W.shape[2])
         scores = (W[:, :, start:end] / pivots[:, :, start:end]).square()
         if idle is not None:
-            scores = scores.masked_fill(idle[:, None, start:end], 0)
+            scores = scores.masked_fill(idle[:, None, start:end], 0).masked_fill(W[:, :, start:end] == 0, -1)
         mask = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, top_k(scores.flatten(), share), True)
         kept[:, :, start:end] = mask.view_as(scores)
         errors = torch.zeros_like(scores)

@@ -71,6 +71,12 @@ class WoodFisher:
             weights = w - fisher.solve((w / inverse).masked_fill(kept, 0)).to(w.dtype)
         return PruningSolution(weights.masked_fill(~kept, 0), kept)
 
+    def columns_at_once(self, p: int) -> int:
+        """Return the side of the largest diagonal block of p weights, at the most: for the memory forecast."""
+        if self.block == "auto":
+            return p if p <= WHOLE else _BLOCK
+        return min(p, self.block)
+
     def _blocks(self, problem: PruningProblem) -> Iterator[Tensor]:
         every = torch.arange(problem.reference.numel(), device=problem.reference.device)
         if self.block == "auto" and len(every) <= WHOLE:

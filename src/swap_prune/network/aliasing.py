@@ -15,16 +15,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 __all__ = ["check_apart", "computed_tensors"]
 
 
-def check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters that are views of the same memory: a zero in one would be a zero in the other.
+def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are views of the same memory as another: a zero in one would be a zero in the other.
+
+    Args:
+        chosen: The parameters that will change.
+        others: Other parameters and buffers, that will not.
 
     Raises:
-        ValueError: If two overlap, or one with itself.
+        ValueError: If one overlaps with another, or with itself.
     """
     groups: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, parameter in chosen.items():
-        if parameter.layout is torch.strided and not parameter.is_meta:
-            groups.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter.detach()))
+    for name, tensor in (*chosen.items(), *others.items()):
+        if tensor.layout is torch.strided and not tensor.is_meta:
+            groups.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor.detach()))
     for name, parameter in chosen.items():
         if parameter.layout is torch.strided and _repeats(parameter.detach()):
             raise ValueError(
@@ -33,10 +37,10 @@ def check_apart(chosen: Mapping[str, nn.Parameter]) -> None:
             )
     for group in groups.values():
         for (name, one), (other_name, other) in itertools.combinations(group, 2):
-            if _overlap(one, other):
+            if name in chosen and _overlap(one, other):
                 raise ValueError(
-                    f"parameters {name!r} and {other_name!r} share memory without being one parameter: tie them by "
-                    f"assigning the parameter itself, or leave one out by ignore=[{other_name!r}]"
+                    f"{name!r} and {other_name!r} share memory without being one parameter: tie them by assigning the "
+                    f"parameter itself, make one of them a clone, or leave {name!r} out by ignore="
                 )
 
 

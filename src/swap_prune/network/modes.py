@@ -65,8 +65,12 @@ def _is_on_cudnn(module: nn.Module) -> TypeGuard[nn.RNNBase]:
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode, but with BatchNorm on each batch's own statistics; its running ones do not change."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    """Run a block in eval mode, but with BatchNorm on each batch's own statistics; its running ones do not change.
+
+    A layer that has statistics and does not track them is frozen: it stays on those.
+    """
+    every = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [layer for layer in every if layer.track_running_stats or layer.running_mean is None]
     tracking = [layer.track_running_stats for layer in layers]
     with eval_mode(model):
         for layer in layers:

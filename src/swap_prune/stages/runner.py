@@ -27,7 +27,7 @@ from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
 from swap_prune.fisher.noise import NoiseChain
 from swap_prune.fisher.outliers import clip_rows_
-from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature
+from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature, without_singles
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
@@ -168,8 +168,8 @@ class StageRunner:
         if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = self.calibration.draw_apart(self.samples, held_out, self.stages)
-            known = None if self.doubts is None else self.doubts.judges
-            fitting, spare = self.corrupt(fitting), self.corrupt(spare) if known is None else known
+            judges = None if self.doubts is None else self.doubts.judges
+            fitting, spare = self.corrupt(fitting), judges or self.corrupt(spare)
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])
@@ -219,10 +219,9 @@ class StageRunner:
         """Refuse what a method may not return; it may be the user's own."""
         kept, weights, places = solution.kept, solution.weights, self.selection.slices()
         if kept.dtype != torch.bool or not kept.shape == weights.shape == (self.selection.total,):
-            raise ValueError(
-                f"method {self.solver.name!r} returned kept {tuple(kept.shape)}, {kept.dtype}, and weights "
-                f"{tuple(weights.shape)} for {self.selection.total} weights: a boolean and a number of each are needed"
-            )
+            got = f"kept {tuple(kept.shape)}, {kept.dtype}, and weights {tuple(weights.shape)}"
+            needed = f"a boolean and a number of each of {self.selection.total} weights are needed"
+            raise ValueError(f"method {self.solver.name!r} returned {got}: {needed}")
         if int(kept.sum()) != keep:
             raise ValueError(f"method {self.solver.name!r} kept {int(kept.sum())} weights; problem.keep is {keep}")
         if not bool(weights.isfinite().all()):
@@ -379,6 +378,7 @@ class StageRunner:
             spare = split_batches(spare, self.storage.forwards)
         in_batches = defence is not None and not defence.per_sample
         parts = mini_batches(fitting) if in_batches else split_batches(fitting, self.storage.at_once)
+        parts, spare = map(without_singles if self.normalised else list, (parts, spare))
         taught, held_out = self.taught(parts), self.judges(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)

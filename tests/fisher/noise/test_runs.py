@@ -88,10 +88,10 @@ def test_held_out_samples_are_noisy_and_recalibration_is_not():
     original = {image.numpy().tobytes() for image, _ in data()}
     seen = {"recalibration": set(), "elsewhere": set()}
     model = network()
+    layer = batchnorm_layers(model)[0]
 
     def loss_fn(net, batch):
         if not torch._C._functorch.is_batchedtensor(batch[0]):
-            layer = batchnorm_layers(net)[0]
             phase = "recalibration" if layer.training and layer.track_running_stats else "elsewhere"
             seen[phase] |= {image.detach().numpy().tobytes() for image in batch[0]}
         return cross_entropy(net, batch)
