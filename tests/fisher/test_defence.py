@@ -82,6 +82,13 @@ def test_which_layers_have_gradients_of_rank_one() -> None:
     assert outer_product_layers(conv, selection, cross_entropy, batch) == ("2.weight",)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounding_is_no_other_use(dtype: torch.dtype) -> None:
+    model, selection, (x, y) = perceptron()
+    found = outer_product_layers(model.to(dtype), selection, cross_entropy, (x.to(dtype), y))
+    assert found == ("1.weight", "3.weight", "5.weight")
+
+
 class TiedAutoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -203,8 +203,8 @@ def _without_other_uses(
             one, other = (gradients[name] for gradients in both)
             if one is None or other is None or one.ndim != 2 or not torch.equal(one, other):
                 continue
-            energy, rest = _energies(one.unsqueeze(0)) if min(one.shape) > 1 else (0.0, 0.0)
-            if rest > _CLEAN * energy:
+            energy, rest = _energies(one.to(weights).unsqueeze(0)) if min(one.shape) > 1 else (0.0, 0.0)
+            if rest > (_CLEAN + torch.finfo(one.dtype).eps ** 2) * energy:  # entries are rounded
                 del exact[name]
     return tuple(exact)
 

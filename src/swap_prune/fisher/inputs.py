@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from swap_prune.fisher.layers import layer_input
+from swap_prune.fisher.layers import layer_input, unfold_inputs
 from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.network.modes import eval_mode
 from swap_prune.selection import Selection
@@ -127,21 +126,10 @@ def _as_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
     if not isinstance(layer, _ConvNd):
         yield x.reshape(1, -1, x.shape[-1])
         return
-    dimensions = len(layer.kernel_size)
-    x = x.reshape(-1, *x.shape[-dimensions - 1 :])  # a convolution takes unbatched inputs as well
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    bytes_each = math.prod(x.shape[1:]) * math.prod(layer.kernel_size) * x.element_size()
+    x = x.reshape(-1, *x.shape[-len(layer.kernel_size) - 1 :])  # a convolution takes unbatched inputs as well
+    places = math.prod(layer.kernel_size)
+    bytes_each = math.prod(x.shape[1:]) * places * x.element_size()
     for part in torch.split(x, max(1, _CHUNK_BYTES // bytes_each)):
-        padded = functional.pad(part, layer._reversed_padding_repeated_twice, mode=mode)
-        yield _unfold(layer, padded)
-
-
-def _unfold(layer: _ConvNd, x: Tensor) -> Tensor:
-    """Cut padded inputs (m, channels, ...) into what the kernel sees at each position, (groups, positions, d)."""
-    dimensions = len(layer.kernel_size)
-    for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
-        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-    x = torch.unflatten(x, 1, (layer.groups, -1))  # (m, groups, channels, positions ..., kernel ...)
-    positions = range(3, 3 + dimensions)
-    x = x.permute(1, 0, *positions, 2, *range(3 + dimensions, 3 + 2 * dimensions))
-    return x.reshape(layer.groups, -1, math.prod(x.shape[2 + dimensions :]))
+        seen = unfold_inputs(layer, part)  # (items, groups, positions, d), with the channel last
+        seen = seen.transpose(0, 1).flatten(1, 2)
+        yield torch.unflatten(seen, 2, (places, -1)).mT.flatten(2)
