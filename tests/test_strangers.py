@@ -363,6 +363,10 @@ def test_parameters_that_share_memory() -> None:
     with pytest.raises(ValueError, match=r"'2.weight' and 'view' share memory"):
         prune(model, DATA, 0.5, "magnitude", progress=False)
     prune(model, DATA, 0.5, "magnitude", ignore=["2"], progress=False)
+    model = perceptron()
+    model.register_buffer("same", model[2].weight)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"'2.weight' and 'same' share memory"):  # buffers are given back
+        prune(model, DATA, 0.5, "magnitude", progress=False)
     report = prune(Tied(transposed=False), DATA, 0.5, "lr", loss_fn=loss, progress=False)
     assert report.kept == 48 and report.layers["down.weight"].kept + report.layers["up.weight"].kept == 48
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from swap_prune.artifact import load_pruned
 from swap_prune.losses import cross_entropy
-from swap_prune.pipeline import prune
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.surgery import Snapshot, batchnorm_misfit, recalibrate_batchnorm
 from tests.cases import generator, normal
@@ -84,30 +79,6 @@ def test_what_fails_on_the_way_leaves_the_layers_as_they_were() -> None:
     with pytest.raises(ValueError, match="on the way"):
         recalibrate_batchnorm(model, batches(30, 10), loss)
     assert model[0].momentum == 0.1 and not model[0]._forward_pre_hooks
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_buffer_that_a_network_fills_is_empty_again(fails: bool, tmp_path: Path) -> None:
-    class Filling(nn.Sequential):
-        cache: Tensor | None
-
-        def __init__(self) -> None:
-            super().__init__(nn.Linear(5, 3))
-            self.register_buffer("cache", None)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            self.cache = torch.ones(2) if self.cache is None else self.cache
-            outputs: Tensor = super().forward(inputs)
-            return outputs
-
-    model, data = Filling(), TensorDataset(*batches(40)[0])
-    if fails:
-        with pytest.raises(ValueError, match="not finite"):
-            prune(model, data, 0.5, "lr", samples=30, loss_fn=lambda net, b: net(b[0]).sum(1) / 0, progress=False)
-    else:
-        prune(model, data, 0.5, "lr", samples=30, progress=False).save(tmp_path / "out")
-        load_pruned(Filling(), tmp_path / "out")
-    assert model.cache is None
 
 
 def test_a_look_at_the_misfit_changes_nothing() -> None:

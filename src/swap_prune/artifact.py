@@ -36,7 +36,6 @@ __all__ = [
     "load_weights",
     "read_weights",
     "save_artifact",
-    "tensor_digest",
     "weights_sha256",
 ]
 
@@ -90,16 +89,9 @@ def weights_sha256(model: nn.Module) -> str:
     """Return a hash of a model's tensors and their names; its state_dict must be dense."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        digest.update(f"{name} ".encode())
-        tensor_digest(value, digest)
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def tensor_digest(tensor: Tensor, digest: hashlib._Hash) -> hashlib._Hash:
-    """Add what a dense tensor is to a digest, and return it."""
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest
 
 
 def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:

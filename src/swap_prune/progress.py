@@ -29,7 +29,7 @@ class StageProgress:
             console=console,
             transient=True,
             disable=not (shown and console.is_terminal),
-            redirect_stdout=sys.stdout.isatty(),  # else what a loss prints would leave its file
+            redirect_stdout=getattr(sys.stdout, "isatty", bool)(),  # else what a loss prints would leave its file
         )
         self._task = self._bar.add_task("pruning", total=None, unit="gradients")
 

@@ -236,7 +236,7 @@ def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Work
         held=held_memory(place) + (_bytes(model) if place != own else 0),
         device=place,
         processes=max(1, process_count()),
-        columns=getattr(run.solver, "columns_at_once", lambda _p: 0)(run.selection.total),
+        columns=getattr(run.solver, "columns_at_once", lambda _p: None)(run.selection.total),
         row_numbers=row_numbers,
         unsuited=unsuited,
     )

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn, check_calibration, run_loss
-from swap_prune.network.modes import batch_statistics, eval_mode
+from swap_prune.network.modes import batch_statistics, eval_mode, is_frozen
 from swap_prune.samples.batches import is_single
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.selection import Selection
@@ -89,21 +89,17 @@ def unexpanded(tensor: Tensor) -> Tensor:
 
 
 class _Buffers:
-    """Buffers of some modules, and the values that they had: a module may fill, write to, replace or resize one."""
+    """Buffers of some modules, and the values that they had: a module may write to one, replace it, or resize it."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = list(modules)
         self.held = [
             (module, name, buffer, unexpanded(buffer).clone())
             for module in modules
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
-        self._empty = [(module, name) for module in modules for name, own in module._buffers.items() if own is None]
 
     def restore(self) -> None:
         """Give them back."""
-        for module, name in self._empty:
-            setattr(module, name, None)
         with torch.no_grad():
             for module, name, buffer, values in self.held:
                 if getattr(module, name) is not buffer:
@@ -213,7 +209,7 @@ def temporary_weights(model: nn.Module, selection: Selection, weights: Tensor) -
 def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     """Return the BatchNorm layers that keep running statistics, and are not frozen by ``track_running_stats=False``."""
     layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [layer for layer in layers if layer.running_mean is not None and layer.track_running_stats]
+    return [layer for layer in layers if layer.running_mean is not None and not is_frozen(layer)]
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> bool:

@@ -19,6 +19,7 @@ def phases(work, kind="float32", lean=False):
 def test_what_a_method_copies_counts_where_nothing_holds_it_back():
     n, p = 500, 200_000
     plain = phases(load(n, p, "obd"))
+    assert phases(replace(load(n, p, "of a user"), columns=0)) == plain, "it may say that it copies none"
     lr, ewr, own = (phases(load(n, p, name)) for name in ("lr", "ewr", "of a user"))
     assert own == lr, "it may solve the same problems"
     for lean in (False, True):  # blocks of the Fisher are copied in any case

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from swap_prune import FineTune, PruningReport, prune
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.report import StageReport
 from swap_prune.stages import checkpoint
+from swap_prune.stages.identity import _described
 from swap_prune.stages.runner import StageRunner
 from tests.stages.test_runner import own_labels, sure_network
 from tests.test_pipeline import small_data, small_network
@@ -212,16 +214,40 @@ def times(factor: float) -> Callable[[nn.Module, Any], Tensor]:
     return lambda net, batch: cross_entropy(net, batch) * factor
 
 
-class Times:
-    def __init__(self, factor: Any) -> None:
-        self.factor, self.calls, self.myself = factor, [0], self
+@dataclass(frozen=True)
+class Multiple:
+    factor: float
 
     def __call__(self, net: nn.Module, batch: Any) -> Tensor:
-        self.calls.append(len(self.calls))  # what changes in a run is not compared
         return cross_entropy(net, batch) * self.factor
 
     def method(self, net: nn.Module, batch: Any) -> Tensor:
         return self(net, batch)
+
+
+class Tallying:
+    def __init__(self) -> None:
+        self.calls, self.myself, self.library = 0, self, torch
+
+    def __call__(self, net: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        return cross_entropy(net, batch)
+
+
+def counting() -> Callable[[nn.Module, Any], Tensor]:
+    calls, mean, listed = 0, torch.zeros(()), list[int]()
+    from torch.nn import functional as library
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        mean.add_(1)
+        listed.append(calls)
+        return library.cross_entropy(net(batch[0]), batch[1], reduction="none") + (later() if calls < 0 else 0)
+
+    if calls:
+        later = loss  # an empty cell
+    return loss
 
 
 def helped(net: nn.Module, batch: Any) -> Tensor:
@@ -246,11 +272,10 @@ LOSSES: dict[str, Callable[[float], Any]] = {
         else (lambda net, batch: (lambda x: x.abs() + 2)(cross_entropy(net, batch)))
     ),
     "a closure": times,
-    "a tensor": lambda factor: times(torch.tensor([factor])),  # type: ignore[arg-type]
     "a default": lambda factor: lambda net, batch, by=factor: cross_entropy(net, batch) * by,
     "a keyword": lambda factor: lambda net, batch, *, by=factor: cross_entropy(net, batch) * by,
-    "an object": Times,
-    "a method": lambda factor: Times(factor).method,
+    "a dataclass": Multiple,
+    "a method": lambda factor: Multiple(factor).method,
     "a part": lambda factor: functools.partial(lambda net, batch, by: cross_entropy(net, batch) * by, by=factor),
     "a set": lambda factor: times({frozenset({"a", "b", factor}): factor}[frozenset({"b", "a", factor})]),
 }
@@ -269,6 +294,17 @@ def test_a_loss_is_told_apart_by_what_it_reads_around_it(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3)
     with pytest.raises(ValueError, match="loss was"):
         run("dataset", tmp_path, loss_fn=helped)
+
+
+@pytest.mark.parametrize("make", [Tallying, counting, lambda: nn.CrossEntropyLoss(reduction="none")])
+def test_what_changes_while_a_run_goes_on_does_not_make_it_another(make: Callable[[], Any], tmp_path: Path) -> None:
+    loss = make()
+    if isinstance(loss, nn.Module):
+        compiled = torch.compile(loss, backend="eager")  # it has a number of its own in each process
+        assert _described(lambda net, batch: compiled(net(batch[0]), batch[1]))
+        return
+    run("dataset", tmp_path, loss_fn=loss)
+    run("dataset", tmp_path, loss_fn=loss)
 
 
 def test_what_a_loss_is_does_not_depend_on_the_process() -> None:

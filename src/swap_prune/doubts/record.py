@@ -134,7 +134,7 @@ class Doubts:
     ) -> tuple[list[Any], list[Any]]:
         """Return both shifted back, but for samples that were already."""
         moved = self._back(network, fitting, radius)
-        return moved, held_out if self.judges is not None else self._back(network, held_out, radius)
+        return moved, held_out if held_out is self.judges else self._back(network, held_out, radius)
 
     def _back(self, network: Network, batches: list[Any], radius: float) -> list[Any]:
         """Return batches shifted back; some may have no single labels to lead to."""

@@ -128,6 +128,9 @@ def _as_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
         return
     x = x.reshape(-1, *x.shape[-len(layer.kernel_size) - 1 :])  # a convolution takes unbatched inputs as well
     places = math.prod(layer.kernel_size)
+    if len(x) == 0:  # none came to an expert
+        yield x.new_zeros(layer.groups, 0, layer.weight[0].numel())
+        return
     bytes_each = math.prod(x.shape[1:]) * places * x.element_size()
     for part in torch.split(x, max(1, _CHUNK_BYTES // bytes_each)):
         seen = unfold_inputs(layer, part)  # (items, groups, positions, d), with the channel last

@@ -75,7 +75,7 @@ class Workload:
         held: Bytes that the process holds already, the model included.
         device: Whose memory is meant.
         processes: How many share G, in storage ``sharded``.
-        columns: Columns of G that the method copies at once in float64, in any storage; 0: not in blocks.
+        columns: Columns of G that the method copies at once in float64, in any storage; None: it does not say.
         row_numbers: Numbers that a row of low rank takes.
         unsuited: Why rows of low rank are not to be had, or empty.
     """
@@ -105,7 +105,7 @@ class Workload:
     held: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     processes: int = 1
-    columns: int = 0
+    columns: int | None = None
     row_numbers: int = 0
     unsuited: str = ""
 
@@ -253,7 +253,7 @@ def _passes(load: Workload, storage: Storage) -> int:
 def _column_copies(load: Workload, *, lean: bool) -> int:
     """Return the bytes of columns of G that the method copies at once; lean, only those that nothing holds back."""
     n, k, p = load.rows, load.kept, load.weights
-    if load.columns:
+    if load.columns is not None:
         return 4 * 8 * n * min(p, load.columns)
     if lean or load.method in ("obd", "cbs"):
         return 0

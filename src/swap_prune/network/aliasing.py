@@ -27,8 +27,9 @@ def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]
     """
     groups: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in (*chosen.items(), *others.items()):
-        if tensor.layout is torch.strided and not tensor.is_meta:
-            groups.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor.detach()))
+        address = _address(tensor)
+        if address:
+            groups.setdefault(address, []).append((name, tensor.detach()))
     for name, parameter in chosen.items():
         if parameter.layout is torch.strided and _repeats(parameter.detach()):
             raise ValueError(
@@ -39,9 +40,19 @@ def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]
         for (name, one), (other_name, other) in itertools.combinations(group, 2):
             if name in chosen and _overlap(one, other):
                 raise ValueError(
-                    f"{name!r} and {other_name!r} share memory without being one parameter: tie them by assigning the "
-                    f"parameter itself, make one of them a clone, or leave {name!r} out by ignore="
+                    f"{name!r} and {other_name!r} share memory: tie parameters by assigning the parameter itself, make "
+                    f"one of them a clone, or leave {name!r} out by ignore=[{name!r}]"
                 )
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor's storage lies; 0 where it has none that can be told."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a wrapper around others
+        return 0
 
 
 def _repeats(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "check_no_inference",
     "eval_mode",
     "exact_kernels",
+    "is_frozen",
     "no_autocast",
     "slow_attention",
     "training_mode",
@@ -39,7 +40,7 @@ def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def training_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Run a block with the whole model in training mode, then give each module its own mode back."""
+    """Run a block in training mode, but for frozen BatchNorm, then give each module its own mode back."""
     return _mode(model, training=True)
 
 
@@ -48,6 +49,8 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     dropouts = [] if training else [(module, module.dropout) for module in model.modules() if _is_on_cudnn(module)]
     model.train(training)
+    for module in filter(is_frozen, model.modules()):
+        module.training = False
     for recurrent, _ in dropouts:
         recurrent.training, recurrent.dropout = True, 0.0  # cuDNN goes back through them in training mode alone
     try:
@@ -59,6 +62,11 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = before
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a BatchNorm layer has statistics and does not track them: it works on those."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and not module.track_running_stats
+
+
 def _is_on_cudnn(module: nn.Module) -> TypeGuard[nn.RNNBase]:
     return isinstance(module, nn.RNNBase) and any(parameter.is_cuda for parameter in module.parameters())
 
@@ -67,10 +75,9 @@ def _is_on_cudnn(module: nn.Module) -> TypeGuard[nn.RNNBase]:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Run a block in eval mode, but with BatchNorm on each batch's own statistics; its running ones do not change.
 
-    A layer that has statistics and does not track them is frozen: it stays on those.
+    A layer that is frozen stays on those.
     """
-    every = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    layers = [layer for layer in every if layer.track_running_stats or layer.running_mean is None]
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and not is_frozen(module)]
     tracking = [layer.track_running_stats for layer in layers]
     with eval_mode(model):
         for layer in layers:

@@ -14,13 +14,12 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from swap_prune.memory.process import pass_on_shortage
 from swap_prune.samples.batches import (
     batch_size,
     in_own_containers,
@@ -31,7 +30,7 @@ from swap_prune.samples.batches import (
     split_batches,
 )
 from swap_prune.samples.numbered import NumberedSamples, known_length, own_generators
-from swap_prune.samples.peek import digest_of, peek
+from swap_prune.samples.peek import digest_of, peek, report_failure
 from swap_prune.samples.shares import share_out_samples
 
 __all__ = ["BATCH", "CalibrationStream"]
@@ -151,6 +150,11 @@ class CalibrationStream:
         """Return a digest of one sample, or of a few numbers of each batch that was read."""
         digest = self._seen if self._samples is None else digest_of(peek(self._data), hashlib.sha256())
         return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+    @property
+    def has_come_round(self) -> bool:
+        """Whether data are read again that have no numbers: nobody knows which were seen."""
+        return self._pass_size is not None
 
     def draw(self, samples: int) -> list[Any]:
         """Return batches with ``samples`` samples together, or all the data if it holds fewer.
@@ -372,7 +376,7 @@ class CalibrationStream:
                 try:
                     batch = next(batches, _END)
                 except Exception as error:
-                    _report(error)
+                    report_failure(error)
             if batch is _END:
                 return
             yield batch
@@ -387,14 +391,3 @@ class CalibrationStream:
             torch.set_rng_state(self._reading)
             yield
             self._reading = torch.get_rng_state()
-
-
-def _report(error: Exception) -> NoReturn:
-    """Raise what data that fail are reported by: a ValueError of one line, or their own."""
-    pass_on_shortage(error)
-    lines = str(error).splitlines() or [""]
-    if lines[0].startswith("Caught ") and " DataLoader worker " in lines[0]:  # then a traceback, and what it was
-        raise ValueError(f"the calibration data failed in a worker of the DataLoader: {lines[-1]}") from error
-    if isinstance(error, ValueError | InterruptedError):
-        raise error
-    raise ValueError(f"the calibration data failed: {type(error).__name__}: {lines[0]}") from error

@@ -1,18 +1,19 @@
-"""A look at one sample of the calibration data, before any is drawn, and digests by which samples can be told."""
+"""A look at one sample of the calibration data, before any is drawn; digests of samples; and data that fail."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from swap_prune.memory.process import pass_on_shortage
 from swap_prune.samples.batches import is_sliceable, map_tensors, slice_batch
 from swap_prune.samples.numbered import NumberedSamples, generators_given_back
 
-__all__ = ["digest_of", "peek"]
+__all__ = ["digest_of", "peek", "report_failure"]
 
 _TOLD_BY = 256  # numbers of a tensor
 
@@ -58,3 +59,14 @@ def _first(data: Any) -> Any:
     except Exception:  # what is wrong with the data is said where it is drawn
         return None
     return None
+
+
+def report_failure(error: Exception) -> NoReturn:
+    """Raise what data that fail are reported by: a ValueError of one line, or their own."""
+    pass_on_shortage(error)
+    lines = str(error).splitlines() or [""]
+    if lines[0].startswith("Caught ") and " DataLoader worker " in lines[0]:  # then a traceback, and what it was
+        raise ValueError(f"the calibration data failed in a worker of the DataLoader: {lines[-1]}") from error
+    if isinstance(error, ValueError | InterruptedError):
+        raise error
+    raise ValueError(f"the calibration data failed: {type(error).__name__}: {lines[0]}") from error

@@ -5,20 +5,19 @@ Place in the pipeline: what a checkpoint compares.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
-import inspect
 import json
 import re
 from dataclasses import fields, is_dataclass
-from operator import itemgetter
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from swap_prune.artifact import tensor_digest, weights_sha256
+from swap_prune.artifact import weights_sha256
 from swap_prune.report import versions
 from swap_prune.request import Run
 from swap_prune.samples.numbered import NumberedSamples, known_length
@@ -73,7 +72,8 @@ def _described_data(data: Any) -> str:
 def _described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
     """Say what a loss is: its settings, or a digest of its code and of what that reads.
 
-    What may change while a run goes on, such as a list, counts by its type alone.
+    Settings are those of dataclasses and of ``functools.partial``. Anything else that could change while a run goes on,
+    such as a list, a tensor, or what an object remembers, counts by its type alone.
 
     Args:
         thing: The loss, or a part of it.
@@ -81,14 +81,12 @@ def _described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
     """
     if thing is None or isinstance(thing, _PLAIN):
         return repr(thing)
-    if any(thing is one for one in outer) or isinstance(thing, type):
-        return str(getattr(thing, "__qualname__", type(thing).__qualname__))
-    inner = functools.partial(_described, outer=(*outer, thing))
+    inner, kind = functools.partial(_described, outer=(*outer, thing)), type(thing).__qualname__
+    if any(thing is one for one in outer):
+        return kind
     if isinstance(thing, tuple | frozenset):
         described = map(inner, thing)
         return f"({', '.join(described if isinstance(thing, tuple) else sorted(described))})"
-    if isinstance(thing, Tensor) and thing.layout is torch.strided:
-        return f"tensor {tensor_digest(thing, hashlib.sha256()).hexdigest()[:16]}"
     if isinstance(thing, functools.partial):
         parts = [*map(inner, thing.args), *(f"{name}={inner(value)}" for name, value in thing.keywords.items())]
         return f"{inner(thing.func)}({', '.join(parts)})"
@@ -96,18 +94,28 @@ def _described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
         return f"{inner(thing.__func__)} of {inner(thing.__self__)}"
     if isinstance(thing, FunctionType):
         return f"{thing.__qualname__} {hashlib.sha256(inner(_read_by(thing)).encode()).hexdigest()[:16]}"
-    names = [field.name for field in fields(thing)] if is_dataclass(thing) else sorted(getattr(thing, "__dict__", {}))
-    settings = [f"{name}={inner(getattr(thing, name))}" for name in names]
-    return f"{getattr(thing, '__qualname__', type(thing).__qualname__)}({', '.join(settings)})"
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return f"{kind}({', '.join(f'{field.name}={inner(getattr(thing, field.name))}' for field in fields(thing))})"
+    return str(getattr(thing, "__qualname__", kind))
 
 
 def _read_by(function: FunctionType) -> tuple[Any, ...]:
-    """Return what a function does, and the values that it reads beside its arguments."""
-    names = inspect.getclosurevars(function)
-    own = {name: value for name, value in names.globals.items() if isinstance(value, (FunctionType, *_PLAIN))}
-    keywords = function.__kwdefaults__ or {}
-    values = [tuple(sorted(held.items(), key=itemgetter(0))) for held in (names.nonlocals, own, keywords)]
-    return _code(function.__code__), function.__defaults__, *values
+    """Return what a function does, and the values that it reads beside its arguments and does not overwrite."""
+    code, own = function.__code__, function.__globals__
+    written = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
+    names = sorted(set(code.co_names) - written)
+    around = tuple((n, own[n]) for n in names if n in own and isinstance(own[n], (FunctionType, *_PLAIN)))
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    held = tuple((name, *_content(cell)) for name, cell in cells if name not in written)
+    return _code(code), function.__defaults__, tuple(sorted((function.__kwdefaults__ or {}).items())), around, held
+
+
+def _content(cell: CellType) -> tuple[Any, ...]:
+    """Return what a cell of a closure holds, if anything."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # it is empty
+        return ()
 
 
 def _code(code: CodeType) -> tuple[Any, ...]:

@@ -168,7 +168,7 @@ class StageRunner:
         if self.solver.needs_gradients or self.solver.needs_inputs:
             held_out = min(self.samples, HELD_OUT) if self.solver.needs_held_out else 0
             fitting, spare = self.calibration.draw_apart(self.samples, held_out, self.stages)
-            judges = None if self.doubts is None else self.doubts.judges
+            judges = None if self.doubts is None or self.calibration.has_come_round else self.doubts.judges
             fitting, spare = self.corrupt(fitting), judges or self.corrupt(spare)
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
