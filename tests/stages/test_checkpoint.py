@@ -227,7 +227,7 @@ class Multiple:
 
 class Tallying:
     def __init__(self) -> None:
-        self.calls, self.myself, self.library = 0, self, torch
+        self.calls, self.myself, self.package = 0, self, torch
 
     def __call__(self, net: nn.Module, batch: Any) -> Tensor:
         self.calls += 1
@@ -236,14 +236,14 @@ class Tallying:
 
 def counting() -> Callable[[nn.Module, Any], Tensor]:
     calls, mean, listed = 0, torch.zeros(()), list[int]()
-    from torch.nn import functional as library
+    from torch.nn import functional as around
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
         nonlocal calls
         calls += 1
         mean.add_(1)
         listed.append(calls)
-        return library.cross_entropy(net(batch[0]), batch[1], reduction="none") + (later() if calls < 0 else 0)
+        return around.cross_entropy(net(batch[0]), batch[1], reduction="none") + (later() if calls < 0 else 0)
 
     if calls:
         later = loss  # an empty cell
