@@ -81,7 +81,7 @@ def _held_against(run: Run, stages: list[StageReport]) -> list[str]:
     def without(defence: str) -> str:
         return repr("+".join(name for name in DEFENCES if name in run.defences - {defence}) or "none")
 
-    notes, rate = [], stages[-1].evidence.get("label_noise")  # a doubt of labels ends where an attack is seen
+    notes, rate = [], stages[-1].evidence.get("label_noise")
     shifts = [stage.evidence["inputs_shifted_back"] for stage in stages if "inputs_shifted_back" in stage.evidence]
     if rate is not None:
         notes.append(
