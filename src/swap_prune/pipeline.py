@@ -32,11 +32,11 @@ from swap_prune.memory.scratch import delete_abandoned, scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
-from swap_prune.network.modes import exact_kernels, no_autocast, slow_attention, uncompiled
+from swap_prune.network.modes import isolated
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.report import PruningReport
-from swap_prune.request import Run, calibrating, check_run, workload
+from swap_prune.request import Request, calibrating, check_request
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.peek import peek
 from swap_prune.samples.spill import Spill
@@ -46,6 +46,7 @@ from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates,
 from swap_prune.stages.identity import identity
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
+from swap_prune.stages.workload import count_workload
 from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
 from swap_prune.training.finetune import FineTune
 from swap_prune.training.teaching import Teacher
@@ -143,7 +144,7 @@ def prune(
         MemoryError: If there was less memory than the plan had counted on.
     """
     started = time.perf_counter()
-    run = check_run(
+    request = check_request(
         model,
         sparsity=sparsity,
         method=method,
@@ -161,57 +162,53 @@ def prune(
         storage=storage,
         seed=seed,
     )
-    place, data = _place(model, device), calibrating(data, recalibration_data, run)
+    place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
-    held, notes = _settle_storage(model, data, run, place, memory, scratch, earlier)
-    recorded = _recorded(storage, held) if run.solver.needs_gradients else None
+    held, notes = _settle_storage(model, data, request, place, memory, scratch, earlier)
+    recorded = _recorded(storage, held) if request.solver.needs_gradients else None
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
-    runner = _runner(model, data, recalibration_data, run, place, held, spill)
-    changing = run.selection if finetune is None else None  # fine-tuning changes every parameter
-    backwards = run.solver.needs_gradients or finetune is not None
+    runner = _runner(model, data, recalibration_data, request, place, held, spill)
+    changing = request.selection if finetune is None else None  # fine-tuning changes every parameter
+    backwards = request.solver.needs_gradients or finetune is not None
     kept: Checkpoint | None = None
     with (
-        torch.inference_mode(False),  # gradients are taken, in the precision of the weights, whatever is set around
+        isolated(place),  # gradients are taken, in the precision of the weights, whatever is set around
         moved(model, None if device is None else place),
-        no_autocast(place),
         _shared(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing) as before,
-        seeded(run.seed, place),  # for a network that draws from it
-        exact_kernels(place),
-        slow_attention(),
-        uncompiled(),
-        images_laid_out(model, laid := takes_channels_last(model, run.loss, peek(data, place), backwards=backwards)),
+        seeded(request.seed, place),  # for a network that draws from it
+        images_laid_out(model, laid := takes_channels_last(model, request.loss, peek(data, place), backwards)),
         nullcontext() if spill is None else spill.around(),
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
-            compared = dict(run.settings, noise=None)  # that may hold any object
-            placed.team.agree("settings", repr((compared, dict(run.selection.shapes), run.seed)))
+            compared = dict(request.settings, noise=None)  # that may hold any object
+            placed.team.agree("settings", repr((compared, dict(request.selection.shapes), request.seed)))
             placed.team.agree("weights", model.state_dict())
             placed.team.agree("storage, found by the free memory of each (memory= gives a budget)", repr(recorded))
         if checkpoint is not None:
             check_dense(model, "which a checkpoint cannot keep (leave checkpoint out)")
-            same = identity(model, run, data, recalibration_data, recorded, place)
+            same = identity(model, request, data, recalibration_data, recorded, place)
             kept = Checkpoint(checkpoint, same, placed.team)
-        notes += repair_batchnorm(model, runner.recalibration, run.loss) if run.normalised else []
+        notes += repair_batchnorm(model, runner.recalibration, request.loss) if request.normalised else []
         runner = _taught(replace(runner, storage=placed), changing, before)
         if kept is not None:
             runner = _checkpointed(runner, kept, place)
         if stages == "auto":
-            records = search_stages(runner, run.schedules, shown)
+            records = search_stages(runner, request.schedules, shown)
         else:
-            records = runner.run_all(run.schedules[0], shown)
+            records = runner.run_all(request.schedules[0], shown)
         if finetune is None:
             before.restore_bystanders()
     budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON
-    settings = run.settings | {"device": str(place), "channels_last": laid, "memory": budget}
+    settings = request.settings | {"device": str(place), "channels_last": laid, "memory": budget}
     settings["storage"] = recorded
     if kept is not None:
         started -= kept.seconds
         if runner.calibration.is_altered or runner.recalibration.is_altered:
             notes.append("data gave other samples than before the interruption, and the result is another")
-    return account(model, run, settings, records, notes, started)
+    return account(model, request, settings, records, notes, started)
 
 
 def plan(
@@ -245,7 +242,7 @@ def plan(
     Raises:
         ValueError: If an argument, or the device, cannot be used. That nothing fits is an answer here, not an error.
     """
-    run = check_run(
+    request = check_request(
         model,
         sparsity=sparsity,
         method=method,
@@ -265,9 +262,9 @@ def plan(
     )
     place = _place(model, device)
     limit = memory_limit(memory, local_count(), place)
-    if not run.solver.needs_gradients:
-        return MemoryPlan(limit, (), None, f"{run.solver.name} takes no gradients: there is no G to hold")
-    return plan_memory(workload(model, data, run, place), limit, run.storage, scratch)
+    if not request.solver.needs_gradients:
+        return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
+    return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch)
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
@@ -278,18 +275,18 @@ def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
 def _settle_storage(
     model: nn.Module,
     data: Any,
-    run: Run,
+    request: Request,
     place: torch.device,
     memory: str | int | None,
     scratch: str | Path | None,
     earlier: Storage | None,
 ) -> tuple[Storage, list[str]]:
     """Choose how G is held, and say what a reader should know of that."""
-    if not run.solver.needs_gradients:
+    if not request.solver.needs_gradients:
         return Storage(), []
     delete_abandoned(scratch)  # it takes room that there might be
     limit = memory_limit(memory, local_count(), place)
-    chosen = plan_memory(workload(model, data, run, place), limit, run.storage, scratch, earlier)
+    chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
     held, notes = chosen.require().storage, []
     if held != chosen.forecasts[0].storage:
         notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")
@@ -310,45 +307,35 @@ def _runner(
     model: nn.Module,
     data: Any,
     recalibration_data: Any,
-    run: Run,
+    request: Request,
     place: torch.device,
     held: Storage,
     spill: Spill | None,
 ) -> StageRunner:
     """Return what runs the stages, without a teacher: that is made once BatchNorm's statistics are right."""
-    generator = torch.Generator().manual_seed(run.seed)
-    rows_of = MINI_BATCH if run.normalised and run.curvature is not None else 1
+    generator = torch.Generator().manual_seed(request.seed)
+    rows_of = MINI_BATCH if request.joined else 1
     keep = None if spill is None else spill.keep
     calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
     return StageRunner(
         model=model,
-        selection=run.selection,
-        solver=run.solver,
-        noise=run.noise,
-        noise_generator=forked_generator(run.seed, "noise"),
-        seed=run.seed,
-        loss_fn=run.loss,
-        curvature=run.curvature,
-        samples=run.samples,
-        stages=sum(map(len, run.schedules)),
+        request=request,
+        noise_generator=forked_generator(request.seed, "noise"),
         calibration=calibration,
-        recalibration=calibration.beside(recalibration_data, forked_generator(run.seed, "recalibration")),
-        normalised=run.normalised,
-        defences=run.defences,
-        finetune=run.finetune,
+        recalibration=calibration.beside(recalibration_data, forked_generator(request.seed, "recalibration")),
         storage=held,
-        floors=run.floors,
     )
 
 
 def _taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -> StageRunner:
     """Give a runner the dense network to ask, where its method or fine-tuning does and the loss can compare outputs."""
-    loss, asks = runner.loss_fn, runner.solver.needs_held_out
-    distils = runner.finetune is not None and runner.finetune.share_of_teacher(loss, known=True) > 0
+    request, loss = runner.request, runner.request.loss
+    asks, training = request.solver.needs_held_out, request.finetune
+    distils = training is not None and training.share_of_teacher(loss, known=True) > 0
     if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
         return runner
     teacher = Teacher(runner.model, changing, loss, before)
-    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, runner.defences)
+    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, request.defences)
     return replace(
         runner,
         teacher=teacher if asks else None,

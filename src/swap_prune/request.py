@@ -1,14 +1,12 @@
-"""What a run is asked for, checked before any work, and what its need of memory depends on.
+"""What a run is asked for, checked before any work. Nothing is changed here, and no data is used up.
 
-Place in the pipeline: before it. Nothing is changed here, and no data is used up.
+Place in the pipeline: before it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,33 +17,22 @@ from torch.nn.modules.loss import _Loss
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.defences import parse_defence
 from swap_prune.distributed import process_count
-from swap_prune.fisher.footprint import SavedBytes
-from swap_prune.fisher.layers import UnsupportedLayerError
-from swap_prune.fisher.low_rank_capture import numbers_of_a_row
-from swap_prune.fisher.noise import NoiseChain, NoiseModel, parse_noise
-from swap_prune.fisher.sketch import sketch_rows
-from swap_prune.losses import CrossEntropy, GaussNewtonLoss, LossFn, cross_entropy
-from swap_prune.memory.planning import Workload, check_storage, output_bytes, row_bytes, sample_bytes
-from swap_prune.memory.process import held_memory, return_free_memory
+from swap_prune.fisher.noise import NoiseChain, parse_noise
+from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
+from swap_prune.memory.planning import check_storage
 from swap_prune.methods import Method, resolve_method
 from swap_prune.network.device import check_values
-from swap_prune.network.modes import check_no_inference, uncompiled
-from swap_prune.samples.batches import map_tensors
-from swap_prune.samples.numbered import NumberedSamples, known_length
-from swap_prune.samples.peek import peek
-from swap_prune.samples.shares import HELD_OUT, JUDGED, share_out_samples
-from swap_prune.samples.spill import can_spill
+from swap_prune.network.modes import check_no_inference
 from swap_prune.schedule import keep_count, stage_schedules
 from swap_prune.selection import Selection, layer_floors, select_parameters
-from swap_prune.surgery import RECALIBRATION_SAMPLES, batchnorm_layers, bystanders_given_back
+from swap_prune.surgery import batchnorm_layers
 from swap_prune.training.finetune import FineTune
-from swap_prune.training.teaching import losses_beside_own
 
-__all__ = ["Run", "calibrating", "check_run", "workload"]
+__all__ = ["Request", "calibrating", "check_request"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Request:
     """What is asked for, checked before any work.
 
     Attributes:
@@ -80,8 +67,18 @@ class Run:
     storage: str
     settings: dict[str, Any]
 
+    @property
+    def joined(self) -> bool:
+        """Whether a mini-batch makes one row of G, with its own statistics."""
+        return self.normalised and self.curvature is not None
 
-def check_run(
+    @property
+    def stages(self) -> int:
+        """How many stages there will be, at the most."""
+        return sum(map(len, self.schedules))
+
+
+def check_request(
     model: nn.Module,
     *,
     sparsity: float,
@@ -99,7 +96,7 @@ def check_run(
     defence: str | None,
     storage: str,
     seed: int,
-) -> Run:
+) -> Request:
     """Check the arguments of :func:`swap_prune.prune` against each other and the model.
 
     Raises:
@@ -132,7 +129,7 @@ def check_run(
     check_no_inference(model)
     check_values(model)
     _check_finite(model, selection)
-    return Run(
+    return Request(
         solver=solver,
         noise=noise_model,
         schedules=schedules,
@@ -163,7 +160,7 @@ def check_run(
     )
 
 
-def calibrating(data: Any, recalibration_data: Any, run: Run) -> Any:
+def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
     """Return the calibration data, for which None may stand where nothing is read of it.
 
     Raises:
@@ -172,74 +169,15 @@ def calibrating(data: Any, recalibration_data: Any, run: Run) -> Any:
     if data is not None:
         return data
     users = {
-        f"method {run.solver.name!r}": run.solver.needs_gradients or run.solver.needs_inputs,
-        "recalibrate_batchnorm": run.normalised and recalibration_data is None,
-        "finetune": run.finetune is not None and recalibration_data is None,
-        "stages='auto'": len(run.schedules) > 1,
+        f"method {request.solver.name!r}": request.solver.needs_gradients or request.solver.needs_inputs,
+        "recalibrate_batchnorm": request.normalised and recalibration_data is None,
+        "finetune": request.finetune is not None and recalibration_data is None,
+        "stages='auto'": len(request.schedules) > 1,
     }
     reading = [user for user, reads in users.items() if reads]
     if reading:
         raise ValueError(f"data must be a Dataset or an iterable of batches, got None, and {reading[0]} reads it")
     return ()
-
-
-def workload(model: nn.Module, data: Any, run: Run, place: torch.device) -> Workload:
-    """Count what the need of a run depends on, on the device where it will take place."""
-    numbered = NumberedSamples.of(data)
-    known = None if numbered is None else known_length(numbered.dataset)
-    size = sys.maxsize if known is None else known
-    judged = min(JUDGED, size // 5) if len(run.schedules) > 1 else 0
-    held_out = min(run.samples, HELD_OUT) if run.solver.needs_held_out else 0
-    drawn, spare = share_out_samples(size - judged, run.samples, held_out)
-    in_batches = run.normalised and run.curvature is not None
-    own = next(model.parameters()).device
-    sample = peek(data, own)
-    with uncompiled(), bystanders_given_back(model):  # nothing need be compiled for one sample
-        taught = run.curvature if run.solver.needs_held_out else None
-        function = run.loss if taught is None else partial(losses_beside_own, taught)
-        kept = SavedBytes(0, 0) if sample is None else sample_bytes(model, function, sample)
-        row = 0 if sample is None or in_batches else row_bytes(model, run.selection, run.loss, sample)
-        outputs = 0 if sample is None or run.curvature is None else output_bytes(model, run.curvature, sample)
-    own_bytes: list[int] = []
-    map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
-    row_numbers, unsuited = 0, ""
-    try:
-        row_numbers = numbers_of_a_row(model, run.selection, joined=in_batches)
-    except UnsupportedLayerError as error:
-        unsuited = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
-    return_free_memory()  # of the sample's passes
-    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    altered = any(type(one).corrupt != NoiseModel.corrupt for one in run.noise.models)  # into others, in memory
-    return Workload(
-        rows=max(1, sketch_rows(drawn, in_batches=in_batches)),
-        samples=max(1, drawn),
-        weights=run.selection.total,
-        kept=keep_count(run.selection.total, run.schedules[-1][0]),
-        method=run.solver.name,
-        itemsize=run.selection.dtype(model).itemsize,
-        kept_bytes=kept.total,
-        largest_bytes=kept.largest,
-        row_bytes=row,
-        sample_bytes=sum(own_bytes),
-        can_spill=can_spill(place) and not altered,
-        output_bytes=outputs,
-        spare=spare,
-        judged=judged,
-        recalibrated=min(RECALIBRATION_SAMPLES, size) if run.normalised else 0,
-        doubted=bool(run.defences - {"gradients"}) and run.solver.needs_held_out and isinstance(run.loss, CrossEntropy),
-        trained=0 if run.finetune is None else run.finetune.batch_size,
-        training=0 if run.finetune is None else run.finetune.arrays * trainable,
-        largest_parameter=max((p.nbytes for p in model.parameters() if p.requires_grad), default=0),
-        copies=0 if run.finetune is None else (4 if len(run.schedules) > 1 else 2) * _bytes(model),
-        mini_batches=in_batches,
-        row_noise=run.noise.acts_on_rows,
-        held=held_memory(place) + (_bytes(model) if place != own else 0),
-        device=place,
-        processes=max(1, process_count()),
-        columns=getattr(run.solver, "columns_at_once", lambda _p: None)(run.selection.total),
-        row_numbers=row_numbers,
-        unsuited=unsuited,
-    )
 
 
 def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
@@ -275,18 +213,6 @@ def _plain_shares(min_keep: float | Mapping[str, float]) -> float | dict[str, fl
     if isinstance(min_keep, Mapping):
         return {pattern: float(share) for pattern, share in min_keep.items()}
     return float(min_keep)
-
-
-def _bytes(model: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers."""
-    return sum(map(_held_by, (*model.parameters(), *model.buffers())))
-
-
-def _held_by(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor; of a sparse one those of its values, and of an index for each and dimension."""
-    if tensor.layout == torch.strided:
-        return tensor.nbytes
-    return tensor._nnz() * (tensor.element_size() + 8 * tensor.ndim)
 
 
 def _check_finite(model: nn.Module, selection: Selection) -> None:

@@ -28,7 +28,8 @@ from swap_prune.memory.process import (
     reset_peak_memory,
 )
 from swap_prune.pipeline import plan
-from swap_prune.request import check_run, workload
+from swap_prune.request import check_request
+from swap_prune.stages.workload import count_workload
 from swap_prune.training.finetune import FineTune
 
 GB = 10**9
@@ -295,7 +296,7 @@ def test_slopes_under_noise_hold_the_gradients_of_all_mini_batches() -> None:
 
 
 def test_fine_tuning_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.request.held_memory", lambda place: 0)
+    monkeypatch.setattr("swap_prune.stages.workload.held_memory", lambda place: 0)
     model = nn.Sequential(nn.Linear(3000, 2000), nn.ReLU(), nn.Linear(2000, 2))
     data = TensorDataset(torch.randn(100, 3000), torch.randint(2, (100,)))
     size, sample = 4 * (3000 * 2000 + 2000 + 4000 + 2), 4 * 3000 + 8
@@ -374,8 +375,8 @@ def test_samples_held_out_are_of_those_that_there_are(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
-    run = check_run(model, sparsity=0.5, method=method, stages=stages, samples=samples, **REST)
-    load = workload(model, data, run, torch.device("cpu"))
+    run = check_request(model, sparsity=0.5, method=method, stages=stages, samples=samples, **REST)
+    load = count_workload(model, data, run, torch.device("cpu"))
     assert (load.samples, load.spare + load.judged) == (fitted, spare)
 
 
@@ -393,12 +394,12 @@ def test_outputs_are_counted_where_they_are_held() -> None:
     assert joined["capture"] <= without["capture"] + 16 * compared and single["solve"] == without["solve"]
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2000))
     data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
-    run = check_run(model, sparsity=0.5, method="lr", stages=1, samples=80, **REST)
-    assert workload(model, data, run, torch.device("cpu")).output_bytes == 2000 * 4
-    plain = check_run(
+    run = check_request(model, sparsity=0.5, method="lr", stages=1, samples=80, **REST)
+    assert count_workload(model, data, run, torch.device("cpu")).output_bytes == 2000 * 4
+    plain = check_request(
         model, sparsity=0.5, method="magnitude", stages=1, samples=80, **REST | {"loss_fn": lambda net, b: b}
     )
-    assert workload(model, data, plain, torch.device("cpu")).output_bytes == 0, "a function knows of no outputs"
+    assert count_workload(model, data, plain, torch.device("cpu")).output_bytes == 0, "a function knows of no outputs"
 
 
 def test_a_run_knows_the_bytes_of_its_samples() -> None:

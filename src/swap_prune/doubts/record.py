@@ -70,9 +70,11 @@ class Doubts:
 
     def remembered(self) -> dict[str, Tensor]:
         """Return what has been seen, for :meth:`recall`."""
-        seen = {} if self._radius is None else {"radius": torch.tensor(self._radius, dtype=torch.float64)}
+        seen = {} if self._radius is None else {"radius": torch.tensor(self._radius, dtype=torch.float64, device="cpu")}
         if self._labels is not None:
-            seen["labels"] = torch.tensor([self._labels.rate, self._labels.temperature], dtype=torch.float64)
+            seen["labels"] = torch.tensor(
+                [self._labels.rate, self._labels.temperature], dtype=torch.float64, device="cpu"
+            )
         for number, (inputs, targets) in enumerate(self.judges or ()):
             seen |= {f"judges {number} inputs": inputs, f"judges {number} targets": targets}
         return seen

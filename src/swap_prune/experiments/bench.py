@@ -70,7 +70,7 @@ class Bench:
         length = known_length(test) if isinstance(test, Dataset) else None
         if length is None:
             raise ValueError("test_images needs test data that is a Dataset with a length; leave it out")
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(0), device="cpu")
         return evaluate(network, iterate(test, order[:limit].sort().values))
 
     def dense(self) -> nn.Module:

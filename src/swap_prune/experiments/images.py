@@ -52,8 +52,8 @@ class Images(Dataset[tuple[Tensor, int]]):
                 f"mean and std must have one number for each of {pixels.shape[1]} channels, got "
                 f"{len(self.mean)}: give those of this data set"
             )
-        std = torch.tensor(self.std).view(-1, 1, 1)
-        shift = torch.tensor(self.mean).view(-1, 1, 1) / std
+        std = torch.tensor(self.std, device="cpu").view(-1, 1, 1)
+        shift = torch.tensor(self.mean, device="cpu").view(-1, 1, 1) / std
         return pixels.float().div_(255 * std).sub_(shift)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -109,13 +109,13 @@ class AugmentedImages(ImageTensors):
         pixels, labels = self.read(indices)
         pixels = pad(pixels, (4, 4, 4, 4))
         count, channels, height, width = len(pixels), pixels.shape[1], *self.images.shape[2:]
-        top, left = torch.randint(9, (2, count, 1), generator=source)
-        flip = torch.rand(count, 1, generator=source) < 0.5
-        rows = top + torch.arange(height)
-        columns = left + torch.where(flip, torch.arange(width).flip(0), torch.arange(width))
+        top, left = torch.randint(9, (2, count, 1), generator=source, device="cpu")
+        flip = torch.rand(count, 1, generator=source, device="cpu") < 0.5
+        rows = top + torch.arange(height, device="cpu")
+        columns = left + torch.where(flip, torch.arange(width, device="cpu").flip(0), torch.arange(width, device="cpu"))
         crops = pixels[
-            torch.arange(count)[:, None, None, None],
-            torch.arange(channels)[:, None, None],
+            torch.arange(count, device="cpu")[:, None, None, None],
+            torch.arange(channels, device="cpu")[:, None, None],
             rows[:, None, :, None],
             columns[:, None, None, :],
         ]
@@ -136,7 +136,7 @@ class AugmentedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one pass of (images, classes) batches."""
-        order = torch.randperm(len(self._images), generator=self._generator)
+        order = torch.randperm(len(self._images), generator=self._generator, device="cpu")
         for start in range(0, len(order), self._batch_size):
             yield self._images.batch(order[start : start + self._batch_size], self._generator)
 
@@ -171,7 +171,7 @@ class ImageFolder(Images):
         """Decode, on a few threads, the bytes (n, 3, 224, 224) of `indices` (n,); classes (n,) int64."""
         paths, labels = zip(*(self.files[index] for index in indices.tolist()), strict=True)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return torch.stack(list(pool.map(_decode, paths))), torch.tensor(labels)
+            return torch.stack(list(pool.map(_decode, paths))), torch.tensor(labels, device="cpu")
 
 
 def _decode(path: Path) -> Tensor:
@@ -212,7 +212,7 @@ def iterate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}: give a positive number")
     if isinstance(dataset, Images):
-        chosen = torch.arange(len(dataset)) if indices is None else indices
+        chosen = torch.arange(len(dataset), device="cpu") if indices is None else indices
         for start in range(0, len(chosen), batch_size):
             yield dataset.batch(chosen[start : start + batch_size])
     elif isinstance(dataset, Dataset):

@@ -110,7 +110,7 @@ class _Sum:
     """A statistic of one parameter's inputs, added up over batches by a forward hook."""
 
     reduce: _Reduce
-    value: Tensor = field(default_factory=lambda: torch.zeros(()))
+    value: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     count: int = 0
 
     def add(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:

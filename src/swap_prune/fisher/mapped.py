@@ -103,7 +103,7 @@ class MappedFactor(BlockedFactor):
     def columns(self, index: Tensor) -> Tensor:
         """Return ``G[:, index]``, (n, len(index)), dense, from the span of columns that they lie in."""
         n, _ = self.size
-        result = torch.empty(n, len(index), dtype=self.dtype)
+        result = torch.empty(n, len(index), dtype=self.dtype, device="cpu")
         if len(index) == 0:
             return result.to(self.device)
         first, last = int(index.min()), int(index.max()) + 1

@@ -149,7 +149,12 @@ def _products(outputs: Tensor, root: Tensor) -> Tensor:
 
 def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Return signs of the shape and device of the outputs, drawn on the CPU."""
-    return torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(outputs)
+    return (
+        torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.int8, device="cpu")
+        .mul_(2)
+        .sub_(1)
+        .to(outputs)
+    )
 
 
 def mini_batches(batches: Sequence[Any]) -> list[Any]:

@@ -201,7 +201,7 @@ class RowBuffer:
         """Return the buffer."""
         if len(self._buffer) < count:
             size, kind = (count, self._buffer.shape[1]), self._buffer
-            self._buffer = torch.empty(0)
+            self._buffer = torch.empty(0, device="cpu")
             self._buffer = torch.empty(size, dtype=kind.dtype, device=kind.device)
         return self._buffer
 

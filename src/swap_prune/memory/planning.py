@@ -15,32 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from torch import nn
-
 from swap_prune.checks import user_path
-from swap_prune.fisher.capture import bytes_of_a_row
-from swap_prune.fisher.footprint import SavedBytes, saved_bytes
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, Storage, StorageKind
-from swap_prune.losses import GaussNewtonLoss, LossFn
 from swap_prune.memory.forecast import Workload, memory_phases
-from swap_prune.memory.process import pass_on_shortage
-from swap_prune.network.modes import eval_mode
-from swap_prune.randomness import seeded
-from swap_prune.samples.batches import in_own_containers
 from swap_prune.samples.spill import Spilled
-from swap_prune.selection import Selection
 
 __all__ = [
     "Forecast",
     "MemoryPlan",
     "Workload",
     "check_storage",
-    "output_bytes",
     "plan_memory",
-    "row_bytes",
-    "sample_bytes",
 ]
 
 _NAMES = ("auto", *get_args(StorageKind))
@@ -153,41 +139,6 @@ def check_storage(storage: str) -> None:
     """
     if storage not in _NAMES:
         raise ValueError(f"storage must be one of {', '.join(_NAMES)}, got {storage!r}")
-
-
-def sample_bytes(model: nn.Module, loss_fn: LossFn, sample: Any) -> SavedBytes:
-    """Return what a batch of one sample keeps for its backward pass, parameters apart.
-
-    What cannot be run counts as nothing: the run itself will say what is wrong.
-    """
-    own = (*model.parameters(), *model.buffers())
-    try:
-        with eval_mode(model), seeded(0, own[0].device if own else None):
-            return saved_bytes(lambda: loss_fn(model, sample), own)
-    except Exception as error:  # whatever the caller's model or loss raises
-        pass_on_shortage(error)
-        return SavedBytes(0, 0)
-
-
-def row_bytes(model: nn.Module, selection: Selection, loss_fn: LossFn, sample: Any) -> int:
-    """Return the bytes that making the row of a sample takes, where that is more than it keeps; else 0."""
-    try:
-        with seeded(0, next(model.parameters()).device):
-            return bytes_of_a_row(model, selection, loss_fn, sample)
-    except Exception as error:  # whatever the caller's model or loss raises
-        pass_on_shortage(error)
-        return 0
-
-
-def output_bytes(model: nn.Module, loss_fn: GaussNewtonLoss, sample: Any) -> int:
-    """Return the bytes of what the network gives for a batch of one sample; 0 if it cannot be run."""
-    place = next(model.parameters()).device
-    try:
-        with eval_mode(model), seeded(0, place), torch.no_grad():
-            return loss_fn.outputs(model, in_own_containers(sample)).nbytes
-    except Exception as error:  # whatever the caller's model or loss raises
-        pass_on_shortage(error)
-        return 0
 
 
 def plan_memory(

@@ -120,7 +120,7 @@ def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: 
     Returns:
         Which are kept now, (m,), boolean, and the number of swaps.
     """
-    removed, kept = torch.arange(inside, len(own)), torch.arange(inside)
+    removed, kept = torch.arange(inside, len(own), device="cpu"), torch.arange(inside, device="cpu")
     least = -_LEAST_GAIN * float(own.sum())
     swaps = 0
     while len(removed) and len(kept) and swaps < len(own):

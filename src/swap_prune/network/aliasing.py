@@ -67,7 +67,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     ends = [start + reach for start, reach in zip(starts, reaches, strict=True)]
     if starts[0] >= ends[1] or starts[1] >= ends[0]:
         return False
-    seen = torch.zeros(max(ends) - min(starts), dtype=torch.bool)
+    seen = torch.zeros(max(ends) - min(starts), dtype=torch.bool, device="cpu")
     seen.as_strided(one.shape, one.stride(), starts[0] - min(starts)).fill_(True)
     return bool(seen.as_strided(other.shape, other.stride(), starts[1] - min(starts)).any())
 

@@ -27,7 +27,7 @@ _SHARED_DIGITS = 3e-3  # relative: what losses in both layouts may differ by
 
 
 def takes_channels_last(
-    model: nn.Module, function: Callable[[nn.Module, Any], Tensor], sample: Any, *, backwards: bool = True
+    model: nn.Module, function: Callable[[nn.Module, Any], Tensor], sample: Any, backwards: bool = True
 ) -> bool:
     """Whether a network that convolves images on the CPU works on channels last to the same effect.
 

@@ -17,6 +17,7 @@ __all__ = [
     "eval_mode",
     "exact_kernels",
     "is_frozen",
+    "isolated",
     "no_autocast",
     "slow_attention",
     "training_mode",
@@ -87,6 +88,17 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         finally:
             for layer, tracked in zip(layers, tracking, strict=True):
                 layer.track_running_stats = tracked
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Run a block as if the caller had set nothing: inference mode, autocast, TF32, a compiler, attention's fast path.
+
+    Args:
+        device: Where the block computes.
+    """
+    with torch.inference_mode(False), no_autocast(device), exact_kernels(device), slow_attention(), uncompiled():
+        yield
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def _kth_largest(scores: Tensor, keep: int) -> Tensor:
     found, above = 0, 0  # the leading digits of the answer, and how many scores lie above all that share them
     bits = 8 * scores.element_size()
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        counts = torch.zeros(2**_DIGIT, dtype=torch.int64, device="cpu")
         first = shift == bits - _DIGIT
         for chunk in scores.split(_CHUNK):  # type: ignore[no-untyped-call]
             keys = _ordered(chunk, kind)
@@ -72,7 +72,7 @@ def _kth_largest(scores: Tensor, keep: int) -> Tensor:
         above = int(reached[place - 1]) if place > 0 else above
         digit = 2**_DIGIT - 1 - place
         found = digit - 2 ** (_DIGIT - 1) if first else (found << _DIGIT) | digit
-    return _turned(torch.tensor([found], dtype=kind)).view(scores.dtype)[0]
+    return _turned(torch.tensor([found], dtype=kind, device="cpu")).view(scores.dtype)[0]
 
 
 def _ordered(scores: Tensor, kind: torch.dtype) -> Tensor:

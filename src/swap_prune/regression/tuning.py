@@ -105,7 +105,7 @@ def choose_coupling(
     lone = Coupling(0.0, epsilons[0] if epsilons else 1.0, gradient, debias)
     if n < 8:
         return lone, {"coupling": f"pairing: {n} rows are too few to hold any out"}
-    order = torch.randperm(n, generator=generator)[:TUNING_ROWS].to(support.device)
+    order = torch.randperm(n, generator=generator, device="cpu")[:TUNING_ROWS].to(support.device)
     held_out = pairing.factor.rows(order[: round(_HELD_OUT * len(order))])
     kept = order[round(_HELD_OUT * len(order)) :]
     fitting = replace(pairing, factor=pairing.factor.rows(kept), target=pairing.target[kept])

@@ -95,7 +95,7 @@ class CalibrationStream:
         numbers = {"order": self._order, "reserved": self._reserved, "barred": sorted(self._barred)}
         rest = 0 if self._rest is None else batch_size(self._rest)
         numbers |= {"taken": [self._taken], "rest": [rest], "size": [self._size_so_far()]}
-        state = {name: torch.tensor(held, dtype=torch.int64) for name, held in numbers.items()}
+        state = {name: torch.tensor(held, dtype=torch.int64, device="cpu") for name, held in numbers.items()}
         drawing = {f"own {i}": own.get_state() for i, own in enumerate(self._own_generators())}
         return (
             state
@@ -149,7 +149,7 @@ class CalibrationStream:
     def _digest(self) -> Tensor:
         """Return a digest of one sample, or of a few numbers of each batch that was read."""
         digest = self._seen if self._samples is None else digest_of(peek(self._data), hashlib.sha256())
-        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8, device="cpu")
 
     @property
     def has_come_round(self) -> bool:
@@ -284,7 +284,7 @@ class CalibrationStream:
 
     def _permuted(self) -> list[int]:
         """Return the numbers that may be drawn, in a new order."""
-        order: list[int] = torch.randperm(self._count(), generator=self._generator).tolist()
+        order: list[int] = torch.randperm(self._count(), generator=self._generator, device="cpu").tolist()
         return [i for i in order if i not in self._barred]
 
     def _left(self) -> int:

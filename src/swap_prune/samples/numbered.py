@@ -100,7 +100,7 @@ class NumberedSamples:
         """
         order, dropped = list(numbers), False
         if self.loader is None or isinstance(self.loader.sampler, RandomSampler):
-            order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
+            order = [order[i] for i in torch.randperm(len(order), generator=generator, device="cpu").tolist()]
         if self.loader is not None:
             size, dropped = min(size, self.loader.batch_size or size), self.loader.drop_last
         for start in range(0, len(order), size):

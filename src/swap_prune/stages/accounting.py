@@ -14,7 +14,7 @@ from torch import nn
 from swap_prune.artifact import count_layers, save_artifact
 from swap_prune.defences import DEFENCES
 from swap_prune.report import PruningReport, StageReport, versions
-from swap_prune.request import Run
+from swap_prune.request import Request
 from swap_prune.selection import DEFAULT_TARGETS, frozen_among, unnamed_weights
 
 __all__ = ["account"]
@@ -24,45 +24,50 @@ _LEFT_ALONE = 0.1  # of the weights, in layers of other kinds than the default t
 
 
 def account(
-    model: nn.Module, run: Run, settings: dict[str, Any], stages: list[StageReport], notes: list[str], started: float
+    model: nn.Module,
+    request: Request,
+    settings: dict[str, Any],
+    stages: list[StageReport],
+    notes: list[str],
+    started: float,
 ) -> PruningReport:
     """Return the report of a run: count what is in the model now, and say what a reader should know.
 
     Args:
         model: The pruned network.
-        run: What was asked for.
+        request: What was asked for.
         settings: Every setting that was used.
         stages: What the stages did, at least one.
         notes: What is to be said already; more is added.
         started: When the run began, by ``time.perf_counter``.
     """
-    layers = count_layers(model, run.selection.names)
+    layers = count_layers(model, request.selection.names)
     kept = sum(layer.kept for layer in layers.values())
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
-    notes += _of_samples(run, settings, stages[-1]) + _held_against(run, stages)
-    notes += _of_layers(model, run, settings, [name for name, layer in layers.items() if layer.kept == 0])
+    notes += _of_samples(request, settings, stages[-1]) + _held_against(request, stages)
+    notes += _of_layers(model, request, settings, [name for name, layer in layers.items() if layer.kept == 0])
     return PruningReport(
-        method=run.solver.name,
-        sparsity=1 - kept / run.selection.total,
+        method=request.solver.name,
+        sparsity=1 - kept / request.selection.total,
         kept=kept,
-        total=run.selection.total,
+        total=request.selection.total,
         layers=layers,
         seconds=time.perf_counter() - started,
         settings=settings,
-        seed=run.seed,
+        seed=request.seed,
         stages=stages,
         versions=versions(),
         notes=notes,
     ).bind(save_artifact, model)
 
 
-def _of_samples(run: Run, settings: dict[str, Any], last: StageReport) -> list[str]:
+def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -> list[str]:
     """Say what there is to know of the calibration samples, by the last stage."""
     notes = []
     if 0 < last.samples < settings["samples"]:
         notes.append(f"samples used in a stage: {last.samples}, fewer than the {settings['samples']} asked for")
-    elif 0 < last.samples < _FEW and run.solver.needs_held_out:
+    elif 0 < last.samples < _FEW and request.solver.needs_held_out:
         notes.append(f"{last.samples} calibration samples are few to choose by: give some hundred")
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
@@ -75,11 +80,11 @@ def _of_samples(run: Run, settings: dict[str, Any], last: StageReport) -> list[s
     return notes
 
 
-def _held_against(run: Run, stages: list[StageReport]) -> list[str]:
+def _held_against(request: Request, stages: list[StageReport]) -> list[str]:
     """Say what the defence has made of labels and inputs: a user who knows better can do without."""
 
     def without(defence: str) -> str:
-        return repr("+".join(name for name in DEFENCES if name in run.defences - {defence}) or "none")
+        return repr("+".join(name for name in DEFENCES if name in request.defences - {defence}) or "none")
 
     notes, rate = [], stages[-1].evidence.get("label_noise")
     shifts = [stage.evidence["inputs_shifted_back"] for stage in stages if "inputs_shifted_back" in stage.evidence]
@@ -96,12 +101,12 @@ def _held_against(run: Run, stages: list[StageReport]) -> list[str]:
     return notes
 
 
-def _of_layers(model: nn.Module, run: Run, settings: dict[str, Any], emptied: list[str]) -> list[str]:
+def _of_layers(model: nn.Module, request: Request, settings: dict[str, Any], emptied: list[str]) -> list[str]:
     """Say which layers were left alone, were frozen, and have lost all."""
     notes = []
     if tuple(settings["targets"]) == DEFAULT_TARGETS:
-        notes += _left_alone(run.selection.total, unnamed_weights(model, run.selection, settings["ignore"]))
-    frozen = frozen_among(model, run.selection.names)
+        notes += _left_alone(request.selection.total, unnamed_weights(model, request.selection, settings["ignore"]))
+    frozen = frozen_among(model, request.selection.names)
     if frozen:
         shown = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
         notes.append(f"parameters that require no gradient were pruned too ({shown}): ignore= leaves them alone")

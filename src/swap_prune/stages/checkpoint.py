@@ -270,7 +270,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
 def _can_be_stored(dtype: torch.dtype) -> bool:
     """Whether safetensors has a dtype."""
     try:
-        save({"one": torch.empty(0, dtype=dtype)})
+        save({"one": torch.empty(0, dtype=dtype, device="cpu")})
     except (KeyError, SafetensorError, RuntimeError):
         return False
     return True

@@ -19,7 +19,7 @@ from torch import nn
 
 from swap_prune.artifact import weights_sha256
 from swap_prune.report import versions
-from swap_prune.request import Run
+from swap_prune.request import Request
 from swap_prune.samples.numbered import NumberedSamples, known_length
 
 __all__ = ["identity"]
@@ -30,7 +30,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 def identity(
     model: nn.Module,
-    run: Run,
+    request: Request,
     data: Any,
     recalibration_data: Any,
     storage: dict[str, Any] | None,
@@ -40,23 +40,23 @@ def identity(
 
     Args:
         model: The network, not pruned yet.
-        run: What is asked for.
+        request: What is asked for.
         data: Calibration data.
         recalibration_data: Data for BatchNorm and fine-tuning, or None.
         storage: How G is held, as the report has it.
         place: Where it takes place.
     """
     own = {
-        "seed": run.seed,
+        "seed": request.seed,
         "storage": storage,
-        "loss": _described(run.loss),
+        "loss": _described(request.loss),
         "weights": weights_sha256(model),
         "data": _described_data(data),
         "recalibration_data": None if recalibration_data is None else _described_data(recalibration_data),
         "device": place.type,
         "versions": {name: version for name, version in versions().items() if name != "python"},
     }
-    text = json.dumps(run.settings | own, default=lambda odd: type(odd).__qualname__)
+    text = json.dumps(request.settings | own, default=lambda odd: type(odd).__qualname__)
     plain: dict[str, Any] = json.loads(_ADDRESS.sub("", text))  # what Python prints of an object differs each time
     return plain
 

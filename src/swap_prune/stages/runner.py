@@ -8,8 +8,8 @@ What all stages of a run share is a :class:`StageRunner`; the pipeline makes one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,31 +25,28 @@ from swap_prune.fisher.inputs import LayerInputs
 from swap_prune.fisher.low_rank_capture import capture_low_rank
 from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
-from swap_prune.fisher.noise import NoiseChain
 from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature, without_singles
 from swap_prune.fisher.source import RowSource, joined_gradients
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
     GaussNewtonLoss,
-    LossFn,
     check_calibration,
     check_divergence,
     check_losses,
     run_loss,
 )
 from swap_prune.memory.process import pass_on_shortage
-from swap_prune.methods import Method
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
+from swap_prune.request import Request
 from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
-from swap_prune.selection import Selection
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
@@ -68,21 +65,10 @@ class StageRunner:
 
     Attributes:
         model: The network.
-        selection: Where the p weights lie.
-        solver: The method.
-        noise: What disturbs samples, weights and gradients.
-        noise_generator: Its random state.
-        seed: Of the run.
-        loss_fn: Per-sample loss.
-        curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
-        samples: Calibration samples a stage.
-        stages: How many stages there will be, at the most.
+        request: What is asked for.
+        noise_generator: Random state of the noise.
         calibration: Where samples come from.
-        recalibration: Where those for BatchNorm's statistics come from.
-        normalised: Whether BatchNorm is recalibrated.
-        defences: Where noise is looked for: gradients, labels, inputs.
-        finetune: How the network is trained under the stage's mask, on the data of ``recalibration``; None: not at all.
-        floors: How many weights of a layer are kept at the least, by its name.
+        recalibration: Where those for BatchNorm's statistics and for fine-tuning come from.
         storage: How G is held. Noise acts on the rows, and a defence cleans them, where that is dense; where no rows
             are held none are looked at.
         teacher: The network before pruning, where the method asks it and the loss can compare outputs.
@@ -92,22 +78,11 @@ class StageRunner:
     """
 
     model: nn.Module
-    selection: Selection
-    solver: Method
-    noise: NoiseChain
+    request: Request
     noise_generator: torch.Generator
-    seed: int
-    loss_fn: LossFn
-    curvature: GaussNewtonLoss | None
-    samples: int
-    stages: int
     calibration: CalibrationStream
     recalibration: CalibrationStream
-    normalised: bool
-    defences: frozenset[str]
-    finetune: FineTune | None = None
-    storage: Storage = Storage()  # noqa: RUF009 (immutable)
-    floors: Mapping[str, int] = field(default_factory=dict)
+    storage: Storage
     teacher: Teacher | None = None
     trainer: Teacher | None = None
     doubts: Doubts | None = None
@@ -129,18 +104,19 @@ class StageRunner:
     def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
         """Capture, solve, apply, fine-tune, recalibrate."""
         started = time.perf_counter()
-        keep, places = keep_count(self.selection.total, sparsity), self.selection.slices()
-        floors = [(places[name], least) for name, least in self.floors.items()]
-        problem = PruningProblem(self.selection.read(self.model), keep, selection=self.selection, floors=floors)
+        selection = self.request.selection
+        keep, places = keep_count(selection.total, sparsity), selection.slices()
+        floors = [(places[name], least) for name, least in self.request.floors.items()]
+        problem = PruningProblem(selection.read(self.model), keep, selection=selection, floors=floors)
         evidence: dict[str, Any] = {}
         solution, samples, loss = self._solve(problem, sparsity, shown, number, evidence)
         self._check(solution, keep)
-        write_weights(self.model, self.selection, solution.weights, solution.kept)
-        if self.finetune is not None:
-            evidence["finetune_loss"] = self._finetune(self.finetune, solution.kept, shown, number)
-        if self.normalised:
-            batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else self.samples)
-            if not recalibrate_batchnorm(self.model, batches, self._paced(self.loss_fn)):
+        write_weights(self.model, selection, solution.weights, solution.kept)
+        if self.request.finetune is not None:
+            evidence["finetune_loss"] = self._finetune(self.request.finetune, solution.kept, shown, number)
+        if self.request.normalised:
+            batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else self.request.samples)
+            if not recalibrate_batchnorm(self.model, batches, self._paced(self.request.loss)):
                 evidence["not_recalibrated"] = "no batch of the data holds two samples"
         if self.storage.team is not None:  # training may differ in its last bits, on GPUs
             self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
@@ -165,37 +141,37 @@ class StageRunner:
         """
         fitting: list[Any] = []
         samples, loss = 0, None
-        if self.solver.needs_gradients or self.solver.needs_inputs:
-            held_out = min(self.samples, HELD_OUT) if self.solver.needs_held_out else 0
-            fitting, spare = self.calibration.draw_apart(self.samples, held_out, self.stages)
+        if self.request.solver.needs_gradients or self.request.solver.needs_inputs:
+            held_out = min(self.request.samples, HELD_OUT) if self.request.solver.needs_held_out else 0
+            fitting, spare = self.calibration.draw_apart(self.request.samples, held_out, self.request.stages)
             judges = None if self.doubts is None or self.calibration.has_come_round else self.doubts.judges
             fitting, spare = self.corrupt(fitting), judges or self.corrupt(spare)
             samples = sum(map(batch_size, fitting))
             if self.storage.team is not None:
                 self.storage.team.agree("calibration samples", [fitting, spare])
             if self.doubts is not None:
-                classes = forked_generator(self.seed, f"restoration {number}")
+                classes = forked_generator(self.request.seed, f"restoration {number}")
                 fitting, spare, radius = self.doubts.restore(self.model, fitting, spare, classes)
                 evidence |= {} if radius is None else {"inputs_shifted_back": radius}
             shown.stage(number, sparsity, samples)
-        if self.solver.needs_gradients:
-            signs, slopes, apart = (forked_generator(self.seed, f"{name} {number}") for name in _DRAWN)
+        if self.request.solver.needs_gradients:
+            signs, slopes, apart = (forked_generator(self.request.seed, f"{name} {number}") for name in _DRAWN)
             capture = self._capture(problem.reference, fitting, signs, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.double().mean())
-            evidence |= few_classes(self.model, self.loss_fn, fitting)
+            evidence |= few_classes(self.model, self.request.loss, fitting)
             factor, defence = self._defended(capture, fitting, apart, evidence)
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
-        if self.solver.needs_inputs:
-            inputs = LayerInputs(self.model, self.selection, fitting, self.loss_fn)
+        if self.request.solver.needs_inputs:
+            inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss)
             problem = replace(problem, inputs=inputs)
         try:
-            solution = self.solver.solve(problem, forked_generator(self.seed, f"solver {number}"))
+            solution = self.request.solver.solve(problem, forked_generator(self.request.seed, f"solver {number}"))
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"method {self.solver.name!r} met numbers that are too large or too small to compute with ({reason}): "
-                "check the weights, the loss and noise="
+                f"method {self.request.solver.name!r} met numbers that are too large or too small to compute with "
+                f"({reason}): check the weights, the loss and noise="
             ) from error
         self._let_go(problem.factor, evidence)
         return solution, samples, loss
@@ -205,7 +181,7 @@ class StageRunner:
         problem = replace(problem, slope=trials.slope)
         if not trials.held_out:
             return problem
-        bears_any = isinstance(self.loss_fn, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
+        bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
         return replace(problem, held_out=trials.losses, blank=trials.blank if bears_any else None)
 
     def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
@@ -217,29 +193,36 @@ class StageRunner:
 
     def _check(self, solution: PruningSolution, keep: int) -> None:
         """Refuse what a method may not return; it may be the user's own."""
-        kept, weights, places = solution.kept, solution.weights, self.selection.slices()
-        if kept.dtype != torch.bool or not kept.shape == weights.shape == (self.selection.total,):
+        kept, weights, selection = solution.kept, solution.weights, self.request.selection
+        method, places = f"method {self.request.solver.name!r}", selection.slices()
+        if kept.dtype != torch.bool or not kept.shape == weights.shape == (selection.total,):
             got = f"kept {tuple(kept.shape)}, {kept.dtype}, and weights {tuple(weights.shape)}"
-            needed = f"a boolean and a number of each of {self.selection.total} weights are needed"
-            raise ValueError(f"method {self.solver.name!r} returned {got}: {needed}")
+            raise ValueError(
+                f"{method} returned {got}: a boolean and a number of each of {selection.total} weights are needed"
+            )
         if int(kept.sum()) != keep:
-            raise ValueError(f"method {self.solver.name!r} kept {int(kept.sum())} weights; problem.keep is {keep}")
+            raise ValueError(f"{method} kept {int(kept.sum())} weights; problem.keep is {keep}")
         if not bool(weights.isfinite().all()):
-            raise ValueError(f"method {self.solver.name!r} returned weights that are not finite numbers")
-        for name, least in self.floors.items():
+            raise ValueError(f"{method} returned weights that are not finite numbers")
+        for name, least in self.request.floors.items():
             count = int(kept[places[name]].sum())
             if count < least:
                 raise ValueError(
-                    f"method {self.solver.name!r} kept {count} weights of {name!r}, and min_keep asks for {least}: it "
-                    "takes no account of min_keep; leave that out, or use another method, such as lr or magnitude"
+                    f"{method} kept {count} weights of {name!r}, and min_keep asks for {least}: it takes no account "
+                    "of min_keep; leave that out, or use another method, such as lr or magnitude"
                 )
 
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
         shown.train(settings.epochs, number)
-        masks, generator = self.selection.split(kept), forked_generator(self.seed, f"fine-tuning {number}")
+        masks, generator = (
+            self.request.selection.split(kept),
+            forked_generator(self.request.seed, f"fine-tuning {number}"),
+        )
         reach = self._paced(shown.reach)
-        report = train(self.model, self.recalibration, settings, self.loss_fn, masks, generator, reach, self.trainer)
+        report = train(
+            self.model, self.recalibration, settings, self.request.loss, masks, generator, reach, self.trainer
+        )
         return list(report.losses)
 
     def _paced(self, function: Callable[..., _T]) -> Callable[..., _T]:
@@ -257,24 +240,24 @@ class StageRunner:
             ValueError: If they cannot be: every candidate would have lost.
         """
         with eval_mode(self.model), torch.no_grad():
-            check_calibration(self.model, self.loss_fn, batches)
+            check_calibration(self.model, self.request.loss, batches)
             if self.teacher is None:  # else its outputs are checked
                 for batch in batches:
-                    check_losses(run_loss(self.model, batch, self.loss_fn), None)
+                    check_losses(run_loss(self.model, batch, self.request.loss), None)
         taught = self.taught(batches)
-        if taught and taught[0].teacher is not None and isinstance(self.loss_fn, GaussNewtonLoss):
-            check_divergence(self.loss_fn, taught[0].teacher, taught[0].batch)
+        if taught and taught[0].teacher is not None and isinstance(self.request.loss, GaussNewtonLoss):
+            check_divergence(self.request.loss, taught[0].teacher, taught[0].batch)
         return taught
 
     def corrupt(self, batches: list[Any]) -> list[Any]:
         """Return batches with the noise of the run."""
-        return self.noise.corrupt(batches, self.noise_generator, self.model, self.loss_fn)
+        return self.request.noise.corrupt(batches, self.noise_generator, self.model, self.request.loss)
 
     def _disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:
-        return self.noise.disturb(weights, generator, self.selection.slices())
+        return self.request.noise.disturb(weights, generator, self.request.selection.slices())
 
     def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
-        return self.noise.apply_(factor, generator, self.selection.slices())
+        return self.request.noise.apply_(factor, generator, self.request.selection.slices())
 
     def _capture(
         self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
@@ -284,18 +267,23 @@ class StageRunner:
         Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
         """
         disturbed = self._disturb(weights, self.noise_generator)
-        with temporary_weights(self.model, self.selection, disturbed):
+        with temporary_weights(self.model, self.request.selection, disturbed):
             if not self.storage.holds_rows:
                 return self._capture_products(disturbed, batches, signs, advance)
-            if self.curvature is None:
+            if self.request.curvature is None:
                 return capture_gradients(
-                    self.model, self.selection, batches, self.loss_fn, storage=self.storage, advance=advance
+                    self.model,
+                    self.request.selection,
+                    batches,
+                    self.request.loss,
+                    storage=self.storage,
+                    advance=advance,
                 )
             return sketch_curvature(
                 self.model,
-                self.selection,
+                self.request.selection,
                 batches,
-                self.curvature,
+                self.request.curvature,
                 signs,
                 in_batches=self._in_batches(batches),
                 storage=self.storage,
@@ -304,20 +292,20 @@ class StageRunner:
 
     def _in_batches(self, batches: list[Any]) -> bool:
         """Whether rows are those of mini-batches, with their statistics; one sample alone has none."""
-        return self.normalised and not all(map(is_single, batches))
+        return self.request.normalised and not all(map(is_single, batches))
 
     def _capture_products(
         self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
     ) -> Capture:
         """Return the same G, at the network's weights (p,), where no rows are held: their function is settled first."""
-        source = RowSource(self.loss_fn, batches)
-        if self.curvature is not None:
+        source = RowSource(self.request.loss, batches)
+        if self.request.curvature is not None:
             joined = self._in_batches(batches)
-            source = draw_sketch(self.model, batches, self.curvature, signs, in_batches=joined)
+            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=joined)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
-            return capture_matrix_free(self.model, self.selection, source, advance, few, wide, weights)
-        return capture_low_rank(self.model, self.selection, source, advance, self.storage.at_once)
+            return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)
+        return capture_low_rank(self.model, self.request.selection, source, advance, self.storage.at_once)
 
     def _defended(
         self, capture: Capture, fitting: list[Any], generator: torch.Generator, evidence: dict[str, Any]
@@ -326,10 +314,10 @@ class StageRunner:
         factor = capture.factor
         if isinstance(factor, DenseFactor):
             factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
-        if "gradients" not in self.defences or not self.storage.holds_rows:
+        if "gradients" not in self.request.defences or not self.storage.holds_rows:
             return factor, None
-        per_sample = self.curvature is None or not self._in_batches(fitting)
-        defence = LowRank.of(self.model, self.selection, self.loss_fn, fitting[0], per_sample=per_sample)
+        per_sample = self.request.curvature is None or not self._in_batches(fitting)
+        defence = LowRank.of(self.model, self.request.selection, self.request.loss, fitting[0], per_sample=per_sample)
         share = defence.noise_seen(factor) if per_sample else self._noise_apart(defence, fitting, generator)
         if share > 0:
             evidence["noise_seen"] = share
@@ -357,12 +345,12 @@ class StageRunner:
 
     def _row_apart(self, single: Any, generator: torch.Generator) -> Tensor:
         """Return the row of one sample, (1, p), as those of G are made, with the noise of the run."""
-        assert self.curvature is not None, "as of all mini-batches"
-        weights = self.selection.read(self.model)
+        assert self.request.curvature is not None, "as of all mini-batches"
+        weights = self.request.selection.read(self.model)
         row = weights.new_empty(1, len(weights))
         with eval_mode(self.model):
-            source = draw_sketch(self.model, [single], self.curvature, generator, in_batches=False)
-            list(joined_gradients(self.model, self.selection, source.batches, source.function, lambda: row[0]))
+            source = draw_sketch(self.model, [single], self.request.curvature, generator, in_batches=False)
+            list(joined_gradients(self.model, self.request.selection, source.batches, source.function, lambda: row[0]))
         return self._noisy(DenseFactor(row), generator).matrix
 
     def _trials(
@@ -378,23 +366,23 @@ class StageRunner:
             spare = split_batches(spare, self.storage.forwards)
         in_batches = defence is not None and not defence.per_sample
         parts = mini_batches(fitting) if in_batches else split_batches(fitting, self.storage.at_once)
-        parts, spare = map(without_singles if self.normalised else list, (parts, spare))
+        parts, spare = map(without_singles if self.request.normalised else list, (parts, spare))
         taught, held_out = self.taught(parts), self.judges(spare)
         if self.doubts is not None:
             taught, held_out, rate = self.doubts.weigh(taught, held_out)
             evidence |= {} if rate is None else {"label_noise": rate}
         return Trials(
             model=self.model,
-            selection=self.selection,
-            loss_fn=self.loss_fn,
+            selection=self.request.selection,
+            loss_fn=self.request.loss,
             fitting=taught,
             held_out=held_out,
-            normalised=self.normalised,
+            normalised=self.request.normalised,
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             clean=None if defence is None else defence.mean_row,
             per_sample=not in_batches,
-            clip=clip_rows_ if "gradients" in self.defences else None,
+            clip=clip_rows_ if "gradients" in self.request.defences else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )

@@ -53,7 +53,7 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
         What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
     """
     judged = _judges(runner)
-    changing = None if runner.finetune is not None else runner.selection
+    changing = None if runner.request.finetune is not None else runner.request.selection
     dense = Snapshot(runner.model, changing)
     best: _Outcome | None = None
     tried: list[dict[str, Any]] = []
@@ -76,7 +76,7 @@ def _judges(runner: StageRunner) -> list[Taught]:
     batches = runner.corrupt(runner.calibration.hold_out(JUDGED))
     if runner.doubts is None:
         return runner.judges(batches)
-    classes = forked_generator(runner.seed, "restoration of what judges")
+    classes = forked_generator(runner.request.seed, "restoration of what judges")
     batches, _, _ = runner.doubts.restore(runner.model, batches, [], classes)
     judged, _, _ = runner.doubts.weigh(runner.judges(batches), [])
     return judged
@@ -85,7 +85,7 @@ def _judges(runner: StageRunner) -> list[Taught]:
 def _loss(runner: StageRunner, judged: Sequence[Taught]) -> float:
     """Return the mean loss of the network as it is; processes that share G take that of the first."""
     with eval_mode(runner.model), torch.no_grad():
-        losses = torch.cat([taught_losses(runner.loss_fn, runner.model, one) for one in judged])
+        losses = torch.cat([taught_losses(runner.request.loss, runner.model, one) for one in judged])
     if runner.storage.team is not None:
         runner.storage.team.take_from_first_([losses])
     return mean_loss(losses)

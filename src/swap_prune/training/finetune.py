@@ -347,7 +347,7 @@ class _Course:
 def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torch.Generator) -> Iterator[None]:
     """Run a block in training mode, with PyTorch's random state seeded; give modes, gradients and states back."""
     gradients = [parameter.grad for parameter in trained]
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     with seeded(seed, trained[0].device), exact_kernels(trained[0].device), training_mode(model), torch.enable_grad():
         for parameter in trained:
             parameter.grad = None

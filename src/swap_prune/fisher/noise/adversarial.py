@@ -139,7 +139,7 @@ class PoisonedRows(RowNoise):
                 row.mul_(self.strength)
             else:
                 size = torch.linalg.vector_norm(row) / len(row) ** 0.5
-                row.copy_(self.strength * size * torch.randn(len(row), generator=generator).to(row))
+                row.copy_(self.strength * size * torch.randn(len(row), generator=generator, device="cpu").to(row))
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ def _project(shift: Tensor, norm: str, budget: float) -> Tensor:
 def _random_start(inputs: Tensor, norm: str, budget: float, generator: torch.Generator) -> Tensor:
     """Return a random point of the ball: uniform for linf, otherwise of random direction and length."""
     if norm == "linf":
-        return budget * (2 * torch.rand(inputs.shape, generator=generator) - 1).to(inputs)
-    drawn = torch.randn(inputs.shape, generator=generator)
-    length = torch.rand(len(inputs), generator=generator)
+        return budget * (2 * torch.rand(inputs.shape, generator=generator, device="cpu") - 1).to(inputs)
+    drawn = torch.randn(inputs.shape, generator=generator, device="cpu")
+    length = torch.rand(len(inputs), generator=generator, device="cpu")
     sizes = torch.linalg.vector_norm(drawn.flatten(1), ord=1 if norm == "l1" else 2, dim=1)
     return (drawn * _per_sample(budget * length / sizes, drawn)).to(inputs)

@@ -116,9 +116,9 @@ class LabelNoise(NoiseModel):
         for batch, part, valid, hit in zip(
             batches, labels, counted, choose(counted, self.fraction, generator), strict=True
         ):
-            shift = torch.ones(len(valid), dtype=torch.long)
+            shift = torch.ones(len(valid), dtype=torch.long, device="cpu")
             if self.kind == "symmetric":
-                shift = torch.randint(1, classes, (len(valid),), generator=generator)
+                shift = torch.randint(1, classes, (len(valid),), generator=generator, device="cpu")
             changed = part.clone()
             changed[part != _IGNORED] = torch.where(hit, (valid + shift.to(valid)) % classes, valid)
             noisy.append(replace_part(batch, 1, self.key, changed))
@@ -155,8 +155,8 @@ def choose(parts: Sequence[Tensor], fraction: float, generator: torch.Generator)
     """
     sizes = [len(part) for part in parts]
     total = sum(sizes)
-    hit = torch.zeros(total, dtype=torch.bool)
-    hit[torch.randperm(total, generator=generator)[: round(fraction * total)]] = True
+    hit = torch.zeros(total, dtype=torch.bool, device="cpu")
+    hit[torch.randperm(total, generator=generator, device="cpu")[: round(fraction * total)]] = True
     return [mask.to(part.device) for mask, part in zip(torch.split(hit, sizes), parts, strict=True)]
 
 
@@ -191,12 +191,12 @@ def _outputs(model: nn.Module, batch: Any) -> int:
 
 def _gaussian(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     deviation = x.flatten(1).std(1, correction=0).view(-1, *[1] * (x.ndim - 1))
-    return x + _STD[severity] * deviation * torch.randn(x.shape, generator=generator).to(x)
+    return x + _STD[severity] * deviation * torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
 
 def _impulse(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     low, high = (bound.view(-1, *[1] * (x.ndim - 1)) for bound in x.flatten(1).aminmax(dim=1))
-    draw = torch.rand(x.shape, generator=generator).to(x.device)
+    draw = torch.rand(x.shape, generator=generator, device="cpu").to(x.device)
     part = _IMPULSES[severity]
     return torch.where(draw < part / 2, low, torch.where(draw < part, high, x))
 
@@ -216,8 +216,8 @@ def _occlusion(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     for dim in range(2, x.ndim):
         length = x.shape[dim]
         side = math.ceil(_PATCH[severity] * length)
-        start = torch.randint(length - side + 1, (len(x), 1), generator=generator)
-        place = torch.arange(length)
+        start = torch.randint(length - side + 1, (len(x), 1), generator=generator, device="cpu")
+        place = torch.arange(length, device="cpu")
         inside = (place >= start) & (place < start + side)
         hidden = hidden & inside.view(len(x), *[length if d == dim else 1 for d in range(1, x.ndim)]).to(x.device)
     return x.masked_fill(hidden, 0)

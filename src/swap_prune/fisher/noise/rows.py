@@ -71,7 +71,7 @@ class GradientNoise(RowNoise):
         hit = round(self.fraction * block.shape[1])
         if hit == 0 or self.std == 0:
             return
-        index = torch.randperm(block.shape[1], generator=generator)[:hit].to(block.device)
-        unit = torch.randn(hit, generator=generator).to(block)
+        index = torch.randperm(block.shape[1], generator=generator, device="cpu")[:hit].to(block.device)
+        unit = torch.randn(hit, generator=generator, device="cpu").to(block)
         for row in block:
             row[index] += self.std * row.std(correction=0) * unit

@@ -1,0 +1,155 @@
+"""What the need of a run depends on, counted before any work on one sample, as the run itself would see it.
+
+Place in the pipeline: before it, for :mod:`swap_prune.memory.planning`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from swap_prune.distributed import process_count
+from swap_prune.fisher.capture import bytes_of_a_row
+from swap_prune.fisher.footprint import SavedBytes, saved_bytes
+from swap_prune.fisher.layers import UnsupportedLayerError
+from swap_prune.fisher.low_rank_capture import numbers_of_a_row
+from swap_prune.fisher.noise import NoiseModel
+from swap_prune.fisher.sketch import sketch_rows
+from swap_prune.losses import CrossEntropy
+from swap_prune.memory.forecast import Workload
+from swap_prune.memory.process import held_memory, pass_on_shortage, return_free_memory
+from swap_prune.network.modes import eval_mode, isolated
+from swap_prune.randomness import seeded
+from swap_prune.request import Request
+from swap_prune.samples.batches import in_own_containers, map_tensors
+from swap_prune.samples.numbered import NumberedSamples, known_length
+from swap_prune.samples.peek import peek
+from swap_prune.samples.shares import HELD_OUT, JUDGED, share_out_samples
+from swap_prune.samples.spill import can_spill
+from swap_prune.schedule import keep_count
+from swap_prune.surgery import RECALIBRATION_SAMPLES, bystanders_given_back
+from swap_prune.training.teaching import losses_beside_own
+
+__all__ = ["count_workload"]
+
+_T = TypeVar("_T")
+
+
+def count_workload(model: nn.Module, data: Any, request: Request, place: torch.device) -> Workload:
+    """Count what the need of a run depends on, on the device where it will take place."""
+    own, noise, finetune = next(model.parameters()).device, request.noise, request.finetune
+    sample = peek(data, own)
+    with isolated(own), bystanders_given_back(model):
+        need = _need_of(sample, model, request)
+    samples = _count_samples(data, request)
+    trainable = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
+    altered = any(type(one).corrupt != NoiseModel.corrupt for one in noise.models)  # into others, in memory
+    asked = request.solver.needs_held_out and isinstance(request.loss, CrossEntropy)
+    return Workload(
+        **need,
+        **samples,
+        **_count_row_numbers(model, request),
+        weights=request.selection.total,
+        kept=keep_count(request.selection.total, request.schedules[-1][0]),
+        method=request.solver.name,
+        itemsize=request.selection.dtype(model).itemsize,
+        can_spill=can_spill(place) and not altered,
+        doubted=asked and bool(request.defences - {"gradients"}),
+        trained=0 if finetune is None else finetune.batch_size,
+        training=0 if finetune is None else finetune.arrays * sum(trainable),
+        largest_parameter=max(trainable, default=0),
+        copies=0 if finetune is None else (4 if len(request.schedules) > 1 else 2) * _bytes(model),
+        mini_batches=request.joined,
+        row_noise=noise.acts_on_rows,
+        held=held_memory(place) + (_bytes(model) if place != own else 0),
+        device=place,
+        processes=max(1, process_count()),
+        columns=getattr(request.solver, "columns_at_once", lambda _p: None)(request.selection.total),
+    )
+
+
+def _count_samples(data: Any, request: Request) -> dict[str, Any]:
+    """Return how many samples a stage will draw, and for what, as far as the data tell."""
+    numbered = NumberedSamples.of(data)
+    known = None if numbered is None else known_length(numbered.dataset)
+    size = sys.maxsize if known is None else known
+    judged = min(JUDGED, size // 5) if len(request.schedules) > 1 else 0
+    held_out = min(request.samples, HELD_OUT) if request.solver.needs_held_out else 0
+    drawn, spare = share_out_samples(size - judged, request.samples, held_out)
+    return {
+        "rows": max(1, sketch_rows(drawn, in_batches=request.joined)),
+        "samples": max(1, drawn),
+        "spare": spare,
+        "judged": judged,
+        "recalibrated": min(RECALIBRATION_SAMPLES, size) if request.normalised else 0,
+    }
+
+
+def _count_row_numbers(model: nn.Module, request: Request) -> dict[str, Any]:
+    """Return how many numbers a row of low rank takes, or why there are none."""
+    try:
+        return {"row_numbers": numbers_of_a_row(model, request.selection, joined=request.joined), "unsuited": ""}
+    except UnsupportedLayerError as error:
+        reason = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
+        return {"row_numbers": 0, "unsuited": reason}
+
+
+def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
+    """Return the bytes that one sample takes; 0 of what could not be found."""
+    nothing = SavedBytes(0, 0)
+    if sample is None:
+        return dict.fromkeys(("kept_bytes", "largest_bytes", "row_bytes", "output_bytes", "sample_bytes"), 0)
+    curvature, own_bytes = request.curvature, list[int]()
+    teacher = curvature if request.solver.needs_held_out else None
+    function = request.loss if teacher is None else partial(losses_beside_own, teacher)
+    map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
+
+    def saved() -> SavedBytes:
+        with eval_mode(model):
+            return saved_bytes(lambda: function(model, sample), (*model.parameters(), *model.buffers()))
+
+    def row() -> int:
+        return bytes_of_a_row(model, request.selection, request.loss, sample)
+
+    def outputs() -> int:
+        assert curvature is not None
+        with eval_mode(model), torch.no_grad():
+            return curvature.outputs(model, in_own_containers(sample)).nbytes
+
+    kept = _measured(saved, nothing, model)
+    found = {
+        "kept_bytes": kept.total,
+        "largest_bytes": kept.largest,
+        "row_bytes": 0 if request.joined else _measured(row, 0, model),
+        "output_bytes": 0 if curvature is None else _measured(outputs, 0, model),
+        "sample_bytes": sum(own_bytes),
+    }
+    return_free_memory()  # of the sample's passes
+    return found
+
+
+def _measured(measure: Callable[[], _T], default: _T, model: nn.Module) -> _T:
+    """Return what a measurement finds, or a default where the sample cannot be run: the run itself will say why."""
+    try:
+        with seeded(0, next(model.parameters()).device):
+            return measure()
+    except Exception as error:  # whatever the caller's model or loss raises
+        pass_on_shortage(error)
+        return default
+
+
+def _bytes(model: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers."""
+    return sum(map(_held_by, (*model.parameters(), *model.buffers())))
+
+
+def _held_by(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor; of a sparse one those of its values, and of an index for each and dimension."""
+    if tensor.layout == torch.strided:
+        return tensor.nbytes
+    return tensor._nnz() * (tensor.element_size() + 8 * tensor.ndim)
