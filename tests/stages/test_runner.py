@@ -1,5 +1,6 @@
 """What one stage hands to the method and to the next stage."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -47,6 +48,7 @@ def asking():
 
 
 LOUD = "gradient:std=2,fraction=0.25"
+POISON = "poison:fraction=0.1,strength=100"
 
 
 @pytest.mark.parametrize("noise", [None, LOUD])
@@ -98,7 +100,7 @@ def own_labels(size=600):
 )
 def test_the_first_samples_held_out_judge_all_stages_where_something_was_seen(noise, seen):
     method = asking()
-    report = prune(sure_network(), own_labels(1800), 0.5, method, samples=200, stages=3, noise=noise, progress=False)
+    report = prune(sure_network(), own_labels(1800), 0.5, method, samples=300, stages=3, noise=noise, progress=False)
     assert all(seen is None or seen in stage.evidence for stage in report.stages)
     trials = [problem.slope.__self__ for problem in method.problems]
     judges = [[tensor for one in trial.held_out for tensor in one.batch] for trial in trials]
@@ -247,7 +249,52 @@ def test_gradients_that_slopes_are_averaged_over_are_clipped_for_their_size():
 
     slope = trials_on(model, selection, untaught(fitting), False, clip=clip, clean=clean).slope(w, kept)
     torch.testing.assert_close(slope, 2 * plain)
-    assert seen[1] is None
+    with torch.no_grad():
+        residual = model(torch.cat([x for x, _ in fitting])).softmax(1)
+    residual[range(20), torch.cat([y for _, y in fitting])] -= 1
+    torch.testing.assert_close(seen[1], residual.norm(dim=1))
+
+
+def test_label_gradients_of_unequal_sizes_that_were_scaled_are_clipped_for_every_method():
+    """A network that is sure has gradients that differ by orders of magnitude, and poison that hides among them."""
+    model = sure_network()
+    clean, seen, told = (
+        prune(copy.deepcopy(model), own_labels(), 0.8, method="obd", samples=200, progress=False, **options)
+        for options in ({}, {"noise": POISON}, {"noise": POISON, "defence": None})
+    )
+    assert "rows_clipped" not in clean.stages[0].evidence
+    assert seen.stages[0].evidence["rows_clipped"] == pytest.approx(0.1)
+    assert "rows_clipped" not in told.stages[0].evidence
+
+
+def test_poison_is_seen_beside_noise_on_gradients():
+    method, model = asking(), sure_network()
+    noise = ["gradient:std=4,fraction=0.25", POISON]
+    prune(model, own_labels(), 0.5, method, samples=200, noise=noise, progress=False)
+    problem = method.problems[0]
+    slopes = torch.stack([problem.slope(problem.reference, torch.ones_like(problem.reference, dtype=bool))])
+    honest = asking()
+    prune(sure_network(), own_labels(), 0.5, honest, samples=200, noise=noise[:1], progress=False)
+    other = honest.problems[0]
+    expected = other.slope(other.reference, torch.ones_like(other.reference, dtype=bool))
+    assert float(slopes[0].norm()) < 2 * float(expected.norm())
+
+
+def test_a_slope_is_averaged_over_enough_parts_to_tell_poison_by():
+    method = asking()
+    prune(sure_network(), own_labels(), 0.5, method, samples=100, noise=POISON, progress=False)
+    assert len(method.problems[0].slope.__self__.fitting) >= 16
+    prune(sure_network(), own_labels(), 0.5, method, samples=100, progress=False)
+    assert len(method.problems[1].slope.__self__.fitting) < 16
+
+
+def test_layer_wise_methods_see_the_weights_that_analog_memory_has():
+    def pruned(noise):
+        model = sure_network()
+        prune(model, own_labels(), 0.5, "wanda", samples=100, noise=noise, progress=False)
+        return torch.cat([weight.flatten() != 0 for name, weight in model.named_parameters() if "weight" in name])
+
+    assert not torch.equal(pruned("analog:stuck_off=0.3"), pruned(None))
 
 
 def test_gradients_of_batches_are_added_up_where_memory_is_short(monkeypatch):

@@ -48,6 +48,10 @@ class LabelDoubt:
     rate: float
     temperature: float = 1.0
 
+    def wrong(self, classes: int) -> float:
+        """Return the share of labels that are wrong: of those replaced at random one in ``classes`` is right again."""
+        return self.rate * (1 - 1 / classes)
+
     def trust(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the posterior probability that each label was not replaced, (n,).
 

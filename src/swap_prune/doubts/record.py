@@ -147,7 +147,7 @@ class Doubts:
     def weigh(
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]
     ) -> tuple[list[Taught], list[Taught], float | None]:
-        """Return batches whose labels have the trust that they deserve, and the share of labels that say nothing."""
+        """Return batches whose labels have the trust that they deserve, and the share of labels that are wrong."""
         if self._doubts_labels:
             outputs = [one.teacher for one in fitting if one.teacher is not None]
             seen = doubt_labels(self._loss_fn, outputs, [one.batch for one in fitting])
@@ -162,4 +162,5 @@ class Doubts:
         def weighed(one: Taught) -> Taught:
             return one if one.teacher is None else one._replace(trust=doubt.trust(one.teacher, one.batch[1]))
 
-        return list(map(weighed, fitting)), list(map(weighed, held_out)), doubt.rate
+        classes = max((one.teacher.shape[1] for one in (*fitting, *held_out) if one.teacher is not None), default=1)
+        return list(map(weighed, fitting)), list(map(weighed, held_out)), doubt.wrong(classes)

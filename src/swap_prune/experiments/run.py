@@ -21,7 +21,7 @@ from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import Results, RunResult, open_results, shortest
-from swap_prune.memory.process import peak_memory, reset_peak_memory
+from swap_prune.memory.process import peak_memory, reset_peak_memory, return_free_memory
 from swap_prune.pipeline import prune
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport, versions
@@ -37,7 +37,7 @@ class Outcome:
     Attributes:
         total: Runs of the grid.
         done: Runs that were done now, without failure.
-        failed: Runs that failed now.
+        failed: Runs that failed, now or, where others were still to be done, before.
         skipped: Runs that were there already.
     """
 
@@ -53,7 +53,7 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
     Args:
         bench: What :func:`swap_prune.experiments.bench.prepare` returned.
         out: Directory of the results.
-        resume: Whether it may hold results already. Failed runs are tried again.
+        resume: Whether it may hold results already. Once every run was tried, failed ones are tried again.
         say: Called with progress messages.
 
     Raises:
@@ -68,8 +68,11 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
     config = bench.experiment.model_dump(mode="json", exclude={"weights"})
     with open_results(out, config | {"weights_sha256": sha256, "device": str(bench.device)}, resume=resume) as results:
         _check_planned(results, runs)
+        tried = {record.id for record in results.records}
         finished = {record.id for record in results.records if record.error is None}
-        missing = [run for run in runs if run.id not in finished]
+        broken = [run for run in runs if run.id in tried - finished]
+        missing = [run for run in runs if run.id not in tried] or broken  # as an uninterrupted experiment would
+        waiting = len(broken) if missing is not broken else 0
         say(f"dense network: {dense.accuracy:.2f} %; {len(missing)} of {len(runs)} runs to do")
         failed, started = 0, time.perf_counter()
         for number, run in enumerate(missing, start=1):
@@ -78,7 +81,7 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
             failed += record.error is not None
             left = (time.perf_counter() - started) / number * (len(missing) - number)
             say(f"[{number}/{len(missing)}] {_describe(record)}; {_duration(left)} left")
-    return Outcome(len(runs), len(missing) - failed, failed, len(runs) - len(missing))
+    return Outcome(len(runs), len(missing) - failed, failed + waiting, len(runs) - len(missing) - waiting)
 
 
 def _check_planned(results: Results, runs: Sequence[Run]) -> None:
@@ -116,6 +119,7 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
     """Prune a copy of the dense network, and measure it."""
     start = bench.network if bench.experiment.recalibrate_batchnorm else dense_network  # else `prune` repairs it
     network = copy.deepcopy(start)
+    return_free_memory()  # of earlier runs
     reset_peak_memory(bench.device)
     report = _prune(bench.experiment, network, bench.data(), run)
     peak = peak_memory(bench.device)

@@ -51,7 +51,8 @@ def hooked_layers(model: nn.Module, selection: Selection) -> dict[nn.Module, str
                 continue
             if own != "weight" or not is_supported(module):
                 raise UnsupportedLayerError(
-                    f"{name!r} is {own!r} of a {type(module).__name__}, not the weight of a Linear or Conv layer"
+                    f"{name!r} is {own!r} of a {type(module).__name__}, not the weight of a Linear or Conv layer that "
+                    "computes as torch's own"
                 )
             layers[module] = name
     return layers

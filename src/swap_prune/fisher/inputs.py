@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from swap_prune.fisher.layers import layer_input, unfold_inputs
+from swap_prune.fisher.hooks import hooked_layers
+from swap_prune.fisher.layers import UnsupportedLayerError, layer_input, unfold_inputs
 from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.network.modes import eval_mode
 from swap_prune.selection import Selection
+from swap_prune.surgery import temporary_weights
 
 __all__ = ["LayerInputs"]
 
@@ -45,12 +47,14 @@ class LayerInputs:
         selection: The parameters that statistics are wanted for.
         batches: Calibration batches on the model's device.
         loss_fn: Used to run the network on a batch.
+        weights: Selected weights (p,) that the network runs with, where noise makes others of its own.
     """
 
     model: nn.Module
     selection: Selection
     batches: Sequence[Any]
     loss_fn: LossFn
+    weights: Tensor | None = None
 
     def mean_squares(self) -> dict[str, Tensor]:
         """Return ``mean(x_j^2)`` over samples and positions, (groups, d), by parameter name.
@@ -68,11 +72,16 @@ class LayerInputs:
         """
         return self._gather(lambda x: x.mT @ x)
 
+    def _disturbed(self) -> AbstractContextManager[None]:
+        """Run a block with the weights that inputs are asked of."""
+        return nullcontext() if self.weights is None else temporary_weights(self.model, self.selection, self.weights)
+
     def _gather(self, reduce: _Reduce) -> dict[str, Tensor]:
         sums = {name: _Sum(reduce) for name in self.selection.names}
         with eval_mode(self.model), torch.no_grad(), ExitStack() as hooks:
             check_calibration(self.model, self.loss_fn, self.batches)
-            for name, layer in self._layers():
+            hooks.enter_context(self._disturbed())
+            for layer, name in self._layers().items():
                 hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
             for batch in self.batches:
                 run_loss(self.model, batch, self.loss_fn)
@@ -88,21 +97,15 @@ class LayerInputs:
                 )
         return {name: total.value / total.count for name, total in sums.items()}
 
-    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield each layer with its parameter's name; a shared parameter has several."""
-        names = {id(p): name for name, p in self.model.named_parameters() if name in self.selection.shapes}
-        for module in self.model.modules():
-            for own, parameter in module.named_parameters(recurse=False):
-                name = names.get(id(parameter))
-                if name is None:
-                    continue
-                plain = isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
-                if own != "weight" or not plain:
-                    raise ValueError(
-                        f"layer-wise methods prune the weights of Linear and Conv layers; {name!r} is {own!r} of a "
-                        f"{type(module).__name__}: leave it out with ignore=, or use a method that works on gradients"
-                    )
-                yield name, module
+    def _layers(self) -> dict[nn.Module, str]:
+        """Return each layer with its parameter's name; a shared parameter has several."""
+        try:
+            return hooked_layers(self.model, self.selection)
+        except UnsupportedLayerError as error:
+            raise ValueError(
+                f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave it out with ignore=, "
+                "or use a method that works on gradients"
+            ) from error
 
 
 @dataclass

@@ -40,6 +40,7 @@ class MaskCallback:
         Raises:
             ValueError: As :func:`swap_prune.keep_masks`.
         """
+        self.end()  # of a training that was broken off
         self._keeper = keep_masks(model, optimizers, self._masks, targets=self._targets, ignore=self._ignore)
 
     def end(self) -> None:

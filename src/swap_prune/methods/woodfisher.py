@@ -75,7 +75,7 @@ class WoodFisher:
         """Return the side of the largest diagonal block of p weights, at the most: for the memory forecast."""
         if self.block == "auto":
             return p if p <= WHOLE else _BLOCK
-        return min(p, self.block)
+        return min(p, int(self.block))
 
     def _blocks(self, problem: PruningProblem) -> Iterator[Tensor]:
         every = torch.arange(problem.reference.numel(), device=problem.reference.device)
@@ -83,7 +83,7 @@ class WoodFisher:
             yield every
             return
         for layer in problem.layers():
-            yield from torch.split(every[layer.place], _BLOCK if self.block == "auto" else self.block)
+            yield from torch.split(every[layer.place], self.columns_at_once(len(every)))
 
 
 def joint_update(problem: PruningProblem, kept: Tensor, damping: float, index: Tensor | None = None) -> Tensor:

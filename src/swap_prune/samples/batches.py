@@ -23,6 +23,7 @@ __all__ = [
     "is_sliceable",
     "join_batches",
     "map_tensors",
+    "replace_part",
     "select_samples",
     "slice_batch",
     "split_batches",
@@ -56,6 +57,23 @@ def _map_parts(function: Callable[..., Any], batch: Any, *others: Any) -> Any:
         }
         return _record_like(batch, fields)
     return batch
+
+
+def replace_part(batch: Any, position: int, key: str, value: Tensor) -> Any:
+    """Return a batch like the one given, with one part of it replaced.
+
+    Args:
+        batch: A tensor, which is replaced by the value, a sequence, or a mapping.
+        position: Which part, in a sequence.
+        key: Which part, in a mapping.
+        value: The new part.
+    """
+    if isinstance(batch, Tensor):
+        return value
+    if isinstance(batch, Mapping):
+        return _like(batch, {**batch, key: value})
+    parts = [value if i == position else part for i, part in enumerate(batch)]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def _is_record(batch: Any) -> bool:

@@ -51,11 +51,12 @@ from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
 from swap_prune.training.finetune import FineTune, train
-from swap_prune.training.teaching import Taught, Teacher
+from swap_prune.training.teaching import Taught, Teacher, output_slopes
 
 __all__ = ["StageRunner"]
 
 _T = TypeVar("_T")
+_LEAST_PARTS = 16  # of a slope, to tell a poisoned one from the others by
 _DRAWN = ("signs", "slopes", "apart")  # in a stage, each from a random state of its own
 
 
@@ -163,7 +164,8 @@ class StageRunner:
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
         if self.request.solver.needs_inputs:
-            inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss)
+            weights = self._disturb(problem.reference, self.noise_generator)
+            inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
         try:
             solution = self.request.solver.solve(problem, forked_generator(self.request.seed, f"solver {number}"))
@@ -209,7 +211,7 @@ class StageRunner:
             if count < least:
                 raise ValueError(
                     f"{method} kept {count} weights of {name!r}, and min_keep asks for {least}: it takes no account "
-                    "of min_keep; leave that out, or use another method, such as lr or magnitude"
+                    "of min_keep as it is set; leave min_keep out, or use a method that compares layers, such as lr"
                 )
 
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
@@ -271,7 +273,7 @@ class StageRunner:
             if not self.storage.holds_rows:
                 return self._capture_products(disturbed, batches, signs, advance)
             if self.request.curvature is None:
-                return capture_gradients(
+                capture = capture_gradients(
                     self.model,
                     self.request.selection,
                     batches,
@@ -279,6 +281,12 @@ class StageRunner:
                     storage=self.storage,
                     advance=advance,
                 )
+                if "gradients" not in self.request.defences or not isinstance(capture.factor, DenseFactor):
+                    return capture
+                with eval_mode(self.model):
+                    return replace(
+                        capture, sizes=output_slopes(self.request.loss, self.model, list(map(Taught, batches)))
+                    )
             return sketch_curvature(
                 self.model,
                 self.request.selection,
@@ -365,7 +373,10 @@ class StageRunner:
         if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
         in_batches = defence is not None and not defence.per_sample
-        parts = mini_batches(fitting) if in_batches else split_batches(fitting, self.storage.at_once)
+        at_once = self.storage.at_once
+        if "rows_clipped" in evidence:  # slopes are clipped by the batches that they are averaged over
+            at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
+        parts = mini_batches(fitting) if in_batches else split_batches(fitting, at_once)
         parts, spare = map(without_singles if self.request.normalised else list, (parts, spare))
         taught, held_out = self.taught(parts), self.judges(spare)
         if self.doubts is not None:

@@ -29,7 +29,7 @@ from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
 from swap_prune.selection import Selection
 from swap_prune.surgery import temporary_weights, write_weights
-from swap_prune.training.teaching import Taught, taught_losses
+from swap_prune.training.teaching import Taught, output_slopes, taught_losses
 
 __all__ = ["Trials"]
 
@@ -103,10 +103,12 @@ class Trials:
         with temporary_weights(self.model, self.selection, weights):
             storage = Storage(at_once=max(_sizes(self.fitting)))
             rows = capture_gradients(self.model, self.selection, self.fitting, self._objective, storage=storage).factor
+            with eval_mode(self.model):
+                sizes = None if self.clip is None else output_slopes(self.loss_fn, self.model, self.fitting)
         assert isinstance(rows, DenseFactor), "capture's default"
         rows = self.noisy(rows)
         if self.clip is not None:
-            self.clip(rows, None)
+            self.clip(rows, sizes)
         return self.clean(rows)
 
     def _mean_of_batches(self, weights: Tensor) -> Tensor:

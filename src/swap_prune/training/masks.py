@@ -198,7 +198,7 @@ class MaskKeeper:
         self._clear_weights()
         for parameter, pruned in self._on_device():
             for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.ndim and value.shape == pruned.shape:
+                if isinstance(value, Tensor) and value.layout == torch.strided and value.shape == pruned.shape != ():
                     value.masked_fill_(pruned.to(value.device), 0)
 
     def _clear_weights(self) -> None:

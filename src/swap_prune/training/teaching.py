@@ -11,6 +11,7 @@ loss on labels. Trials of candidates and fine-tuning learn from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ from swap_prune.samples.batches import in_own_containers
 from swap_prune.selection import Selection
 from swap_prune.surgery import Snapshot, batchnorm_layers
 
-__all__ = ["Taught", "Teacher", "losses_beside_own", "taught_losses"]
+__all__ = ["Taught", "Teacher", "losses_beside_own", "output_slopes", "taught_losses"]
 
+_LEAST_SLOPE = 1e-6  # of the root mean square: rounding decides about less
 _TEACHER_SHARE = 0.75  # of the divergence from the dense network, in trials: slopes and held-out losses
 
 
@@ -127,11 +129,49 @@ def taught_losses(
         share: Of the divergence, which has that of what is not trusted too.
         temperature: T, that outputs are divided by before they are compared.
     """
-    batch, teacher, trust = in_own_containers(taught.batch), taught.teacher, taught.trust
-    if teacher is None:
+    batch = in_own_containers(taught.batch)
+    if taught.teacher is None:
         return loss_fn(model, batch)
     assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
-    outputs = loss_fn.outputs(model, batch)
-    divergence = loss_fn.divergence(outputs / temperature, batch, teacher / temperature) * temperature**2
-    losses = loss_fn.losses(outputs, batch).to(divergence)
-    return torch.lerp(losses, divergence, share if trust is None else 1 - (1 - share) * trust)
+    return _losses_of(loss_fn.outputs(model, batch), loss_fn, taught._replace(batch=batch), share, temperature)
+
+
+def _losses_of(outputs: Tensor, loss: GaussNewtonLoss, taught: Taught, share: float, temperature: float) -> Tensor:
+    """Return the same from the network's outputs."""
+    batch, teacher, trust = taught
+    losses = loss.losses(outputs, batch)
+    if teacher is None:
+        return losses
+    divergence = loss.divergence(outputs / temperature, batch, teacher / temperature) * temperature**2
+    return torch.lerp(losses.to(divergence), divergence, share if trust is None else 1 - (1 - share) * trust)
+
+
+def output_slopes(loss_fn: LossFn, model: nn.Module, batches: Sequence[Taught]) -> Tensor | None:
+    """Return the norms of the gradients of the same losses at the network's outputs, (n,), over all batches.
+
+    The gradients at the weights are these times the network's own derivative, so that honest ones are about
+    proportional to them, however unequal they are.
+
+    Args:
+        loss_fn: Per-sample loss.
+        model: The network, in the mode that the caller wants.
+        batches: At least one.
+
+    Returns:
+        The norms, positive; None where the loss does not tell what the outputs are, or all are zero.
+    """
+    if not isinstance(loss_fn, GaussNewtonLoss):
+        return None
+    norms = []
+    for taught in batches:
+        own = taught._replace(batch=in_own_containers(taught.batch))
+        with torch.no_grad():
+            outputs = loss_fn.outputs(model, own.batch)
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            losses = _losses_of(outputs, loss_fn, own, _TEACHER_SHARE, 1.0)
+            (gradient,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True, materialize_grads=True)
+        norms.append(torch.linalg.vector_norm(gradient.flatten(1), dim=1))
+    sizes = torch.cat(norms)
+    typical = float(sizes.double().square().mean().sqrt())
+    return sizes.clamp_min(_LEAST_SLOPE * typical) if 0 < typical < math.inf else None

@@ -1,7 +1,7 @@
 """Corrupted inputs and wrong labels: how many, how strongly, in which batches."""
 
 import math
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
@@ -114,12 +114,52 @@ def test_inputs_in_mappings_and_alone():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("kind", ["symmetric", "pair"])
-def test_exactly_a_fraction_of_the_labels_over_all_batches(kind, fraction):
-    labels = torch.randint(5, (60,), generator=generator())
-    batches = [(images(n, 4), part) for n, part in zip((7, 53), labels.split((7, 53)), strict=True)]
+def test_a_fraction_of_the_labels_over_all_batches(kind, fraction):
+    labels = torch.randint(5, (6_000,), generator=generator())
+    batches = [(images(n, 2), part) for n, part in zip((7, 5_993), labels.split((7, 5_993)), strict=True)]
     noisy = torch.cat([batch[1] for batch in corrupt(LabelNoise(kind, fraction, 5), batches)])
-    assert int((noisy != labels).sum()) == round(60 * fraction)
+    error = math.sqrt(6_000 * fraction * (1 - fraction))
+    assert abs(int((noisy != labels).sum()) - 6_000 * fraction) <= 5 * error
     assert noisy.dtype == labels.dtype and int(noisy.min()) >= 0 and int(noisy.max()) < 5
+
+
+def test_a_sample_that_comes_again_has_the_same_label_again():
+    """In another batch, at another place, later in the run; but not in a run of another seed."""
+    x, labels, source = images(200, 4), torch.arange(200) % 7, generator(1)
+    noise = LabelNoise("symmetric", 0.5, 7)
+    ((_, first),) = noise.corrupt([(x, labels)], source, None, None)
+    torch.rand(5, generator=source)
+    again = noise.corrupt([(x.flip(0)[:50], labels.flip(0)[:50]), (x[:150], labels[:150])], source, None, None)
+    assert torch.equal(again[0][1], first.flip(0)[:50]) and torch.equal(again[1][1], first[:150])
+    assert not torch.equal(corrupt(noise, [(x, labels)], 2)[0][1], first)
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 200), (torch.int8, 100), (torch.int16, 5)])
+def test_labels_of_few_bits_go_to_every_other_class_alike(dtype, classes):
+    labels = (torch.arange(20_000) % classes).to(dtype)
+    ((_, noisy),) = corrupt(LabelNoise("symmetric", 1.0, classes), [(images(20_000, 2), labels)])
+    assert noisy.dtype == dtype and not bool((noisy == labels).any())
+    shifts = (noisy.long() - labels.long()) % classes
+    counts, expected = shifts.bincount(minlength=classes)[1:], 20_000 / (classes - 1)
+    assert float((counts - expected).abs().max()) < 5 * math.sqrt(expected)
+    with pytest.raises(ValueError, match=r"300 classes into labels of torch\.uint8: use int64"):
+        corrupt(LabelNoise("symmetric", 1.0, 300), [(images(2, 2), torch.zeros(2, dtype=torch.uint8))])
+
+
+def test_single_labels_may_be_missing():
+    labels = torch.tensor([0, -100, 2, -100])
+    ((_, noisy),) = corrupt(LabelNoise("pair", 1.0, 3), [(images(4, 2), labels)])
+    assert noisy.tolist() == [1, -100, 0, -100]
+
+
+def test_a_mapping_stays_one_of_its_kind():
+    class Named(UserDict):
+        def __getattr__(self, name):
+            return self.data[name]
+
+    batch = Named(x=images(4, 2), y=torch.tensor([0, 1, 2, 0]))
+    (noisy,) = corrupt(LabelNoise("pair", 1.0, 3, "y"), [batch])
+    assert isinstance(noisy, Named) and noisy.y.tolist() == [1, 2, 0, 1] and noisy.x is batch.x
 
 
 def test_a_pair_flip_goes_to_the_next_class():
@@ -130,7 +170,7 @@ def test_a_pair_flip_goes_to_the_next_class():
 
 def test_a_symmetric_flip_goes_to_every_other_class_alike():
     labels = torch.arange(4).repeat_interleave(3_000)
-    ((_, noisy),) = corrupt(LabelNoise("symmetric", 1.0, 4), [(torch.zeros(12_000, 1), labels)])
+    ((_, noisy),) = corrupt(LabelNoise("symmetric", 1.0, 4), [(images(12_000, 2), labels)])
     table = torch.bincount(4 * labels + noisy, minlength=16).view(4, 4)
     expected = 1_000 * (1 - torch.eye(4))
     assert float((table - expected).abs().max()) < 5 * math.sqrt(1_000) and not table.diagonal().any()
@@ -148,11 +188,12 @@ def test_classes_are_those_of_the_network_unless_given():
 
 
 def test_positions_without_a_label_stay_without():
-    labels = torch.randint(3, (20, 6), generator=generator())
+    labels = torch.randint(3, (400, 6), generator=generator())
     labels[:, 4:] = -100
-    (noisy,) = corrupt(LabelNoise("symmetric", 0.5, 3, "y"), [{"y": labels}])
+    (noisy,) = corrupt(LabelNoise("symmetric", 0.5, 3, "y"), [{"x": images(400, 2), "y": labels}])
     assert bool((noisy["y"][:, 4:] == -100).all())
-    assert int((noisy["y"] != labels).sum()) == 40
+    wrong = (noisy["y"] != labels)[:, :4]
+    assert abs(int(wrong.sum()) - 800) < 5 * 20 and {0, 4} < set(wrong.sum(1).tolist()), "each position by itself"
 
 
 BAD = {

@@ -147,3 +147,11 @@ def test_no_noise(model):
 
 def test_a_constant_row_has_no_deviation_to_measure_by():
     assert not noise_of(GradientNoise(4.0, 1.0), torch.full((2, 30), 0.5)).any()
+
+
+def test_few_rows_are_poisoned_as_often_as_many():
+    """Gradients of a few batches: a tenth of four is none by rounding, and four in ten draws by right."""
+    rows, source = normal(4, 30, seed=6), generator(2)
+    noise = PoisonedRows("scale", 0.1, 100.0)
+    hits = [int((noise.apply(DenseFactor(rows), source).matrix != rows).any(1).sum()) for _ in range(2_000)]
+    assert set(hits) == {0, 1} and sum(hits) == pytest.approx(800, abs=5 * 22)

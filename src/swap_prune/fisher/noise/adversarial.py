@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_choice, check_number
-from swap_prune.fisher.noise.data import choose, inputs_of, replace_part
+from swap_prune.fisher.noise.data import choose, inputs_of
 from swap_prune.fisher.noise.rows import RowNoise
 from swap_prune.losses import LossFn, check_calibration, describe
 from swap_prune.network.modes import eval_mode
-from swap_prune.samples.batches import select_samples
+from swap_prune.samples.batches import replace_part, select_samples
 
 __all__ = ["AdversarialInputs", "PoisonedRows"]
 
@@ -113,7 +113,9 @@ class PoisonedRows(RowNoise):
             AAAI 2019, arXiv 1811.03761). ``gaussian``: it sends normal noise, its deviation ``strength`` times the
             root mean square of the row replaced. ``omniscient``: it sends ``-strength`` times the mean of the honest
             rows (both P. Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
-        fraction: Part of the rows, drawn without replacement, in [0, 1].
+        fraction: Part of the rows, in [0, 1]: ``fraction * n`` of them on average, and never further from it than the
+            next whole number, drawn without replacement. So a few rows, such as the gradients of batches that a slope
+            is averaged over, are hit as often as many.
         strength: Factor; negative with ``scale`` only.
     """
 
@@ -128,7 +130,8 @@ class PoisonedRows(RowNoise):
 
     def overwrite(self, rows: Tensor, generator: torch.Generator, layers: Layers | None) -> None:
         """Write the attacker's rows into G, (n, p), row by row."""
-        (hit,) = choose([rows], self.fraction, generator)
+        chance = float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
+        (hit,) = choose([rows], self.fraction, generator, chance)
         honest = (~hit if not bool(hit.all()) else hit).to(rows)
         sent = -self.strength * (rows.T @ honest) / honest.sum() if self.kind == "omniscient" else None
         for i in hit.nonzero().squeeze(1).tolist():

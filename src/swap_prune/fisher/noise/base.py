@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +60,7 @@ class NoiseModel:
 
     def settings(self) -> Any:
         """Return what the report records: the class and its fields, as plain types."""
-        return {"model": type(self).__name__, **{name: _plain(value) for name, value in vars(self).items()}}
+        return {"model": type(self).__name__, **_settings_of(self)}
 
 
 class _RowModel(Protocol):
@@ -83,7 +83,7 @@ class RowsOnly(NoiseModel):
 
     def settings(self) -> Any:
         """Return the object's class and fields."""
-        return {"model": type(self.wrapped).__name__} | {k: _plain(v) for k, v in vars(self.wrapped).items()}
+        return {"model": type(self.wrapped).__name__, **_settings_of(self.wrapped)}
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,12 @@ def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"noise setting {setting} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _settings_of(noise: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, or the attributes of another object, as plain types."""
+    named = {f.name: getattr(noise, f.name) for f in fields(noise)} if is_dataclass(noise) else {}
+    return {name: _plain(value) for name, value in (named | getattr(noise, "__dict__", {})).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,11 @@
 """Noisy data: corrupted inputs and wrong labels, in calibration and held-out samples alike.
 
-The program then has nothing but noisy data to work with. BatchNorm is still recalibrated on the data as they
-came.
+Gradients, slopes and choices then see nothing but noisy data. BatchNorm alone is recalibrated on the data as they came.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from swap_prune.fisher.noise.base import NoiseModel, check_choice, check_number
 from swap_prune.losses import LossFn, check_labels, describe
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.modes import eval_mode
+from swap_prune.randomness import forked_generator
+from swap_prune.samples.batches import map_tensors, replace_part
 
-__all__ = ["InputNoise", "LabelNoise", "choose", "inputs_of", "replace_part"]
+__all__ = ["InputNoise", "LabelNoise", "choose", "inputs_of"]
 
 _IGNORED = -100  # label that torch's cross-entropy passes over
 
@@ -80,13 +82,17 @@ class InputNoise(NoiseModel):
 
 @dataclass(frozen=True)
 class LabelNoise(NoiseModel):
-    """Wrong labels: exactly ``round(fraction * n)`` of them, drawn without replacement.
+    """Wrong labels, as a property of the data: a sample that comes again has the same label again.
+
+    Whether a label is wrong, and which it is then, is drawn for each sample by itself, from a random state that the
+    run's seed and the sample's own numbers give. So noise does not average out over the stages of a run that draws the
+    same samples again. Samples that are augmented are others each time.
 
     Attributes:
         kind: ``symmetric``: any other class, all equally likely (B. van Rooyen et al., NeurIPS 2015, arXiv 1505.07634);
             ``pair``: the next class, the last one becoming the first (B. Han et al., NeurIPS 2018,
             arXiv 1804.06872).
-        fraction: Part of the labels that is wrong, in [0, 1]. Labels of -100 (no label) do not count.
+        fraction: Probability that a label is wrong, in [0, 1]. Labels of -100 (no label) stay as they are.
         classes: Number of classes; 0 takes the network's outputs.
         key: Where the labels lie in batches that are mappings. Otherwise a batch's second part is taken.
     """
@@ -110,19 +116,43 @@ class LabelNoise(NoiseModel):
         for part in labels:
             if part.is_floating_point() or part.ndim == 0:
                 raise ValueError(f"noise labels needs class indices (n, ...), got {describe(part)}")
-            check_labels(part, classes)
-        counted = [part[part != _IGNORED] for part in labels]
-        noisy = []
-        for batch, part, valid, hit in zip(
-            batches, labels, counted, choose(counted, self.fraction, generator), strict=True
-        ):
-            shift = torch.ones(len(valid), dtype=torch.long, device="cpu")
-            if self.kind == "symmetric":
-                shift = torch.randint(1, classes, (len(valid),), generator=generator, device="cpu")
-            changed = part.clone()
-            changed[part != _IGNORED] = torch.where(hit, (valid + shift.to(valid)) % classes, valid)
-            noisy.append(replace_part(batch, 1, self.key, changed))
-        return noisy
+            check_labels(part[~_is_ignored(part)], classes)
+            if classes - 1 > (1 if part.dtype == torch.bool else torch.iinfo(part.dtype).max):
+                raise ValueError(f"noise labels cannot write {classes} classes into labels of {part.dtype}: use int64")
+        return [
+            replace_part(batch, 1, self.key, self._wrong(batch, part, classes, generator.initial_seed()))
+            for batch, part in zip(batches, labels, strict=True)
+        ]
+
+    def _wrong(self, batch: Any, labels: Tensor, classes: int, seed: int) -> Tensor:
+        """Return the labels (n, ...) of a batch with some of them wrong."""
+        shifts = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
+        for shift, digest in zip(shifts, _digests(batch, len(labels)), strict=True):
+            source = forked_generator(seed, digest)
+            hit = torch.rand(shift.shape, generator=source, device="cpu") < self.fraction
+            most = classes if self.kind == "symmetric" else 2
+            shift.copy_(torch.randint(1, most, shift.shape, generator=source, device="cpu") * hit)
+        wrong = ((labels.long() + shifts.to(labels.device)) % classes).to(labels.dtype)
+        return torch.where(_is_ignored(labels), labels, wrong)
+
+
+def _is_ignored(labels: Tensor) -> Tensor:
+    """Return where there is no label; unsigned numbers have none to say so."""
+    return labels == _IGNORED if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
+
+
+def _digests(batch: Any, count: int) -> list[str]:
+    """Return what tells each of some samples from others: a hash of all that the batch holds of it."""
+    hashes = [hashlib.sha256() for _ in range(count)]
+
+    def add(tensor: Tensor) -> None:
+        if tensor.ndim == 0 or len(tensor) != count:
+            return
+        for one, sample in zip(hashes, tensor.detach().cpu().contiguous(), strict=True):
+            one.update(sample.reshape(-1).view(torch.uint8).numpy())
+
+    map_tensors(add, batch)
+    return [one.hexdigest() for one in hashes]
 
 
 def inputs_of(batch: Any, key: str) -> Tensor:
@@ -137,18 +167,14 @@ def inputs_of(batch: Any, key: str) -> Tensor:
     return inputs
 
 
-def replace_part(batch: Any, position: int, key: str, value: Tensor) -> Any:
-    """Return a batch like the one given, with one part of it replaced."""
-    if isinstance(batch, Mapping):
-        return {**batch, key: value}
-    if isinstance(batch, Tensor):
-        return value
-    parts = [value if i == position else part for i, part in enumerate(batch)]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+def choose(parts: Sequence[Tensor], fraction: float, generator: torch.Generator, chance: float = 0.5) -> list[Tensor]:
+    """Choose ``floor(fraction * n + chance)`` of the n entries that the parts hold together.
 
-
-def choose(parts: Sequence[Tensor], fraction: float, generator: torch.Generator) -> list[Tensor]:
-    """Choose ``round(fraction * n)`` of the n entries that the parts hold together.
+    Args:
+        parts: Tensors (n_b, ...).
+        fraction: Part of the entries, in [0, 1].
+        generator: Random state.
+        chance: In [0, 1): one half rounds; a uniform draw gives ``fraction * n`` on average.
 
     Returns:
         A boolean mask (n_b,) for each part, on its device.
@@ -156,7 +182,7 @@ def choose(parts: Sequence[Tensor], fraction: float, generator: torch.Generator)
     sizes = [len(part) for part in parts]
     total = sum(sizes)
     hit = torch.zeros(total, dtype=torch.bool, device="cpu")
-    hit[torch.randperm(total, generator=generator, device="cpu")[: round(fraction * total)]] = True
+    hit[torch.randperm(total, generator=generator, device="cpu")[: math.floor(fraction * total + chance)]] = True
     return [mask.to(part.device) for mask, part in zip(torch.split(hit, sizes), parts, strict=True)]
 
 
