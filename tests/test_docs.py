@@ -66,9 +66,8 @@ def test_links_lead_to_a_heading(page: str) -> None:
 
 
 def test_settings_are_those_of_the_methods() -> None:
-    table = (
-        (ROOT / "docs/method.md").read_text(encoding="utf-8").split("## Settings of the methods")[1].split("\n## ")[0]
-    )
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    table = page.split("## Settings of the methods")[1].split("\n## ")[0]
     found = {
         (method, name): ast.literal_eval(default)
         for methods, name, default in re.findall(r"^\| (`.*?`) \| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE)
@@ -79,7 +78,7 @@ def test_settings_are_those_of_the_methods() -> None:
 
 
 def test_constants_are_those_of_the_code() -> None:
-    table = (ROOT / "docs/method.md").read_text(encoding="utf-8").split("## Constants")[1]
+    table = (ROOT / "docs/reference.md").read_text(encoding="utf-8").split("## Constants")[1]
     rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \| `(.*?)` \|", table, re.MULTILINE)
     assert len(rows) > 30
     for name, module, value in rows:

@@ -41,8 +41,8 @@ __all__ = [
 Model = Annotated[str, typer.Option(help="mlpnet, resnet20, mobilenetv1, resnet50, or package.module:factory")]
 Weights = Annotated[Path | None, typer.Option(help="checkpoint: .safetensors, or .pt/.pth/.bin of tensors")]
 Data = Annotated[str, typer.Option(help="mnist, cifar10, imagenet, or package.module:loader")]
-DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or a cache")]
-Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1")]
+DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or the cache")]
+Width = Annotated[float | None, typer.Option(help="width multiplier of mobilenetv1, or keyword of a factory")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Memory = Annotated[str | None, typer.Option(help="memory budget of the process, or of its GPU, such as 4GB")]
 StorageOption = Annotated[

@@ -83,26 +83,28 @@ def prune(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> PruningReport:
-    """Prune a trained network in place, exactly to a sparsity, so that its loss hardly changes.
+    """Prune a trained network in place, exactly to a sparsity, so that its loss changes as little as it can.
 
     Args:
         model: Any module. It is changed in place; if anything goes wrong it is left as it was.
-        data: Calibration data: a Dataset or a DataLoader, from which samples are drawn at random, or an iterable of
-            batches that ``loss_fn`` takes, which is read in order. An IterableDataset gives single samples; one that
-            gives batches is passed as ``DataLoader(data, batch_size=None)``. None for a method that uses no data, such
-            as ``"magnitude"``, if nothing else does.
+        data: Calibration data: a Dataset or a plain DataLoader over one, from which samples are drawn at random, or an
+            iterable of batches that ``loss_fn`` takes, which is read in order. A DataLoader is plain if it gives every
+            sample once in a pass, in order or shuffled, by no sampler or batching of its own. An IterableDataset gives
+            single samples; one that gives batches is passed as ``DataLoader(data, batch_size=None)``. None for a method
+            that uses no data, such as ``"magnitude"``, if nothing else does.
         sparsity: Fraction of the selected weights that becomes zero, in [0, 1):
             ``p - floor(p * (1 - sparsity))`` zeros.
         method: A name in ``swap_prune.METHODS``, or a config object such as ``swap_prune.EWR(epsilon=0.1)``.
         loss_fn: ``(model, batch) -> (n,)`` per-sample losses; by default the cross-entropy of batches
             ``(inputs, targets)``.
-        targets: Class names, parameter or module names, or ``"re:..."``, of what is pruned.
+        targets: Class names, parameter or module names, or ``"re:..."``, of what is pruned: weights of two dimensions
+            and more. A parameter of one dimension is selected by its exact name alone.
         ignore: The same, for what is not.
         samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
             settings by the loss on held-out samples draws up to 512 more; of data that hold fewer it takes a fifth, or
             what is left beside ``samples``, if that is more.
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
-            on up to 1,024 more samples falls; of a Dataset or a DataLoader no stage sees them.
+            on up to 1,024 more samples falls; of a Dataset or a plain DataLoader no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1], rounded up; or shares
             by pattern, as ``targets`` has them: ``{"fc": 0.2, "re:layer1.*": 0.05}``. By default weights compete over
@@ -142,6 +144,7 @@ def prune(
         ValueError: If an argument, the data, the model or the loss cannot be used. The message says what
             was received and what to do.
         MemoryError: If there was less memory than the plan had counted on.
+        ConnectionError: If another process of the group failed or is gone.
     """
     started = time.perf_counter()
     request = check_request(

@@ -75,7 +75,7 @@ class PruningProblem:
         factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
         held_out: Maps weights w (p,) and a kept set (p,) to what candidates are judged by, for samples whose gradients
             are not in G, (n_v,): the network's losses, or their mean with the divergence from the dense network where
-            the loss can tell; None where there are no such samples.
+            the loss can tell; None where there are no such samples, or no gradients are taken.
         slope: Maps w and a kept set to gamma (p,), the mean gradient of the same over the samples of G; None where
             there are no gradients.
         blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the

@@ -70,7 +70,9 @@ class PruningReport(_Record):
         total: p, the number of selected weights.
         layers: Parameter name to its counts.
         seconds: Wall-clock seconds of the whole call.
-        settings: Every setting that the run used, defaults included.
+        settings: The arguments of ``prune``, defaults included, but for model, data, recalibration_data, loss_fn,
+            scratch, checkpoint, progress and seed; and how G was held, where it was computed, and how images were laid
+            out.
         seed: Seed of its random state.
         stages: What each stage did.
         versions: Versions of Python, torch and swap-prune.

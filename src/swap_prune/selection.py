@@ -111,8 +111,8 @@ def select_parameters(
 ) -> Selection:
     """Select the parameters to prune.
 
-    A class or module pattern takes weights (parameters with two dimensions or more); a parameter named in
-    full is taken whatever its shape. ``ignore`` removes any parameter that it matches under any name.
+    A pattern takes weights (parameters with two dimensions or more); a parameter named in full, not by ``"re:..."``, is
+    taken whatever its shape. ``ignore`` removes any parameter that it matches under any name.
 
     Args:
         model: Any module.

@@ -25,7 +25,9 @@ def experiment(
     out: Annotated[Path, typer.Option(help="directory for the results")],
     resume: Annotated[bool, typer.Option("--resume", help="go on where the experiment in --out stopped")] = False,
     weights: Annotated[Path | None, typer.Option(help="checkpoint, instead of the one the file names")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or the cache")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     as_json: AsJson = False,
 ) -> None:

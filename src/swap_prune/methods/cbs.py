@@ -32,7 +32,7 @@ class CBS:
     """The Combinatorial Brain Surgeon (Yu et al., 2022), without its randomised restarts (RMP).
 
     Attributes:
-        damping: c > 0; how the default was chosen: docs/method.md.
+        damping: c > 0; how the default was chosen: docs/results.md.
         candidates: Weights on each side, those that promise most, among which a round looks for swaps.
         rounds: Rounds at the most.
     """

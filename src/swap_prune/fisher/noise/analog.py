@@ -33,10 +33,11 @@ class AnalogMemory(NoiseModel):
        drawn for each cell from ``N(drift, spread^2)``, near 0.05 in phase-change memory. No compensation.
     4. Stuck cells: an off cell reads 0, an on cell 1, whatever was programmed (C.-Y. Chen et al., IEEE Trans.
        Computers 64, 180, 2015).
-    5. Read noise: ``g <- g + N(0, read^2)``, drawn once for all gradients of a stage; on a chip every
-       pass has its own.
+    5. Read noise: ``g <- g + N(0, read^2)``; on a chip every pass has its own.
 
-    The same random numbers are drawn whatever the settings, so that two settings differ in nothing else.
+    All random numbers are drawn once for the capture of a stage, whatever the number of samples, and again for each
+    slope, as if each were taken on another chip. The same ones are drawn whatever the settings, so that two settings
+    differ in nothing else.
 
     Attributes:
         levels: Number of conductance levels, at least 2; 0 for a continuum.

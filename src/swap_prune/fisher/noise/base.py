@@ -44,7 +44,10 @@ class NoiseModel:
         return batches
 
     def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
-        """Return the weights (p,) that gradients are taken at; those given are left as they are."""
+        """Return the weights (p,) that gradients are taken at; those given are left as they are.
+
+        The pipeline asks for the capture of a stage, and again for every slope.
+        """
         return weights
 
     def apply(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
@@ -54,7 +57,8 @@ class NoiseModel:
     def apply_(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
         """Do the same with a factor that the caller gives up: its memory may be used again.
 
-        The pipeline calls this one. Override it where ``apply`` can do without a second copy of G.
+        The pipeline calls this one, on G and on the gradients that a slope is the mean of. Override it where ``apply``
+        can do without a second copy of them.
         """
         return self.apply(factor, generator, layers)
 
