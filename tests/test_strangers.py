@@ -20,6 +20,7 @@ from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, prune
+from swap_prune.pipeline import plan
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -608,6 +609,28 @@ def test_one_sample_has_no_statistics_and_rows_of_its_own() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     report = prune(model, pairs(1), 0.5, "lr", progress=False)
     assert report.kept == 36 and report.stages[0].evidence["not_recalibrated"]
+
+
+@pytest.mark.parametrize("noise", [None, "labels+adversarial+gradient", "analog+poison+input"])
+@pytest.mark.parametrize("method", ["ewr", "cbs", "sparsegpt"])
+def test_the_default_device_of_torch_is_not_where_numbers_are_drawn(method: str, noise: str | None) -> None:
+    model, other = perceptron(), perceptron()
+    with torch.device("meta"):
+        prune(model, DATA, 0.5, method, samples=32, stages=2, noise=noise, progress=False)
+    prune(other, DATA, 0.5, method, samples=32, stages=2, noise=noise, progress=False)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_need_of_memory_is_that_of_the_run_whatever_is_set_around(around: Callable[[], Any]) -> None:
+    model = drawn(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 900, 3)))
+    images = TensorDataset(torch.randn(40, 3, 32, 32, generator=GENERATOR), torch.arange(40) % 3)
+    expected = plan(model, images, samples=30, memory="8GB").forecasts
+    with around():
+        found = plan(model, images, samples=30, memory="8GB").forecasts
+    for one, other in zip(found, expected, strict=True):  # beyond what the process holds already
+        needs = [max(sizes) - min(sizes) for sizes in (one.phases.values(), other.phases.values())]
+        assert needs[0] == needs[1] > 0, one.name
 
 
 def test_sparse_inputs_are_refused_in_words() -> None:

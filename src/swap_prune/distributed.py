@@ -149,10 +149,10 @@ class Team:
         return called
 
     def take_from_first_(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by those of rank 0, to the bit."""
+        """Overwrite tensors by those of rank 0, to the bit; sparse ones are left."""
         if self.size == 1:
             return
-        for tensor in tensors:
+        for tensor in filter(_is_strided, tensors):
             flat = tensor.detach().reshape(-1).view(torch.uint8).to(self.device)
             self._talk(partial(dist.broadcast, flat, group=self.group, group_src=0))
             tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
@@ -199,12 +199,19 @@ def _digest(value: Any) -> bytes:
 
     def add(tensor: Tensor) -> None:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not _is_strided(tensor):  # pruning changes none of them
+            return
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
     map_tensors(add, value)
     if isinstance(value, str):
         digest.update(value.encode())
     return digest.digest()
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor has a number for each of its entries, as a sparse one has not."""
+    return tensor.layout == torch.strided
 
 
 def lost(rank: int, size: int, error: Exception) -> ConnectionError:

@@ -33,6 +33,7 @@ def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):
         "seeds": [1],
         "recalibrate_batchnorm": True,
         "samples": 30,
+        "memory": "3GB",
         "methods": [
             {"name": "lr", "label": "bare", "defence": "none", "storage": "float32", "settings": {"first_order": 0.0}},
             {"name": "magnitude"},
@@ -50,6 +51,7 @@ def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):
         assert settings["recalibration_data"] is other and settings["recalibrate_batchnorm"] is True
         assert settings["defence"] == ("none" if name == "lr" else "auto")
         assert settings["storage"] == ("float32" if name == "lr" else "auto")
+        assert settings["memory"] == "3GB"
     grid = {(name, settings["stages"], settings["noise"]) for _, _, name, settings in calls}
     assert grid == {(n, s, z) for n in ("lr", "magnitude") for s in (2, 3) for z in (None, "gradient:std=2")}
     for result in read_results(tmp_path):

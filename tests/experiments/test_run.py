@@ -157,6 +157,23 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(tmp_path: Path, kills: int
     assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "config.json", "results.jsonl"]
 
 
+def test_an_experiment_that_was_broken_off_after_a_failure_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **settings: object) -> object:
+        if settings["seed"] == 0:
+            raise RuntimeError("no luck")
+        return prune(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "prune", fails)
+    start(tmp_path / "whole")
+    start(tmp_path / "cut")
+    path = tmp_path / "cut" / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    assert start(tmp_path / "cut") == Outcome(total=8, done=3, failed=4, skipped=1)
+    assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
+
+
 def test_a_failed_run_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object, **settings: object) -> object:
         if settings["seed"] == 1:

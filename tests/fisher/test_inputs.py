@@ -103,9 +103,15 @@ class Attention(nn.Module):
         return self.inner(x, x, x, need_weights=False)[0]
 
 
+class Loud(nn.Linear):
+    def forward(self, x):
+        return super().forward(10 * x)
+
+
 @pytest.mark.parametrize(
     ("model", "targets", "message"),
     [
+        (nn.Sequential(Loud(5, 3)), ["Linear"], "'0.weight' is 'weight' of a Loud"),
         (
             nn.Sequential(nn.ConvTranspose1d(2, 3, 3)),
             ["ConvTranspose1d"],

@@ -31,7 +31,7 @@ def embedded(matrix):
     whole = normal(2 * n + 1, p + 3, seed=9, dtype=matrix.dtype)
     rows, columns = torch.randperm(2 * n + 1)[:n], torch.randperm(p + 3)[:p]
     whole[rows.unsqueeze(1), columns] = matrix
-    return SubFactor(DenseFactor(whole), rows=rows, columns=columns)
+    return SubFactor(DenseFactor(whole), rows, columns)
 
 
 KINDS = {

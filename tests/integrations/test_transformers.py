@@ -43,6 +43,18 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop(NAME, None)
 
 
+def test_a_training_that_was_broken_off_leaves_nothing_behind_the_next_one(module: ModuleType) -> None:
+    model, callback = Network(), module.KeepMasks()
+    weight, mask = model.layer.weight, model.layer.weight.detach() != 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(2):  # the first is never told of its end
+        callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    callback.on_train_end(None, None, None, model=model, optimizer=optimizer)
+    batch = {name: torch.stack([row[name] for row in ROWS]) for name in ("x", "labels")}
+    model(**batch)["loss"].backward()
+    assert bool(weight.grad[~mask].any())
+
+
 def test_masks_hold_while_the_trainer_trains(module: ModuleType) -> None:
     model, callback = Network(), module.KeepMasks()
     weight, mask = model.layer.weight, model.layer.weight.detach() != 0

@@ -175,6 +175,41 @@ def test_half_precision_with_weight_decay() -> None:
         assert not any(dict(model.named_parameters())[name][~mask].any() for name, mask in masks.items())
 
 
+def test_what_an_optimiser_remembers_as_a_sparse_tensor_is_left() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
+    mask = torch.rand(10, 4, generator=GENERATOR) > 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    keep_masks(model, optimizer, {"0.weight": mask})
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.arange(6)).sum().backward()
+        optimizer.step()
+    assert not bool(model[0].weight[~mask].any()) and bool(model[0].weight[mask].all())
+
+
+@pytest.mark.parametrize("make", ["hand", "LBFGS"])
+def test_gradients_that_were_written_by_hand_do_not_build_up(make: str) -> None:
+    """No backward pass clears them, so the step has to."""
+    model = pruned_network()
+    layer, mask = model[0], model[0].weight.detach() != 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if make == "LBFGS":
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)  # type: ignore[assignment]
+    keep_masks(model, optimizer)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(layer.weight.grad.clone()))
+
+    def closure() -> float:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return 1.0
+
+    closure()
+    optimizer.step(closure if make == "LBFGS" else None)  # type: ignore[arg-type]
+    assert not bool(layer.weight[~mask].any())
+    assert not bool(seen[0][~mask].any()) and bool(seen[0][mask].all())
+
+
 def test_a_gradient_that_is_not_finite_behind_the_mask_does_no_harm() -> None:
     model = pruned_network()
     mask = masks_of(model)["0.weight"]

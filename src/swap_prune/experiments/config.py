@@ -32,6 +32,7 @@ from swap_prune.checks import is_number
 from swap_prune.defences import DEFENCES, parse_defence
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
+from swap_prune.memory.process import parse_memory
 from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.schedule import SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
@@ -114,7 +115,16 @@ _Whole = Annotated[int, Field(ge=1)]
 _Stages = Annotated[Any, AfterValidator(_check_stages)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Sparsity = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _check_memory(value: str) -> str:
+    parse_memory(value)
+    return value
+
+
 _MinKeep = Annotated[Any, AfterValidator(_check_min_keep)]
+_Memory = Annotated[str, AfterValidator(_check_memory)]
+_NOT_ALWAYS = ("finetune", "min_keep", "memory")  # written only where they are asked for
 _Noise = Annotated[str, AfterValidator(_check_noise)]
 _FineTune = Annotated[FineTune, BeforeValidator(_read_finetune)]
 
@@ -206,6 +216,8 @@ class Experiment(_Table):
         recalibrate_batchnorm: As for ``prune``. If not, runs start from the dense network with its statistics repaired.
         evaluate_before_recalibration: Also measure the pruned weights with the dense network's BatchNorm statistics.
         finetune: Train under the mask after each stage, as these settings say; None: not at all.
+        memory: Budget of a run, such as ``"4GB"``; None: what is free when it starts, which may decide how gradients
+            are held, and whether a method can run.
     """
 
     model: str
@@ -226,6 +238,7 @@ class Experiment(_Table):
     recalibrate_batchnorm: bool = True
     evaluate_before_recalibration: bool = False
     finetune: _FineTune | None = None
+    memory: _Memory | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -233,7 +246,7 @@ class Experiment(_Table):
         table: dict[str, Any] = handler(self)
         if self.finetune is not None and "finetune" in table:
             table["finetune"] = self.finetune.settings()
-        return {name: value for name, value in table.items() if value or name not in ("finetune", "min_keep")}
+        return {name: value for name, value in table.items() if value or name not in _NOT_ALWAYS}
 
     @field_validator("methods")
     @classmethod

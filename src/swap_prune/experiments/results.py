@@ -62,6 +62,7 @@ class RunResult(BaseModel):
         layers: Parameter name to its sparsity.
         evidence: What the method chose and why, one table a stage.
         notes: What a reader should know.
+        converged: Whether the method came to an end by itself in every stage, and not by a limit.
         versions: Of Python, torch and swap-prune.
         seconds: Wall-clock seconds of ``prune``.
         peak_memory: Largest memory of the process while it ran, in bytes; on a GPU, what its tensors took there.
@@ -85,6 +86,7 @@ class RunResult(BaseModel):
     layers: dict[str, float] = {}
     evidence: list[dict[str, Any]] = []
     notes: list[str] = []
+    converged: bool | None = None
     versions: dict[str, str] = {}
     seconds: float | None = None
     peak_memory: int | None = None

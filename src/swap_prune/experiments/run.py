@@ -139,6 +139,7 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
         "layers": {name: layer.sparsity for name, layer in report.layers.items()},
         "evidence": [stage.evidence for stage in report.stages],
         "notes": [*report.notes, *measured.notes],
+        "converged": all(stage.converged for stage in report.stages),
         "seconds": report.seconds,
         "peak_memory": peak,
     }
@@ -163,6 +164,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         finetune=experiment.finetune,
         noise=None if noise == "none" else noise,
         defence=run.method.defence,
+        memory=experiment.memory,
         storage=run.method.storage,
         seed=run.seed,
     )

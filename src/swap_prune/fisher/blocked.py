@@ -94,7 +94,7 @@ class BlockedFactor(ABC):
 
     def rows(self, index: Tensor) -> FisherFactor:
         """Return the factor of some rows, without a copy."""
-        return SubFactor(self, rows=index)
+        return SubFactor(self, index)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
@@ -123,11 +123,6 @@ class SubFactor:
     whole: FisherFactor
     rows_of: Tensor | None = None
     columns_of: Tensor | None = None
-
-    def __init__(self, whole: FisherFactor, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        object.__setattr__(self, "whole", whole)
-        object.__setattr__(self, "rows_of", rows)
-        object.__setattr__(self, "columns_of", columns)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,10 +161,9 @@ class SubFactor:
         """Return f, (p,)."""
         if self.rows_of is None and self.columns_of is not None:
             return self.whole.diagonal().index_select(0, self.columns_of)
-        count = self.shape[1]
-        every = torch.arange(count, device=None if self.rows_of is None else self.rows_of.device)
         parts = [
-            torch.linalg.vector_norm(self.columns(i), dim=0).square() for i in torch.split(every, self.column_limit)
+            torch.linalg.vector_norm(self.columns(i), dim=0).square()
+            for i in torch.split(self._every(), self.column_limit)
         ]
         return torch.cat(parts) / self.shape[0]
 
@@ -185,15 +179,19 @@ class SubFactor:
     def rows(self, index: Tensor) -> FisherFactor:
         """Return the factor of some of these rows."""
         chosen = index if self.rows_of is None else self.rows_of.index_select(0, index)
-        return SubFactor(self.whole, rows=chosen, columns=self.columns_of)
+        return SubFactor(self.whole, chosen, self.columns_of)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""
-        every = torch.arange(self.shape[1], device=None if self.columns_of is None else self.columns_of.device)
-        return self.columns(every)[first:last]
+        return self.columns(self._every())[first:last]
+
+    def _every(self) -> Tensor:
+        """Return the indices of all columns, where the others are."""
+        own = self.rows_of if self.columns_of is None else self.columns_of
+        return torch.arange(self.shape[1], device="cpu" if own is None else own.device)
 
 
 def of_columns(factor: FisherFactor, index: Tensor) -> FisherFactor:
     """Return the factor of some columns, copied where they are few enough."""
     few = len(index) <= factor.column_limit
-    return DenseFactor(factor.columns(index)) if few else SubFactor(factor, columns=index)
+    return DenseFactor(factor.columns(index)) if few else SubFactor(factor, columns_of=index)

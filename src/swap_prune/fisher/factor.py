@@ -139,7 +139,7 @@ class DenseFactor:
         if self.limit is not None:
             from swap_prune.fisher.blocked import SubFactor  # it is made of factors
 
-            return SubFactor(self, rows=index)
+            return SubFactor(self, index)
         return DenseFactor(self.matrix.index_select(0, index))
 
     def row_span(self, first: int, last: int) -> Tensor:

@@ -29,7 +29,7 @@ from swap_prune.fisher.hooks import OutputGradients, check_against, hooked_layer
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.fisher.low_rank import LowRankFactor
 from swap_prune.fisher.outer_products import Collector, LayerCalls, is_outer
-from swap_prune.fisher.source import RowSource, joined_gradients
+from swap_prune.fisher.source import RowSource, write_joined_gradient
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
 from swap_prune.network.modes import batch_statistics, eval_mode
@@ -160,7 +160,7 @@ def _capture_joined(
         gradients = OutputGradients(model, selection, scaled)
         found, expected = weights.new_empty(2, 1, len(weights))
         values = gradients.fill_rows(batches[0], found, joined=True)
-        list(joined_gradients(model, selection, batches[:1], loss_fn, lambda: expected[0]))
+        write_joined_gradient(expected[0], model, selection, batches[0], loss_fn)
         check_against((found, values), (expected, values), selection, least_precise(model.parameters()))
         for batch in batches:
             losses.append(gradients.run(batch, collector.see) * batch_size(batch) ** 0.5)

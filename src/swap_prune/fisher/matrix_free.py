@@ -169,12 +169,12 @@ class MatrixFreeFactor:
                 continue
             if len(local) < count:
                 if not is_sliceable(batch):
-                    return SubFactor(self, rows=index)
+                    return SubFactor(self, index)
                 batch = select_samples(batch, local)
             batches.append(batch)
             counts.append(len(local))
         some = MatrixFreeFactor(self.passes, batches, counts, self.log, self.block_vectors)
-        return SubFactor(some, rows=places)
+        return SubFactor(some, places)
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, (m, p), dense; as many of them as there are."""

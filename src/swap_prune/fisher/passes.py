@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swap_prune.fisher.capture import Backend, Passed, pass_rows
 from swap_prune.fisher.hooks import without_gradient
-from swap_prune.fisher.source import RowSource, joined_gradients
+from swap_prune.fisher.source import RowSource, write_joined_gradient
 from swap_prune.fisher.storage import AT_ONCE, RowStream, chunk_bytes
 from swap_prune.losses import check_losses
 from swap_prune.memory.process import pass_on_shortage
@@ -113,9 +113,9 @@ class NetworkPasses:
             with temporary_weights(model, selection, self.weights):
                 chunk = chunk_bytes(self.weights.device, self.at_once, lean=True)
                 return pass_rows(model, selection, batches, sizes, function, sink, self.backend, chunk, advance)
-        done = joined_gradients(model, selection, batches, function, lambda: sink.room(1)[0], self.weights)
         with self.source.mode(model):
-            for batch in done:
+            for batch in batches:
+                write_joined_gradient(sink.room(1)[0], model, selection, batch, function, self.weights)
                 sink.keep(1)
                 advance(batch_size(batch))
         return None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.shared_rows import SharedStore
-from swap_prune.fisher.source import RowSource, joined_gradients
+from swap_prune.fisher.source import RowSource, write_joined_gradient
 from swap_prune.fisher.storage import RowStore, Storage
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses, failures_named
 from swap_prune.network.modes import batch_statistics, eval_mode
@@ -190,7 +190,7 @@ def _mini_batch_rows(
         for part in parts:
             with failures_named("calibration batch", part):
                 if shared is None or shared.is_next:
-                    list(joined_gradients(model, selection, [part], product, lambda: store.room(1)[0]))
+                    write_joined_gradient(store.room(1)[0], model, selection, part, product)
                 else:  # every process draws the signs, and sees the losses
                     with torch.no_grad():
                         product(model, part)

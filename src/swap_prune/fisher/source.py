@@ -10,7 +10,7 @@ Place in the pipeline: between the samples and their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size
 from swap_prune.selection import Selection
 
-__all__ = ["RowSource", "joined_gradients"]
+__all__ = ["RowSource", "write_joined_gradient"]
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,26 @@ class RowSource:
         return batch_statistics(model) if self.joined else eval_mode(model)
 
 
-def joined_gradients(
+def write_joined_gradient(
+    row: Tensor,
     model: nn.Module,
     selection: Selection,
-    batches: Sequence[Any],
+    batch: Any,
     function: LossFn,
-    room: Callable[[], Tensor],
     weights: Tensor | None = None,
-) -> Iterator[Any]:
-    """Write one row a batch, and yield the batch when its row is written.
+) -> None:
+    """Write the row of a mini-batch.
 
     Args:
+        row: Where it goes, (p,).
         model: The network, in the mode that is wanted.
         selection: The p weights.
-        batches: Mini-batches.
+        batch: The mini-batch.
         function: ``(model, batch) -> (m,)``; the row is the gradient of its sum over the root of m.
-        room: Returns where the next row goes, (p,).
         weights: Weights (p,) in place of the model's.
     """
-    bound = Bound(model, function)
-    for batch in batches:
-        with torch.enable_grad():
-            values, leaves = bound.with_leaves(selection, batch, weights)
-            total = values.sum() / batch_size(batch) ** 0.5
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-        flat_gradient(room(), gradients, selection)
-        yield batch
+    with torch.enable_grad():
+        values, leaves = Bound(model, function).with_leaves(selection, batch, weights)
+        total = values.sum() / batch_size(batch) ** 0.5
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    flat_gradient(row, gradients, selection)

@@ -40,11 +40,14 @@ def scratch_directory(storage: Storage) -> Iterator[Storage]:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=storage.scratch))
     except OSError as error:
         raise ValueError(f"scratch must be a directory to write to, got {str(storage.scratch)!r}: {error}") from error
-    with _locked(path):
-        try:
-            yield replace(storage, scratch=path)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+    try:
+        with _locked(path):
+            try:
+                yield replace(storage, scratch=path)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+    finally:  # also where there was no room for the lock
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def delete_abandoned(scratch: str | Path | None) -> None:
@@ -75,8 +78,12 @@ def _locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory. It has its name only when it is held, and loses it before: nobody finds it free."""
     lock, unnamed = directory.with_suffix(_SUFFIX), directory.with_name(f".{directory.name}{_SUFFIX}")
     with unnamed.open("xb") as file:
-        file.write(_mark())
-        file.flush()
+        try:
+            file.write(_mark())
+            file.flush()
+        except OSError:
+            unnamed.unlink()
+            raise
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             unnamed.rename(lock)

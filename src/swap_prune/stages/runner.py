@@ -27,7 +27,7 @@ from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
 from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature, without_singles
-from swap_prune.fisher.source import RowSource, joined_gradients
+from swap_prune.fisher.source import RowSource, write_joined_gradient
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
     GaussNewtonLoss,
@@ -358,7 +358,7 @@ class StageRunner:
         row = weights.new_empty(1, len(weights))
         with eval_mode(self.model):
             source = draw_sketch(self.model, [single], self.request.curvature, generator, in_batches=False)
-            list(joined_gradients(self.model, self.request.selection, source.batches, source.function, lambda: row[0]))
+            write_joined_gradient(row[0], self.model, self.request.selection, source.batches[0], source.function)
         return self._noisy(DenseFactor(row), generator).matrix
 
     def _trials(

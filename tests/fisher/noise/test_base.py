@@ -19,6 +19,7 @@ from swap_prune.fisher.noise import (
     PoisonedRows,
     parse_noise,
 )
+from swap_prune.fisher.noise.base import RowsOnly
 from tests.cases import generator, normal
 
 
@@ -194,3 +195,13 @@ def test_a_chain_draws_from_one_state_and_repeats():
 def test_what_is_recorded(noise, recorded):
     settings = parse_noise(noise).settings()
     assert settings == recorded and json.loads(json.dumps(settings)) == recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(NoiseModel):
+    std: float = 1.0
+
+
+def test_the_fields_of_a_class_with_slots_are_recorded():
+    assert Slotted(4.0).settings() == {"model": "Slotted", "std": 4.0}
+    assert RowsOnly(Slotted(4.0)).settings() == {"model": "Slotted", "std": 4.0}
