@@ -43,9 +43,8 @@ _T = TypeVar("_T")
 def count_workload(model: nn.Module, data: Any, request: Request, place: torch.device) -> Workload:
     """Count what the need of a run depends on, on the device where it will take place."""
     own, noise, finetune = next(model.parameters()).device, request.noise, request.finetune
-    sample = peek(data, own)
     with isolated(own), bystanders_given_back(model):
-        need = _need_of(sample, model, request)
+        need = _need_of(peek(data, own), model, request)
     samples = _count_samples(data, request)
     trainable = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
     altered = any(type(one).corrupt != NoiseModel.corrupt for one in noise.models)  # into others, in memory
