@@ -299,6 +299,15 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert sorted(str(path) for path in workplace.rglob("*")) == before
 
 
+def test_an_error_says_where_it_comes_from_if_asked(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("prune", "--model", "tests.tiny:nothing", "--data", "tests.tiny:data")
+    status, _, plain = call(*arguments)
+    monkeypatch.setenv("SWAP_PRUNE_TRACEBACK", "1")
+    again, _, traced = call(*arguments)
+    assert status == again == 2
+    assert plain.count("\n") == 1 and traced.startswith("Traceback") and traced.endswith(plain)
+
+
 def test_the_version(call) -> None:
     status, out, err = call("--version")
     assert (status, out.strip(), err) == (0, version("swap-prune"), "")

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)  # where a command's results go
 _STDOUT, _STDERR = 1, 2
+_TRACEBACK = "SWAP_PRUNE_TRACEBACK"  # where it is set, errors say where they come from
 _INTERRUPTED = "interrupted; a file that was written is whole"
 
 
@@ -40,6 +42,8 @@ def run(command: Callable[[], Any]) -> int:
     except (typer.Exit, typer.Abort, SystemExit) as stop:
         return _status_of(stop)
     except (ValueError, OSError) as error:
+        if os.environ.get(_TRACEBACK):
+            traceback.print_exc()
         return _fail(str(error) or type(error).__name__, 2)
     except Exception as error:
         if is_out_of_memory(error):
