@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import platform
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import METHODS, FineTune, finetune, load_pruned, load_report, prune
 from swap_prune.artifact import load_weights, read_weights
-from swap_prune.files import check_output_directory
+from swap_prune.files import check_output_directory, write_directory
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -102,7 +105,7 @@ def test_an_output_is_not_where_a_checkpoint_will_be_nor_in_the_way_of_who_asks_
             check_output_directory(out, checkpoint)
     assert check_output_directory(out, tmp_path / "outer") == check_output_directory(out, tmp_path) == out
     out.mkdir()
-    (out / ".out.of-another").mkdir()  # which is looking whether it can be written
+    (out / f".host-1-{'0' * 32}.out").mkdir()  # another's, which is looking whether it can be written
     assert check_output_directory(out) == out
     (out / ".else").touch()
     with pytest.raises(ValueError, match="not empty"):
@@ -308,3 +311,21 @@ def test_states_of_more_than_tensors_are_not_saved(tmp_path: Path) -> None:
     torch.save({3: torch.zeros(2)}, tmp_path / "numbers.pt")
     with pytest.raises(ValueError, match="its keys are no names"):
         load_weights(network(), tmp_path / "numbers.pt")
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["a new directory", "an empty one"])
+def test_what_a_killed_process_left_of_a_directory_is_deleted_by_the_next(made: bool, tmp_path: Path) -> None:
+    target = tmp_path / "there"
+    if made:
+        target.mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, living = (
+        (target if made else tmp_path) / f".{platform.node()}-{process}-{'0' * 32}.there"
+        for process in (gone.pid, os.getpid())
+    )
+    for directory in (left, living):
+        directory.mkdir()
+        (directory / "weights").write_bytes(b"half")
+    write_directory(check_output_directory(target), {"weights": b"whole"})
+    assert not left.exists() and living.exists() and (target / "weights").read_bytes() == b"whole"

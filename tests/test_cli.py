@@ -308,6 +308,33 @@ def test_an_error_says_where_it_comes_from_if_asked(call, monkeypatch: pytest.Mo
     assert plain.count("\n") == 1 and traced.startswith("Traceback") and traced.endswith(plain)
 
 
+def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp_path: Path) -> None:
+    """As torchrun asks the other processes, where one is lost."""
+    command = [
+        sys.executable,
+        "-m",
+        "swap_prune",
+        "prune",
+        "--model",
+        "tests.chatty:endless",
+        "--data",
+        "tests.tiny:data",
+    ]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with subprocess.Popen(
+        [*command, "--storage", "mapped", "--scratch", str(scratch)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "running" in line:
+                break
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 143 and "swap-prune: error: ended by SIGTERM" in said and "Traceback" not in said
+    assert not list(scratch.iterdir())
+
+
 def test_the_version(call) -> None:
     status, out, err = call("--version")
     assert (status, out.strip(), err) == (0, version("swap-prune"), "")

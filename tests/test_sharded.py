@@ -44,6 +44,17 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+class Opaque:
+    """A batch that only its loss can take apart, among others that are cut to samples."""
+
+    def __init__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        self.parts = inputs, labels
+
+    @staticmethod
+    def losses(net: nn.Module, batch: Any) -> torch.Tensor:
+        return cross_entropy(net, batch.parts if isinstance(batch, Opaque) else batch)
+
+
 def in_group(name: str, rank: int, size: int, folder: Path, work: Callable[[], Any]) -> Any:
     """Do some work in a process group of its own."""
     dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=size)
@@ -121,6 +132,11 @@ def pruned(folder: Path) -> dict[str, Any]:
         }
         found[name] = {key: value.clone() for key, value in model.state_dict().items()}
     found["resumed"] = resumed(folder)
+    model = small_network()
+    inputs, labels = small_data().tensors
+    parts = [(inputs[:20], labels[:20]), Opaque(inputs[20:30], labels[20:30]), (inputs[30:40], labels[30:40])]
+    prune(model, parts, 0.7, "obd", loss_fn=Opaque.losses, samples=40, progress=False)
+    found["opaque"] = {key: value.clone() for key, value in model.state_dict().items()}
     forecast = plan(small_network(), small_data(), samples=40).require()
     return {**found, "kind": forecast.storage.kind}
 
@@ -148,6 +164,8 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
     settle = pipeline._settle_storage
     if case == "plan" and rank == 1:  # as where memory is short
         pipeline._settle_storage = lambda *_: (Storage("sharded", lean=True, at_once=32), [])
+    if case == "room" and rank == 1:
+        pipeline._settle_storage = no_room
     try:
         prune(model, data, 0.7, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False)
     except (ValueError, OSError, MemoryError) as error:
@@ -158,6 +176,10 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
     return "", "nothing", time.perf_counter() - started
 
 
+def no_room(*_: Any) -> Any:
+    raise ValueError("G cannot be held")
+
+
 def work(rank: int, folder: Path) -> None:
     """What each of the four processes does."""
     torch.set_num_threads(1)
@@ -166,7 +188,7 @@ def work(rank: int, folder: Path) -> None:
         if rank < size:
             found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
             torch.save(found, folder / f"pruned-{size}-{rank}.pt")
-    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "silence": 0}
+    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "room": 0, "silence": 0}
     for case, first in pairs.items():
         if case == "silence":
             os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
@@ -212,6 +234,13 @@ def test_an_error_on_one_process_ends_the_other(folder: Path) -> None:
     assert kind == "ValueError" and "out of luck" in text
     kind, text, seconds = torch.load(folder / "error-0.pt")
     assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
+
+
+def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(folder: Path) -> None:
+    kind, text, _ = torch.load(folder / "room-1.pt")
+    assert (kind, text) == ("ValueError", "G cannot be held")
+    kind, text, seconds = torch.load(folder / "room-0.pt")
+    assert (kind, text) == ("ValueError", "process 1 of 2: G cannot be held") and seconds < 10
 
 
 @pytest.mark.parametrize(

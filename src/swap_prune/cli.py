@@ -20,7 +20,7 @@ from torch import nn
 
 from swap_prune.artifact import load_pruned, load_report, load_weights
 from swap_prune.checks import checked_seed
-from swap_prune.console import own_output, print_json, run, say, say_notes, show, show_table
+from swap_prune.console import own_output, print_json, run, say, say_notes, show, show_plan, show_table
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
@@ -250,13 +250,23 @@ _PASSED_ON = ("samples", "schedule", "noise", "defence", "memory", "storage", "s
 def plan(**given: Any) -> None:
     """Say how much memory prune would need with the same arguments, without running it. No weights are read.
 
-    Exit status 1 says that nothing fits.
+    Started by torchrun, it says so of the first of the processes. Exit status 1 says that nothing fits.
     """
+    with launched():
+        forecast = _forecast(given)
+    if is_first():
+        print_json(forecast.to_dict()) if given["as_json"] else show_plan(forecast)
+    if forecast.forecasts and forecast.chosen is None:
+        raise typer.Exit(1)
+
+
+def _forecast(given: dict[str, Any]) -> MemoryPlan:
+    """Plan a run that the command line describes."""
     width = given["width"]
     with seeded(0):
         network, _ = build_model(given["model"], **({} if width is None else {"width": width}))
         images = load_dataset(given["data"], given["data_dir"])
-    forecast = plan_run(
+    return plan_run(
         network,
         images.train,
         given["sparsity"],
@@ -270,30 +280,6 @@ def plan(**given: Any) -> None:
         device=_device(given["device"]),
         **{name: given[name] for name in _PASSED_ON},
     )
-    if given["as_json"]:
-        print_json(forecast.to_dict())
-    else:
-        _show_plan(forecast)
-    if forecast.forecasts and forecast.chosen is None:
-        raise typer.Exit(1)
-
-
-def _show_plan(forecast: MemoryPlan) -> None:
-    """Print a plan for people."""
-    allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
-    table = Table(title=f"GB held in each phase; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
-    phases = list(forecast.forecasts[0].phases) if forecast.forecasts else []
-    for column in ("storage", *phases, "file", ""):
-        table.add_column(column, justify="left" if column in ("storage", "") else "right", no_wrap=True)
-    for one in forecast.forecasts:
-        cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]
-        table.add_row(one.name, *cells, "taken" if one is forecast.chosen else "")
-    if forecast.forecasts:
-        show_table(table, width=100)  # figures are not cut off
-    show(forecast.why)
-    for one in forecast.forecasts:
-        if one.obstacle and one.obstacle not in forecast.why:
-            show(f"{one.name}: {one.obstacle}")
 
 
 @app.command("eval")

@@ -1,7 +1,7 @@
 """What a command says, and how it ends: whatever a user can mend is one line on standard error, and an exit status.
 
 0 is success, 1 runs of an experiment that failed, a plan that does not fit or a reader that left, 2 what a user can
-mend, 130 an interruption.
+mend, 130 an interruption, 143 an end that was asked for (SIGTERM).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from swap_prune.distributed import EndedByAnother, is_first
+from swap_prune.memory.planning import MemoryPlan
 from swap_prune.memory.process import is_out_of_memory
 
-__all__ = ["own_output", "print_json", "run", "say", "say_notes", "show", "show_table"]
+__all__ = ["own_output", "print_json", "run", "say", "say_notes", "show", "show_plan", "show_table"]
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -36,9 +39,10 @@ _INTERRUPTED = "interrupted; a file that was written is whole"
 def run(command: Callable[[], Any]) -> int:
     """Run a command and return its exit status."""
     try:
-        status = command()
-    except (KeyboardInterrupt, InterruptedError) as stop:
-        return _fail(str(stop) or _INTERRUPTED, 130)
+        with _ended_in_words():
+            status = command()
+    except (KeyboardInterrupt, InterruptedError, _Terminated) as stop:
+        return _fail(str(stop) or _INTERRUPTED, 143 if isinstance(stop, _Terminated) else 130)
     except (typer.Exit, typer.Abort, SystemExit) as stop:
         return _status_of(stop)
     except (ValueError, OSError) as error:
@@ -57,6 +61,27 @@ def run(command: Callable[[], Any]) -> int:
     if status == 130:  # what typer makes of Ctrl-C
         return _fail(_INTERRUPTED, 130)
     return status if isinstance(status, int) else 0
+
+
+class _Terminated(BaseException):
+    """The system, or the launcher of a group of processes, asks this one to end."""
+
+
+@contextmanager
+def _ended_in_words() -> Iterator[None]:
+    """Run a block that clears up, and says why it ended, where it is terminated."""
+
+    def end(number: int, _frame: Any) -> None:
+        raise _Terminated(f"ended by {signal.Signals(number).name}; a file that was written is whole")
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _status_of(stop: typer.Exit | typer.Abort | SystemExit) -> int:
@@ -144,3 +169,21 @@ def show_table(table: Table, width: int = 0) -> None:
     console = Console(file=_results.get() or sys.stdout)
     console.width = max(console.width, width)
     console.print(table)
+
+
+def show_plan(forecast: MemoryPlan) -> None:
+    """Print a plan for people."""
+    allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
+    table = Table(title=f"GB held in each phase; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
+    phases = list(forecast.forecasts[0].phases) if forecast.forecasts else []
+    for column in ("storage", *phases, "file", ""):
+        table.add_column(column, justify="left" if column in ("storage", "") else "right", no_wrap=True)
+    for one in forecast.forecasts:
+        cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]
+        table.add_row(one.name, *cells, "taken" if one is forecast.chosen else "")
+    if forecast.forecasts:
+        show_table(table, width=100)  # figures are not cut off
+    show(forecast.why)
+    for one in forecast.forecasts:
+        if one.obstacle and one.obstacle not in forecast.why:
+            show(f"{one.name}: {one.obstacle}")

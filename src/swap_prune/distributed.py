@@ -31,6 +31,7 @@ __all__ = [
     "PARTS",
     "EndedByAnother",
     "Team",
+    "all_or_none",
     "is_first",
     "launched",
     "local_count",
@@ -275,6 +276,33 @@ def team_of(device: torch.device) -> Iterator[Team]:
     finally:
         with suppress(RuntimeError, ValueError):  # what has failed may refuse to be ended
             dist.destroy_process_group(group)
+
+
+@contextmanager
+def all_or_none(shared: bool) -> Iterator[None]:
+    """Run a block that all processes of the group run, and that may fail in some of them; then it fails in all.
+
+    Args:
+        shared: Whether the others run it too; else nothing is asked.
+
+    Raises:
+        ValueError: If it failed in another process.
+    """
+    if not shared or process_count() < 2 or dist.get_backend() != "gloo":
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    reasons: list[str | None] = [None] * process_count()
+    dist.all_gather_object(reasons, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise ValueError(f"process {rank} of {len(reasons)}: {reason}")
 
 
 @contextmanager

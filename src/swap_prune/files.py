@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +37,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         path: The file that is replaced, or made.
         durable: Whether it is forced to the disk before it takes its place, and its name after that.
     """
-    name = f".{platform.node()}-{os.getpid()}-{uuid4().hex}.{path.name}"  # two may write the same file at once
-    scratch = path.with_name(name)
+    scratch = path.with_name(_scratch_name(path.name))
     try:
         yield scratch
         if durable:
@@ -48,6 +47,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             force_to_disk(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _scratch_name(name: str) -> str:
+    """Return a name to write to meanwhile; two processes may write the same file at once."""
+    return f".{platform.node()}-{os.getpid()}-{uuid4().hex}.{name}"
 
 
 def force_to_disk(path: Path) -> None:
@@ -93,8 +97,9 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_beside(target)) as scratch:
-            made = Path(scratch, target.name)
+        _delete_abandoned(target)
+        made = _beside(target) / _scratch_name(target.name)
+        try:
             made.mkdir()
             for name, content in files.items():
                 (made / name).write_bytes(content)
@@ -103,6 +108,8 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
                     os.replace(made / name, target / name)
             else:
                 os.replace(made, target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
     return target
@@ -128,15 +135,24 @@ def check_output_directory(directory: str | Path, checkpoint: str | Path | None 
         target = target.resolve() if target.is_dir() else target
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise ValueError(f"output {target} exists and is not a directory; choose another")
-        scratch_of = f".{target.name}."  # another process may be asking the same
-        if target.is_dir() and any(not entry.name.startswith(scratch_of) for entry in target.iterdir()):
+        if target.is_dir() and any(replaced_name(entry) != target.name for entry in target.iterdir()):  # another's
             raise ValueError(f"output directory {target} is not empty; choose another or remove it")
         there = next(path for path in (target, *target.parents) if os.path.lexists(path))
-        with tempfile.TemporaryDirectory(prefix=scratch_of, dir=there) as scratch:
-            Path(scratch, target.relative_to(there)).mkdir(parents=True, exist_ok=True)  # its names may be refused
+        tried = there / _scratch_name(target.name)
+        try:
+            (tried / target.relative_to(there)).mkdir(parents=True)  # its names may be refused
+        finally:
+            shutil.rmtree(tried, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"output directory {target} cannot be written: {error.strerror or error}") from error
     return target
+
+
+def _delete_abandoned(target: Path) -> None:
+    """Delete what processes that are gone have left of the same directory."""
+    for entry in _beside(target).iterdir():
+        if replaced_name(entry) == target.name and is_abandoned(entry):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _beside(target: Path) -> Path:

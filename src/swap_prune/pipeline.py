@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from swap_prune.artifact import check_dense
-from swap_prune.distributed import is_first, local_count, team_of
+from swap_prune.distributed import all_or_none, is_first, local_count, team_of
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
@@ -167,7 +167,8 @@ def prune(
     )
     place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
-    held, notes = _settle_storage(model, data, request, place, memory, scratch, earlier)
+    with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):
+        held, notes = _settle_storage(model, data, request, place, memory, scratch, earlier)
     recorded = _recorded(storage, held) if request.solver.needs_gradients else None
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
     runner = _runner(model, data, recalibration_data, request, place, held, spill)

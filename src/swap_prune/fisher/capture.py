@@ -43,7 +43,7 @@ __all__ = ["Backend", "Capture", "Passed", "bytes_of_a_row", "capture_gradients"
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 
 _MAX_CHUNK = 256
-_HEAP = 3  # what the C library was seen to hold of many pieces that come and go, in units of what is used
+_HEAP = 6  # what the C library was seen to hold of many pieces that come and go, in units of what is used
 _UNCOUNTED_CHUNK = 8  # samples, where what one keeps cannot be counted
 _CHECKED = 2  # samples with backward passes of their own; fewer cannot show a loss that mixes them
 
@@ -159,6 +159,8 @@ def pass_rows(
                 if shared is not None and start > 0 and is_sliceable(part):
                     count = shared.in_turn(batch_size(part), partial(capturer.fill, part, losses=own_losses[start:]))
                 else:
+                    if shared is not None:  # its room holds rows of chunks that were taken in turns
+                        shared.end_round()
                     room = sink.room(batch_size(part) if is_sliceable(part) else size)
                     count = capturer.fill(part, room, losses[start:])
                     sink.keep(count)

@@ -73,11 +73,11 @@ class SharedStore(RowBuffer):
         """Go on to the next rank; whoever had its turn has written so many rows."""
         self._round.append(count)
         if len(self._round) == self.team.size:
-            self._exchange()
+            self.end_round()
 
     def take(self, rows: Tensor) -> None:
         """Keep the columns of this rank, of rows that every rank has."""
-        self._exchange()
+        self.end_round()
         for (a, b), block in zip(self._places[self.team.rank], self._blocks, strict=True):
             block[self._filled : self._filled + len(rows)] = rows[:, a:b]
         self._filled += len(rows)
@@ -85,14 +85,14 @@ class SharedStore(RowBuffer):
 
     def finish(self) -> FisherFactor:
         """Return the factor."""
-        self._exchange()
+        self.end_round()
         size, like = (self._filled, self._selection.total), self._buffer.new_empty(0)
         self._buffer = self._buffer.new_empty(0, self._selection.total)
         blocks = tuple(DenseFactor(block[: self._filled], self._limit) for block in self._blocks)
         return ShardedFactor(blocks, size, self.team, self._limit, like)
 
-    def _exchange(self) -> None:
-        """Send the rows of the round to where their columns belong."""
+    def end_round(self) -> None:
+        """Send the rows of the round to where their columns belong; room that was given is free again."""
         if not self._round:
             return
         counts = self._round + [0] * (self.team.size - len(self._round))

@@ -207,7 +207,8 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
         disk += max(storage.at_once, MINI_BATCH) * load.kept_bytes
     forecast = Forecast(storage, phases, disk, "")
     if load.row_noise and kind != "float32":
-        return replace(forecast, obstacle="noise on gradients needs them in float32")
+        remedy = ", which storage='float32' holds whole in each process" if kind == "sharded" else ""
+        return replace(forecast, obstacle=f"noise on gradients needs them in float32{remedy}")
     if load.unsuited and kind == "low-rank":
         return replace(forecast, obstacle=f"{load.unsuited}; use another storage, such as 'matrix-free'")
     if limit is not None and forecast.need > limit:
