@@ -124,8 +124,14 @@ class EWR:
     def _coupled(self, pairing: WeightedRidge, fit: SparseFit, coupling: Coupling) -> SparseFit:
         """Alternate between the plan and the regression, from the fit of LR."""
         for _ in range(self.couplings):
-            regression = couple(pairing, pairing.factor.matvec(fit.weights), coupling)
-            fit = solve_sparse(regression, len(fit.support), start=fit.support, max_iterations=self.iterations)
+            regression = couple(pairing, _fitted(pairing, fit), coupling)
+            fit = solve_sparse(
+                regression,
+                len(fit.support),
+                start=fit.support,
+                previous=None if fit.refit is None else fit.refit.gram,
+                max_iterations=self.iterations,
+            )
         return fit
 
     def _earns_its_place(
@@ -151,12 +157,19 @@ class EWR:
         anchors = None if self.anchor == "auto" else (float(self.anchor),)
         epsilons = None
         if self.epsilon != "auto":
-            epsilons = (float(self.epsilon) * self._unit(pairing.factor.matvec(fit.weights), pairing.target),)
+            epsilons = (float(self.epsilon) * self._unit(_fitted(pairing, fit), pairing.target),)
         if anchors and (epsilons or anchors == (0.0,)):
             epsilon = epsilons[0] if epsilons else 1.0  # which counts for nothing without an anchor
             return Coupling(anchors[0], epsilon, self.gradient, self.debias), {}
         return choose_coupling(
-            pairing, fit.support, generator, anchors, epsilons, gradient=self.gradient, debias=self.debias
+            pairing,
+            fit.support,
+            generator,
+            anchors,
+            epsilons,
+            gradient=self.gradient,
+            debias=self.debias,
+            known=fit.refit,
         )
 
     def _unit(self, x: Tensor, y: Tensor) -> float:
@@ -192,3 +205,9 @@ class EWR:
             fit = replace(step, iterations=taken + 1, converged=False)
         evidence = {"ridge": pairing.ridge, "anchor": anchor, "objective": pairing.value(fit.weights)}
         return solution_of(fit, evidence)
+
+
+def _fitted(pairing: WeightedRidge, fit: SparseFit) -> Tensor:
+    """Return ``G w`` of a fit, (n,); its refit may know it."""
+    known = None if fit.refit is None else fit.refit.fitted
+    return pairing.factor.matvec(fit.weights) if known is None else known

@@ -185,6 +185,8 @@ class WeightedRidge:
 
     def _gram(self, support: Tensor, previous: ScaledGram | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""
+        if previous is not None and torch.equal(support, previous.support):
+            return previous
         scale = self._placed(support, self._inverse(support))
         if previous is not None:
             scale.index_add_(0, previous.support, self._inverse(previous.support), alpha=-1)
