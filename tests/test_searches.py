@@ -116,7 +116,7 @@ def test_a_batch_that_does_not_pay_is_halved_down_to_one_pair():
         fit = solve_sparse(problem, 200)
         after = swap_weights(problem, fit, max_batches=50)
         exchange = exchange_of(problem, after.support, after.refit, problem.gradient_of(after.refit))
-        leaving, entering = propose_swaps(exchange, scale_of(problem), 1)
+        leaving, entering, _ = propose_swaps(exchange, scale_of(problem), 1)
         if len(leaving) > 0:
             support = after.support.index_copy(0, leaving, entering).sort().values
             assert fit_on(problem, support).value >= after.value * (1 - 1e-4)

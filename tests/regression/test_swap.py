@@ -57,7 +57,7 @@ def test_proposals_pair_the_cheapest_with_the_best_as_long_as_they_gain() -> Non
     problem = random_regression(8, 30, generator(3))
     fit = fit_on(problem, torch.arange(12))
     exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient(fit.weights))
-    leaving, entering = propose_swaps(exchange, scale_of(problem), 10)
+    leaving, entering, _ = propose_swaps(exchange, scale_of(problem), 10)
     cost, gain = exchange.leave(leaving), exchange.enter(entering)
     assert 0 < len(leaving) == len(entering) <= 10
     assert bool((gain > cost).all()) and bool((cost.diff() >= 0).all()) and bool((gain.diff() <= 0).all())
