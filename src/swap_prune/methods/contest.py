@@ -31,7 +31,7 @@ from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import ScaledGram, WeightedRidge
-from swap_prune.regression.swap import swap_weights
+from swap_prune.regression.swap import can_swap, swap_weights
 
 __all__ = ["Paired", "fit_pairing"]
 
@@ -309,13 +309,16 @@ class _Contest:
             previous = None if self._beginning is None else self._beginning[1]
         else:
             previous = None if near.refit is None else near.refit.gram
+        regression = self.stated(candidate)
         fit = solve_sparse(
-            self.stated(candidate),
+            regression,
             self._problem.keep,
             start=None if near is None else near.support,
             previous=previous,
             max_iterations=self._settings.iterations,
+            swaps_follow=self._settings.swaps > 0 and can_swap(regression, self._problem.keep),
         )
+        del regression  # its metric is as large as p
         if fit.first is not None:
             if fit.first.support.nbytes <= fit.first.matrix.nbytes:  # else n is small, and the matrix soon made anew
                 self._beginning = metric, fit.first

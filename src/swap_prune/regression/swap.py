@@ -31,7 +31,7 @@ from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.square import SquareSystem
 from swap_prune.regression.top_k import Floors
 
-__all__ = ["Exchange", "Swaps", "exchange_of", "propose_swaps", "swap_weights"]
+__all__ = ["Exchange", "Swaps", "can_swap", "exchange_of", "propose_swaps", "swap_weights"]
 
 SHARE = 0.02  # of the kept weights, exchanged at once
 _HALVINGS = 4  # of a batch that does not lower Q
@@ -40,21 +40,25 @@ _RELATIVE_GAIN = 1e-4  # a batch that gains less ends the search
 _TINY = 1e-12
 
 
+def can_swap(problem: WeightedRidge, keep: int) -> bool:
+    """Whether swaps can be looked for: there is a choice, a ridge, and a Gram matrix for k > n."""
+    n, p = problem.factor.shape
+    return keep < p and problem.penalty > 0 and (keep <= n or not problem.factor.iterative)
+
+
 def swap_weights(
     problem: WeightedRidge, fit: SparseFit, max_batches: int = 10, diagonal: Tensor | None = None
 ) -> SparseFit:
     """Exchange kept and dropped weights in batches as long as Q falls by more than a little.
 
     Args:
-        problem: The regression; without a ridge, or without a Gram matrix for k > n, the fit is returned as it is.
+        problem: The regression; where :func:`can_swap` says no, the fit is returned as it is.
         fit: A refitted support.
-        max_batches: Batches accepted at the most.
+        max_batches: Batches accepted at the most; a search that they end has not converged.
         diagonal: f, (p,), where it is known already.
     """
-    keep, total = len(fit.support), problem.metric.numel()
-    if keep == total or problem.penalty == 0 or fit.refit is None:
-        return fit
-    if fit.refit.gram is None and keep > problem.factor.shape[0]:
+    keep = len(fit.support)
+    if max_batches == 0 or fit.refit is None or not can_swap(problem, keep):
         return fit
     f = problem.factor.diagonal() if diagonal is None else diagonal
     scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0])
@@ -76,6 +80,8 @@ def swap_weights(
             fit, weights=refit.weights, support=support.sort().values, value=tried.value, swaps=fit.swaps + count
         )
         del swaps, better  # the columns
+    else:
+        fit = replace(fit, converged=False)
     return replace(fit, refit=refit.lighter())
 
 
