@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swap_prune import EWR
+from swap_prune import EWR, LR
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods import ewr as ewr_module
 from swap_prune.regression import active_set, tuning
@@ -200,6 +200,20 @@ def test_active_sets_that_were_cut_short_are_reported(monkeypatch):
         for s in range(8)
     ]
     assert not all(fit.converged for fit in found)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "layer", "factored", "identity"])
+@pytest.mark.parametrize("n", [8, 30])
+def test_the_unit_of_the_loss_does_not_matter(n, metric):
+    """A trillionth of it, and a trillion: powers of two, which change no digit."""
+    masks, method = [], LR(metric=metric, damping=1.0, first_order=0.0, swaps=10)
+    for scale in (1.0, 2.0**-40, 2.0**40):
+        problem = pruning_problem(n, 80, 20, seed=3)
+        factor = DenseFactor(problem.fisher().matrix * scale)
+        solution = method.solve(replace(problem, factor=factor), generator())
+        assert solution.evidence["swaps"] > 0
+        masks.append(solution.kept)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
 
 
 def test_no_more_batches_are_swapped_than_asked_for():

@@ -149,9 +149,11 @@ def _next_support(problem: WeightedRidge, w: Tensor, gradient: Tensor, keep: int
     The gradient is overwritten.
     """
     direction = gradient.div_(problem.metric)
+    size = torch.linalg.vector_norm(direction, ord=torch.inf).clamp_min(torch.finfo(direction.dtype).tiny)
+    direction.div_(size)  # of what it would be by itself, squares may be no number
     moved = problem.factor.matvec(direction)
     slope = torch.dot(problem.metric * direction, direction)
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
-    length = slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
+    length = size * slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
     u = torch.addcmul(w, length, direction, value=-1, out=direction)
     return top_k(u.square_().mul_(problem.metric), keep, problem.floors)
