@@ -176,6 +176,17 @@ def test_refit_in_single_precision():
         torch.testing.assert_close(w.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_small_ridge_is_not_lost_in_single_precision():
+    """Two columns that are nearly alike: what tells them apart, and the ridge, are below the rounding of squares."""
+    G = normal(40, 2, seed=30)
+    G[:, 1] = G[:, 0] + 2e-4 * G[:, 1]
+    problem = WeightedRidge(
+        DenseFactor(G.float()), normal(40, seed=31).float(), torch.tensor([1.0, -1.0]), 1e-8, torch.ones(2)
+    )
+    expected = normal_equation_refit(support=torch.arange(2), **dense_parts(problem))
+    torch.testing.assert_close(problem.refit(torch.arange(2)).weights.double(), expected, rtol=1e-3, atol=0)
+
+
 def test_refit_of_every_weight_with_the_target_met_changes_nothing():
     problem = random_regression(5, 9, generator(14))
     problem = replace(problem, target=problem.factor.matvec(problem.reference))

@@ -139,15 +139,20 @@ class WeightedRidge:
         kept = self.reference.index_select(0, support)
         residual = self.target - self.factor.matvec(self._placed(support, kept))
         if len(support) <= n:
-            columns = self.factor.columns(support)
-            weighted = columns if self.smoothing is None else self.smoothing @ columns
-            matrix = columns.T @ weighted
-            matrix.diagonal().add_(self.penalty * self.metric.index_select(0, support))
-            change = solve_square(matrix, columns.T @ self.smooth(residual))
-            fitted = self.target - residual + columns @ change
-            return Refit(self._placed(support, kept + change), None, fitted)
+            change, moved = self._direct(support, residual)
+            return Refit(self._placed(support, kept + change), None, self.target - residual + moved)
         gram, system, dual = self._dual(support, residual, previous)
         return self.primal(support, residual, dual, gram, system)
+
+    def _direct(self, support: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return d on a support, (k,), and ``G_s d``, (n,), from the k x k system, which is made in float64."""
+        columns = self.factor.columns(support).double()  # a small ridge would be lost in float32
+        weighted = columns if self.smoothing is None else self.smoothing.double() @ columns
+        matrix = columns.T @ weighted
+        matrix.diagonal().add_(self.penalty * self.metric.index_select(0, support).double())
+        rounding = 8 * torch.finfo(residual.dtype).eps ** 2  # of the columns, squared as they are
+        change = solve_square(matrix, weighted.T @ residual.double(), rounding)
+        return change.to(residual.dtype), (columns @ change).to(residual.dtype)
 
     def primal(
         self, support: Tensor, residual: Tensor, dual: Tensor, gram: ScaledGram | None, system: SquareSystem | None

@@ -36,7 +36,7 @@ class SquareSystem:
     factors: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, matrix: Tensor, *, symmetric: bool = True) -> SquareSystem:
+    def of(cls, matrix: Tensor, *, symmetric: bool = True, rounding: float = 0.0) -> SquareSystem:
         """Factorise a matrix.
 
         A pivot of rounding size, in the matrix's own precision, counts as zero: of a symmetric matrix against the entry
@@ -45,18 +45,19 @@ class SquareSystem:
         Args:
             matrix: (m, m), of any floating dtype. It may be held, and is not to be changed any more.
             symmetric: Whether it is symmetric, up to rounding.
+            rounding: Relative size of rounding in it, where that is larger than its precision says.
         """
         if symmetric and matrix.dtype == torch.float32 and matrix.device.type == "cpu":
             factor, info = torch.linalg.cholesky_ex(matrix)
             if int(info) == 0 and float((factor.diagonal().square() / matrix.diagonal()).min()) > _LEAST_PIVOT:
                 return cls("single", (factor, matrix))
-        return cls._wide_of(matrix, symmetric=symmetric)
+        return cls._wide_of(matrix, symmetric=symmetric, rounding=rounding)
 
     @classmethod
-    def _wide_of(cls, matrix: Tensor, *, symmetric: bool) -> SquareSystem:
+    def _wide_of(cls, matrix: Tensor, *, symmetric: bool, rounding: float = 0.0) -> SquareSystem:
         """Do the same in float64."""
         a = matrix.double()
-        rounding = 8 * torch.finfo(matrix.dtype).eps
+        rounding = 8 * max(torch.finfo(matrix.dtype).eps, rounding)
         if symmetric:
             factor, info = torch.linalg.cholesky_ex(a)
             pivots = factor.diagonal().square()
@@ -140,6 +141,6 @@ class SquareSystem:
         return high, (self._inverse - high).bfloat16()
 
 
-def solve_square(matrix: Tensor, right: Tensor) -> Tensor:
+def solve_square(matrix: Tensor, right: Tensor, rounding: float = 0.0) -> Tensor:
     """Solve one square system: a symmetric matrix (m, m), a right-hand side (m,)."""
-    return SquareSystem.of(matrix).solve(right)
+    return SquareSystem.of(matrix, rounding=rounding).solve(right)
