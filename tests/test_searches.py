@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swap_prune import EWR
+from swap_prune import EWR, LR
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods import ewr as ewr_module
 from swap_prune.regression import active_set, tuning
@@ -67,7 +67,7 @@ def test_a_path_in_a_known_metric_begins_with_its_gram_matrix(monkeypatch):
     fit, before = solve_sparse(other, 30), list(columns)
     columns.clear()
     again = solve_sparse(other, 30, previous=known)
-    assert columns == [0, *before[1:]] and before[0] == len(known.support) > 30
+    assert columns == before[1:] and before[0] == len(known.support) > 30
     assert torch.equal(again.weights, fit.weights) and again.value == fit.value
     assert again.first is None, "that is the other path's"
 
@@ -116,7 +116,7 @@ def test_a_batch_that_does_not_pay_is_halved_down_to_one_pair():
         fit = solve_sparse(problem, 200)
         after = swap_weights(problem, fit, max_batches=50)
         exchange = exchange_of(problem, after.support, after.refit, problem.gradient_of(after.refit))
-        leaving, entering = propose_swaps(exchange, scale_of(problem), 1)
+        leaving, entering, _ = propose_swaps(exchange, scale_of(problem), 1)
         if len(leaving) > 0:
             support = after.support.index_copy(0, leaving, entering).sort().values
             assert fit_on(problem, support).value >= after.value * (1 - 1e-4)
@@ -186,7 +186,8 @@ def test_what_is_asked_of_a_coupling_is_asked_where_it_is_chosen(monkeypatch):
     monkeypatch.setattr(ewr_module, "choose_coupling", choose)
     problem = pruning_problem(30, 40, 12, seed=1)
     EWR(gradient="paper", debias=False, anchor=0.3).solve(problem, generator())
-    assert asked == [((0.3,), {"gradient": "paper", "debias": False})]
+    [(anchors, named)] = asked
+    assert anchors == (0.3,) and named.pop("known") is not None and named == {"gradient": "paper", "debias": False}
 
 
 def test_active_sets_that_were_cut_short_are_reported(monkeypatch):
@@ -199,6 +200,20 @@ def test_active_sets_that_were_cut_short_are_reported(monkeypatch):
         for s in range(8)
     ]
     assert not all(fit.converged for fit in found)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "layer", "factored", "identity"])
+@pytest.mark.parametrize("n", [8, 30])
+def test_the_unit_of_the_loss_does_not_matter(n, metric):
+    """A trillionth of it, and a trillion: powers of two, which change no digit."""
+    masks, method = [], LR(metric=metric, damping=1.0, first_order=0.0, swaps=10)
+    for scale in (1.0, 2.0**-40, 2.0**40):
+        problem = pruning_problem(n, 80, 20, seed=3)
+        factor = DenseFactor(problem.fisher().matrix * scale)
+        solution = method.solve(replace(problem, factor=factor), generator())
+        assert solution.evidence["swaps"] > 0
+        masks.append(solution.kept)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
 
 
 def test_no_more_batches_are_swapped_than_asked_for():

@@ -343,6 +343,22 @@ def test_a_floor_that_few_samples_speak_for_is_not_raised(monkeypatch: pytest.Mo
     assert method.solve(problem, torch.Generator()).evidence["floor"] == 0
 
 
+@pytest.mark.parametrize(("swaps", "ridge", "expected"), [(10, 0.1, True), (0, 0.1, False), (10, 0.0, False)])
+def test_hard_thresholding_is_left_out_where_swaps_follow(
+    monkeypatch: pytest.MonkeyPatch, swaps: int, ridge: float, expected: bool
+) -> None:
+    asked, solve = [], contest.solve_sparse
+
+    def watched(*arguments: object, **named: object) -> SparseFit:
+        asked.append((named["swaps_follow"], named["max_iterations"]))
+        return solve(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contest, "solve_sparse", watched)
+    settings = LR(ridge=ridge, metric="diagonal", damping=1.0, swaps=swaps, iterations=7, floor=0, first_order=0)
+    contest.fit_pairing(settings, problem_with(None))
+    assert asked == [(expected, 7)]
+
+
 def test_swaps_are_not_looked_for_once_the_others_have_taken_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     searched = list[int]()
     swap = contest.swap_weights

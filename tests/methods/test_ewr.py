@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from swap_prune import EWR, LR
+from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.pairing import pairing_regression
+from swap_prune.regression import tuning
 from swap_prune.regression.iht import hard_threshold, solve_sparse
+from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
 from swap_prune.regression.tuning import Coupling, couple, mean_cost
 from swap_prune.regression.two_regime import two_regime_step
@@ -32,13 +35,29 @@ def test_ewr_is_lr_then_plans_and_regressions_in_turn(gradient, debias, unit, co
         fit = solve_sparse(regression, 20, start=fit.support)
     settings = {"epsilon": 0.2, "anchor": 0.5, "epsilon_unit": unit, "gradient": gradient, "debias": debias}
     solution = EWR(**settings, couplings=couplings, **FIXED).solve(problem, generator())
-    assert torch.equal(solution.weights, fit.weights)
+    torch.testing.assert_close(solution.weights, fit.weights)
     assert solution.evidence["epsilon"] == pytest.approx(0.2 * scale) and solution.evidence["anchor"] == 0.5
     assert not torch.equal(solution.weights, LR(**FIXED).solve(problem, generator()).weights)
     default = EWR(epsilon=0.2, anchor=0.5, **FIXED).solve(problem, generator()).weights
-    assert torch.equal(default, fit.weights) == (
+    assert torch.allclose(default, fit.weights) == (
         settings["gradient"] == "exact" and debias and unit == "mean_cost" and couplings == 1
     )
+
+
+def test_a_coupling_begins_with_the_gram_matrix_of_lr(monkeypatch):
+    """Its support is that of LR, and the matrix depends on no target: no column is multiplied for its first refit."""
+    problem, gram, columns = pruning_problem(10, 60, 20, seed=1, dtype=torch.float64), DenseFactor.gram, []
+
+    def counted(self, scale):
+        columns.append(int(scale.count_nonzero()))
+        return gram(self, scale)
+
+    monkeypatch.setattr(DenseFactor, "gram", counted)
+    LR(**FIXED, iterations=1).solve(problem, generator())
+    before = len(columns)
+    EWR(epsilon=0.2, anchor=0.5, **FIXED, iterations=1).solve(problem, generator())
+    assert columns[:before] == columns[before : 2 * before]
+    assert all(0 < count < 20 for count in columns[2 * before :])
 
 
 @pytest.mark.parametrize("gradient", ["exact", "paper"])
@@ -92,6 +111,29 @@ def test_iterations_are_those_asked_for():
     one, many = (LR(**fixed, iterations=i).solve(problem, generator()) for i in (1, 10))
     assert one.iterations == 1 < many.iterations and not one.converged
     assert many.evidence["objective"] < one.evidence["objective"]
+
+
+def test_without_an_anchor_nothing_is_held_out_for_epsilon():
+    fixed = {"ridge": 0.1, "damping": 1.0, "metric": "diagonal", "first_order": 0.0}
+    assert not EWR(anchor=0, **fixed).needs_held_out and not EWR(anchor=0.0, epsilon=1.0, **fixed).needs_held_out
+    assert EWR(anchor=0.5, **fixed).needs_held_out and EWR(anchor=0).needs_held_out
+    assert not EWR(anchor=0.5, epsilon=1.0, **fixed).needs_held_out
+
+
+def test_a_plan_that_has_not_converged_is_reported(monkeypatch):
+    problem = pruning_problem(30, 60, 20, seed=1, dtype=torch.float64)
+    method = EWR(epsilon=0.2, anchor=0.5, **FIXED)
+    assert "plan_converged" not in method.solve(problem, generator()).evidence
+    plans_of = tuning.plans_of
+    short = lambda *parts: [replace(plan, converged=False) for plan in plans_of(*parts)]  # noqa: E731
+    monkeypatch.setattr("swap_prune.methods.ewr.plans_of", short)
+    assert method.solve(problem, generator()).evidence["plan_converged"] is False
+
+
+def test_an_objective_that_is_no_number_is_left_out_of_the_evidence(monkeypatch):
+    monkeypatch.setattr(WeightedRidge, "value", lambda *_: float("inf"))
+    problem = pruning_problem(10, 60, 20, seed=1, dtype=torch.float64)
+    assert "objective" not in EWR(epsilon=0.2, anchor=0.5, **FIXED).solve(problem, generator()).evidence
 
 
 @pytest.mark.parametrize("value", ["False", "no", 0, None, []])

@@ -176,6 +176,17 @@ def test_refit_in_single_precision():
         torch.testing.assert_close(w.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_small_ridge_is_not_lost_in_single_precision():
+    """Two columns that are nearly alike: what tells them apart, and the ridge, are below the rounding of squares."""
+    G = normal(40, 2, seed=30)
+    G[:, 1] = G[:, 0] + 2e-4 * G[:, 1]
+    problem = WeightedRidge(
+        DenseFactor(G.float()), normal(40, seed=31).float(), torch.tensor([1.0, -1.0]), 1e-8, torch.ones(2)
+    )
+    expected = normal_equation_refit(support=torch.arange(2), **dense_parts(problem))
+    torch.testing.assert_close(problem.refit(torch.arange(2)).weights.double(), expected, rtol=1e-3, atol=0)
+
+
 def test_refit_of_every_weight_with_the_target_met_changes_nothing():
     problem = random_regression(5, 9, generator(14))
     problem = replace(problem, target=problem.factor.matvec(problem.reference))
@@ -285,3 +296,37 @@ def test_without_a_ridge_smoothed_residuals_are_as_small_as_can_be(seed):
     least = torch.linalg.lstsq(half.T @ G[:, support], (half.T @ target).unsqueeze(1), driver="gelsd").solution
     rest = half.T @ (G[:, support] @ least.squeeze(1) - target)
     assert problem.value(found.weights) == pytest.approx(float(rest.square().sum()) / 2, abs=1e-9)
+
+
+def spread_out(n, condition, dtype=torch.float32):
+    """A symmetric matrix of a condition number, in a random basis."""
+    basis = torch.linalg.qr(normal(n, n, seed=20)).Q
+    matrix = (basis * torch.logspace(0, float(torch.tensor(condition).log10()), n, dtype=torch.float64)) @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e6, 1e9])
+def test_a_system_in_single_precision_is_solved_as_in_double(condition, scale):
+    """Where a float32 factor does for it, and where not."""
+    matrix, right = spread_out(40, condition), torch.stack([normal(40, seed=21), normal(40, seed=22)], 1) * scale
+    system = SquareSystem.of(matrix)
+    assert (system.kind == "single") == (condition <= 1e6)
+    expected = torch.linalg.solve(matrix.double(), right)
+    if condition <= 1e6:
+        torch.testing.assert_close(system.solve(right) / scale, expected / scale, rtol=2e-6, atol=1e-6)
+        assert ("_wide" in vars(system)) == (condition == 1e6), "which is too much for one correction"
+        forms = (right / scale * (expected / scale)).sum(0)
+        torch.testing.assert_close(system.forms(right / scale), forms, rtol=1e-8 * condition + 1e-5, atol=0)
+    assert SquareSystem.of(matrix.double()).kind == "cholesky", "what is in double stays there"
+    assert not bool(system.solve(torch.zeros(40)).any())
+
+
+def test_a_correction_that_is_not_small_asks_for_double_precision():
+    matrix, right = spread_out(40, 1e4), normal(40, seed=21)
+    system = SquareSystem.of(matrix)
+    spoilt = SquareSystem("single", (system.factors[0] * 1.1, matrix))
+    torch.testing.assert_close(spoilt.solve(right), torch.linalg.solve(matrix.double(), right))
+    assert spoilt._wide.kind == "cholesky"
+    system.solve(right)
+    assert "_wide" not in vars(system)

@@ -57,7 +57,7 @@ def test_proposals_pair_the_cheapest_with_the_best_as_long_as_they_gain() -> Non
     problem = random_regression(8, 30, generator(3))
     fit = fit_on(problem, torch.arange(12))
     exchange = exchange_of(problem, fit.support, fit.refit, problem.gradient(fit.weights))
-    leaving, entering = propose_swaps(exchange, scale_of(problem), 10)
+    leaving, entering, _ = propose_swaps(exchange, scale_of(problem), 10)
     cost, gain = exchange.leave(leaving), exchange.enter(entering)
     assert 0 < len(leaving) == len(entering) <= 10
     assert bool((gain > cost).all()) and bool((cost.diff() >= 0).all()) and bool((gain.diff() <= 0).all())
@@ -96,6 +96,33 @@ def test_they_go_on_where_hard_thresholding_has_come_to_rest() -> None:
         assert fit.converged
         better += swap_weights(problem, fit).value < fit.value * (1 - 1e-4)
     assert better >= 5
+
+
+def test_swaps_from_the_end_of_the_path_come_as_low_as_after_hard_thresholding() -> None:
+    for seed in range(12):
+        problem = random_regression(20, 300, generator(seed), ridge=0.02, dtype=torch.float32)
+        path, rest = solve_sparse(problem, 30, swaps_follow=True), solve_sparse(problem, 30)
+        assert path.iterations == 0 and path.converged
+        assert swap_weights(problem, path, 50).value <= swap_weights(problem, rest, 50).value * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("keep", "start"), [(80, None), (30, torch.arange(30))])
+def test_hard_thresholding_stays_where_no_path_was_walked(keep: int, start: torch.Tensor | None) -> None:
+    found = 0
+    for seed in range(6):
+        problem = random_regression(20, 300, generator(seed), ridge=0.02)
+        followed = solve_sparse(problem, keep, start=start, swaps_follow=True)
+        assert torch.equal(followed.support, solve_sparse(problem, keep, start=start).support)
+        found += followed.iterations > 0
+    assert found > 0
+
+
+def test_a_search_that_its_limit_ended_has_not_converged() -> None:
+    problem = random_regression(20, 400, generator(0), ridge=0.01)
+    fit = solve_sparse(problem, 200)
+    assert fit.converged and swap_weights(problem, fit, 0) is fit
+    found = [swap_weights(problem, fit, batches) for batches in (1, 2, 50)]
+    assert [one.converged for one in found] == [False, False, True]
 
 
 def test_nothing_to_swap() -> None:

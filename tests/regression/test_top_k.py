@@ -74,9 +74,19 @@ def test_layers_keep_their_share_and_the_sum_is_the_largest() -> None:
             assert float(scores[found].sum()) == max(float(scores[list(one)].sum()) for one in allowed)
 
 
+@pytest.mark.usefixtures("searched")
+def test_scores_that_are_infinitely_low_are_taken_once() -> None:
+    scores = torch.full((60,), -torch.inf)
+    scores[7] = 1.0
+    found = top_k(scores, 50, ((slice(0, 20), 10), (slice(20, 60), 0)))
+    assert len(set(found.tolist())) == 50 and 7 in found.tolist()
+
+
 @pytest.mark.slow
-def test_indices_go_beyond_what_32_bits_hold(tmp_path: Path) -> None:
-    """In a file with holes, of 8.6 GB that take no room; ties are those of lowest index there too."""
+def test_indices_go_beyond_what_32_bits_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file with holes, of 8.6 GB that take no room, as a copy would; ties are those of lowest index there too."""
+    ordered = [2.0] * 2 + [1.0] * 3 + [0.0] * 9
+    monkeypatch.setattr(module, "_kth_largest", lambda scores, keep: torch.tensor(ordered[keep - 1]))
     size = 2**31 + 8
     scores = torch.from_file(str(tmp_path / "scores"), shared=True, size=size, dtype=torch.float32)
     places = [5, 2**31 - 1, 2**31, 2**31 + 3, size - 1]

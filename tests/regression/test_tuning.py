@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.regression import tuning
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
 from swap_prune.transport import transport_plan
 from tests.cases import dense_parts, generator, normal, random_regression
@@ -109,6 +111,36 @@ def test_choice_is_one_of_the_candidates():
     assert other.gradient == "paper" and not other.debias and other.epsilon > 0
     numbers = [value for value in evidence.values() if isinstance(value, float)]
     assert numbers and all(value == value and abs(value) < float("inf") for value in numbers)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "paper"])
+@pytest.mark.parametrize(("n", "keep"), [(40, 12), (40, 34), (40, 60), (300, 70)])  # fewer than rows fitted to, or not
+def test_the_choice_is_that_of_refits_on_the_kept_rows(n, keep, gradient):
+    """Put together by hand: each candidate refitted on three quarters of the rows, and judged by the last quarter."""
+    pairing, support = pairing_problem(n, 80, seed=14), torch.arange(keep) + 3
+    asked = {"anchors": (0.2,), "epsilons": (0.5,), "gradient": gradient}
+    _, evidence = choose_coupling(pairing, support, generator(3), **asked)
+    _, with_known = choose_coupling(pairing, support, generator(3), **asked, known=pairing.refit(support))
+    order = torch.randperm(n, generator=generator(3))[: tuning.TUNING_ROWS]
+    held_out, kept = order[: round(len(order) / 4)], order[round(len(order) / 4) :]
+    G = dense_parts(pairing)["G"]
+    fitting = replace(pairing, factor=DenseFactor(G[kept]), target=pairing.target[kept])
+    w = fitting.refit(support).weights
+    other = couple(fitting, G[kept] @ w, Coupling(0.2, 0.5, gradient)).refit(support).weights
+    losses = [float((G[held_out] @ (one - pairing.reference)).square().mean() / 2) for one in (w, other)]
+    for found in (evidence, with_known):
+        assert found["held_out_loss_pairing"] == pytest.approx(losses[0], rel=1e-6)
+        assert found["held_out_loss"] in (pytest.approx(losses[0], rel=1e-6), pytest.approx(losses[1], rel=1e-4))
+
+
+def test_after_a_refit_the_choice_makes_no_pass_over_the_rows():
+    pairing = pairing_problem(30, 90, seed=15)
+    known = pairing.refit(torch.arange(50))
+    lost = replace(pairing, factor=DenseFactor(torch.full((30, 90), torch.nan, dtype=torch.float64)))
+    choice, evidence = choose_coupling(lost, torch.arange(50), generator(4), known=known)
+    expected = choose_coupling(pairing, torch.arange(50), generator(4))
+    assert choice == expected[0]
+    assert evidence["held_out_loss"] == pytest.approx(expected[1]["held_out_loss"], rel=1e-9)
 
 
 def test_choice_is_reproducible_and_leaves_the_global_random_state():

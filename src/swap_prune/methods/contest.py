@@ -31,9 +31,9 @@ from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import ScaledGram, WeightedRidge
-from swap_prune.regression.swap import swap_weights
+from swap_prune.regression.swap import can_swap, swap_weights
 
-__all__ = ["Paired", "fit_pairing"]
+__all__ = ["Paired", "finite_entries", "fit_pairing"]
 
 _MILD = 0.5  # of the weights that are there: a stage that keeps so many compares candidates as they start
 _OTHERS = 1.0  # steps of all other candidates, in units of those of the best
@@ -111,8 +111,8 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
     best, tried = contest.best, contest.tried
     evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
     if len(tried) > 1:
-        evidence["candidates"] = list(map(_finite, tried))
-    return Paired(contest.stated(best.candidate), best.fit(problem.reference), best.steps, _finite(evidence))
+        evidence["candidates"] = list(map(finite_entries, tried))
+    return Paired(contest.stated(best.candidate), best.fit(problem.reference), best.steps, finite_entries(evidence))
 
 
 class _Contest:
@@ -309,13 +309,16 @@ class _Contest:
             previous = None if self._beginning is None else self._beginning[1]
         else:
             previous = None if near.refit is None else near.refit.gram
+        regression = self.stated(candidate)
         fit = solve_sparse(
-            self.stated(candidate),
+            regression,
             self._problem.keep,
             start=None if near is None else near.support,
             previous=previous,
             max_iterations=self._settings.iterations,
+            swaps_follow=self._settings.swaps > 0 and can_swap(regression, self._problem.keep),
         )
+        del regression  # its metric is as large as p
         if fit.first is not None:
             if fit.first.support.nbytes <= fit.first.matrix.nbytes:  # else n is small, and the matrix soon made anew
                 self._beginning = metric, fit.first
@@ -343,6 +346,6 @@ def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
     return bool((counts < torch.tensor(least, device=support.device)).any())
 
 
-def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+def finite_entries(entry: dict[str, Any]) -> dict[str, Any]:
     """Leave out the numbers that JSON cannot hold."""
     return {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import is_finite, whole_number
-from swap_prune.methods.contest import fit_pairing
+from swap_prune.methods.contest import finite_entries, fit_pairing
 from swap_prune.methods.descent import LEAST_GAIN, gains, held_out_losses, is_significant, mean_loss, step_down
 from swap_prune.methods.pairing import (
     candidates_of,
@@ -26,7 +26,7 @@ from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
-from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
+from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost, plans_of
 from swap_prune.regression.two_regime import two_regime_step
 from swap_prune.transport import barycentric_target, transport_plan
 
@@ -96,7 +96,12 @@ class EWR:
     @property
     def needs_held_out(self) -> bool:
         """Whether a setting is chosen by the loss on held-out samples."""
-        return self.solver == "iht" and (chooses(self) or "auto" in (self.anchor, self.epsilon))
+        return self.solver == "iht" and (chooses(self) or self._chooses_coupling)
+
+    @property
+    def _chooses_coupling(self) -> bool:
+        """Whether a coupling is chosen; without an anchor there is none, whatever epsilon."""
+        return self.anchor != 0 and "auto" in (self.anchor, self.epsilon)
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
@@ -110,23 +115,35 @@ class EWR:
         evidence |= reason
         fit, steps = paired.after_steps(problem, self.first_order)
         if coupling.anchor > 0:
-            coupled = self._coupled(pairing, paired.fit, coupling)
+            coupled, solved = self._coupled(pairing, paired.fit, coupling)
             moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order)
             if self._earns_its_place(problem, fit, moved, evidence):
                 fit, steps = moved, coupled_steps
                 evidence["objective"] = pairing.value(coupled.weights)
+                if not solved:
+                    evidence["plan_converged"] = False
             else:
                 coupling = replace(coupling, anchor=0.0)
                 evidence["coupling"] = "held-out samples do not confirm it"
         evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "first_order": steps}
-        return solution_of(fit, evidence)
+        return solution_of(fit, finite_entries(evidence))
 
-    def _coupled(self, pairing: WeightedRidge, fit: SparseFit, coupling: Coupling) -> SparseFit:
-        """Alternate between the plan and the regression, from the fit of LR."""
+    def _coupled(self, pairing: WeightedRidge, fit: SparseFit, coupling: Coupling) -> tuple[SparseFit, bool]:
+        """Alternate between the plan and the regression, from the fit of LR; say whether all plans converged."""
+        converged = True
         for _ in range(self.couplings):
-            regression = couple(pairing, pairing.factor.matvec(fit.weights), coupling)
-            fit = solve_sparse(regression, len(fit.support), start=fit.support, max_iterations=self.iterations)
-        return fit
+            x = _fitted(pairing, fit)
+            plans = plans_of(pairing, x, coupling)
+            converged = converged and all(plan.converged for plan in plans)
+            regression = couple(pairing, x, coupling, plans)
+            fit = solve_sparse(
+                regression,
+                len(fit.support),
+                start=fit.support,
+                previous=None if fit.refit is None else fit.refit.gram,
+                max_iterations=self.iterations,
+            )
+        return fit, converged
 
     def _earns_its_place(
         self, problem: PruningProblem, paired: SparseFit, coupled: SparseFit, evidence: dict[str, Any]
@@ -151,12 +168,19 @@ class EWR:
         anchors = None if self.anchor == "auto" else (float(self.anchor),)
         epsilons = None
         if self.epsilon != "auto":
-            epsilons = (float(self.epsilon) * self._unit(pairing.factor.matvec(fit.weights), pairing.target),)
+            epsilons = (float(self.epsilon) * self._unit(_fitted(pairing, fit), pairing.target),)
         if anchors and (epsilons or anchors == (0.0,)):
             epsilon = epsilons[0] if epsilons else 1.0  # which counts for nothing without an anchor
             return Coupling(anchors[0], epsilon, self.gradient, self.debias), {}
         return choose_coupling(
-            pairing, fit.support, generator, anchors, epsilons, gradient=self.gradient, debias=self.debias
+            pairing,
+            fit.support,
+            generator,
+            anchors,
+            epsilons,
+            gradient=self.gradient,
+            debias=self.debias,
+            known=fit.refit,
         )
 
     def _unit(self, x: Tensor, y: Tensor) -> float:
@@ -192,3 +216,9 @@ class EWR:
             fit = replace(step, iterations=taken + 1, converged=False)
         evidence = {"ridge": pairing.ridge, "anchor": anchor, "objective": pairing.value(fit.weights)}
         return solution_of(fit, evidence)
+
+
+def _fitted(pairing: WeightedRidge, fit: SparseFit) -> Tensor:
+    """Return ``G w`` of a fit, (n,); its refit may know it."""
+    known = None if fit.refit is None else fit.refit.fitted
+    return pairing.factor.matvec(fit.weights) if known is None else known

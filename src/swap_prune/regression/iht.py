@@ -9,7 +9,8 @@ Only an iteration that lowers Q is accepted, so Q never rises.
 
 The first support is found along a path: k falls in steps that each keep a fixed share of the weights, the least
 of ``m_j w_j^2`` leave, and the others are refitted. A weight whose work others can take over is thereby found
-out before the end, at the price of a few refits on the one G (see docs/method.md).
+out before the end, at the price of a few refits on the one G (see docs/method.md). Hard thresholding hardly ever finds
+a better support than the end of such a path; where swaps follow, which do, it is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class SparseFit:
         support: Indices of the kept weights, (k,).
         value: Q(w).
         iterations: Accepted iterations.
-        converged: Whether the search ended because nothing more was to be gained.
+        converged: Whether the search ended by itself, and not by a limit.
         refit: The refit behind the weights, for those who go on from there.
         first: The Gram matrix of the path's first refit, unless there was none or it began with another's: a path in
             the same metric begins there.
@@ -68,6 +69,7 @@ def solve_sparse(
     start: Tensor | None = None,
     previous: ScaledGram | None = None,
     max_iterations: int = 10,
+    swaps_follow: bool = False,
 ) -> SparseFit:
     """Minimise Q subject to at most ``keep`` non-zero weights.
 
@@ -76,7 +78,8 @@ def solve_sparse(
         keep: k, ``1 <= k <= p``.
         start: Indices of a first support, (k,); by default the end of the path.
         previous: That of a refit of the same factor and metric near the first support, or near that of the path.
-        max_iterations: Gradient steps tried.
+        max_iterations: Gradient steps tried; with 0, the first support is all that is wanted.
+        swaps_follow: Whether the caller swaps weights then. No gradient step is tried after a path with refits.
 
     Returns:
         The best weights found.
@@ -84,11 +87,13 @@ def solve_sparse(
     first = None
     if start is None:
         support, known, first = shrink_support(problem, keep, previous)
+        if swaps_follow and len(path_sizes(problem.reference, keep)) > 1:
+            max_iterations = 0
     else:
         support, known = start, previous
     refit = problem.refit(support, known)
     value = problem.value_of(refit)
-    iteration, converged = 0, False
+    iteration, converged = 0, max_iterations == 0
     while iteration < max_iterations and not converged:
         gradient, refit = problem.gradient_of(refit), refit.lighter()
         candidate = _next_support(problem, refit.weights, gradient, keep)
@@ -118,12 +123,10 @@ def shrink_support(
         one, and of the first, unless it began with another's.
     """
     w, known, beginning = problem.reference, previous, None
-    first = min(int(w.count_nonzero()), max(keep, round(_PATH_START * w.numel() / _PATH_SHARE)))
-    steps = math.ceil(math.log(first / keep) / -math.log(_PATH_SHARE)) if first > keep else 1
-    for step in range(1, steps + 1):
-        size = keep if step == steps else round(first * (keep / first) ** (step / steps))
+    sizes = path_sizes(w, keep)
+    for step, size in enumerate(sizes, 1):
         support = top_k(w.square().mul_(problem.metric), size, problem.floors)
-        if step < steps:
+        if step < len(sizes):
             del w  # as large as p, and not asked for any more
             refit = problem.refit(support, known)
             w, known = refit.weights, refit.gram
@@ -133,15 +136,24 @@ def shrink_support(
     return support, known, beginning
 
 
+def path_sizes(reference: Tensor, keep: int) -> list[int]:
+    """Return how many weights each step of the path keeps, the last one ``keep``; all but that one are refitted."""
+    first = min(int(reference.count_nonzero()), max(keep, round(_PATH_START * reference.numel() / _PATH_SHARE)))
+    steps = math.ceil(math.log(first / keep) / -math.log(_PATH_SHARE)) if first > keep else 1
+    return [*(round(first * (keep / first) ** (step / steps)) for step in range(1, steps)), keep]
+
+
 def _next_support(problem: WeightedRidge, w: Tensor, gradient: Tensor, keep: int) -> Tensor:
     """Go to the line minimum along the preconditioned gradient, and keep the k largest weights there.
 
     The gradient is overwritten.
     """
     direction = gradient.div_(problem.metric)
+    size = torch.linalg.vector_norm(direction, ord=torch.inf).clamp_min(torch.finfo(direction.dtype).tiny)
+    direction.div_(size)  # of what it would be by itself, squares may be no number
     moved = problem.factor.matvec(direction)
     slope = torch.dot(problem.metric * direction, direction)
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
-    length = slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
+    length = size * slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
     u = torch.addcmul(w, length, direction, value=-1, out=direction)
     return top_k(u.square_().mul_(problem.metric), keep, problem.floors)

@@ -83,5 +83,5 @@ def _factored(f: Tensor, shape: torch.Size, groups: int) -> Tensor:
     table = f.view(groups, shape[0] // groups, shape[1], -1)
     outputs, inputs = table.mean((2, 3), keepdim=True), table.mean((1, 3), keepdim=True)
     mean = table.mean((1, 2, 3), keepdim=True)
-    product = outputs * inputs / mean.clamp_min(torch.finfo(f.dtype).tiny)
+    product = outputs * (inputs / mean.clamp_min(torch.finfo(f.dtype).tiny))  # that of two means may be no number
     return (product + _LAYER_SHARE * table.mean()).expand_as(table).reshape(-1)

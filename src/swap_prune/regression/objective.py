@@ -139,19 +139,47 @@ class WeightedRidge:
         kept = self.reference.index_select(0, support)
         residual = self.target - self.factor.matvec(self._placed(support, kept))
         if len(support) <= n:
-            columns = self.factor.columns(support)
-            weighted = columns if self.smoothing is None else self.smoothing @ columns
-            matrix = columns.T @ weighted
-            matrix.diagonal().add_(self.penalty * self.metric.index_select(0, support))
-            change = solve_square(matrix, columns.T @ self.smooth(residual))
-            fitted = self.target - residual + columns @ change
-            return Refit(self._placed(support, kept + change), None, fitted)
+            change, moved = self._direct(support, residual)
+            return Refit(self._placed(support, kept + change), None, self.target - residual + moved)
         gram, system, dual = self._dual(support, residual, previous)
+        return self.primal(support, residual, dual, gram, system)
+
+    def _direct(self, support: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return d on a support, (k,), and ``G_s d``, (n,), from the k x k system, which is made in float64."""
+        columns = self.factor.columns(support).double()  # a small ridge would be lost in float32
+        weighted = columns if self.smoothing is None else self.smoothing.double() @ columns
+        matrix = columns.T @ weighted
+        matrix.diagonal().add_(self.penalty * self.metric.index_select(0, support).double())
+        rounding = 8 * torch.finfo(residual.dtype).eps ** 2  # of the columns, squared as they are
+        change = solve_square(matrix, weighted.T @ residual.double(), rounding)
+        return change.to(residual.dtype), (columns @ change).to(residual.dtype)
+
+    def primal(
+        self, support: Tensor, residual: Tensor, dual: Tensor, gram: ScaledGram | None, system: SquareSystem | None
+    ) -> Refit:
+        """Return the refit that a dual solution stands for; it takes a pass over G.
+
+        Args:
+            support: Indices of the kept weights, (k,).
+            residual: r, (n,), in any dtype.
+            dual: v, (n,), in any dtype.
+            gram: The Gram matrix of the support, where there is one.
+            system: The factorised system, where one was solved.
+        """
+        dual = dual.to(self.target.dtype)
         pulled = self.factor.rmatvec(dual)
-        weights = self._placed(support, kept + self._inverse(support) * pulled.index_select(0, support))
+        change = self._inverse(support) * pulled.index_select(0, support)
+        weights = self._placed(support, self.reference.index_select(0, support) + change)
         if gram is None or self.penalty == 0 or system is None or system.kind == "inverse":
             return Refit(weights, gram)
-        return Refit(weights, gram, self.target - residual + gram.matrix @ dual, dual, pulled, system)
+        fitted = self.target - residual.to(self.target.dtype) + gram.matrix @ dual
+        return Refit(weights, gram, fitted, dual, pulled, system)
+
+    def dual_system(self, gram: Tensor) -> SquareSystem:
+        """Factorise ``S K + n lam I`` for a Gram matrix K, (n, n)."""
+        system = gram.clone() if self.smoothing is None else self.smoothing @ gram
+        system.diagonal().add_(self.penalty)
+        return SquareSystem.of(system, symmetric=self.smoothing is None)
 
     def _placed(self, support: Tensor, values: Tensor) -> Tensor:
         """Return the vector (p,) that has values on a support and zeros elsewhere."""
@@ -178,13 +206,13 @@ class WeightedRidge:
             root = symmetric_root(self.smoothing)
             dual = root @ solve_square(root @ gram.matrix.double() @ root, root @ residual.double())
             return gram, None, dual.to(residual.dtype)
-        system = gram.matrix.clone() if self.smoothing is None else self.smoothing @ gram.matrix
-        system.diagonal().add_(self.penalty)
-        factors = SquareSystem.of(system, symmetric=self.smoothing is None)
-        return gram, factors, factors.solve(self.smooth(residual))
+        system = self.dual_system(gram.matrix)
+        return gram, system, system.solve(self.smooth(residual))
 
     def _gram(self, support: Tensor, previous: ScaledGram | None) -> ScaledGram:
         """Return ``G_s M^-1 G_s^T``, from the previous one where that touches fewer columns."""
+        if previous is not None and torch.equal(support, previous.support):
+            return previous
         scale = self._placed(support, self._inverse(support))
         if previous is not None:
             scale.index_add_(0, previous.support, self._inverse(previous.support), alpha=-1)

@@ -11,23 +11,27 @@ For k > n both come from the n x n system of the refit, ``K = S G_s M_s^-1 G_s^T
 
     [A^-1]_jj = (1 - h_j / m_j) / (n lam m_j),     c_i = n lam (m_i + h_i),     h = g^T K^-1 S g.
 
-Place in the pipeline: after hard thresholding has come to rest, on the same Gram matrix.
+What a batch gains is known without its weights (:mod:`swap_prune.regression.exchanged`); its columns are copied once.
+
+Place in the pipeline: after the path, or hard thresholding, has come to rest, on the same Gram matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swap_prune.regression.exchanged import DirectFit, DualFit, fit_behind
 from swap_prune.regression.iht import SparseFit
-from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
+from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.square import SquareSystem
 from swap_prune.regression.top_k import Floors
 
-__all__ = ["Exchange", "exchange_of", "propose_swaps", "swap_weights"]
+__all__ = ["Exchange", "Swaps", "can_swap", "exchange_of", "propose_swaps", "swap_weights"]
 
 SHARE = 0.02  # of the kept weights, exchanged at once
 _HALVINGS = 4  # of a batch that does not lower Q
@@ -36,56 +40,86 @@ _RELATIVE_GAIN = 1e-4  # a batch that gains less ends the search
 _TINY = 1e-12
 
 
+def can_swap(problem: WeightedRidge, keep: int) -> bool:
+    """Whether swaps can be looked for: there is a choice, a ridge, and a Gram matrix for k > n."""
+    n, p = problem.factor.shape
+    return keep < p and problem.penalty > 0 and (keep <= n or not problem.factor.iterative)
+
+
 def swap_weights(
     problem: WeightedRidge, fit: SparseFit, max_batches: int = 10, diagonal: Tensor | None = None
 ) -> SparseFit:
     """Exchange kept and dropped weights in batches as long as Q falls by more than a little.
 
     Args:
-        problem: The regression; without a ridge, or without a Gram matrix for k > n, the fit is returned as it is.
+        problem: The regression; where :func:`can_swap` says no, the fit is returned as it is.
         fit: A refitted support.
-        max_batches: Batches accepted at the most.
+        max_batches: Batches accepted at the most; a search that they end has not converged.
         diagonal: f, (p,), where it is known already.
     """
-    keep, total = len(fit.support), problem.metric.numel()
-    if keep == total or problem.penalty == 0 or fit.refit is None:
-        return fit
-    if fit.refit.gram is None and keep > problem.factor.shape[0]:
+    keep = len(fit.support)
+    if max_batches == 0 or fit.refit is None or not can_swap(problem, keep):
         return fit
     f = problem.factor.diagonal() if diagonal is None else diagonal
     scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0])
     scale.clamp_min_(torch.finfo(scale.dtype).tiny)
     batch = max(1, round(SHARE * keep))
-    refit = fit.refit
+    refit, tried = fit.refit, fit_behind(problem, fit.support, fit.refit)
     for _ in range(max_batches):
         gradient, refit = problem.gradient_of(refit), refit.lighter()
         fit = replace(fit, refit=refit)
-        leaving, entering = propose_swaps(exchange_of(problem, fit.support, refit, gradient), scale, batch)
+        swaps = propose_swaps(exchange_of(problem, fit.support, refit, gradient), scale, batch)
         del gradient
-        better = _first_gain(problem, fit, refit.gram, leaving, entering)
+        better = _first_gain(tried, swaps, fit.value)
         if better is None:
             break
-        batch = max(1, min(batch, 2 * (better[0].swaps - fit.swaps)))
-        fit, refit = better
+        tried, count = better
+        batch = max(1, min(batch, 2 * count))
+        support, refit = fit.support.index_copy(0, swaps.leaving[:count], swaps.entering[:count]), tried.refit()
+        fit = replace(
+            fit, weights=refit.weights, support=support.sort().values, value=tried.value, swaps=fit.swaps + count
+        )
+        del swaps, better  # the columns
+    else:
+        fit = replace(fit, converged=False)
     return replace(fit, refit=refit.lighter())
 
 
-def _first_gain(
-    problem: WeightedRidge, fit: SparseFit, known: ScaledGram | None, leaving: Tensor, entering: Tensor
-) -> tuple[SparseFit, Refit] | None:
-    """Return the fit of the longest batch, of those halved and halved again, that lowers Q; None if none does."""
-    count = len(leaving)
+def _first_gain(fit: DualFit | DirectFit, swaps: Swaps, value: float) -> tuple[DualFit | DirectFit, int] | None:
+    """Return the fit of the longest batch, of those halved and halved again, that lowers Q, and its size; else None."""
+    count = len(swaps.leaving)
     for _ in range(_HALVINGS + 1):
         if count == 0:
             return None
-        support = fit.support.index_copy(0, leaving[:count], entering[:count]).sort().values
-        refit = problem.refit(support, known)
-        value = problem.value_of(refit)
-        if value < fit.value - _RELATIVE_GAIN * abs(fit.value):
-            swaps = fit.swaps + count
-            return replace(fit, weights=refit.weights, support=support, value=value, swaps=swaps), refit
+        tried = fit.exchanged(*swaps.first(count))
+        if tried.value < value - _RELATIVE_GAIN * abs(value):
+            return tried, count
         count //= 2
     return None
+
+
+class Swaps(NamedTuple):
+    """Pairs of weights that are to change places, the best first.
+
+    Attributes:
+        leaving: Positions in the support, (t,).
+        entering: Indices of weights, (t,).
+        columns: Of G, those that leave and those that enter, (n, 2 t), where they were copied.
+    """
+
+    leaving: Tensor
+    entering: Tensor
+    columns: Tensor | None
+
+    def first(self, count: int) -> Swaps:
+        """Return the first of the pairs."""
+        if count == len(self.leaving):
+            return self
+        if self.columns is None:
+            return Swaps(self.leaving[:count], self.entering[:count], None)
+        out, into = self.columns.tensor_split(2, dim=1)
+        columns = torch.cat([out[:, :count], into[:, :count]], dim=1)
+        return Swaps(self.leaving[:count], self.entering[:count], columns)
 
 
 @dataclass(frozen=True)
@@ -98,7 +132,9 @@ class Exchange:
         weights: Their refit, (p,).
         gradient: ``grad Q`` there, (p,).
         quadratic: Maps columns g of G, (n, r), to ``g^T (S - S G_s A^-1 G_s^T S) g``, (r,).
-        inverse: Maps positions in the support, (r,), to ``[A^-1]_jj``, (r,).
+        inverse: Maps positions in the support, (r,), and their columns of G, where those are at hand, to
+            ``[A^-1]_jj``, (r,).
+        is_dual: Whether both look at columns of G alone.
     """
 
     problem: WeightedRidge
@@ -106,23 +142,33 @@ class Exchange:
     weights: Tensor
     gradient: Tensor
     quadratic: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor, Tensor | None], Tensor]
+    is_dual: bool
 
-    def leave(self, position: Tensor) -> Tensor:
+    def leave(self, position: Tensor, columns: Tensor | None = None) -> Tensor:
         """Return how much Q rises when a kept weight leaves, (r,), for positions in the support."""
-        return self.weights[self.support[position]].double().square() / (2 * self.inverse(position))
+        return self.weights[self.support[position]].double().square() / (2 * self.inverse(position, columns))
 
-    def enter(self, index: Tensor) -> Tensor:
+    def enter(self, index: Tensor, columns: Tensor | None = None) -> Tensor:
         """Return how much Q falls when a dropped weight enters, (r,), for indices of weights."""
         own = self.problem.penalty * self.problem.metric[index].double()
-        curvature = own + in_parts(self.problem, index, self.quadratic)
+        curvature = own + in_parts(self.problem, index, self.quadratic, columns)
         return self.gradient[index].double().square() / (2 * torch.maximum(curvature, own))
 
 
-def in_parts(problem: WeightedRidge, index: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def in_parts(
+    problem: WeightedRidge, index: Tensor, function: Callable[[Tensor], Tensor], columns: Tensor | None = None
+) -> Tensor:
     """Map columns of G by a function (n, r) -> (r,) that takes any dtype, as many at once as the factor allows."""
-    columns = getattr(problem.factor, "exact_columns", problem.factor.columns)
-    return torch.cat([function(columns(part)) for part in torch.split(index, problem.factor.column_limit)])
+    if columns is not None:
+        return function(columns)
+    return torch.cat([function(exact(problem, part)) for part in torch.split(index, problem.factor.column_limit)])
+
+
+def exact(problem: WeightedRidge, index: Tensor) -> Tensor:
+    """Return columns of G, (n, r), in any dtype that holds them."""
+    columns: Tensor = getattr(problem.factor, "exact_columns", problem.factor.columns)(index)
+    return columns
 
 
 def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient: Tensor) -> Exchange:
@@ -141,12 +187,7 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
         return columns if problem.smoothing is None else problem.smoothing.double() @ columns
 
     if refit.gram is not None:
-        system = refit.system
-        if system is None:
-            kernel = refit.gram.matrix if problem.smoothing is None else problem.smoothing @ refit.gram.matrix
-            kernel = kernel.to(torch.float64, copy=True)  # the Gram matrix itself is used again
-            kernel.diagonal().add_(penalty)
-            system = SquareSystem.of(kernel, symmetric=problem.smoothing is None)
+        system = problem.dual_system(refit.gram.matrix) if refit.system is None else refit.system
 
         def explained(columns: Tensor) -> Tensor:
             if problem.smoothing is None:
@@ -154,12 +195,12 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
             g = columns.double()
             return (g * system.solve(smooth(g))).sum(0)
 
-        def inverse(position: Tensor) -> Tensor:
+        def inverse(position: Tensor, columns: Tensor | None) -> Tensor:
             own = metric[position]
-            h = in_parts(problem, support[position], explained)
+            h = in_parts(problem, support[position], explained, columns)
             return (1 - h / own).clamp_min(_TINY) / (penalty * own)
 
-        return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse)
+        return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse, True)
     kept = problem.factor.columns(support).double()
     matrix = kept.T @ smooth(kept)
     matrix.diagonal().add_(penalty * metric)
@@ -170,7 +211,7 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
         shared = kept.T @ g
         return (columns.double() * g).sum(0) - (shared * (solved @ shared)).sum(0)
 
-    return Exchange(problem, support, refit.weights, gradient, residual, lambda at: solved.diagonal()[at])
+    return Exchange(problem, support, refit.weights, gradient, residual, lambda at, _: solved.diagonal()[at], False)
 
 
 def spared(leaving: Tensor, floors: Floors, support: Tensor) -> Tensor:
@@ -183,7 +224,7 @@ def spared(leaving: Tensor, floors: Floors, support: Tensor) -> Tensor:
     return may
 
 
-def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> Swaps:
     """Pair the weights that cost least with those that gain most, as long as a pair gains.
 
     Only a shortlist is looked at exactly: those that look best by ``w^2 a/2`` and ``q^2 / 2a``, a being the curvature
@@ -195,17 +236,26 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> tuple[Tensor
         batch: Pairs at the most.
 
     Returns:
-        Positions in the support of those that leave, and indices of those that enter, (t,) each, best pair first.
+        Those that gain, best pair first.
     """
-    support = exchange.support
+    problem, support = exchange.problem, exchange.support
     wanted = SHORTLIST * batch
     cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
-    promise = exchange.gradient.square().div_(scale).index_fill_(0, support, -1)
+    root = scale.sqrt()  # squares of gradients may be too small for a number, or too large
+    promise = torch.div(exchange.gradient, root, out=root).square_().index_fill_(0, support, -1)
     eager = promise.topk(min(wanted, len(promise) - len(support))).indices
-    cost, order = exchange.leave(cheap).sort()
-    may = spared(support[cheap[order]], exchange.problem.floors, support)
+    del promise, root
+    seen, out, into = torch.cat([support[cheap], eager]), None, None
+    columns = exact(problem, seen) if exchange.is_dual and len(seen) <= problem.factor.column_limit else None
+    if columns is not None:
+        out, into = columns[:, : len(cheap)], columns[:, len(cheap) :]
+    cost, order = exchange.leave(cheap, out).sort()
+    may = spared(support[cheap[order]], problem.floors, support)
     cost, order = cost[may], order[may]
-    gain, rank = exchange.enter(eager).sort(descending=True)
+    gain, rank = exchange.enter(eager, into).sort(descending=True)
     pairs = min(batch, len(cost), len(gain))
     count = int((gain[:pairs] > cost[:pairs]).sum())  # gains fall and costs rise: those that gain come first
-    return cheap[order[:count]], eager[rank[:count]]
+    order, rank = order[:count], rank[:count]
+    if columns is not None:
+        columns = columns.index_select(1, torch.cat([order, len(cheap) + rank]))
+    return Swaps(cheap[order], eager[rank], columns)

@@ -1,25 +1,31 @@
 """Couplings as regressions, and the choice among them on held-out rows.
 
 A coupling turns the regression of LR into that of EWR: it replaces the target (exact gradient) or smooths the
-residual (paper's gradient). Which one to use is decided by data that the fit has not seen: a part of the rows is
-set aside, every candidate refits the weights on the rest, and the one whose change of the weights the held-out
-gradients feel least, ``mean_i (g_i . (w - w_bar))^2 / 2``, is taken. LR is a candidate, and stays unless it
-is beaten by more than one standard error of the paired difference.
+residual (paper's gradient). Which one to use is decided by rows that the weights were not fitted to: a part of the rows
+is set aside, every candidate refits the weights on the rest, and the one whose change of the weights the held-out
+gradients feel least, ``mean_i (g_i . (w - w_bar))^2 / 2``, is taken. The support and the metric are those of all
+rows. LR is a candidate, and stays unless it is beaten by more than one standard error of the paired difference.
+
+No weights are needed for that. With ``K = G_s M^-1 G_s^T`` and v of the refit (:mod:`swap_prune.regression.objective`),
+``G w = G_s w_bar_s + K v`` on any rows, held out or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from swap_prune.regression.objective import WeightedRidge
-from swap_prune.transport import barycentric_target, squared_cost, transport_plan
+from swap_prune.fisher.blocked import SubFactor
+from swap_prune.regression.iht import hard_threshold
+from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.square import SquareSystem
+from swap_prune.transport import TransportPlan, barycentric_target, squared_cost, transport_plan
 
-__all__ = ["Coupling", "choose_coupling", "couple", "mean_cost"]
+__all__ = ["Coupling", "choose_coupling", "couple", "mean_cost", "plans_of"]
 
 _HELD_OUT = 0.25
 TUNING_ROWS = 256  # a plan costs n^2; the choice does not need all rows
@@ -51,13 +57,24 @@ def mean_cost(x: Tensor, y: Tensor) -> float:
     return mean if mean > 0 else 1.0
 
 
-def couple(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> WeightedRidge:
+def plans_of(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> list[TransportPlan]:
+    """Return the plan between x and y, and that of x on itself where the target is debiased by it."""
+    ends = [pairing.target]
+    if coupling.gradient == "exact" and coupling.debias and coupling.anchor > 0:
+        ends.append(x)
+    return [transport_plan(x, end, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE) for end in ends]
+
+
+def couple(
+    pairing: WeightedRidge, x: Tensor, coupling: Coupling, plans: Sequence[TransportPlan] | None = None
+) -> WeightedRidge:
     """Return the regression of EWR at x with its plan fixed.
 
     Args:
         pairing: The regression of LR; its target is y.
         x: ``G w`` at the current weights, (n,).
         coupling: Anchor, eps and gradient.
+        plans: Those of :func:`plans_of`, where they are known already.
 
     Returns:
         The same regression with the barycentric target, debiased as in the Sinkhorn divergence
@@ -65,15 +82,14 @@ def couple(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> WeightedRid
         symmetric positive part is taken, so that there is a minimum.
     """
     y = pairing.target
-    plan = transport_plan(x, y, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE).plan
+    plan, *itself = (found.plan for found in plans or plans_of(pairing, x, coupling))
     if coupling.gradient == "paper":
         values, vectors = torch.linalg.eigh((plan + plan.T) * (len(y) / 2))
         smoothing = (vectors * values.clamp(min=0)) @ vectors.T
         return replace(pairing, smoothing=smoothing.to(y.dtype))
     target = barycentric_target(plan, y)
-    if coupling.debias and coupling.anchor > 0:
-        itself = transport_plan(x, x, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE).plan
-        target = target - barycentric_target(itself, x) + x
+    for own in itself:
+        target = target - barycentric_target(own, x) + x
     return replace(pairing, target=target)
 
 
@@ -86,17 +102,19 @@ def choose_coupling(
     *,
     gradient: Literal["exact", "paper"] = "exact",
     debias: bool = True,
+    known: Refit | None = None,
 ) -> tuple[Coupling, dict[str, Any]]:
     """Choose anchor and eps on held-out rows; the pairing (anchor 0) is always a candidate.
 
     Args:
-        pairing: The regression of LR.
+        pairing: The regression of LR; its target is y.
         support: The kept weights of its solution, (k,): candidates are refitted on it.
         generator: Draws the held-out rows.
         anchors: Candidates for a, or None for the default grid.
         epsilons: Candidates for eps in the unit of the cost, or None for a grid around the mean cost.
         gradient: The gradient that will be used.
         debias: Whether targets are debiased.
+        known: The refit on this support, where there is one: no pass over G is then needed for k > n.
 
     Returns:
         The coupling, and the evidence for the report.
@@ -106,22 +124,19 @@ def choose_coupling(
     if n < 8:
         return lone, {"coupling": f"pairing: {n} rows are too few to hold any out"}
     order = torch.randperm(n, generator=generator, device="cpu")[:TUNING_ROWS].to(support.device)
-    held_out = pairing.factor.rows(order[: round(_HELD_OUT * len(order))])
     kept = order[round(_HELD_OUT * len(order)) :]
-    fitting = replace(pairing, factor=pairing.factor.rows(kept), target=pairing.target[kept])
-
-    def loss(regression: WeightedRidge) -> tuple[Tensor, Tensor]:
-        w = regression.refit(support).weights
-        return held_out.matvec(w - pairing.reference).square() / 2, w
-
-    baseline, w = loss(fitting)
-    x = fitting.factor.matvec(w)
+    by_products = pairing.factor.iterative or pairing.penalty == 0  # without a ridge K may be singular
+    rows = pairing.factor.rows(kept) if by_products else SubFactor(pairing.factor, kept)
+    fitting = replace(pairing, factor=rows, target=pairing.target[kept])
+    fits = _passes(pairing, support, order) if by_products else _refits(pairing, support, order, known)
+    moved, x = fits(fitting)
+    baseline = moved.square() / 2
     unit = mean_cost(x, fitting.target)
     best, best_loss, best_margin = lone, baseline, 0.0
     for anchor in anchors or _ANCHORS:
         for epsilon in epsilons or tuple(unit * e for e in _EPSILONS):
             candidate = Coupling(anchor, epsilon, gradient, debias)
-            losses, _ = loss(couple(fitting, x, candidate))
+            losses = fits(couple(fitting, x, candidate))[0].square() / 2
             gain = baseline - losses
             margin = float(gain.mean() - gain.std() / len(gain) ** 0.5)
             if margin > best_margin:
@@ -132,3 +147,48 @@ def choose_coupling(
         "held_out_loss_pairing": float(baseline.mean()),
     }
     return best, evidence
+
+
+_Fits = Callable[[WeightedRidge], tuple[Tensor, Tensor]]
+"""Maps a regression on the kept rows to ``G (w - w_bar)`` on those held out, and ``G w`` on those kept, w its refit."""
+
+
+def _refits(pairing: WeightedRidge, support: Tensor, order: Tensor, known: Refit | None) -> _Fits:
+    """Return refits on rows, those held out first, from the Gram matrix of all of them; sums are in float64."""
+    gram, start = (part.index_select(0, order) for part in _without_change(pairing, support, known))
+    gram, start = gram.index_select(1, order).double(), start.double()
+    count, y = round(_HELD_OUT * len(order)), pairing.target[order].double()
+
+    def fits(regression: WeightedRidge) -> tuple[Tensor, Tensor]:
+        own, residual = gram[count:, count:], regression.target.double() - start[count:]
+        smoothing = None if regression.smoothing is None else regression.smoothing.double()
+        system = own.clone() if smoothing is None else smoothing @ own
+        system.diagonal().add_(regression.penalty)
+        right = residual if smoothing is None else smoothing @ residual
+        x = start + gram[:, count:] @ SquareSystem.of(system, symmetric=smoothing is None).solve(right)
+        return x[:count] - y[:count], x[count:].to(regression.target.dtype)
+
+    return fits
+
+
+def _without_change(pairing: WeightedRidge, support: Tensor, known: Refit | None) -> tuple[Tensor, Tensor]:
+    """Return ``G_s M^-1 G_s^T``, (n, n), and ``G_s w_bar_s``, (n,)."""
+    if len(support) <= pairing.factor.shape[0]:
+        columns = pairing.factor.columns(support).double()
+        return (columns / pairing.metric[support]) @ columns.T, columns @ pairing.reference[support].double()
+    refit = pairing.refit(support) if known is None else known
+    assert refit.gram is not None, "only products are known of factors that iterate"
+    if refit.fitted is None or refit.dual is None:
+        return refit.gram.matrix, pairing.factor.matvec(hard_threshold(pairing.reference, support))
+    return refit.gram.matrix, refit.fitted - refit.gram.matrix @ refit.dual
+
+
+def _passes(pairing: WeightedRidge, support: Tensor, order: Tensor) -> _Fits:
+    """Return the same from products with G."""
+    held_out = pairing.factor.rows(order[: round(_HELD_OUT * len(order))])
+
+    def fits(regression: WeightedRidge) -> tuple[Tensor, Tensor]:
+        w = regression.refit(support).weights
+        return held_out.matvec(w - pairing.reference), regression.factor.matvec(w)
+
+    return fits

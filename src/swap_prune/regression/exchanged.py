@@ -1,0 +1,131 @@
+r"""The refit on a support of which some weights change places: its value first, its weights only if they are wanted.
+
+For k > n let v solve the n equations of the refit, ``(S G_s M^-1 G_s^T + n lam I) v = S r``, ``r = t - G_s w_bar_s``.
+Then no weight is needed to know Q at its minimum on the support, and no pass over G to know it on another::
+
+    Q = n lam/2 (r^T v + sum over dropped of m_j w_bar_j^2)
+    K + C diag(+-1/m) C^T,      r - C (+- w_bar),      C the columns that leave (-) and enter (+)
+
+Place in the pipeline: what swaps (:mod:`swap_prune.regression.swap`) try.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
+from swap_prune.regression.square import SquareSystem
+
+__all__ = ["DirectFit", "DualFit", "fit_behind"]
+
+
+@dataclass(frozen=True)
+class DualFit:
+    """The minimiser of Q on a support, as the dual system knows it.
+
+    Attributes:
+        problem: The regression, with a ridge above 0.
+        gram: The support, and K, (n, n).
+        residual: r, (n,), float64.
+        dual: v, (n,), float64.
+        dropped: ``m_j w_bar_j^2``, summed over the weights that are not on the support, float64, ().
+        system: Its system, where it was factorised.
+    """
+
+    problem: WeightedRidge
+    gram: ScaledGram
+    residual: Tensor
+    dual: Tensor
+    dropped: Tensor
+    system: SquareSystem | None = None
+
+    @property
+    def value(self) -> float:
+        """Q; infinite where the system cannot be told from a singular one."""
+        if self.system is not None and self.system.kind == "inverse":
+            return torch.inf
+        return 0.5 * self.problem.penalty * float(torch.dot(self.residual, self.dual) + self.dropped)
+
+    def exchanged(self, leaving: Tensor, entering: Tensor, columns: Tensor | None = None) -> DualFit:
+        """Return the fit after an exchange.
+
+        Args:
+            leaving: Positions in the support of weights that leave, (t,).
+            entering: Indices of weights that enter, (t,).
+            columns: Of G, those that leave and those that enter, (n, 2 t), in any dtype, where they are at hand.
+        """
+        problem, support = self.problem, self.gram.support
+        index = torch.cat([support[leaving], entering])
+        sign = problem.reference.new_ones(len(index))
+        sign[: len(leaving)] = -1
+        metric, reference = problem.metric[index], problem.reference[index]
+        scale, kept = sign / metric, sign * reference
+        matrix, residual = self.gram.matrix.clone(), self.residual.clone()
+        limit = problem.factor.column_limit if columns is None else len(index)
+        for start in range(0, len(index), limit):
+            at = slice(start, start + limit)
+            part = problem.factor.columns(index[at]) if columns is None else columns.to(matrix.dtype)
+            matrix.addmm_(part * scale[at], part.T)
+            residual -= part @ kept[at]
+        system = problem.dual_system(matrix)
+        return replace(
+            self,
+            gram=ScaledGram(support.index_copy(0, leaving, entering).sort().values, matrix),
+            residual=residual,
+            dual=system.solve(smoothed(problem, residual)),
+            dropped=self.dropped - torch.dot(kept.double(), metric.double() * reference),
+            system=system,
+        )
+
+    def refit(self) -> Refit:
+        """Return the refit; it takes a pass over G."""
+        return self.problem.primal(self.gram.support, self.residual, self.dual, self.gram, self.system)
+
+
+@dataclass(frozen=True)
+class DirectFit:
+    """The same where a support is refitted to be judged.
+
+    Attributes:
+        problem: The regression.
+        support: Indices of the kept weights, (k,).
+        known: Its refit.
+    """
+
+    problem: WeightedRidge
+    support: Tensor
+    known: Refit
+
+    @cached_property
+    def value(self) -> float:
+        """Q."""
+        return self.problem.value_of(self.known)
+
+    def exchanged(self, leaving: Tensor, entering: Tensor, columns: Tensor | None = None) -> DirectFit:
+        """Return the fit after an exchange."""
+        del columns  # all of the support are needed
+        support = self.support.index_copy(0, leaving, entering).sort().values
+        return DirectFit(self.problem, support, self.problem.refit(support, self.known.gram))
+
+    def refit(self) -> Refit:
+        """Return the refit."""
+        return self.known
+
+
+def smoothed(problem: WeightedRidge, residual: Tensor) -> Tensor:
+    """Return ``S r``, (n,), in the dtype of r."""
+    return residual if problem.smoothing is None else problem.smoothing.to(residual.dtype) @ residual
+
+
+def fit_behind(problem: WeightedRidge, support: Tensor, refit: Refit) -> DualFit | DirectFit:
+    """Return what can be exchanged of a refit: the dual system where one was solved."""
+    if refit.gram is None or refit.dual is None or refit.fitted is None:
+        return DirectFit(problem, support, refit)
+    residual = (problem.target - refit.fitted + refit.gram.matrix @ refit.dual).double()
+    weight = problem.reference.square().mul_(problem.metric)
+    dropped = weight.sum(dtype=torch.float64) - weight[support].sum(dtype=torch.float64)
+    return DualFit(problem, refit.gram, residual, refit.dual.double(), dropped, refit.system)
