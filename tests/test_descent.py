@@ -242,7 +242,7 @@ def test_without_confidence_a_coupling_is_left(monkeypatch):
         return losses
 
     monkeypatch.setattr(EWR, "_coupling", lambda *_: (Coupling(1.0, 0.1), {}))
-    monkeypatch.setattr(EWR, "_coupled", lambda *_: fit_of(other))
+    monkeypatch.setattr(EWR, "_coupled", lambda *_: (fit_of(other), True))
     method = EWR(anchor=1.0, swaps=0, ridge=0.025, damping=1.0, metric="diagonal")
     solution = method.solve(replace(problem, held_out=held_out), torch.Generator())
     assert torch.equal(solution.weights, paired.weights)

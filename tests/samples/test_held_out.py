@@ -310,7 +310,7 @@ def test_a_coupling_that_hardly_gains_is_left(gain: float, coupled: bool, monkey
 
     taken = EWR(anchor=1.0, swaps=0, **{"ridge": 0.025, "damping": 1.0, "metric": "diagonal"})
     monkeypatch.setattr(EWR, "_coupling", lambda *_: (Coupling(1.0, 0.1), {}))  # held-out rows favour it
-    monkeypatch.setattr(EWR, "_coupled", lambda *_: fit_of(other))
+    monkeypatch.setattr(EWR, "_coupled", lambda *_: (fit_of(other), True))
     solution = taken.solve(problem_with(held_out), torch.Generator())
     assert torch.equal(solution.weights, other.weights if coupled else paired.weights)
     assert solution.evidence["anchor"] == float(coupled)
