@@ -1,6 +1,6 @@
-"""READ FIRST: the whole of pruning on one page.
+"""READ FIRST: what a call of ``prune`` does.
 
-    select; then, once a stage:
+    select; then, once a stage (:mod:`swap_prune.stages.runner`):
     draw -> (noise) -> capture -> (noise) -> defend -> regress -> apply -> (fine-tune) -> recalibrate
 
 Each stage draws fresh calibration samples, takes their gradients at the network's current weights, states a

@@ -1,7 +1,9 @@
-"""The only module that changes a model, fine-tuning apart: selected weights and BatchNorm statistics.
+"""Where pruning changes a model: selected weights, and BatchNorm's statistics.
 
-Sixth and seventh step of the pipeline: the solution is written to the parameters in place, then the running
-statistics of BatchNorm are estimated anew, since pruning moves the activations that they describe.
+The solution is written to the parameters in place, then the running statistics of BatchNorm are estimated anew, since
+pruning moves the activations that they describe.
+
+Place in the pipeline: the end of a stage.
 """
 
 from __future__ import annotations

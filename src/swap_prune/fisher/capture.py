@@ -1,6 +1,6 @@
 """Per-sample gradients: row i of G is the gradient of sample i's loss at the current weights.
 
-Third step of the pipeline. The network runs in eval mode (dropout off, BatchNorm with its running
+The network runs in eval mode (dropout off, BatchNorm with its running
 statistics), so that samples do not see each other. Three back ends give the same rows within rounding:
 
 - ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers

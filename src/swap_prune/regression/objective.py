@@ -85,7 +85,7 @@ class WeightedRidge:
 
     @property
     def penalty(self) -> float:
-        """N lam: the ridge as it stands in the normal equations."""
+        """``n lam``: the ridge as it stands in the normal equations."""
         return self.factor.shape[0] * self.ridge
 
     def smooth(self, residual: Tensor) -> Tensor:

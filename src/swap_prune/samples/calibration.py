@@ -1,6 +1,6 @@
 """Calibration data: an endless, reproducible stream of samples drawn from what the caller has.
 
-Second step of the pipeline. ``data`` may be a map-style ``Dataset`` or a ``DataLoader`` over one (samples are drawn at
+``data`` may be a map-style ``Dataset`` or a ``DataLoader`` over one (samples are drawn at
 random, without repetition until all were seen; :mod:`swap_prune.samples.numbered`), an iterable of batches such as a
 list (read in order, each stage going on where the last one stopped, from the start again at the end), or a one-shot
 iterator (remembered as it is read). A draw larger than the data returns all of it, once.
@@ -40,7 +40,7 @@ _END = object()  # of a pass over the data
 
 
 class CalibrationStream:
-    """Draws calibration batches; the only object of the package that remembers where it is.
+    """Draws calibration batches, and remembers where it is in the data.
 
     Args:
         data: Dataset, DataLoader, iterable of batches, or iterator of batches.
