@@ -1,6 +1,6 @@
 r"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
 
-The first thing that a run settles. Patterns are class names (``"Linear"``), parameter or module names (``"fc1.weight"``,
+What a run settles first. Patterns are class names (``"Linear"``), parameter or module names (``"fc1.weight"``,
 ``"encoder"``) or regular expressions (``"re:layer[12]\..*"``, matched against the whole parameter or module name). A
 module that is named, or whose class is, stands for all that lies in it. A parameter that several modules share is
 selected once, and its pruning acts wherever it is used.
