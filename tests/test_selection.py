@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from swap_prune.selection import DEFAULT_TARGETS, Selection, select_parameters
+from swap_prune.selection import DEFAULT_TARGETS, Selection, layer_floors, select_parameters
 
 
 class Attention(nn.Module):
@@ -182,3 +182,10 @@ def test_splitting_is_a_view():
 def test_dtype_is_at_least_single(dtypes, expected):
     model = nn.Sequential(*(nn.Linear(2, 2).to(dtype) for dtype in dtypes))
     assert select_parameters(model).read(model).dtype == expected
+
+
+def test_a_share_is_that_of_its_decimals():
+    """0.07 of 100 weights are 7, where floating point would make 8 of them."""
+    model = nn.Linear(10, 10)
+    assert layer_floors(model, select_parameters(model), 0.07, 50) == {"weight": 7}
+    assert layer_floors(model, select_parameters(model), 0.071, 50) == {"weight": 8}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.calibration import CalibrationStream
-from swap_prune.surgery import Snapshot, batchnorm_misfit, recalibrate_batchnorm
+from swap_prune.selection import select_parameters
+from swap_prune.surgery import Snapshot, batchnorm_misfit, recalibrate_batchnorm, write_weights
 from tests.cases import generator, normal
 
 
@@ -122,3 +123,44 @@ def test_a_snapshot_lends_its_copy_as_long_as_that_is_right() -> None:
     assert torch.equal(weight, lent)
     stranger = torch.randn(2)
     assert torch.equal(before.copy_of(stranger), stranger)
+
+
+def test_kept_weights_that_a_narrow_dtype_would_lose_keep_their_sign() -> None:
+    model = nn.Linear(4, 1, bias=False).half()
+    selection = select_parameters(model)
+    weights = torch.tensor([1e-12, -1e-12, 0.0, -1e-12])
+    write_weights(model, selection, weights, torch.tensor([True, True, True, False]))
+    least = torch.finfo(torch.float16).smallest_normal
+    assert model.weight.flatten().tolist() == [least, -least, 0.0, 0.0]
+
+
+class Replacing(nn.Module):
+    """Writes to one of its buffers, and puts another tensor in the place of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.register_buffer("written", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written += 1
+        self.replaced = self.replaced + 1
+        outputs: Tensor = self.head(self.norm(x))
+        return outputs
+
+
+def test_a_snapshot_gives_back_weights_statistics_and_all_other_buffers() -> None:
+    model = Replacing()
+    before, replaced = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.replaced
+    snapshot = Snapshot(model)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    model.train()(normal(8, 5, dtype=torch.float32))
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in MOVED)
+    snapshot.restore()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.replaced is replaced
+
+
+MOVED = ("head.weight", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "written", "replaced")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import LR, prune
+from swap_prune.fisher import defence as defence_module
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.defence import LowRank, low_rank_rows, middle_mean, outer_product_layers
 from swap_prune.fisher.factor import DenseFactor
@@ -80,6 +81,28 @@ def test_which_layers_have_gradients_of_rank_one() -> None:
     selection = select_parameters(conv, ("Conv2d", "Linear"), ())
     batch = torch.randn(4, 1, 4, 4), torch.randint(3, (4,))
     assert outer_product_layers(conv, selection, cross_entropy, batch) == ("2.weight",)
+
+
+class Again(nn.Module):
+    """Calls one layer twice, with one vector a sample each time, and another with several vectors of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.folded, self.head = nn.Linear(6, 6), nn.Linear(3, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(torch.relu(self.twice(x)))
+        outputs: Tensor = self.head(torch.relu(self.folded(x.reshape(-1, 3)).reshape(-1, 6)))
+        return outputs
+
+
+def test_layers_that_see_several_vectors_of_a_sample_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their calls alone: no gradient need be looked at."""
+    monkeypatch.setattr(defence_module, "_without_other_uses", lambda *given: tuple(given[-1]))
+    torch.manual_seed(0)
+    model = Again()
+    batch = torch.randn(4, 6), torch.randint(3, (4,))
+    assert outer_product_layers(model, select_parameters(model), cross_entropy, batch) == ("head.weight",)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

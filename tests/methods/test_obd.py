@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
@@ -10,8 +11,9 @@ from swap_prune.problem import PruningProblem
 from tests.cases import generator, normal
 
 
-def test_removes_what_the_diagonal_model_says_costs_least():
-    G, w = normal(9, 7), normal(7, seed=1)
+@pytest.mark.parametrize("seed", range(0, 40, 2))
+def test_removes_what_the_diagonal_model_says_costs_least(seed):
+    G, w = normal(9, 7, seed=seed) * torch.logspace(-1, 1, 7).double(), normal(7, seed=seed + 1)
     f = G.square().mean(0)
 
     def cost(removed):

@@ -17,6 +17,7 @@ from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import Magnitude
 from swap_prune.selection import select_parameters
+from swap_prune.stages import runner as runner_module
 from swap_prune.stages import search as staging
 from tests.cases import generator
 from tests.fisher.test_defence import perceptron
@@ -286,6 +287,60 @@ def test_a_slope_is_averaged_over_enough_parts_to_tell_poison_by():
     assert len(method.problems[0].slope.__self__.fitting) >= 16
     prune(sure_network(), own_labels(), 0.5, method, samples=100, progress=False)
     assert len(method.problems[1].slope.__self__.fitting) < 16
+
+
+def test_one_weight_less_than_min_keep_asks_for_is_refused():
+    class Careless(Asking):
+        def solve(self, problem, generator):
+            place, least = problem.floors[-1]
+            kept = torch.zeros_like(problem.reference, dtype=torch.bool)
+            kept[place][: least - self.short] = True
+            rest = (~kept).nonzero().squeeze(1)
+            kept[rest[rest < place.start][: problem.keep - int(kept.sum())]] = True
+            return swap_prune.problem.PruningSolution(problem.reference * kept, kept)
+
+    for short in (0, 1):
+        Careless.short = short
+        arguments = {"min_keep": {"2": 0.4}, "samples": 50, "progress": False}
+        if short:
+            with pytest.raises(ValueError, match="and min_keep asks for"):
+                prune(sure_network(), own_labels(), 0.5, Careless(), **arguments)
+        else:
+            prune(sure_network(), own_labels(), 0.5, Careless(), **arguments)
+
+
+def test_the_seed_decides_what_the_solver_and_fine_tuning_draw_in_each_stage(monkeypatch):
+    drawn = []
+
+    class Drawing(Asking):
+        needs_held_out: ClassVar[bool] = False
+
+        def solve(self, problem, generator):
+            drawn.append(int(torch.randint(2**40, (), generator=generator)))
+            return Magnitude().solve(problem, generator)
+
+    own = runner_module.train
+
+    def train(*given, **options):
+        drawn.append(int(torch.randint(2**40, (), generator=given[5].clone_state())))
+        return own(*given, **options)
+
+    monkeypatch.setattr(runner_module, "train", train)
+    for seed in (0, 0, 1):
+        settings = FineTune(epochs=1, lr=0.01)
+        prune(
+            sure_network(),
+            own_labels(),
+            0.5,
+            Drawing(),
+            samples=50,
+            stages=2,
+            finetune=settings,
+            seed=seed,
+            progress=False,
+        )
+    first, again, other = drawn[:4], drawn[4:8], drawn[8:]
+    assert first == again and len({*first, *other}) == 8
 
 
 def test_layer_wise_methods_see_the_weights_that_analog_memory_has():

@@ -132,3 +132,16 @@ def test_what_cannot_be_attacked(case):
     data, loss_fn, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         run(AdversarialInputs(), data, loss_fn=loss_fn)
+
+
+def test_a_step_of_l1_moves_a_hundredth_of_the_entries():
+    inputs, direction = torch.zeros(3, 1_000), normal(1_000, dtype=torch.float32)
+
+    def loss_fn(model, batch):
+        return batch[0] @ direction
+
+    noise = AdversarialInputs("fgsm", "l1", 2.0)
+    ((moved, _),) = noise.corrupt([(inputs, torch.zeros(3))], generator(0), torch.nn.Linear(1, 1), loss_fn)
+    assert (moved != 0).sum(1).tolist() == [10] * 3
+    torch.testing.assert_close(moved.abs().sum(1), torch.full((3,), 2.0))
+    assert torch.equal(moved[0].nonzero().flatten(), direction.abs().topk(10).indices.sort().values)

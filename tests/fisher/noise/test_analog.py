@@ -134,3 +134,11 @@ def test_weights_are_replaced_for_a_while_and_given_back_bit_by_bit(dtype):
         model[1].weight.data.zero_()
         raise KeyboardInterrupt
     assert unchanged()
+
+
+def test_cells_are_stuck_off_and_on_apart():
+    """As many of either as is said, and none both: an off cell reads 0, an on cell 1."""
+    memory = AnalogMemory(programming=0.0, stuck_off=0.3, stuck_on=0.3)
+    read = memory._cells(torch.full((20_000,), 0.5), generator(3))
+    shares = [float((read == value).double().mean()) for value in (0.0, 0.5, 1.0)]
+    assert shares == pytest.approx([0.3, 0.4, 0.3], abs=0.02)

@@ -155,3 +155,9 @@ def test_few_rows_are_poisoned_as_often_as_many():
     noise = PoisonedRows("scale", 0.1, 100.0)
     hits = [int((noise.apply(DenseFactor(rows), source).matrix != rows).any(1).sum()) for _ in range(2_000)]
     assert set(hits) == {0, 1} and sum(hits) == pytest.approx(800, abs=5 * 22)
+
+
+def test_the_unit_of_short_rows_is_the_deviation_of_the_population():
+    matrix = normal(20_000, 2, seed=8)
+    noise = noise_of(GradientNoise(1.0, 1.0), matrix) / matrix.std(1, correction=0, keepdim=True)
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.03)  # with that of a sample it would be 1.41
