@@ -20,7 +20,9 @@ from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, prune
+from swap_prune.fisher.capture import capture_gradients
 from swap_prune.pipeline import plan
+from swap_prune.selection import select_parameters
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -1036,3 +1038,103 @@ def test_a_handful_of_samples_is_noted() -> None:
     for samples, noted in ((8, True), (48, False)):
         report = prune(perceptron(), DATA, 0.5, "lr", samples=samples, progress=False)
         assert any("are few to choose by" in note for note in report.notes) == noted
+
+
+class Altering(nn.Module):
+    """Normalises its inputs where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = perceptron()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x.sub_(1.0).div_(2.0))
+        return outputs
+
+
+@pytest.mark.parametrize("call", [prune, finetune])
+def test_a_network_that_writes_to_its_inputs_is_refused_and_they_stay(call: Callable[..., Any]) -> None:
+    inputs = INPUTS.clone()
+    model = Altering()
+    masks = {"masks": {"inner.0.weight": torch.ones(16, 8, dtype=torch.bool)}} if call is finetune else {}
+    with pytest.raises(ValueError, match="changes its inputs in place"):
+        call(model, [(inputs, LABELS)], **masks, progress=False)
+    assert torch.equal(inputs, INPUTS)
+
+
+class Listed(nn.Module):
+    """Reads one weight from a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.kept = [self.second.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.first(x)) @ self.kept[0].T
+
+
+def test_a_weight_that_is_not_read_from_its_module_is_refused_unless_left_out() -> None:
+    model = drawn(Listed)
+    for method in ("lr", "obd"):
+        with pytest.raises(ValueError, match="does not read all selected weights from the modules"):
+            prune(model, DATA, 0.5, method, samples=32, progress=False)
+    report = prune(model, DATA, 0.5, "obd", samples=32, progress=False, ignore=["second"])
+    assert report.kept == 64
+
+
+def test_rows_are_compared_where_there_are_gradients() -> None:
+    """A weight that is used twice, once outside its layer, and a loss that is zero for nearly all samples."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(torch.tanh(self.layer(x)), self.layer.weight.T)
+
+    def hinge(model: nn.Module, batch: Any) -> Tensor:
+        return functional.relu(model(batch[0])[:, 0] - batch[1])
+
+    model = drawn(Tied)
+    with torch.no_grad():
+        limits = torch.full((80,), 100.0)
+        limits[60:] = model(INPUTS[60:])[:, 0] - 1
+    batches, selection = [(INPUTS, limits)], select_parameters(model)
+    rows = capture_gradients(model, selection, batches, hinge)
+    expected = capture_gradients(model, selection, batches, hinge, backend="loop")
+    torch.testing.assert_close(rows.factor.row_span(0, 80), expected.factor.row_span(0, 80))
+    assert rows.backend == "vmap"
+
+
+def test_losses_that_mix_many_samples_are_refused_though_two_alone_do_not_show_it() -> None:
+    def contrastive(model: nn.Module, batch: Any) -> Tensor:
+        z = functional.normalize(model(batch[0]), dim=1)
+        return functional.cross_entropy(100 * z @ z.T, torch.arange(len(z)), reduction="none")
+
+    model = nn.Sequential(nn.Linear(8, 3, bias=False))
+    apart = torch.cat([torch.eye(8)[:2] * 9, INPUTS[2:40]])
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3, 8))
+    with pytest.raises(ValueError, match="depends on the others in its batch"):
+        prune(model, [(apart, LABELS[:40])], 0.5, "obd", loss_fn=contrastive, samples=40, progress=False)
+
+
+def test_zeros_that_named_targets_leave_out_are_not_lost() -> None:
+    model = drawn(lambda: nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(24, 3)))
+    prune(model, DATA, 0.5, "magnitude", progress=False)
+    with pytest.raises(ValueError, match="hold zeros too"):
+        finetune(model, DATA, targets=["Linear"], progress=False)
+
+
+def test_an_artifact_of_complex_numbers_is_read_back(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        model = perceptron()
+        model.register_buffer("phase", torch.zeros(3, dtype=torch.complex64))
+        return model
+
+    model = made()
+    model.phase += 1j  # type: ignore[operator]
+    prune(model, DATA, 0.5, "magnitude", progress=False).save(tmp_path / "out")
+    assert torch.equal(load_pruned(made(), tmp_path / "out").phase, model.phase)  # type: ignore[arg-type]

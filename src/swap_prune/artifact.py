@@ -212,8 +212,8 @@ def _check_state(path: Path, state: Any) -> None:
     odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
         raise ValueError(
-            f"weights file {path} must hold dense tensors of real numbers, and {odd[0]!r} is "
-            f"{_kind_of(state[odd[0]])}; save it as a dense float tensor"
+            f"weights file {path} must hold dense tensors, and {odd[0]!r} is {_kind_of(state[odd[0]])}; save it "
+            "as a dense float tensor"
         )
     if not all(isinstance(name, str) for name in state):
         raise ValueError(f"weights file {path} must hold a state_dict of tensors by name; its keys are no names")
@@ -222,7 +222,7 @@ def _check_state(path: Path, state: Any) -> None:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor can be copied to a parameter as it is."""
     dense = tensor.layout is torch.strided and not tensor.is_nested
-    return dense and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
+    return dense and not (tensor.is_meta or tensor.is_quantized)
 
 
 def _kind_of(tensor: Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,14 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "swap-prune": version("swap-prune"),
+        "torch": _version("torch"),
+        "swap-prune": _version("swap-prune"),
     }
+
+
+def _version(package: str) -> str:
+    """Return the version of a package, whose source may lie on the path without having been installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -304,6 +304,12 @@ def _collect(model: nn.Module) -> list[_Candidate]:
     check_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a scripted or traced model cannot be pruned: prune the one that it was made of before")
+    shared_out = [name for name, parameter in model.named_parameters() if type(parameter.data).__name__ == "DTensor"]
+    if shared_out:
+        raise ValueError(
+            f"parameter {shared_out[0]!r} is a DTensor, of which each process holds a part (fully_shard): prune the "
+            "network before it is shared out"
+        )
     aliases: dict[int, list[str]] = {}
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):

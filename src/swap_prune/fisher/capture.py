@@ -4,8 +4,8 @@ The network runs in eval mode (dropout off, BatchNorm with its running
 statistics), so that samples do not see each other. Three back ends give the same rows within rounding:
 
 - ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers
-  (:mod:`swap_prune.fisher.hooks`). For weights of Linear and Conv layers. The first two samples are compared with
-  backward passes of their own.
+  (:mod:`swap_prune.fisher.hooks`). For weights of Linear and Conv layers. Those of largest loss are compared with
+  backward passes of their own, until two that are not zero were.
 - ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters.
 - ``loop``: one backward pass a sample, for networks, losses or batches that neither can take.
 
@@ -45,7 +45,7 @@ Backend = Literal["auto", "hooks", "vmap", "loop"]
 _MAX_CHUNK = 256
 _HEAP = 6  # what the C library was seen to hold of many pieces that come and go, in units of what is used
 _UNCOUNTED_CHUNK = 8  # samples, where what one keeps cannot be counted
-_CHECKED = 2  # samples with backward passes of their own; fewer cannot show a loss that mixes them
+_CHECKED = 2  # gradients, zeros apart, with backward passes of their own; one cannot show a loss that mixes samples
 
 
 @dataclass(frozen=True)
@@ -239,13 +239,14 @@ class _Capturer:
         size = batch_size(batch)
         values = self._hooks.fill_rows(batch, rows)
         losses[:size] = values
-        if self._checked < min(size, _CHECKED):
-            self._checked = min(size, _CHECKED)
-            singles, expected = torch.empty_like(rows[: self._checked]), torch.empty_like(losses[: self._checked])
-            for i in range(self._checked):
-                self._fill_loop(slice_batch(batch, i, i + 1), singles[i:], expected[i:])
-            found = rows[: self._checked], losses[: self._checked]
+        if self._checked < _CHECKED:
+            chosen = losses[:size].topk(min(size, _CHECKED)).indices  # those of no loss may have no gradient either
+            found = rows[chosen], losses[chosen]
+            singles, expected = map(torch.empty_like, found)
+            for i, place in enumerate(chosen.tolist()):
+                self._fill_loop(slice_batch(batch, place, place + 1), singles[i:], expected[i:])
             check_against(found, (singles, expected), self._selection, least_precise(self._weights.values()))
+            self._checked += int(singles.any(1).sum())
         return size
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:

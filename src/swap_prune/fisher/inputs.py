@@ -88,8 +88,8 @@ class LayerInputs:
         for name, total in sums.items():
             if total.count == 0:
                 raise ValueError(
-                    f"no inputs of {name!r} were seen: its layer does not run as a module of its own; "
-                    "leave it out with ignore=, or use a method that works on gradients"
+                    f"no inputs of {name!r} were seen: its layer does not run as a module of its own, or no sample "
+                    "reached it; leave it out with ignore=, or use a method that works on gradients"
                 )
             if not bool(total.value.isfinite().all()):
                 raise ValueError(

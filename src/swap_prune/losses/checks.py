@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swap_prune.losses.base import IGNORE_INDEX, CrossEntropy, GaussNewtonLoss, LossFn
 from swap_prune.memory.process import pass_on_shortage
-from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, slice_batch
+from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, map_tensors, slice_batch
 
 __all__ = [
     "check_calibration",
@@ -207,18 +207,36 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
                 known = len(check_losses(loss_fn(model, batch), None))
             elif not sizes:  # a few samples speak for their like
                 few = min(known, _FEW)
-                part = slice_batch(batch, 0, few)
+                part = map_tensors(torch.clone, slice_batch(batch, 0, few))
                 kind = "calibration batch" if few == known else f"cut of {few} of the {known} samples of a batch,"
-                with failures_named(kind, part):
+                with failures_named(kind, part), _unchanged(part):
                     check_losses(loss_fn(model, part), few)
         assert known is not None, "just counted"
         sizes.append(known)
     return sizes
 
 
+@contextmanager
+def _unchanged(batch: Any) -> Iterator[None]:
+    """Run a block in which a batch is read alone: samples are used many times.
+
+    Raises:
+        ValueError: If it is written to.
+    """
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, batch)
+    before = [tensor._version for tensor in tensors if not tensor.is_inference()]
+    yield
+    if before != [tensor._version for tensor in tensors if not tensor.is_inference()]:
+        raise ValueError(
+            "the model, or the loss, changes its inputs in place, and samples are used many times: let it work on a "
+            "copy, as by x = x - mean in place of x.sub_(mean)"
+        )
+
+
 def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the logits of a sample or two; refuse a model that gives others than those."""
-    logits = model(inputs[:_FEW])
+    logits = model(inputs[:_FEW].clone())
     if isinstance(logits, Tensor):
         return logits
     raise ValueError(
@@ -276,7 +294,7 @@ def run_loss(model: nn.Module, batch: Any, loss_fn: LossFn, kind: str = "calibra
 
 
 def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> None:
-    """Check on two samples that the loss of one does not depend on the other, as gradients of single samples need.
+    """Check that the losses of two samples do not depend on the others in a batch, as gradients of single samples need.
 
     A network that is random, and has another loss each time, is not judged.
 
@@ -294,7 +312,7 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
         return
     pair = slice_batch(first, 0, 2)
     with torch.no_grad():
-        together, again = (loss_fn(model, in_own_containers(pair)) for _ in range(2))
+        together, again = (loss_fn(model, in_own_containers(first))[:2] for _ in range(2))
         try:
             alone = torch.cat([loss_fn(model, slice_batch(pair, i, i + 1)) for i in range(2)])
         except Exception as error:  # whatever the caller's model or loss raises

@@ -28,7 +28,7 @@ def peek(data: Any, device: torch.device | str = "cpu") -> Any:
         device: Where the sample is put.
     """
     with generators_given_back(data):
-        return map_tensors(lambda t: t.to(device), _first(data))
+        return map_tensors(lambda t: t.to(device, copy=True), _first(data))  # a network may write to it
 
 
 def digest_of(batch: Any, digest: hashlib._Hash) -> hashlib._Hash:

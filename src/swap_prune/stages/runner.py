@@ -48,6 +48,7 @@ from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
 from swap_prune.stages.checkpoint import Checkpoint
+from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
 from swap_prune.training.finetune import FineTune, train
@@ -156,6 +157,8 @@ class StageRunner:
                 evidence |= {} if radius is None else {"inputs_shifted_back": radius}
             shown.stage(number, sparsity, samples)
         if self.request.solver.needs_gradients:
+            if number == 1:
+                check_reached(self.model, self.request.selection, self.request.loss, fitting)
             signs, slopes, apart = (forked_generator(self.request.seed, f"{name} {number}") for name in _DRAWN)
             capture = self._capture(problem.reference, fitting, signs, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.double().mean())

@@ -104,7 +104,7 @@ def resolve_masks(
             f"no selected weight of {type(model).__name__} is zero, so there is no mask to keep: prune it first, or "
             "pass masks="
         )
-    others = unnamed_zeros(model, found, ignore) if tuple(targets) == DEFAULT_TARGETS else []
+    others = unnamed_zeros(model, found, ignore)
     if others:
         raise ValueError(
             f"{', '.join(others[:3])} hold zeros too, and targets does not name them, so that they would be lost: pass "
