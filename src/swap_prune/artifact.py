@@ -250,6 +250,7 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
+    imaginary = [n for n in state if n in own and state[n].is_complex() and not own[n].is_complex()]
     if missing or unexpected:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(unexpected)}"] * bool(unexpected)
         raise ValueError(f"the keys of {path} do not match {type(model).__name__}: it {' and '.join(parts)}")
@@ -258,6 +259,11 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
         raise ValueError(
             f"the shapes of {path} do not match {type(model).__name__}: {name!r} is {tuple(state[name].shape)} "
             f"in the file and {tuple(own[name].shape)} in the model ({len(wrong)} differ)"
+        )
+    if imaginary:
+        raise ValueError(
+            f"{imaginary[0]!r} is {_kind_of(state[imaginary[0]])} in {path}, and real in {type(model).__name__}: its "
+            "imaginary part would be lost"
         )
     model.load_state_dict(dict(state), strict=False)
 
