@@ -1138,3 +1138,15 @@ def test_an_artifact_of_complex_numbers_is_read_back(tmp_path: Path) -> None:
     model.phase += 1j  # type: ignore[operator]
     prune(model, DATA, 0.5, "magnitude", progress=False).save(tmp_path / "out")
     assert torch.equal(load_pruned(made(), tmp_path / "out").phase, model.phase)  # type: ignore[arg-type]
+
+
+def test_gradients_that_are_all_zero_are_noted() -> None:
+    report = prune(perceptron(), DATA, 0.5, "obd", samples=32, loss_fn=vanishing, progress=False)
+    assert any(note.startswith("all gradients of the calibration samples are zero") for note in report.notes)
+    assert not any(
+        "are zero" in note for note in prune(perceptron(), DATA, 0.5, "obd", samples=32, progress=False).notes
+    )
+
+
+def vanishing(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0]).sum(1) * 0

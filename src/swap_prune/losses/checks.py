@@ -269,7 +269,13 @@ def failures_named(kind: str, batch: Any) -> AbstractContextManager[None]:
         kind: What the batch is for.
         batch: The batch.
     """
-    return errors_worded(lambda reason: f"the loss failed on a {kind} {describe(batch)}: {reason}")
+    remedy = ""
+    if kind.startswith("cut of"):
+        remedy = (
+            " (of a batch, samples are cut along the first dimension of every tensor that has as many; wrap a list of "
+            "samples in a DataLoader, or make a batch that cannot be cut an object of its own)"
+        )
+    return errors_worded(lambda reason: f"the loss failed on a {kind} {describe(batch)}: {reason}{remedy}")
 
 
 def _is_own(error: Exception) -> bool:

@@ -71,6 +71,11 @@ def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -
         notes.append(f"{last.samples} calibration samples are few to choose by: give some hundred")
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
+    if "gradients_are_zero" in last.evidence:
+        notes.append(
+            "all gradients of the calibration samples are zero, so that they say nothing of any weight: check the "
+            "labels and the loss"
+        )
     if "few_classes" in last.evidence:
         seen, classes, count = last.evidence["few_classes"]
         notes.append(

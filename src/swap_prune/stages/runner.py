@@ -163,6 +163,8 @@ class StageRunner:
             capture = self._capture(problem.reference, fitting, signs, shown.advance)
             samples, loss = len(capture.losses), float(capture.losses.double().mean())
             evidence |= few_classes(self.model, self.request.loss, fitting)
+            if isinstance(capture.factor, DenseFactor) and not bool(capture.factor.matrix.any()):
+                evidence["gradients_are_zero"] = True
             factor, defence = self._defended(capture, fitting, apart, evidence)
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
