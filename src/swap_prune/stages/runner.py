@@ -278,20 +278,12 @@ class StageRunner:
             if not self.storage.holds_rows:
                 return self._capture_products(disturbed, batches, signs, advance)
             if self.request.curvature is None:
-                capture = capture_gradients(
-                    self.model,
-                    self.request.selection,
-                    batches,
-                    self.request.loss,
-                    storage=self.storage,
-                    advance=advance,
-                )
+                selection, loss = self.request.selection, self.request.loss
+                capture = capture_gradients(self.model, selection, batches, loss, storage=self.storage, advance=advance)
                 if "gradients" not in self.request.defences or not isinstance(capture.factor, DenseFactor):
                     return capture
                 with eval_mode(self.model):
-                    return replace(
-                        capture, sizes=output_slopes(self.request.loss, self.model, list(map(Taught, batches)))
-                    )
+                    return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
             return sketch_curvature(
                 self.model,
                 self.request.selection,
