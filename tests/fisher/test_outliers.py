@@ -49,5 +49,11 @@ def test_a_little_larger_or_smaller_is_not_touched(scale: float) -> None:
     matrix[5] *= scale
     before = matrix.clone()
     assert clip_rows_(DenseFactor(matrix)) == 0 and torch.equal(matrix, before)
-    few = DenseFactor(torch.tensor([[1.0], [1.0], [900.0]]))
-    assert clip_rows_(few) == 0  # too few to tell
+
+
+def test_of_few_rows_the_upper_quartile_cannot_tell() -> None:
+    for count, seen in ((1, 0.0), (3, 0.0), (4, 0.0), (5, 0.2)):
+        rows = torch.ones(count, 1)
+        rows[-1:] = 900.0
+        assert clip_rows_(DenseFactor(rows)) == seen
+    assert clip_rows_(DenseFactor(torch.zeros(5, 2))) == 0

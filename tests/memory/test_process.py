@@ -70,6 +70,12 @@ def test_what_is_held_counts_and_the_default_lies_above_it() -> None:
     assert limit is not None and limit > held_memory() > 50 * 2**20, "torch alone is more"
 
 
+def test_the_default_is_what_is_held_and_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.memory.process._free_memory", lambda device: 1000)
+    monkeypatch.setattr("swap_prune.memory.process.held_memory", lambda device=None: 5000)
+    assert memory_limit(None) == 5900 and memory_limit(None, 2) == 5450
+
+
 @pytest.mark.parametrize("storage", ["float32", "matrix-free"])
 @pytest.mark.parametrize("calls", [*range(20), 25, 30, 40])
 def test_without_memory_it_ends_with_what_to_do(calls: int, storage: str) -> None:

@@ -78,3 +78,9 @@ def test_the_update_is_the_constrained_minimum():
     removed = (~solution.kept).nonzero().flatten().tolist()
     expected = brain_surgeon(damped_fisher(G, 0.05), w, removed).masked_fill(~solution.kept, 0)
     torch.testing.assert_close(solution.weights, expected)
+
+
+def test_what_would_come_back_is_looked_for_among_the_largest():
+    w, kept = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([True, False, False])
+    found, _, _ = improve_by_swaps(DenseFactor(torch.zeros(2, 3)), w, kept, 1.0, 1, 1)
+    assert found.tolist() == [False, True, False]

@@ -156,3 +156,14 @@ def test_inputs_are_left_alone():
     before = w.clone(), support.clone()
     two_regime_step(problem, w, support)
     assert torch.equal(w, before[0]) and torch.equal(support, before[1])
+
+
+def test_floors_hold_whatever_the_step_would_drop():
+    free = 0
+    for seed in range(8):
+        problem = random_regression(10, 40, generator(seed))
+        held = replace(problem, floors=((slice(0, 15), 12), (slice(15, 40), 0)))
+        w = hard_threshold(held.reference, torch.arange(15)) / 10
+        assert int((two_regime_step(held, w, torch.arange(15)).support < 15).sum()) >= 12
+        free += int((two_regime_step(problem, w, torch.arange(15)).support < 15).sum()) < 12
+    assert free > 0, "else nothing is held"

@@ -35,7 +35,7 @@ def clip_rows_(factor: DenseFactor, sizes: Tensor | None = None) -> float:
     norms = torch.linalg.vector_norm(factor.matrix, dim=1)
     relative = norms if sizes is None else norms / sizes
     there = relative[relative > 0]
-    if len(there) < 4:
+    if len(there) == 0:
         return 0.0
     median, quartile = torch.quantile(there.double().log(), there.new_tensor([0.5, 0.75], dtype=torch.float64))
     limit = median + max(math.log(_LEAST_FACTOR), _SPREADS * float(quartile - median))
