@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swap_prune import transport
-from swap_prune.transport import barycentric_target, sorted_potential, squared_cost, transport_plan
+from swap_prune.transport import barycentric_target, relaxed_target, sorted_potential, squared_cost, transport_plan
 from tests.cases import generator, normal, paired_clouds
 from tests.reference import reference_measure, sinkhorn
 
@@ -50,6 +50,67 @@ def test_plan_is_that_of_pot(relative, anchor):
     result = transport_plan(x, y, epsilon, anchor=anchor)
     assert result.converged and result.residual <= 1e-9
     torch.testing.assert_close(result.plan, expected, rtol=0, atol=1e-6 / len(x))
+
+
+@pytest.mark.parametrize("anchor", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(("relative", "softness"), [(0.1, 0.1), (0.1, 3.0), (1.0, 0.5)])
+def test_an_unbalanced_plan_is_that_of_pot(relative, softness, anchor):
+    x, y = paired_clouds(16, seed=1, noise=0.5)
+    cost, epsilon, relaxation = squared_cost(x, y), relative * mean_cost(x, y), softness * mean_cost(x, y)
+    reference, mass = reference_measure(16, anchor), torch.full((16,), 1 / 16, dtype=torch.float64)
+    expected = ot.unbalanced.sinkhorn_unbalanced(
+        mass,
+        mass,
+        cost,
+        epsilon,
+        relaxation,
+        c=reference,
+        reg_type="kl",
+        numItermax=20_000,
+        stopThr=1e-14,
+    )
+    result = transport_plan(x, y, epsilon, anchor=anchor, relaxation=relaxation)
+    assert result.converged and result.residual <= 1e-9
+    torch.testing.assert_close(result.plan, expected, rtol=1e-6, atol=1e-9)
+    assert float(result.plan.sum()) < 1
+
+
+def test_without_an_anchor_what_is_left_of_a_pair_is_in_closed_form():
+    x, y = paired_clouds(9, seed=2, noise=0.5)
+    plan = transport_plan(x, y, 0.3, anchor=0.0, relaxation=0.2).plan
+    torch.testing.assert_close(plan, torch.diag((-((x - y) ** 2) / 0.7).exp() / 9))
+    nearly = transport_plan(x, y, 0.3, anchor=1e-9, relaxation=0.2).plan
+    torch.testing.assert_close(nearly, plan, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("relaxation", [0.0, -1.0, math.nan])
+def test_a_relaxation_that_is_not_positive(relaxation):
+    with pytest.raises(ValueError, match="relaxation must be positive"):
+        transport_plan(torch.arange(4.0), torch.arange(4.0), 1.0, relaxation=relaxation)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.3, 1.0])
+def test_a_point_far_from_all_others_loses_its_mass(anchor):
+    x, y = paired_clouds(20, seed=3, noise=0.1)
+    x[4] += 30.0
+    target, mass = relaxed_target(transport_plan(x, y, 0.1, anchor=anchor, relaxation=1.0).plan, y)
+    assert float(mass[4]) < 1e-6 and float(mass[torch.arange(20) != 4].min()) > 0.5
+    assert bool(target.isfinite().all())
+    x[4] += 1e6
+    target, mass = relaxed_target(transport_plan(x, y, 0.1, anchor=anchor, relaxation=1.0).plan, y)
+    assert float(mass[4]) == 0 and float(target[4]) == float(y[4])
+
+
+def test_much_relaxed_it_is_balanced_and_a_search_cut_short_is_reported():
+    x, y = paired_clouds(20, seed=3, noise=0.5)
+    balanced = transport_plan(x, y, 0.5, anchor=0.5).plan
+    nearly = transport_plan(x, y, 0.5, anchor=0.5, relaxation=50.0)
+    assert nearly.converged
+    torch.testing.assert_close(nearly.plan, balanced, rtol=0, atol=2e-2 / 20)
+    target, mass = relaxed_target(balanced, y)
+    torch.testing.assert_close(target, barycentric_target(balanced, y))
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+    assert not transport_plan(x, y, 0.5, anchor=0.5, relaxation=500.0, max_iterations=1).converged
 
 
 @pytest.mark.parametrize("anchor", [0.01, 0.3, 1.0])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["DEFENCES", "parse_defence"]
+from collections.abc import Collection
+
+__all__ = ["DEFENCES", "FIXED_DEFENCES", "name_of", "parse_defence"]
 
 DEFENCES = ("gradients", "labels", "inputs")
+FIXED_DEFENCES = ("low-rank", "winsorise", "clip", "trimmed-mean", "median-of-means")  # in place of ``gradients``
+_MEANS = ("trimmed-mean", "median-of-means")
 
 
 def parse_defence(defence: str | None) -> frozenset[str]:
@@ -12,6 +16,7 @@ def parse_defence(defence: str | None) -> frozenset[str]:
 
     Args:
         defence: ``"auto"`` for all of ``DEFENCES``, None or ``"none"`` for none of them, or some, joined with ``+``.
+            ``FIXED_DEFENCES`` do one thing to the gradients of all layers, where ``"gradients"`` looks and chooses.
 
     Raises:
         ValueError: If it is none of these.
@@ -21,8 +26,20 @@ def parse_defence(defence: str | None) -> frozenset[str]:
     if defence is None or defence == "none":
         return frozenset()
     parts = defence.split("+") if isinstance(defence, str) else []
-    if not parts or not set(parts) <= set(DEFENCES):
+    if not parts or not set(parts) <= {*DEFENCES, *FIXED_DEFENCES}:
         raise ValueError(
-            f"defence must be 'auto', 'none' or None, or some of {', '.join(DEFENCES)}, joined with +, got {defence!r}"
+            f"defence must be 'auto', 'none' or None, or some of {', '.join((*DEFENCES, *FIXED_DEFENCES))}, joined "
+            f"with +, got {defence!r}"
         )
+    if "gradients" in parts and not set(parts).isdisjoint(FIXED_DEFENCES):
+        fixed = ", ".join(name for name in FIXED_DEFENCES if name in parts)
+        raise ValueError(f"defence must have 'gradients', which chooses itself, or {fixed}, got {defence!r}")
+    if set(_MEANS) <= set(parts):
+        raise ValueError(f"defence must have one of {' and '.join(_MEANS)}, got {defence!r}")
     return frozenset(parts)
+
+
+def name_of(defences: Collection[str]) -> str:
+    """Return the one text that stands for some defences."""
+    asked = [name for name in (*DEFENCES, *FIXED_DEFENCES) if name in defences]
+    return "auto" if asked == list(DEFENCES) else "+".join(asked) or "none"

@@ -44,7 +44,7 @@ class Request:
         loss: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         normalised: Whether BatchNorm is recalibrated.
-        defences: Where noise is looked for: gradients, labels, inputs.
+        defences: Where noise is looked for, gradients, labels, inputs; or what is done to gradients.
         finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
         seed: Of the run's random state.

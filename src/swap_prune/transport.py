@@ -11,7 +11,14 @@ with y_i, ``R = (1 - a) I/n + a 1 1^T / n^2``: ``a = 1`` is the paper, ``a = 0``
 By the envelope theorem the gradient of ``n/2 OT_eps(G w, y)`` is that of least squares against the barycentric
 target ``t_i = n sum_j P_ij y_j``: a sparse solver needs the target and never sees the plan.
 
-The plan is found on its dual, in the log domain and in float64: rows are normalised in closed form, columns by
+With a *relaxation* tau the marginals need not be 1/n: their distance to it is paid for,
+
+    min over P >= 0  of  sum_ij P_ij (x_i - y_j)^2 + eps KL(P | R) + tau KL(P 1 | 1/n) + tau KL(P^T 1 | 1/n),
+
+so that a point which lies far from all others loses its mass (unbalanced transport; Chizat et al., Mathematics of
+Computation 87, 2018). With ``a = 0`` what is left of row i is ``exp(-(x_i - y_i)^2 / (eps + 2 tau)) / n``.
+
+A balanced plan is found on its dual, in the log domain and in float64: rows are normalised in closed form, columns by
 inexact Newton steps on the concave semi-dual (Sinkhorn's update where they do not ascend). They begin at a solution
 of the dual for eps = 0, which two clouds on a line have in closed form: no path of eps leads there. The plan returned
 is rounded to exact marginals (Altschuler, Weed and Rigollet, 2017, algorithm 2), so that it is a coupling whatever eps
@@ -26,7 +33,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TransportPlan", "barycentric_target", "sorted_potential", "squared_cost", "transport_plan"]
+__all__ = [
+    "TransportPlan",
+    "barycentric_target",
+    "relaxed_target",
+    "sorted_potential",
+    "squared_cost",
+    "transport_plan",
+]
 
 _CONJUGATE = 40  # steps of conjugate gradients at the most, and a tenth of n: a direct solution costs no less
 _FORCING = 0.1  # relative residual of a Newton direction at the most; near the solution it is the residual of the dual
@@ -37,11 +51,13 @@ class TransportPlan:
     """A coupling and how well it was found.
 
     Attributes:
-        plan: P, (n, n), float64, rows and columns sum to 1/n; row i belongs to x_i, column j to y_j.
+        plan: P, (n, n), float64, rows and columns sum to 1/n, or less without balance; row i belongs to x_i, column j
+            to y_j.
         epsilon: eps in the unit of the cost.
-        converged: Whether the dual met the tolerance before the rounding.
+        converged: Whether the dual met the tolerance (of a balanced plan before the rounding).
         iterations: Dual steps.
-        residual: Largest relative error of a column sum before the rounding.
+        residual: Largest relative error of a column sum before the rounding; without balance, the largest last step of
+            a logarithm of the scaling.
     """
 
     plan: Tensor
@@ -63,6 +79,7 @@ def transport_plan(
     epsilon: float,
     *,
     anchor: float = 1.0,
+    relaxation: float = math.inf,
     tolerance: float = 1e-9,
     max_iterations: int = 200,
 ) -> TransportPlan:
@@ -73,23 +90,30 @@ def transport_plan(
         y: Second cloud, (n,), paired with the first by index.
         epsilon: eps > 0, in the unit of the cost (that is, of x squared).
         anchor: a in [0, 1], the weight of the uniform part of the reference measure.
-        tolerance: Largest relative error of a column sum at which the dual counts as solved.
-        max_iterations: Dual steps.
+        relaxation: tau > 0, in the unit of the cost; infinite for exact marginals.
+        tolerance: Residual at which the dual counts as solved.
+        max_iterations: Dual steps; ten times as many, each far cheaper, without balance.
 
     Returns:
-        The plan, with exact marginals.
+        The plan.
 
     Raises:
-        ValueError: If the clouds differ in size or are not finite, or eps or the anchor is out of range.
+        ValueError: If the clouds differ in size or are not finite, or eps, the anchor or tau is out of range.
     """
-    _check(x, y, epsilon, anchor)
+    _check(x, y, epsilon, anchor, relaxation)
     n = len(x)
+    if anchor == 0 and relaxation < math.inf:
+        mass = (x.double() - y.double()).square_().div_(-(epsilon + 2 * relaxation)).exp_() / n
+        return TransportPlan(torch.diag(mass), epsilon, converged=True, iterations=0, residual=0.0)
     if anchor == 0:
         eye = torch.eye(n, dtype=torch.float64, device=x.device) / n
         return TransportPlan(eye, epsilon, converged=True, iterations=0, residual=0.0)
     cost = squared_cost(x, y)
     log_reference = torch.full_like(cost, math.log(anchor) - 2 * math.log(n))
     log_reference.fill_diagonal_(math.log((1 - anchor) / n + anchor / n**2))
+    if relaxation < math.inf:
+        logits = log_reference - cost / epsilon
+        return _unbalanced(logits, epsilon, relaxation, tolerance=tolerance, max_iterations=10 * max_iterations)
     potential, iterations, residual = _solve_dual(
         cost, log_reference, epsilon, sorted_potential(x, y), tolerance=tolerance, max_iterations=max_iterations
     )
@@ -100,6 +124,17 @@ def transport_plan(
 def barycentric_target(plan: Tensor, y: Tensor) -> Tensor:
     """Return ``t_i = n sum_j P_ij y_j``, (n,): where the plan sends x_i, on average."""
     return (plan @ y.to(plan.dtype) * len(y)).to(y.dtype)
+
+
+def relaxed_target(plan: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a plan without balance sends x_i, on average, and what is left of it, ``n sum_j P_ij``, (n,) each.
+
+    What has lost all its mass is sent to y_i.
+    """
+    mass = plan.sum(1)
+    there = mass > 0
+    target = (plan @ y.to(plan.dtype)) / torch.where(there, mass, 1)
+    return torch.where(there, target, y.to(plan.dtype)).to(y.dtype), (mass * len(y)).to(y.dtype)
 
 
 def sorted_potential(x: Tensor, y: Tensor) -> Tensor:
@@ -151,6 +186,27 @@ def _solve_dual(
                 break
         potential, plan, value = candidate, candidate_plan, candidate_value
     return potential, iteration, residual
+
+
+def _unbalanced(
+    logits: Tensor, epsilon: float, relaxation: float, *, tolerance: float, max_iterations: int
+) -> TransportPlan:
+    """Scale ``exp(logits)``, (n, n), by Sinkhorn's iteration with softened marginals, in the log domain.
+
+    ``log u = k (log(1/n) - logsumexp over j of (logits + log v))`` with ``k = tau / (tau + eps)``, and v alike: each
+    round brings the scaling nearer by a factor of k^2 at the least.
+    """
+    n, softness = len(logits), relaxation / (relaxation + epsilon)
+    rows = torch.zeros(n, dtype=logits.dtype, device=logits.device)
+    columns = torch.zeros_like(rows)
+    residual, iteration = math.inf, 0
+    while residual > tolerance and iteration < max_iterations:
+        before = columns
+        rows = -softness * (math.log(n) + torch.logsumexp(logits + columns, dim=1))
+        columns = -softness * (math.log(n) + torch.logsumexp(logits + rows[:, None], dim=0))
+        residual, iteration = float((columns - before).abs().max()), iteration + 1
+    plan = (logits + rows[:, None] + columns).exp_()
+    return TransportPlan(plan, epsilon, residual <= tolerance, iteration, residual)
 
 
 def _row_normalised(cost: Tensor, log_reference: Tensor, epsilon: float, potential: Tensor) -> tuple[Tensor, float]:
@@ -212,7 +268,7 @@ def _round_to_marginals(plan: Tensor) -> Tensor:
     return plan + torch.outer(rows, columns) / missing if float(missing) > 0 else plan
 
 
-def _check(x: Tensor, y: Tensor, epsilon: float, anchor: float) -> None:
+def _check(x: Tensor, y: Tensor, epsilon: float, anchor: float, relaxation: float) -> None:
     if x.ndim != 1 or x.shape != y.shape or len(x) == 0:
         raise ValueError(f"x and y must both have shape (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
@@ -221,3 +277,5 @@ def _check(x: Tensor, y: Tensor, epsilon: float, anchor: float) -> None:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     if not 0 <= anchor <= 1:
         raise ValueError(f"anchor must lie in [0, 1], got {anchor}")
+    if not relaxation > 0:
+        raise ValueError(f"relaxation must be positive, got {relaxation}")

@@ -6,20 +6,21 @@ from torch import nn
 
 from swap_prune.fisher import sketch
 from swap_prune.fisher.capture import capture_gradients
-from swap_prune.fisher.defence import LowRank
+from swap_prune.fisher.defence.exact import outer_product_layers
+from swap_prune.fisher.defence.gradients import layers_of, rank_noise
+from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.footprint import saved_bytes
 from swap_prune.fisher.half import HalfFactor
 from swap_prune.fisher.mapped import MappedFactor
-from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import mini_batches, sketch_curvature
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.batches import batch_size
 from swap_prune.selection import select_parameters
 from swap_prune.surgery import write_weights
 from tests.cases import generator, normal
-from tests.fisher.test_defence import perceptron
-from tests.fisher.test_outliers import rows
+from tests.fisher.defence.test_gradients import perceptron
+from tests.fisher.defence.test_outliers import rows
 from tests.fisher.test_sketch import labelled, normalised
 from tests.fisher.test_sketch import perceptron as double_perceptron
 from tests.fisher.test_storage import mapped
@@ -48,16 +49,16 @@ def test_a_batch_of_one_sample_is_left_out_where_there_are_others():
 
 def test_little_noise_in_one_layer_or_one_row_is_seen():
     model, selection, batch = perceptron()
-    defence = LowRank.of(model, selection, cross_entropy, batch, per_sample=True)
+    layers = layers_of(selection, outer_product_layers(model, selection, cross_entropy, batch))
     clean = capture_gradients(model, selection, [batch], cross_entropy).factor.matrix
     for name, place in selection.slices().items():
         noisy = clean.clone()
         noise = normal(*noisy[:, place].shape, seed=1, dtype=torch.float32)
         noisy[:, place] += noise * (0.05 * noisy[:, place].norm() / noise.norm())
-        assert 1e-3 < defence.noise_seen(DenseFactor(noisy)) < 5e-3, name
+        assert 1e-3 < rank_noise(DenseFactor(noisy), layers)[name] < 5e-3, name
     one = clean.clone()
     one[20] += normal(one.shape[1], seed=2, dtype=torch.float32) * one[20].std()
-    assert defence.noise_seen(DenseFactor(one)) > 0
+    assert max(rank_noise(DenseFactor(one), layers).values()) > 1e-4
 
 
 def test_six_times_the_median_stands_out_where_rows_are_alike():

@@ -14,7 +14,7 @@ from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
 from swap_prune.regression.tuning import Coupling, couple, mean_cost
 from swap_prune.regression.two_regime import two_regime_step
-from swap_prune.transport import barycentric_target, transport_plan
+from swap_prune.transport import barycentric_target, relaxed_target, transport_plan
 from tests.cases import generator, pruning_problem
 
 FIXED = {"ridge": 0.1, "damping": 1.0, "metric": "diagonal", "swaps": 0, "first_order": 0.0}
@@ -42,6 +42,49 @@ def test_ewr_is_lr_then_plans_and_regressions_in_turn(gradient, debias, unit, co
     assert torch.allclose(default, fit.weights) == (
         settings["gradient"] == "exact" and debias and unit == "mean_cost" and couplings == 1
     )
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+@pytest.mark.parametrize("couplings", [1, 3])
+def test_samples_that_lie_far_from_all_others_count_less(anchor, couplings):
+    """Residuals are weighted by what is left of their mass; put together by hand."""
+    problem = pruning_problem(30, 60, 20, seed=1, dtype=torch.float64)
+    pairing = pairing_regression(problem, 0.1, 1.0)
+    fit = solve_sparse(pairing, 20)
+    scale = mean_cost(pairing.factor.matvec(fit.weights), pairing.target)
+    for _ in range(couplings):
+        x = pairing.factor.matvec(fit.weights)
+        settings = {"anchor": anchor, "relaxation": 0.05 * scale, "tolerance": 1e-5}
+        plan = transport_plan(x, pairing.target, 0.2 * scale, **settings).plan
+        target, mass = relaxed_target(plan, pairing.target)
+        if anchor > 0:
+            target = target + x - relaxed_target(transport_plan(x, x, 0.2 * scale, **settings).plan, x)[0]
+        root = mass.sqrt()
+        weighted = DenseFactor(pairing.factor.matrix * root.unsqueeze(1))
+        fit = solve_sparse(replace(pairing, factor=weighted, target=target * root), 20, start=fit.support)
+    method = EWR(epsilon=0.2, anchor=anchor, relaxation=0.05, couplings=couplings, **FIXED)
+    solution = method.solve(problem, generator())
+    torch.testing.assert_close(solution.weights, fit.weights)
+    assert solution.evidence["relaxation"] == pytest.approx(0.05 * scale)
+    assert not torch.equal(solution.weights, LR(**FIXED).solve(problem, generator()).weights)
+
+
+def test_a_relaxed_coupling_is_chosen_as_any_other():
+    problem = pruning_problem(30, 60, 20, seed=1, dtype=torch.float64)
+    for fixed in ({}, {"anchor": 0.0}, {"epsilon": 0.2}):
+        method = EWR(relaxation=0.5, **fixed, **FIXED)
+        assert method.needs_held_out
+        evidence = method.solve(problem, generator()).evidence
+        assert {"coupling", "held_out_loss", "held_out_loss_pairing"} <= evidence.keys()
+    assert not EWR(relaxation=0.5, epsilon=0.2, anchor=0.0, **FIXED).needs_held_out
+
+
+@pytest.mark.parametrize("settings", [{"relaxation": 0}, {"relaxation": "much"}, {"relaxation": float("inf")}])
+def test_a_relaxation_is_a_positive_number(settings):
+    with pytest.raises(ValueError, match="relaxation must be a positive number or None"):
+        EWR(**settings)
+    with pytest.raises(ValueError, match="relaxation needs solver='iht'"):
+        EWR(relaxation=1.0, solver="algorithm1")
 
 
 def test_a_coupling_begins_with_the_gram_matrix_of_lr(monkeypatch):

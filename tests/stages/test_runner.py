@@ -11,16 +11,17 @@ from torch.utils.data import TensorDataset
 
 import swap_prune
 from swap_prune import LR, FineTune, prune
+from swap_prune.fisher.defence.gradients import GradientDefence, layers_of
+from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.noise import NoiseModel
-from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.losses import cross_entropy
 from swap_prune.methods import Magnitude
 from swap_prune.selection import select_parameters
 from swap_prune.stages import runner as runner_module
 from swap_prune.stages import search as staging
 from tests.cases import generator
-from tests.fisher.test_defence import perceptron
+from tests.fisher.defence.test_gradients import perceptron
 from tests.stages.test_search import QUIET, net, scripted
 from tests.stages.test_trials import batches, network, trials_on, untaught
 from tests.test_pipeline import small_data, small_network
@@ -61,7 +62,7 @@ def test_a_method_asks_through_the_defence(noise, defence):
     (problem,) = method.problems
     trials = problem.slope.__self__
     assert (trials.clip is clip_rows_) == (defence == "auto")
-    assert (trials.clean is not None) == (defence == "auto" and noise is not None)
+    assert (trials.defence is not None) == (defence == "auto" and noise is not None)
     assert all(one.teacher is not None for one in [*trials.fitting, *trials.held_out]) and trials.held_out
     assert problem.blank is not None and not trials.lean
     own = asking()
@@ -245,10 +246,8 @@ def test_gradients_that_slopes_are_averaged_over_are_clipped_for_their_size():
     torch.testing.assert_close(slope, 2 * plain)
     torch.testing.assert_close(seen[0], torch.tensor([0.5, 0.25], dtype=w.dtype))
 
-    def clean(factor):
-        return factor.matrix.mean(0)
-
-    slope = trials_on(model, selection, untaught(fitting), False, clip=clip, clean=clean).slope(w, kept)
+    plainly = GradientDefence(layers_of(selection, ()))
+    slope = trials_on(model, selection, untaught(fitting), False, clip=clip, defence=plainly).slope(w, kept)
     torch.testing.assert_close(slope, 2 * plain)
     with torch.no_grad():
         residual = model(torch.cat([x for x, _ in fitting])).softmax(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swap_prune.fisher.defence.gradients import GradientDefence, layers_of
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import cross_entropy
 from swap_prune.network.modes import batch_statistics
@@ -109,16 +110,19 @@ def test_with_a_defence_slopes_are_averaged_over_cleaned_rows_of_single_samples(
     taught = Teacher(model, selection, cross_entropy).teach(fitting)
     w = 0.7 * selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
-    seen: list[tuple[int, int]] = []
+    seen: list[torch.Tensor] = []
+    defence = GradientDefence(layers_of(selection, ()), open={selection.names[0]})
 
-    def clean(factor: DenseFactor) -> torch.Tensor:
-        seen.append(factor.shape)
-        return 2 * factor.matrix.mean(0)
+    def noisy(factor: DenseFactor) -> DenseFactor:
+        seen.append(factor.matrix)
+        return DenseFactor(factor.matrix * len(seen))
 
     plain = trials_on(model, selection, taught, False).slope(w, kept)
-    cleaned = trials_on(model, selection, taught, False, clean=clean).slope(w, kept)
-    torch.testing.assert_close(cleaned, 2 * plain)
-    assert seen == [(13, len(w))]
+    trials = trials_on(model, selection, taught, False, defence=defence, noisy=noisy)
+    torch.testing.assert_close(trials.slope(w, kept), 2 * plain)
+    assert [rows.shape for rows in seen] == [(13, len(w))] * 2, "two looks at the first"
+    torch.testing.assert_close(trials.slope(w, kept), 3 * plain)
+    assert len(seen) == 3 and not defence.open
 
 
 def test_disturbed_weights_are_where_the_slope_is_taken() -> None:

@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from swap_prune.checks import is_number
-from swap_prune.defences import DEFENCES, parse_defence
+from swap_prune.defences import name_of, parse_defence
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
 from swap_prune.memory.process import parse_memory
@@ -72,8 +72,7 @@ def _differ(specs: list[str]) -> list[str]:
 
 def _check_defence(defence: str) -> str:
     """Return the one name of what is asked for."""
-    asked = [name for name in DEFENCES if name in parse_defence(defence)]
-    return "auto" if len(asked) == len(DEFENCES) else "+".join(asked) or "none"
+    return name_of(parse_defence(defence))
 
 
 def _check_storage(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from swap_prune.distributed import PARTS
 from swap_prune.fisher.blocked import block_bytes
-from swap_prune.fisher.defence import PIECE
+from swap_prune.fisher.defence.gradients import LOOKED_CLOSELY_AT, PIECE
 from swap_prune.fisher.layers import piece_bytes
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import HOLDING_NO_ROWS, Storage, StorageKind, chunk_bytes
@@ -27,7 +27,7 @@ __all__ = ["Workload", "memory_phases"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
 _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
-_SEEN = 6  # copies of a row that is looked at: in float64, without its outer product
+_SEEN = 6  # copies of a row that is looked at: taken again, in float64, and what a treatment makes of it
 _GRAM = 512 * 2**20  # two copies of a block of columns
 _VECTORS, _HOLES = 8, 8  # p-sized arrays that the solver and the pipeline hold at once; freed, and kept by the heap
 _OF_EWR = 2  # more of them: the fit before steps, and the coupled one
@@ -165,10 +165,12 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
 
 
 def _defence(load: Workload, kind: StorageKind) -> int:
-    """Return what looking for noise in the rows holds: a few at once, a few times each."""
+    """Return what looking for noise in the rows holds: two looks at a few at once, and what is made of them."""
     if kind in HOLDING_NO_ROWS:
         return 0
-    looked_at = 2 if load.mini_batches else min(PIECE, load.rows)  # samples apart, one by one, each with its weights
+    looked_at = 2 if load.mini_batches else min(PIECE, load.rows)
+    if load.row_noise and kind == "float32":
+        looked_at = max(looked_at, min(LOOKED_CLOSELY_AT, load.rows))
     return _SEEN * looked_at * load.itemsize * load.weights
 
 

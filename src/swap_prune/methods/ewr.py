@@ -5,6 +5,7 @@ minimise  n/2 OT_eps(G w, G w_bar) + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subje
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,8 @@ class EWR:
         swaps: As for LR; not used by ``algorithm1``.
         first_order: As for LR; not used by ``algorithm1``.
         floor: As for LR; ``algorithm1`` keeps to one that is fixed.
+        relaxation: tau > 0, in units of ``epsilon_unit``: what it costs a plan to drop the mass of samples that lie far
+            from all others, which then count less (unbalanced transport; ``iht`` only). None: all count alike.
     """
 
     epsilon: float | Literal["auto"] = "auto"
@@ -73,6 +76,7 @@ class EWR:
     swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
     floor: float | Literal["auto"] = "auto"
+    relaxation: float | None = None
 
     name: ClassVar[str] = "ewr"
     needs_gradients: ClassVar[bool] = True
@@ -84,6 +88,8 @@ class EWR:
             raise ValueError(f"epsilon must be 'auto' or a positive number, got {self.epsilon!r}")
         if self.anchor != "auto" and not (is_finite(self.anchor) and 0 <= float(self.anchor) <= 1):
             raise ValueError(f"anchor must be 'auto' or lie in [0, 1], got {self.anchor!r}")
+        if self.relaxation is not None and not (is_finite(self.relaxation) and self.relaxation > 0):
+            raise ValueError(f"relaxation must be a positive number or None, got {self.relaxation!r}")
         choices = {"epsilon_unit": ("mean_cost", "absolute"), "gradient": ("exact", "paper")}
         choices["solver"] = ("iht", "algorithm1")
         for setting, allowed in choices.items():
@@ -91,6 +97,8 @@ class EWR:
                 raise ValueError(f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}")
         if not isinstance(self.debias, bool):
             raise ValueError(f"debias must be true or false, got {self.debias!r}")
+        if self.relaxation is not None and self.solver == "algorithm1":
+            raise ValueError("relaxation needs solver='iht', got 'algorithm1', whose plan has exact marginals")
         whole_number("couplings", self.couplings)
 
     @property
@@ -101,7 +109,7 @@ class EWR:
     @property
     def _chooses_coupling(self) -> bool:
         """Whether a coupling is chosen; without an anchor there is none, whatever epsilon."""
-        return self.anchor != 0 and "auto" in (self.anchor, self.epsilon)
+        return (self.anchor != 0 or self.relaxation is not None) and "auto" in (self.anchor, self.epsilon)
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
@@ -114,7 +122,7 @@ class EWR:
         coupling, reason = self._coupling(pairing, paired.fit, generator)
         evidence |= reason
         fit, steps = paired.after_steps(problem, self.first_order)
-        if coupling.anchor > 0:
+        if not coupling.is_pairing:
             coupled, solved = self._coupled(pairing, paired.fit, coupling)
             moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order)
             if self._earns_its_place(problem, fit, moved, evidence):
@@ -123,9 +131,11 @@ class EWR:
                 if not solved:
                     evidence["plan_converged"] = False
             else:
-                coupling = replace(coupling, anchor=0.0)
+                coupling = replace(coupling, anchor=0.0, relaxation=math.inf)
                 evidence["coupling"] = "held-out samples do not confirm it"
         evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "first_order": steps}
+        if coupling.relaxation < math.inf:
+            evidence["relaxation"] = coupling.relaxation
         return solution_of(fit, finite_entries(evidence))
 
     def _coupled(self, pairing: WeightedRidge, fit: SparseFit, coupling: Coupling) -> tuple[SparseFit, bool]:
@@ -166,12 +176,14 @@ class EWR:
     ) -> tuple[Coupling, dict[str, Any]]:
         """Return the coupling that is asked for, or the one that held-out rows favour."""
         anchors = None if self.anchor == "auto" else (float(self.anchor),)
-        epsilons = None
-        if self.epsilon != "auto":
-            epsilons = (float(self.epsilon) * self._unit(_fitted(pairing, fit), pairing.target),)
-        if anchors and (epsilons or anchors == (0.0,)):
+        epsilons, relaxation = None, math.inf
+        if self.epsilon != "auto" or self.relaxation is not None:
+            unit = self._unit(_fitted(pairing, fit), pairing.target)
+            epsilons = None if self.epsilon == "auto" else (float(self.epsilon) * unit,)
+            relaxation = math.inf if self.relaxation is None else float(self.relaxation) * unit
+        if anchors and (epsilons or (anchors == (0.0,) and relaxation == math.inf)):
             epsilon = epsilons[0] if epsilons else 1.0  # which counts for nothing without an anchor
-            return Coupling(anchors[0], epsilon, self.gradient, self.debias), {}
+            return Coupling(anchors[0], epsilon, self.gradient, self.debias, relaxation), {}
         return choose_coupling(
             pairing,
             fit.support,
@@ -180,6 +192,7 @@ class EWR:
             epsilons,
             gradient=self.gradient,
             debias=self.debias,
+            relaxation=relaxation,
             known=fit.refit,
         )
 

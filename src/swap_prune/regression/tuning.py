@@ -12,6 +12,7 @@ No weights are needed for that. With ``K = G_s M^-1 G_s^T`` and v of the refit (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from swap_prune.fisher.blocked import SubFactor
 from swap_prune.regression.iht import hard_threshold
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.square import SquareSystem
-from swap_prune.transport import TransportPlan, barycentric_target, squared_cost, transport_plan
+from swap_prune.transport import TransportPlan, barycentric_target, relaxed_target, squared_cost, transport_plan
 
 __all__ = ["Coupling", "choose_coupling", "couple", "mean_cost", "plans_of"]
 
@@ -43,12 +44,19 @@ class Coupling:
         epsilon: eps > 0, in the unit of the cost.
         gradient: ``exact`` or ``paper``.
         debias: Whether the target is debiased.
+        relaxation: tau > 0, in the unit of the cost: how much it costs to drop mass; infinite where none may be.
     """
 
     anchor: float
     epsilon: float
     gradient: Literal["exact", "paper"] = "exact"
     debias: bool = True
+    relaxation: float = math.inf
+
+    @property
+    def is_pairing(self) -> bool:
+        """Whether the regression is that of LR."""
+        return self.anchor == 0 and self.relaxation == math.inf
 
 
 def mean_cost(x: Tensor, y: Tensor) -> float:
@@ -62,7 +70,17 @@ def plans_of(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> list[Tran
     ends = [pairing.target]
     if coupling.gradient == "exact" and coupling.debias and coupling.anchor > 0:
         ends.append(x)
-    return [transport_plan(x, end, coupling.epsilon, anchor=coupling.anchor, tolerance=_PLAN_TOLERANCE) for end in ends]
+    return [
+        transport_plan(
+            x,
+            end,
+            coupling.epsilon,
+            anchor=coupling.anchor,
+            relaxation=coupling.relaxation,
+            tolerance=_PLAN_TOLERANCE,
+        )
+        for end in ends
+    ]
 
 
 def couple(
@@ -79,7 +97,8 @@ def couple(
     Returns:
         The same regression with the barycentric target, debiased as in the Sinkhorn divergence
         (``T_xy(x) - T_xx(x) + x``; Feydy et al., 2019), or with residuals smoothed by ``n P``, of which the
-        symmetric positive part is taken, so that there is a minimum.
+        symmetric positive part is taken, so that there is a minimum. Where mass may be dropped, residuals count by what
+        is left of it: ``S = n diag(P 1)``.
     """
     y = pairing.target
     plan, *itself = (found.plan for found in plans or plans_of(pairing, x, coupling))
@@ -87,6 +106,11 @@ def couple(
         values, vectors = torch.linalg.eigh((plan + plan.T) * (len(y) / 2))
         smoothing = (vectors * values.clamp(min=0)) @ vectors.T
         return replace(pairing, smoothing=smoothing.to(y.dtype))
+    if coupling.relaxation < math.inf:
+        target, mass = relaxed_target(plan, y)
+        for own in itself:
+            target = target - relaxed_target(own, x)[0] + x
+        return replace(pairing, target=target, smoothing=torch.diag(mass))
     target = barycentric_target(plan, y)
     for own in itself:
         target = target - barycentric_target(own, x) + x
@@ -102,6 +126,7 @@ def choose_coupling(
     *,
     gradient: Literal["exact", "paper"] = "exact",
     debias: bool = True,
+    relaxation: float = math.inf,
     known: Refit | None = None,
 ) -> tuple[Coupling, dict[str, Any]]:
     """Choose anchor and eps on held-out rows; the pairing (anchor 0) is always a candidate.
@@ -114,6 +139,7 @@ def choose_coupling(
         epsilons: Candidates for eps in the unit of the cost, or None for a grid around the mean cost.
         gradient: The gradient that will be used.
         debias: Whether targets are debiased.
+        relaxation: tau of the candidates.
         known: The refit on this support, where there is one: no pass over G is then needed for k > n.
 
     Returns:
@@ -133,16 +159,16 @@ def choose_coupling(
     baseline = moved.square() / 2
     unit = mean_cost(x, fitting.target)
     best, best_loss, best_margin = lone, baseline, 0.0
-    for anchor in anchors or _ANCHORS:
+    for anchor in anchors or (_ANCHORS if relaxation == math.inf else (0.0, *_ANCHORS)):
         for epsilon in epsilons or tuple(unit * e for e in _EPSILONS):
-            candidate = Coupling(anchor, epsilon, gradient, debias)
+            candidate = Coupling(anchor, epsilon, gradient, debias, relaxation)
             losses = fits(couple(fitting, x, candidate))[0].square() / 2
             gain = baseline - losses
             margin = float(gain.mean() - gain.std() / len(gain) ** 0.5)
             if margin > best_margin:
                 best, best_loss, best_margin = candidate, losses, margin
     evidence = {
-        "coupling": "held-out rows favour it" if best.anchor > 0 else "held-out rows favour the pairing",
+        "coupling": "held-out rows favour it" if not best.is_pairing else "held-out rows favour the pairing",
         "held_out_loss": float(best_loss.mean()),
         "held_out_loss_pairing": float(baseline.mean()),
     }

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from swap_prune.artifact import count_layers, save_artifact
-from swap_prune.defences import DEFENCES
+from swap_prune.defences import name_of
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Request
 from swap_prune.selection import DEFAULT_TARGETS, frozen_among, unnamed_weights
@@ -89,7 +89,7 @@ def _held_against(request: Request, stages: list[StageReport]) -> list[str]:
     """Say what the defence has made of labels and inputs: a user who knows better can do without."""
 
     def without(defence: str) -> str:
-        return repr("+".join(name for name in DEFENCES if name in request.defences - {defence}) or "none")
+        return repr(name_of(request.defences - {defence}))
 
     notes, rate = [], stages[-1].evidence.get("label_noise")
     shifts = [stage.evidence["inputs_shifted_back"] for stage in stages if "inputs_shifted_back" in stage.evidence]

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from swap_prune.doubts.labels import few_classes
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.capture import Capture, capture_gradients
-from swap_prune.fisher.defence import APART, LowRank
+from swap_prune.fisher.defence.gradients import GradientDefence
+from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.inputs import LayerInputs
 from swap_prune.fisher.low_rank_capture import capture_low_rank
 from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
-from swap_prune.fisher.outliers import clip_rows_
 from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature, without_singles
-from swap_prune.fisher.source import RowSource, write_joined_gradient
+from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
     GaussNewtonLoss,
@@ -36,7 +36,6 @@ from swap_prune.losses import (
     check_losses,
     run_loss,
 )
-from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.progress import StageProgress
@@ -48,6 +47,7 @@ from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
 from swap_prune.stages.checkpoint import Checkpoint
+from swap_prune.stages.defending import Defender
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
@@ -58,7 +58,6 @@ __all__ = ["StageRunner"]
 
 _T = TypeVar("_T")
 _LEAST_PARTS = 16  # of a slope, to tell a poisoned one from the others by
-_DRAWN = ("signs", "slopes", "apart")  # in a stage, each from a random state of its own
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class StageRunner:
             The solution, the number of samples, and their mean loss where gradients were taken.
         """
         fitting: list[Any] = []
-        samples, loss = 0, None
+        samples, loss, defence = 0, None, None
         if self.request.solver.needs_gradients or self.request.solver.needs_inputs:
             held_out = min(self.request.samples, HELD_OUT) if self.request.solver.needs_held_out else 0
             fitting, spare = self.calibration.draw_apart(self.request.samples, held_out, self.request.stages)
@@ -159,13 +158,9 @@ class StageRunner:
         if self.request.solver.needs_gradients:
             if number == 1:
                 check_reached(self.model, self.request.selection, self.request.loss, fitting)
-            signs, slopes, apart = (forked_generator(self.request.seed, f"{name} {number}") for name in _DRAWN)
-            capture = self._capture(problem.reference, fitting, signs, shown.advance)
-            samples, loss = len(capture.losses), float(capture.losses.double().mean())
-            evidence |= few_classes(self.model, self.request.loss, fitting)
-            if isinstance(capture.factor, DenseFactor) and not bool(capture.factor.matrix.any()):
-                evidence["gradients_are_zero"] = True
-            factor, defence = self._defended(capture, fitting, apart, evidence)
+            factor, losses, defence = self._gradients(problem.reference, fitting, number, shown.advance, evidence)
+            samples, loss = len(losses), float(losses.double().mean())
+            slopes = forked_generator(self.request.seed, f"slopes {number}")
             trials = self._trials(fitting, spare, defence, slopes, evidence)
             problem = self._asking(replace(problem, factor=factor), trials)
         if self.request.solver.needs_inputs:
@@ -181,7 +176,29 @@ class StageRunner:
                 f"({reason}): check the weights, the loss and noise="
             ) from error
         self._let_go(problem.factor, evidence)
+        if defence is not None and defence.said():
+            evidence["gradients_cleaned"] = defence.said()
         return solution, samples, loss
+
+    def _gradients(
+        self,
+        weights: Tensor,
+        fitting: list[Any],
+        number: int,
+        advance: Callable[[int], None],
+        evidence: dict[str, Any],
+    ) -> tuple[FisherFactor, Tensor, GradientDefence | None]:
+        """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what cleans slopes."""
+        capture = self._capture(weights, fitting, forked_generator(self.request.seed, f"signs {number}"), advance)
+        evidence |= few_classes(self.model, self.request.loss, fitting)
+        if isinstance(capture.factor, DenseFactor):
+            if not bool(capture.factor.matrix.any()):
+                evidence["gradients_are_zero"] = True
+            noisy = self._noisy(capture.factor, self.noise_generator)
+            capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
+        defender = Defender(self.model, self.request, self.storage, number, joined=self._joins_rows(fitting))
+        factor, defence = defender.defend(capture, fitting, evidence)
+        return factor, capture.losses, defence
 
     def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
         """Return a problem whose method may ask the network."""
@@ -280,7 +297,7 @@ class StageRunner:
             if self.request.curvature is None:
                 selection, loss = self.request.selection, self.request.loss
                 capture = capture_gradients(self.model, selection, batches, loss, storage=self.storage, advance=advance)
-                if "gradients" not in self.request.defences or not isinstance(capture.factor, DenseFactor):
+                if not self._clips or not isinstance(capture.factor, DenseFactor):
                     return capture
                 with eval_mode(self.model):
                     return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
@@ -296,8 +313,17 @@ class StageRunner:
             )
 
     def _in_batches(self, batches: list[Any]) -> bool:
-        """Whether rows are those of mini-batches, with their statistics; one sample alone has none."""
+        """Whether a sketch is of mini-batches, with their statistics; one sample alone has none."""
         return self.request.normalised and not all(map(is_single, batches))
+
+    def _joins_rows(self, batches: list[Any]) -> bool:
+        """Whether rows of G are those of mini-batches."""
+        return self.request.curvature is not None and self._in_batches(batches)
+
+    @property
+    def _clips(self) -> bool:
+        """Whether gradients that stand out are scaled down."""
+        return not self.request.defences.isdisjoint({"gradients", "clip"})
 
     def _capture_products(
         self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
@@ -312,64 +338,19 @@ class StageRunner:
             return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)
         return capture_low_rank(self.model, self.request.selection, source, advance, self.storage.at_once)
 
-    def _defended(
-        self, capture: Capture, fitting: list[Any], generator: torch.Generator, evidence: dict[str, Any]
-    ) -> tuple[FisherFactor, LowRank | None]:
-        """Return G with the noise of the run, cleaned where noise is seen, and the defence if it was needed."""
-        factor = capture.factor
-        if isinstance(factor, DenseFactor):
-            factor = replace(self._noisy(factor, self.noise_generator), limit=factor.limit)
-        if "gradients" not in self.request.defences or not self.storage.holds_rows:
-            return factor, None
-        per_sample = self.request.curvature is None or not self._in_batches(fitting)
-        defence = LowRank.of(self.model, self.request.selection, self.request.loss, fitting[0], per_sample=per_sample)
-        share = defence.noise_seen(factor) if per_sample else self._noise_apart(defence, fitting, generator)
-        if share > 0:
-            evidence["noise_seen"] = share
-        if not isinstance(factor, DenseFactor):
-            if share > 0:
-                evidence["noise_left"] = f"rows in {self.storage.kind} are not cleaned"
-            return factor, None
-        clipped = clip_rows_(factor, capture.sizes)
-        if clipped > 0:
-            evidence["rows_clipped"] = clipped
-        if share == 0:
-            return factor, None
-        return replace(defence.clean_rows_(factor), limit=factor.limit), defence
-
-    def _noise_apart(self, defence: LowRank, fitting: list[Any], generator: torch.Generator) -> float:
-        """Look for noise in the rows of a few samples, each alone; 0 where a network takes none alone."""
-        if self.storage.team is not None or not defence.exact:  # processes could differ in what they see
-            return 0.0
-        singles = list(filter(is_single, split_batches(fitting[:1], 1)))[:APART]
-        try:
-            return defence.noise_in(self._row_apart(single, generator) for single in singles)
-        except Exception as error:  # mini-batches do not need that it does
-            pass_on_shortage(error)
-            return 0.0
-
-    def _row_apart(self, single: Any, generator: torch.Generator) -> Tensor:
-        """Return the row of one sample, (1, p), as those of G are made, with the noise of the run."""
-        assert self.request.curvature is not None, "as of all mini-batches"
-        weights = self.request.selection.read(self.model)
-        row = weights.new_empty(1, len(weights))
-        with eval_mode(self.model):
-            source = draw_sketch(self.model, [single], self.request.curvature, generator, in_batches=False)
-            write_joined_gradient(row[0], self.model, self.request.selection, source.batches[0], source.function)
-        return self._noisy(DenseFactor(row), generator).matrix
-
     def _trials(
         self,
         fitting: list[Any],
         spare: list[Any],
-        defence: LowRank | None,
+        defence: GradientDefence | None,
         generator: torch.Generator,
         evidence: dict[str, Any],
     ) -> Trials:
         """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
         if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
-        in_batches = defence is not None and not defence.per_sample
+        slopes_cleaned = defence is not None and defence.cleans_slopes
+        in_batches = slopes_cleaned and self._joins_rows(fitting)
         at_once = self.storage.at_once
         if "rows_clipped" in evidence:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
@@ -388,9 +369,9 @@ class StageRunner:
             normalised=self.request.normalised,
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
-            clean=None if defence is None else defence.mean_row,
+            defence=defence if slopes_cleaned else None,
             per_sample=not in_batches,
-            clip=clip_rows_ if "gradients" in self.request.defences else None,
+            clip=clip_rows_ if self._clips else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from swap_prune.distributed import PARTS, Team
 from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.defence.gradients import GradientDefence
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import LossFn, errors_worded
@@ -47,7 +48,7 @@ class Trials:
         normalised: Whether BatchNorm will be recalibrated.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
-        clean: What a defence makes of noisy gradients: their mean, (p,); None where there is none.
+        defence: What averages noisy gradients; None where there is no need.
         per_sample: Whether it takes those of single samples, or those of the batches.
         clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
         lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
@@ -63,7 +64,7 @@ class Trials:
     normalised: bool
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
-    clean: Callable[[DenseFactor], Tensor] | None = None
+    defence: GradientDefence | None = None
     per_sample: bool = True
     clip: Callable[[DenseFactor, Tensor | None], object] | None = None
     lean: bool = False
@@ -97,9 +98,15 @@ class Trials:
 
         Noise acts on the gradient of each batch; with a defence that takes those of samples, on that of each sample.
         """
-        weights = self.disturb(weights.masked_fill(~kept, 0))
-        if self.clean is None or not self.per_sample:
-            return self._mean_of_batches(weights)
+        weights = weights.masked_fill(~kept, 0)
+        if self.defence is None:
+            return self._mean_of_batches(self.disturb(weights))
+        gradients = self._of_samples if self.per_sample else self._of_batches
+        again = gradients(self.disturb(weights)).mean(0) if self.defence.open else None  # with noise drawn anew
+        return self.defence.mean(gradients(self.disturb(weights)), again)
+
+    def _of_samples(self, weights: Tensor) -> Tensor:
+        """Return the gradient of each sample at weights (p,), (n, p)."""
         with temporary_weights(self.model, self.selection, weights):
             storage = Storage(at_once=max(_sizes(self.fitting)))
             rows = capture_gradients(self.model, self.selection, self.fitting, self._objective, storage=storage).factor
@@ -109,22 +116,25 @@ class Trials:
         rows = self.noisy(rows)
         if self.clip is not None:
             self.clip(rows, sizes)
-        return self.clean(rows)
+        return rows.matrix
 
-    def _mean_of_batches(self, weights: Tensor) -> Tensor:
-        """Average over one backward pass a batch, (p,)."""
-        sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
-        shares = sizes / sizes.sum()
-        if self.lean:
-            return self._added_up(weights, shares)
+    def _of_batches(self, weights: Tensor) -> Tensor:
+        """Return the gradient of the mean of each batch at weights (p,), from a backward pass each."""
         rows = weights.new_empty(len(self.fitting), len(weights))
         with self._mode(), torch.enable_grad():
             for row, one in zip(rows, self.fitting, strict=True):
                 flat_gradient(row, self._gradients(one, weights), self.selection)
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
+            sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
             self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
-        return factor.rmatvec(shares) if self.clean is None else self.clean(factor)
+        return factor.matrix
+
+    def _mean_of_batches(self, weights: Tensor) -> Tensor:
+        """Average these over all samples, (p,)."""
+        sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
+        shares = sizes / sizes.sum()
+        return self._added_up(weights, shares) if self.lean else DenseFactor(self._of_batches(weights)).rmatvec(shares)
 
     def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
         """Do the same with one vector, (p,), for each part of the batches that this process adds up."""

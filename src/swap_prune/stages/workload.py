@@ -58,7 +58,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         method=request.solver.name,
         itemsize=request.selection.dtype(model).itemsize,
         can_spill=can_spill(place) and not altered,
-        doubted=asked and bool(request.defences - {"gradients"}),
+        doubted=asked and not request.defences.isdisjoint({"labels", "inputs"}),
         trained=0 if finetune is None else finetune.batch_size,
         training=0 if finetune is None else finetune.arrays * sum(trainable),
         largest_parameter=max(trainable, default=0),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.outliers import clip_rows_
 
 
 def rows(n: int = 40, p: int = 200) -> Tensor:

@@ -1,0 +1,187 @@
+"""The defence of gradients in one stage: what is made of the rows of G, and of slopes, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swap_prune.fisher.defence.exact import CLEAN
+from swap_prune.fisher.defence.looks import choose_average, choose_treatment, noise_between
+from swap_prune.fisher.defence.rank import energies
+from swap_prune.fisher.defence.treatment import AS_THEY_ARE, Average, Treatment
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.selection import Selection
+
+__all__ = ["LOOKED_CLOSELY_AT", "PIECE", "GradientDefence", "Layer", "layers_of", "rank_noise"]
+
+LOOKED_CLOSELY_AT = 16  # rows that are taken again, to see what helps
+_PROBE = 32  # rows whose rank is looked at
+PIECE = 4  # of them at once, for the memory
+_RANK = 3  # of rows of layers without rank 1, where nothing tells a better one
+
+
+class Layer(NamedTuple):
+    """A selected parameter as the defence sees it.
+
+    Attributes:
+        place: Its columns of G.
+        shape: (a, b), of its gradient as a matrix; (1, q) of one that is none.
+        exact: Whether gradients of single samples, and so the rows of G, have rank 1.
+    """
+
+    place: slice
+    shape: tuple[int, int]
+    exact: bool
+
+    @property
+    def fixed_rank(self) -> int:
+        """The rank of its rows, as far as nothing but its kind is known."""
+        return 1 if self.exact else _RANK
+
+
+def layers_of(selection: Selection, exact: Collection[str]) -> dict[str, Layer]:
+    """Return the selected parameters that have entries, by name.
+
+    Args:
+        selection: Where they lie.
+        exact: Names of those whose rows have rank 1.
+    """
+    places = selection.slices()
+    return {
+        name: Layer(places[name], (shape[0] if len(shape) > 1 else 1, math.prod(shape[1:] or shape)), name in exact)
+        for name, shape in selection.shapes.items()
+        if shape.numel() > 0
+    }
+
+
+def rank_noise(factor: FisherFactor, layers: Mapping[str, Layer]) -> dict[str, float]:
+    """Return the share of energy outside rank 1 in the first rows of G, for each layer where there should be none."""
+    exact = {name: layer for name, layer in layers.items() if layer.exact}
+    totals = {name: [0.0, 0.0] for name in exact}
+    seen = min(_PROBE, factor.shape[0])
+    for start in range(0, seen if exact else 0, PIECE):
+        rows = factor.row_span(start, min(start + PIECE, seen))
+        for name, layer in exact.items():
+            energy, rest = energies(rows[:, layer.place].reshape(-1, *layer.shape))
+            totals[name] = [totals[name][0] + energy, totals[name][1] + rest]
+    return {name: rest / energy if energy > 0 else 0.0 for name, (energy, rest) in totals.items()}
+
+
+@dataclass(frozen=True)
+class GradientDefence:
+    """What is done in a stage where noise was seen, or where it was asked for.
+
+    Attributes:
+        layers: By name.
+        noise: Largest share of the energy of a layer's rows that is noise; 0 where none was seen.
+        treatments: What is made of the rows of G, for layers that are not left as they are.
+        averages: How slopes are averaged, for layers where that is settled and not the plain mean. Those of ``open``
+            are added when the first slope is taken.
+        open: Layers whose average two looks at the first slope settle: those whose rows come nearer to the truth by
+            what is made of them. Noise that all rows share, as of weights in analog memory, no average takes out.
+    """
+
+    layers: Mapping[str, Layer]
+    noise: float = 0.0
+    treatments: Mapping[str, Treatment] = field(default_factory=dict)
+    averages: dict[str, Average] = field(default_factory=dict)
+    open: set[str] = field(default_factory=set)
+
+    @classmethod
+    def by_looks(
+        cls,
+        layers: Mapping[str, Layer],
+        first: Tensor,
+        second: Tensor,
+        beyond: Mapping[str, float],
+        *,
+        choosing: bool = True,
+    ) -> GradientDefence:
+        """Choose by two looks at the same rows.
+
+        Args:
+            layers: By name.
+            first: Some rows of G, (m, p).
+            second: The same, taken again.
+            beyond: Their :func:`rank_noise`. Noise that is the same in both looks shows in it alone. Rows are then cut
+                to the rank of their kind, and slopes are averaged over cleaned rows where the rank is exact.
+            choosing: Whether to choose, or to see alone whether there is noise.
+        """
+        looks = {name: (first[:, layer.place], second[:, layer.place]) for name, layer in layers.items()}
+        shares = {name: noise_between(*both) for name, both in looks.items()}
+        noisy = {name for name, share in shares.items() if share > CLEAN}
+        hidden = max((share for name, share in beyond.items() if name not in noisy), default=0.0)
+        noise = max(hidden, *shares.values())
+        if noise <= CLEAN or not choosing:
+            return cls(layers, noise if noise > CLEAN else 0.0)
+        treatments = {name: choose_treatment(*looks[name], layers[name].shape) for name in layers if name in noisy}
+        averages: dict[str, Average] = {}
+        if hidden > CLEAN:
+            quiet = {name: layer for name, layer in layers.items() if name not in noisy}
+            treatments |= {name: Treatment(rank=layer.fixed_rank) for name, layer in quiet.items()}
+            averages = {name: Average(treatments[name]) for name, layer in quiet.items() if layer.exact}
+        entries = {name for name in noisy if treatments[name] != AS_THEY_ARE}
+        return cls(layers, noise, treatments, averages, entries)
+
+    @classmethod
+    def as_asked(cls, layers: Mapping[str, Layer], asked: Collection[str]) -> GradientDefence:
+        """Do the same to all layers, whatever is in their gradients.
+
+        Args:
+            layers: By name.
+            asked: Some of ``FIXED_DEFENCES``.
+        """
+        treatments, averages = {}, {}
+        for name, layer in layers.items():
+            rank = layer.fixed_rank if "low-rank" in asked else None
+            treatments[name] = Treatment("winsorise" in asked, rank)
+            if "trimmed-mean" in asked:
+                averages[name] = Average(kind="trimmed mean")
+            elif "median-of-means" in asked:
+                averages[name] = Average(kind="median of means")
+        return cls(layers, 0.0, treatments, averages)
+
+    @property
+    def cleans_slopes(self) -> bool:
+        """Whether slopes are averaged over gradients one by one."""
+        return bool(self.averages or self.open)
+
+    def clean_rows_(self, factor: DenseFactor) -> DenseFactor:
+        """Overwrite the rows of G by what is made of them; return it."""
+        for name, treatment in self.treatments.items():
+            if treatment != AS_THEY_ARE:
+                rows = factor.matrix[:, self.layers[name].place]
+                for which, treated in treatment.in_chunks(rows, self.layers[name].shape):
+                    rows[which] = treated
+        return factor
+
+    def mean(self, rows: Tensor, again: Tensor | None = None) -> Tensor:
+        """Return the mean of gradients (n, p), (p,).
+
+        Args:
+            rows: Gradients of samples, or of batches that are about as large.
+            again: The plain mean of a second look at the same, (p,), by which averages are settled that are open.
+        """
+        result = torch.empty_like(rows[0])
+        for name, layer in self.layers.items():
+            own = rows[:, layer.place]
+            if name in self.open and again is not None:
+                self.averages[name], result[layer.place] = choose_average(own, again[layer.place], layer.shape)
+                self.open.discard(name)
+            else:
+                result[layer.place] = self.averages.get(name, Average()).of(own, layer.shape)
+        return result
+
+    def said(self) -> dict[str, dict[str, str]]:
+        """Return what was done, by layer, for the report."""
+        done: dict[str, dict[str, str]] = {}
+        for name in self.layers:
+            treatment, average = self.treatments.get(name, AS_THEY_ARE), self.averages.get(name, Average())
+            if treatment != AS_THEY_ARE or average != Average():
+                done[name] = {"rows": str(treatment), "slopes": str(average)}
+        return done

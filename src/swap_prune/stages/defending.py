@@ -1,0 +1,142 @@
+"""The defence of a stage's gradients: look whether there is noise, and decide what is made of them.
+
+Place in the pipeline: between the capture of G and the regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from swap_prune.defences import FIXED_DEFENCES
+from swap_prune.fisher.capture import Capture
+from swap_prune.fisher.defence.exact import outer_product_layers
+from swap_prune.fisher.defence.gradients import LOOKED_CLOSELY_AT, GradientDefence, Layer, layers_of, rank_noise
+from swap_prune.fisher.defence.outliers import clip_rows_
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.sketch import draw_sketch, mini_batches
+from swap_prune.fisher.source import RowSource, write_joined_gradient
+from swap_prune.fisher.storage import Storage
+from swap_prune.memory.process import pass_on_shortage
+from swap_prune.randomness import forked_generator
+from swap_prune.request import Request
+from swap_prune.samples.batches import is_single, split_batches
+from swap_prune.surgery import temporary_weights
+
+__all__ = ["Defender"]
+
+_LOOKED_AT = 2  # rows that are taken again, to see whether there is noise
+
+
+@dataclass(frozen=True)
+class Defender:
+    """What looks at the gradients of one stage.
+
+    Attributes:
+        model: The network.
+        request: What is asked for.
+        storage: How G is held.
+        number: Of the stage, from 1.
+        joined: Whether rows are those of mini-batches.
+    """
+
+    model: nn.Module
+    request: Request
+    storage: Storage
+    number: int
+    joined: bool
+
+    def defend(
+        self, capture: Capture, fitting: list[Any], evidence: dict[str, Any]
+    ) -> tuple[FisherFactor, GradientDefence | None]:
+        """Clean G where that is called for.
+
+        Args:
+            capture: G with the noise of the run, which is overwritten, and what its rows should be proportional to.
+            fitting: The samples that it was captured on.
+            evidence: Takes what was seen.
+
+        Returns:
+            G, and what is done; None: nothing.
+        """
+        factor, asked = capture.factor, self.request.defences
+        fixed = asked.intersection(FIXED_DEFENCES)
+        if "gradients" not in asked and not fixed:
+            return factor, None
+        if not self.storage.holds_rows:
+            return self._left(factor, evidence) if fixed else (factor, None)
+        layers = layers_of(self.request.selection, self._exact(fitting))
+        beyond = {} if fixed else rank_noise(factor, layers)
+        if isinstance(factor, DenseFactor) and asked & {"gradients", "clip"}:
+            clipped = clip_rows_(factor, capture.sizes)
+            evidence |= {"rows_clipped": clipped} if clipped > 0 else {}
+        defence = GradientDefence.as_asked(layers, fixed) if fixed else self._seen(factor, layers, beyond, fitting)
+        if defence is None:
+            return factor, None
+        evidence |= {"noise_seen": defence.noise} if defence.noise > 0 else {}
+        return (
+            (defence.clean_rows_(factor), defence) if isinstance(factor, DenseFactor) else self._left(factor, evidence)
+        )
+
+    def _left(self, factor: FisherFactor, evidence: dict[str, Any]) -> tuple[FisherFactor, None]:
+        """Say that rows should be cleaned, and are not."""
+        evidence["noise_left"] = f"rows in {self.storage.kind} are not cleaned"
+        return factor, None
+
+    def _exact(self, fitting: list[Any]) -> tuple[str, ...]:
+        """Return the layers whose rows have rank 1, which those of mini-batches have not."""
+        if self.joined:
+            return ()
+        return outer_product_layers(self.model, self.request.selection, self.request.loss, fitting[0])
+
+    def _seen(
+        self, factor: FisherFactor, layers: Mapping[str, Layer], beyond: Mapping[str, float], fitting: list[Any]
+    ) -> GradientDefence | None:
+        """Return what is to be done; None where gradients are clean."""
+        for count in (_LOOKED_AT, LOOKED_CLOSELY_AT):
+            first, second = self._looks(factor, fitting, count)
+            defence = GradientDefence.by_looks(layers, first, second, beyond, choosing=count == LOOKED_CLOSELY_AT)
+            if defence.noise == 0:
+                return None
+        return defence
+
+    def _looks(self, factor: FisherFactor, fitting: list[Any], count: int) -> tuple[Tensor, Tensor]:
+        """Return the first rows of G, (m, p), and the same taken again; twice the same where they cannot be."""
+        second = None
+        if self.storage.team is None:  # processes could differ in what they see
+            try:
+                second = self._taken_again(fitting, min(count, factor.shape[0]))
+            except Exception as error:  # a network that takes no sample alone, where rows were captured otherwise
+                pass_on_shortage(error)
+        first = factor.row_span(0, 1 if second is None else len(second))
+        return first, first if second is None else second
+
+    def _taken_again(self, fitting: list[Any], count: int) -> Tensor | None:
+        """Return the first rows of G, (m, p), taken again, with the noise of the run drawn anew; None without any."""
+        request, selection = self.request, self.request.selection
+        places, generator = selection.slices(), forked_generator(request.seed, f"looks {self.number}")
+        weights = request.noise.disturb(selection.read(self.model), generator, places)
+        with temporary_weights(self.model, selection, weights):
+            source = self._source(fitting, count)
+            rows = weights.new_empty(len(source.batches), len(weights))
+            with source.mode(self.model):
+                for row, batch in zip(rows, source.batches, strict=True):
+                    write_joined_gradient(row, self.model, selection, batch, source.function)
+        return request.noise.apply_(DenseFactor(rows), generator, places).matrix if len(rows) else None
+
+    def _source(self, fitting: list[Any], count: int) -> RowSource:
+        """Return what the first rows of G are gradients of, with the signs that they were captured with."""
+        curvature = self.request.curvature
+        if curvature is None:
+            return RowSource(self.request.loss, self._singles(fitting[:1], count))
+        signs = forked_generator(self.request.seed, f"signs {self.number}")
+        if self.joined:
+            return draw_sketch(self.model, mini_batches(fitting)[:count], curvature, signs, in_batches=True)
+        source = draw_sketch(self.model, fitting[:1], curvature, signs, in_batches=False)
+        return RowSource(source.function, self._singles(source.batches, count))
+
+    def _singles(self, batches: Sequence[Any], count: int) -> list[Any]:
+        return list(filter(is_single, split_batches(batches, 1)))[:count]
