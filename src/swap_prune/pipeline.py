@@ -118,11 +118,12 @@ def prune(
             takes fresh gradients.
         noise: Noise on data, weights or gradients, to measure how a method bears it: text such as
             ``"gradient:std=4,fraction=0.25"``, a noise model, or a list of these. It has its own random state.
-        defence: ``"auto"`` looks for noise in the gradients, and where it finds some keeps the low-rank part that true
-            gradients have; clean gradients are left alone. It scales rows down that stand out, and lets the network's
-            own predictions stand for labels that they contradict too often, and shifts attacked inputs back. None or
-            ``"none"`` does not look; ``"gradients"``, ``"labels"`` and ``"inputs"``, or some of them joined with ``+``,
-            look there alone.
+        defence: ``"auto"`` looks for noise in the gradients, and where it finds some makes of each layer's what comes
+            nearest to a second look at the same; clean gradients are left alone. It scales rows down that stand out,
+            lets the network's own predictions stand for labels that they contradict too often, and shifts attacked
+            inputs back. None or ``"none"`` does not look; ``"gradients"``, ``"labels"`` and ``"inputs"``, or some of
+            them joined with ``+``, look there alone. In place of ``"gradients"``, one thing for all layers:
+            ``"low-rank"``, ``"winsorise"``, ``"clip"``, ``"trimmed-mean"`` or ``"median-of-means"``.
         memory: Budget of the process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
             GPU its own memory is meant. A run that would need more is refused before any work; see :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``

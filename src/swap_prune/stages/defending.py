@@ -5,10 +5,11 @@ Place in the pipeline: between the capture of G and the regression.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swap_prune.defences import FIXED_DEFENCES
@@ -28,7 +29,7 @@ from swap_prune.surgery import temporary_weights
 
 __all__ = ["Defender"]
 
-_LOOKED_AT = 2  # rows that are taken again, to see whether there is noise
+_LOOKED_AT = 2  # rows that are taken twice, to see whether there is noise
 
 
 @dataclass(frozen=True)
@@ -104,39 +105,37 @@ class Defender:
         return defence
 
     def _looks(self, factor: FisherFactor, fitting: list[Any], count: int) -> tuple[Tensor, Tensor]:
-        """Return the first rows of G, (m, p), and the same taken again; twice the same where they cannot be."""
-        second = None
+        """Return a few rows such as those of G, (m, p), taken twice; where they cannot be, a row of G and itself.
+
+        Both in the same way, so that without noise they are the same, whatever the precision of the network.
+        """
         if self.storage.team is None:  # processes could differ in what they see
+            generator = forked_generator(self.request.seed, f"looks {self.number}")
             try:
-                second = self._taken_again(fitting, min(count, factor.shape[0]))
+                source = self._source(fitting, count, generator)
+                if source.batches:
+                    return self._taken(source, generator), self._taken(source, generator)
             except Exception as error:  # a network that takes no sample alone, where rows were captured otherwise
                 pass_on_shortage(error)
-        first = factor.row_span(0, 1 if second is None else len(second))
-        return first, first if second is None else second
+        row = factor.row_span(0, 1)
+        return row, row
 
-    def _taken_again(self, fitting: list[Any], count: int) -> Tensor | None:
-        """Return the first rows of G, (m, p), taken again, with the noise of the run drawn anew; None without any."""
-        request, selection = self.request, self.request.selection
-        places, generator = selection.slices(), forked_generator(request.seed, f"looks {self.number}")
-        weights = request.noise.disturb(selection.read(self.model), generator, places)
-        with temporary_weights(self.model, selection, weights):
-            source = self._source(fitting, count)
-            rows = weights.new_empty(len(source.batches), len(weights))
-            with source.mode(self.model):
-                for row, batch in zip(rows, source.batches, strict=True):
-                    write_joined_gradient(row, self.model, selection, batch, source.function)
-        return request.noise.apply_(DenseFactor(rows), generator, places).matrix if len(rows) else None
-
-    def _source(self, fitting: list[Any], count: int) -> RowSource:
-        """Return what the first rows of G are gradients of, with the signs that they were captured with."""
+    def _source(self, fitting: list[Any], count: int, generator: torch.Generator) -> RowSource:
+        """Return what such rows are gradients of."""
         curvature = self.request.curvature
-        if curvature is None:
-            return RowSource(self.request.loss, self._singles(fitting[:1], count))
-        signs = forked_generator(self.request.seed, f"signs {self.number}")
-        if self.joined:
-            return draw_sketch(self.model, mini_batches(fitting)[:count], curvature, signs, in_batches=True)
-        source = draw_sketch(self.model, fitting[:1], curvature, signs, in_batches=False)
-        return RowSource(source.function, self._singles(source.batches, count))
+        if self.joined and curvature is not None:
+            return draw_sketch(self.model, mini_batches(fitting)[:count], curvature, generator, in_batches=True)
+        singles = list(filter(is_single, split_batches(fitting[:1], 1)))[:count]
+        if curvature is None or not singles:
+            return RowSource(self.request.loss, singles)
+        return draw_sketch(self.model, singles, curvature, generator, in_batches=False)
 
-    def _singles(self, batches: Sequence[Any], count: int) -> list[Any]:
-        return list(filter(is_single, split_batches(batches, 1)))[:count]
+    def _taken(self, source: RowSource, generator: torch.Generator) -> Tensor:
+        """Return the rows of a source, (m, p), with the noise of the run."""
+        noise, selection = self.request.noise, self.request.selection
+        weights = noise.disturb(selection.read(self.model), generator, selection.slices())
+        rows = weights.new_empty(len(source.batches), len(weights))
+        with temporary_weights(self.model, selection, weights), source.mode(self.model):
+            for row, batch in zip(rows, source.batches, strict=True):
+                write_joined_gradient(row, self.model, selection, batch, source.function)
+        return noise.apply_(DenseFactor(rows), generator, selection.slices()).matrix

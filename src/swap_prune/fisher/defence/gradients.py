@@ -19,7 +19,7 @@ from swap_prune.selection import Selection
 
 __all__ = ["LOOKED_CLOSELY_AT", "PIECE", "GradientDefence", "Layer", "layers_of", "rank_noise"]
 
-LOOKED_CLOSELY_AT = 16  # rows that are taken again, to see what helps
+LOOKED_CLOSELY_AT = 16  # rows that are taken twice, to see what helps
 _PROBE = 32  # rows whose rank is looked at
 PIECE = 4  # of them at once, for the memory
 _RANK = 3  # of rows of layers without rank 1, where nothing tells a better one
@@ -106,9 +106,9 @@ class GradientDefence:
 
         Args:
             layers: By name.
-            first: Some rows of G, (m, p).
+            first: Rows such as those of G, (m, p).
             second: The same, taken again.
-            beyond: Their :func:`rank_noise`. Noise that is the same in both looks shows in it alone. Rows are then cut
+            beyond: :func:`rank_noise` of G. Noise that is the same in both looks shows in it alone. Rows are then cut
                 to the rank of their kind, and slopes are averaged over cleaned rows where the rank is exact.
             choosing: Whether to choose, or to see alone whether there is noise.
         """
