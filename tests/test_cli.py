@@ -335,6 +335,17 @@ def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp
     assert not list(scratch.iterdir())
 
 
+def test_rows_are_kept_for_the_next_command(call, tmp_path: Path) -> None:
+    named = ("--model", "tests.tiny:network", "--data", "tests.tiny:data", "--samples", "40", "--method", "lr")
+    kept = (*named, "--scratch", str(tmp_path), "--keep-rows")
+    assert call("prune", *kept)[0] == 0 and len(list(tmp_path.iterdir())) == 2
+    assert call("prune", *kept, "--sparsity", "0.8", "--out", str(tmp_path / "pruned"))[0] == 0
+    report = json.loads((tmp_path / "pruned" / "report.json").read_text(encoding="utf-8"))
+    assert "rows_reused" in report["stages"][0]["evidence"]
+    status, text, error = call("prune", *named, "--keep-rows")
+    assert (status, text) == (2, "") and "keep_rows needs a directory" in error.splitlines()[-1]
+
+
 def test_the_version(call) -> None:
     status, out, err = call("--version")
     assert (status, out.strip(), err) == (0, version("swap-prune"), "")

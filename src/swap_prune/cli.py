@@ -38,6 +38,7 @@ from swap_prune.options import (
     DataDir,
     Device,
     Ignore,
+    KeepRows,
     Memory,
     MethodName,
     MinKeep,
@@ -145,6 +146,7 @@ def prune(
     memory: Memory = None,
     storage: StorageOption = "auto",
     scratch: Scratch = None,
+    keep_rows: KeepRows = False,
     checkpoint: CheckpointDir = None,
     settings: Settings = None,
     data_dir: DataDir = None,
@@ -181,6 +183,7 @@ def prune(
             memory=memory,
             storage=storage,
             scratch=scratch,
+            keep_rows=keep_rows,
             seed=seed,
             device=_device(device),
         )

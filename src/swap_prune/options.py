@@ -17,6 +17,7 @@ __all__ = [
     "DataDir",
     "Device",
     "Ignore",
+    "KeepRows",
     "Memory",
     "MethodName",
     "MinKeep",
@@ -49,6 +50,9 @@ StorageOption = Annotated[
     str, typer.Option("--storage", help="auto, float32, float16, bfloat16, mapped, matrix-free, low-rank or sharded")
 ]
 Scratch = Annotated[Path | None, typer.Option(help="directory of temporary files; default the system's")]
+KeepRows = Annotated[
+    bool, typer.Option("--keep-rows", help="leave G of the first stage in --scratch, and take it from there if it is")
+]
 CheckpointDir = Annotated[
     Path | None, typer.Option("--checkpoint", help="keep finished stages there; the same command goes on after them")
 ]

@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from swap_prune.artifact import check_dense
+from swap_prune.checks import user_path
 from swap_prune.distributed import all_or_none, is_first, local_count, team_of
 from swap_prune.doubts.record import Doubts
+from swap_prune.fisher.noise import parse_noise
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
@@ -78,6 +80,7 @@ def prune(
     memory: str | int | None = None,
     storage: str = "auto",
     scratch: str | Path | None = None,
+    keep_rows: bool = False,
     checkpoint: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -132,6 +135,9 @@ def prune(
             where there is a process group, and else the fastest that fits the memory and does not approximate.
         scratch: Directory of files that are gone at the end: that of G, and those of samples and activations where
             memory is short. By default the system's for temporary files.
+        keep_rows: Leave G of the first stage in a file in ``scratch`` (storage ``"mapped"``), and take it from there
+            where an earlier run left that of the same network and samples: other sparsities and methods then need not
+            capture it again. The file stays there.
         checkpoint: Directory in which the network is kept after each stage. The same call, on the dense network and the
             same data, goes on after the last one that was finished, and ends in the same bytes. It stays there.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
@@ -163,13 +169,14 @@ def prune(
         finetune=finetune,
         noise=noise,
         defence=defence,
-        storage=storage,
+        storage=_of_kept_rows(storage, scratch, noise) if keep_rows else storage,
         seed=seed,
     )
     place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
     with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):
         held, notes = _settle_storage(model, data, request, place, memory, scratch, earlier)
+    held = replace(held, kept=user_path(scratch) if keep_rows and scratch is not None else None)
     recorded = _recorded(storage, held) if request.solver.needs_gradients else None
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
     runner = _runner(model, data, recalibration_data, request, place, held, spill)
@@ -270,6 +277,21 @@ def plan(
     if not request.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
     return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch)
+
+
+def _of_kept_rows(storage: str, scratch: str | Path | None, noise: Any) -> str:
+    """Return the storage of a run whose rows are kept.
+
+    Raises:
+        ValueError: If there is nowhere to keep them, or if they would lie in no file, or be others each time.
+    """
+    if scratch is None:
+        raise ValueError("keep_rows needs a directory to keep them in: give scratch=")
+    if storage not in ("auto", "mapped"):
+        raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {storage!r}")
+    if parse_noise(noise).models:
+        raise ValueError("keep_rows keeps the gradients of the network as it is, and noise= makes others of them")
+    return "mapped"
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -73,6 +73,11 @@ class Request:
         return self.normalised and self.curvature is not None
 
     @property
+    def clips(self) -> bool:
+        """Whether gradients that stand out are scaled down."""
+        return not self.defences.isdisjoint({"gradients", "clip"})
+
+    @property
     def stages(self) -> int:
         """How many stages there will be, at the most."""
         return sum(map(len, self.schedules))

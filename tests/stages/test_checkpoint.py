@@ -26,7 +26,7 @@ from swap_prune import FineTune, PruningReport, prune
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.report import StageReport
 from swap_prune.stages import checkpoint
-from swap_prune.stages.identity import _described
+from swap_prune.stages.identity import described
 from swap_prune.stages.runner import StageRunner
 from tests.stages.test_runner import own_labels, sure_network
 from tests.test_pipeline import small_data, small_network
@@ -308,14 +308,14 @@ def test_a_compiled_loss_is_the_same_each_time_though_it_has_a_number_of_its_own
         compiled = torch.compile(nn.CrossEntropyLoss(reduction="none"), backend="eager")
         return lambda net, batch: compiled(net(batch[0]), batch[1])
 
-    assert _described(made()) == _described(made())
+    assert described(made()) == described(made())
 
 
 def test_what_a_loss_is_does_not_depend_on_the_process() -> None:
     program = (
-        "from swap_prune.stages.identity import _described; from tests.stages.test_checkpoint import LOSSES\n"
-        "print([_described(make(2)) for make in LOSSES.values()])\n"
-        "print(_described(lambda net, batch: batch in {'some', 'words', 'in', 'a', 'set'}))"
+        "from swap_prune.stages.identity import described; from tests.stages.test_checkpoint import LOSSES\n"
+        "print([described(make(2)) for make in LOSSES.values()])\n"
+        "print(described(lambda net, batch: batch in {'some', 'words', 'in', 'a', 'set'}))"
     )
     seen = {
         subprocess.run(

@@ -48,12 +48,14 @@ class MappedFactor(BlockedFactor):
         size: (n, p).
         dtype: Of the entries and the products.
         device: Of the products.
+        checksum: CRC-32 of the rows, as they were written.
     """
 
     path: Path
     size: tuple[int, int]
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    checksum: int = 0
 
     @classmethod
     def open(cls, path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> MappedFactor:
@@ -82,7 +84,7 @@ class MappedFactor(BlockedFactor):
             raise ValueError(f"{path} has {found} bytes where its header says {expected}: capture G again")
         if checksum is not None and checksum != about["crc32"]:
             raise ValueError(f"the rows in {path} are not those that were written (checksum): capture G again")
-        return cls(path, (n, p), _DTYPES[about["dtype"]], torch.device(device))
+        return cls(path, (n, p), _DTYPES[about["dtype"]], torch.device(device), about["crc32"])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -201,7 +203,7 @@ class MappedWriter:
         except OSError as error:
             self.discard()
             raise self._refusal(error) from error
-        return MappedFactor(path, (self._rows, self._p), self._dtype, torch.device(device))
+        return MappedFactor(path, (self._rows, self._p), self._dtype, torch.device(device), self._crc)
 
     def discard(self) -> None:
         """Delete what was written."""

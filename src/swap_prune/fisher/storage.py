@@ -60,6 +60,7 @@ class Storage:
         kind: ``float32`` holds it in the precision of the gradients (float64, where the weights are).
         lean: Whether the solver does without copies of many columns in float32 too; in the others it always does.
         scratch: Directory of files: of G for ``mapped``, of what is spilled.
+        kept: Where G of the first stage is left for later runs, and looked for; None: nowhere.
         at_once: Samples that run through the network forwards and backwards at once, at the most. Mini-batches that
             make a row keep their own size.
         roomy: Whether a GPU has room for large chunks of samples at capture.
@@ -70,6 +71,7 @@ class Storage:
     kind: StorageKind = "float32"
     lean: bool = False
     scratch: Path | None = None
+    kept: Path | None = None
     team: Team | None = None
     at_once: int = AT_ONCE
     roomy: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
     "batch_size",
+    "digest_whole",
     "in_own_containers",
     "is_single",
     "is_sliceable",
@@ -74,6 +76,26 @@ def replace_part(batch: Any, position: int, key: str, value: Tensor) -> Any:
         return _like(batch, {**batch, key: value})
     parts = [value if i == position else part for i, part in enumerate(batch)]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+def digest_whole(batch: Any, digest: hashlib._Hash) -> None:
+    """Add all that a batch holds to a digest.
+
+    Raises:
+        ValueError: If it holds what cannot be told from others of its kind by its content.
+    """
+    if isinstance(batch, Tensor):
+        digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
+        digest.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(batch, Mapping | list | tuple) or _is_record(batch):
+        digest.update(type(batch).__qualname__.encode())
+        values = batch if isinstance(batch, Mapping | list | tuple) else _parts_of(batch)
+        for part in values.items() if isinstance(values, Mapping) else values:
+            digest_whole(part, digest)
+    elif batch is None or isinstance(batch, bool | int | float | str | bytes):
+        digest.update(repr(batch).encode())
+    else:
+        raise ValueError(f"a batch holds {type(batch).__qualname__}, whose content cannot be compared")
 
 
 def _is_record(batch: Any) -> bool:

@@ -22,7 +22,7 @@ from swap_prune.report import versions
 from swap_prune.request import Request
 from swap_prune.samples.numbered import NumberedSamples, known_length
 
-__all__ = ["identity"]
+__all__ = ["described", "identity"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(...))
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -49,7 +49,7 @@ def identity(
     own = {
         "seed": request.seed,
         "storage": storage,
-        "loss": _described(request.loss),
+        "loss": described(request.loss),
         "weights": weights_sha256(model),
         "data": _described_data(data),
         "recalibration_data": None if recalibration_data is None else _described_data(recalibration_data),
@@ -69,7 +69,7 @@ def _described_data(data: Any) -> str:
     return f"{type(numbered.dataset).__qualname__} of {known_length(numbered.dataset)} samples"
 
 
-def _described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
+def described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
     """Say what a loss is: its settings, or a digest of its code and of what that reads.
 
     Settings are those of dataclasses and of ``functools.partial``. Anything else that could change while a run goes on,
@@ -81,15 +81,15 @@ def _described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
     """
     if thing is None or isinstance(thing, _PLAIN):
         return repr(thing)
-    inner, kind = functools.partial(_described, outer=(*outer, thing)), type(thing).__qualname__
+    inner, kind = functools.partial(described, outer=(*outer, thing)), type(thing).__qualname__
     if any(thing is one for one in outer):
         return kind
     if isinstance(thing, tuple | frozenset):
-        described = map(inner, thing)
-        return f"({', '.join(described if isinstance(thing, tuple) else sorted(described))})"
+        parts = map(inner, thing)
+        return f"({', '.join(parts if isinstance(thing, tuple) else sorted(parts))})"
     if isinstance(thing, functools.partial):
-        parts = [*map(inner, thing.args), *(f"{name}={inner(value)}" for name, value in thing.keywords.items())]
-        return f"{inner(thing.func)}({', '.join(parts)})"
+        given = [*map(inner, thing.args), *(f"{name}={inner(value)}" for name, value in thing.keywords.items())]
+        return f"{inner(thing.func)}({', '.join(given)})"
     if isinstance(thing, MethodType):
         return f"{inner(thing.__func__)} of {inner(thing.__self__)}"
     if isinstance(thing, FunctionType):

@@ -18,16 +18,13 @@ from torch import Tensor, nn
 
 from swap_prune.doubts.labels import few_classes
 from swap_prune.doubts.record import Doubts
-from swap_prune.fisher.capture import Capture, capture_gradients
 from swap_prune.fisher.defence.gradients import GradientDefence
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.inputs import LayerInputs
-from swap_prune.fisher.low_rank_capture import capture_low_rank
 from swap_prune.fisher.mapped import MappedFactor
-from swap_prune.fisher.matrix_free import MatrixFreeFactor, capture_matrix_free
-from swap_prune.fisher.sketch import MINI_BATCH, draw_sketch, mini_batches, sketch_curvature, without_singles
-from swap_prune.fisher.source import RowSource
+from swap_prune.fisher.matrix_free import MatrixFreeFactor
+from swap_prune.fisher.sketch import MINI_BATCH, mini_batches, without_singles
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
     GaussNewtonLoss,
@@ -42,17 +39,18 @@ from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.request import Request
-from swap_prune.samples.batches import batch_size, is_single, split_batches
+from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
+from swap_prune.stages.capturing import RowCapture, joins_rows
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defender
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
-from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, temporary_weights, write_weights
+from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, write_weights
 from swap_prune.training.finetune import FineTune, train
-from swap_prune.training.teaching import Taught, Teacher, output_slopes
+from swap_prune.training.teaching import Taught, Teacher
 
 __all__ = ["StageRunner"]
 
@@ -189,14 +187,15 @@ class StageRunner:
         evidence: dict[str, Any],
     ) -> tuple[FisherFactor, Tensor, GradientDefence | None]:
         """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what cleans slopes."""
-        capture = self._capture(weights, fitting, forked_generator(self.request.seed, f"signs {number}"), advance)
+        rows = RowCapture(self.model, self.request, self.storage, number)
+        capture = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance, evidence)
         evidence |= few_classes(self.model, self.request.loss, fitting)
         if isinstance(capture.factor, DenseFactor):
             if not bool(capture.factor.matrix.any()):
                 evidence["gradients_are_zero"] = True
             noisy = self._noisy(capture.factor, self.noise_generator)
             capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
-        defender = Defender(self.model, self.request, self.storage, number, joined=self._joins_rows(fitting))
+        defender = Defender(self.model, self.request, self.storage, number, joined=joins_rows(self.request, fitting))
         factor, defence = defender.defend(capture, fitting, evidence)
         return factor, capture.losses, defence
 
@@ -210,7 +209,7 @@ class StageRunner:
 
     def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
         """Delete the file of a factor, or report the passes that it made."""
-        if isinstance(factor, MappedFactor):
+        if isinstance(factor, MappedFactor) and factor.path.parent != self.storage.kept:
             factor.delete()
         if isinstance(factor, MatrixFreeFactor):
             evidence["passes"] = factor.log.summary() | {"way": factor.passes.way}
@@ -283,61 +282,6 @@ class StageRunner:
     def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
         return self.request.noise.apply_(factor, generator, self.request.selection.slices())
 
-    def _capture(
-        self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
-    ) -> Capture:
-        """Return G at the weights that noise makes of the network's, (p,).
-
-        Its rows are those of the Gauss-Newton matrix where there is a loss that knows it, else per-sample gradients.
-        """
-        disturbed = self._disturb(weights, self.noise_generator)
-        with temporary_weights(self.model, self.request.selection, disturbed):
-            if not self.storage.holds_rows:
-                return self._capture_products(disturbed, batches, signs, advance)
-            if self.request.curvature is None:
-                selection, loss = self.request.selection, self.request.loss
-                capture = capture_gradients(self.model, selection, batches, loss, storage=self.storage, advance=advance)
-                if not self._clips or not isinstance(capture.factor, DenseFactor):
-                    return capture
-                with eval_mode(self.model):
-                    return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
-            return sketch_curvature(
-                self.model,
-                self.request.selection,
-                batches,
-                self.request.curvature,
-                signs,
-                in_batches=self._in_batches(batches),
-                storage=self.storage,
-                advance=advance,
-            )
-
-    def _in_batches(self, batches: list[Any]) -> bool:
-        """Whether a sketch is of mini-batches, with their statistics; one sample alone has none."""
-        return self.request.normalised and not all(map(is_single, batches))
-
-    def _joins_rows(self, batches: list[Any]) -> bool:
-        """Whether rows of G are those of mini-batches."""
-        return self.request.curvature is not None and self._in_batches(batches)
-
-    @property
-    def _clips(self) -> bool:
-        """Whether gradients that stand out are scaled down."""
-        return not self.request.defences.isdisjoint({"gradients", "clip"})
-
-    def _capture_products(
-        self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
-    ) -> Capture:
-        """Return the same G, at the network's weights (p,), where no rows are held: their function is settled first."""
-        source = RowSource(self.request.loss, batches)
-        if self.request.curvature is not None:
-            joined = self._in_batches(batches)
-            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=joined)
-        if self.storage.kind == "matrix-free":
-            few, wide = self.storage.at_once, self.storage.block_vectors
-            return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)
-        return capture_low_rank(self.model, self.request.selection, source, advance, self.storage.at_once)
-
     def _trials(
         self,
         fitting: list[Any],
@@ -350,7 +294,7 @@ class StageRunner:
         if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
         slopes_cleaned = defence is not None and defence.cleans_slopes
-        in_batches = slopes_cleaned and self._joins_rows(fitting)
+        in_batches = slopes_cleaned and joins_rows(self.request, fitting)
         at_once = self.storage.at_once
         if "rows_clipped" in evidence:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
@@ -371,7 +315,7 @@ class StageRunner:
             noisy=partial(self._noisy, generator=generator),
             defence=defence if slopes_cleaned else None,
             per_sample=not in_batches,
-            clip=clip_rows_ if self._clips else None,
+            clip=clip_rows_ if self.request.clips else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )

@@ -15,6 +15,7 @@ triples (s, u, v), are judged for all ranks r at once:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -75,7 +76,8 @@ def choose_treatment(first: Tensor, second: Tensor, shape: tuple[int, int]) -> T
 def choose_average(rows: Tensor, again: Tensor, shape: tuple[int, int]) -> tuple[Average, Tensor]:
     """Choose how the gradients of a layer are averaged.
 
-    By direction alone: what is left out makes a mean smaller, and how far a step goes is chosen otherwise.
+    By direction; by distance, whatever makes a mean smaller would win where noise is loud. Then it is scaled to come
+    nearest to the second look, so that layers with more noise do not outweigh those with less.
 
     Args:
         rows: Gradients, (n, a b).
@@ -92,7 +94,17 @@ def choose_average(rows: Tensor, again: Tensor, shape: tuple[int, int]) -> tuple
         found = average.of(rows, shape)
         if (alignment := _cosine(found, again)) > most:
             best, chosen, most = average, found, alignment
-    return best, chosen
+    scale = _scale_to(chosen, again)
+    return replace(best, scale=scale), chosen * scale
+
+
+def _scale_to(one: Tensor, other: Tensor) -> float:
+    """Return the number, at least 0, that brings one vector nearest to another when it is multiplied by it."""
+    largest = float(one.abs().amax())
+    if largest == 0:
+        return 1.0
+    one, other = (one / largest).double(), (other / largest).double()
+    return max(0.0, float(torch.dot(one, other) / one.square().sum()))
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

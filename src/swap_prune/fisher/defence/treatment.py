@@ -66,16 +66,22 @@ class Average:
     Attributes:
         treatment: What is made of each row before.
         kind: The plain mean, that of the middle, or the median of means.
+        scale: What the mean is multiplied by: what leaves something out makes it smaller, noise makes it larger.
     """
 
     treatment: Treatment = AS_THEY_ARE
     kind: Literal["mean", "trimmed mean", "median of means"] = "mean"
+    scale: float = 1.0
 
     def __str__(self) -> str:
         return self.kind if self.treatment == AS_THEY_ARE else f"{self.kind}, {self.treatment}"
 
     def of(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """Return the mean of rows (n, a b), (a b,), each a matrix of a shape (a, b)."""
+        mean = self._unscaled(rows, shape)
+        return mean if self.scale == 1 else mean.mul_(self.scale)
+
+    def _unscaled(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         if self.kind != "mean":
             treated = rows if self.treatment == AS_THEY_ARE else self.treatment.of(rows, shape)
             return middle_mean(treated) if self.kind == "trimmed mean" else median_of_means(treated)

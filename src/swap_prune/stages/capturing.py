@@ -1,0 +1,122 @@
+"""The capture of a stage: which rows G has, and where they come from.
+
+Rows are those of the Gauss-Newton matrix where there is a loss that knows it, else gradients of the loss; of single
+samples, or of mini-batches where BatchNorm will be recalibrated.
+
+Place in the pipeline: between the samples and the defence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.factor import DenseFactor
+from swap_prune.fisher.low_rank_capture import capture_low_rank
+from swap_prune.fisher.matrix_free import capture_matrix_free
+from swap_prune.fisher.sketch import draw_sketch, mini_batches, sketch_curvature
+from swap_prune.fisher.source import RowSource
+from swap_prune.fisher.storage import Storage
+from swap_prune.network.modes import eval_mode
+from swap_prune.randomness import forked_generator
+from swap_prune.request import Request
+from swap_prune.samples.batches import is_single, split_batches
+from swap_prune.stages.kept_rows import KeptRows
+from swap_prune.surgery import temporary_weights
+from swap_prune.training.teaching import Taught, output_slopes
+
+__all__ = ["RowCapture", "joins_rows"]
+
+
+def joins_rows(request: Request, batches: list[Any]) -> bool:
+    """Whether rows of G are those of mini-batches, with their statistics; one sample alone has none."""
+    return request.joined and not all(map(is_single, batches))
+
+
+@dataclass(frozen=True)
+class RowCapture:
+    """What takes the gradients of one stage.
+
+    Attributes:
+        model: The network.
+        request: What is asked for.
+        storage: How G is held.
+        number: Of the stage, from 1.
+    """
+
+    model: nn.Module
+    request: Request
+    storage: Storage
+    number: int
+
+    def capture(
+        self, weights: Tensor, batches: list[Any], advance: Callable[[int], None], evidence: dict[str, Any]
+    ) -> Capture:
+        """Return G, captured; or, in a first stage, what an earlier run has left of the same.
+
+        Args:
+            weights: Where gradients are taken, (p,).
+            batches: The samples.
+            advance: Called with the number of samples that are done.
+            evidence: Says where rows were found.
+        """
+        with temporary_weights(self.model, self.request.selection, weights):
+            if self.storage.kept is None or self.number > 1:
+                return self._rows(weights, batches, advance)
+            rows = KeptRows.of(self.storage.kept, self.model, self.request, batches)
+            found = rows.find(lambda: self._first_row(weights, batches))
+            if found is None:
+                return rows.keep(self._rows(weights, batches, advance))
+        advance(len(found.losses))
+        evidence["rows_reused"] = rows.name
+        return found
+
+    def _first_row(self, weights: Tensor, batches: list[Any]) -> Tensor:
+        """Return the first row of G, (p,), taken alone."""
+        joined = joins_rows(self.request, batches)
+        alone = (mini_batches(batches[:1]) if joined else split_batches(batches[:1], 1))[:1]
+        once = replace(self, storage=Storage(at_once=self.storage.at_once))
+        return once._rows(weights, alone, lambda _count: None).factor.row_span(0, 1)[0]
+
+    def _rows(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
+        """Return G at the network's weights (p,)."""
+        signs = forked_generator(self.request.seed, f"signs {self.number}")
+        if not self.storage.holds_rows:
+            return self._products(weights, batches, signs, advance)
+        selection, curvature = self.request.selection, self.request.curvature
+        if curvature is not None:
+            joined = joins_rows(self.request, batches)
+            return sketch_curvature(
+                self.model,
+                selection,
+                batches,
+                curvature,
+                signs,
+                in_batches=joined,
+                storage=self.storage,
+                advance=advance,
+            )
+        loss = self.request.loss
+        capture = capture_gradients(self.model, selection, batches, loss, storage=self.storage, advance=advance)
+        if not self.request.clips or not isinstance(capture.factor, DenseFactor):
+            return capture
+        with eval_mode(self.model):
+            return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
+
+    def _products(
+        self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
+    ) -> Capture:
+        """Return the same G where no rows are held: their function is settled first."""
+        source = RowSource(self.request.loss, batches)
+        if self.request.curvature is not None:
+            joined = joins_rows(self.request, batches)
+            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=joined)
+        if self.storage.kind == "matrix-free":
+            few, wide = self.storage.at_once, self.storage.block_vectors
+            return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)
+        return capture_low_rank(self.model, self.request.selection, source, advance, self.storage.at_once)

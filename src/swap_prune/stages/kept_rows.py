@@ -1,0 +1,130 @@
+"""G of the dense network, left in a file for the runs that follow.
+
+Whoever prunes one network to many sparsities, or by many methods, takes the same gradients in each first stage. Their
+file has a name made of all that they depend on: the weights and buffers, the samples, the loss, what is selected, the
+seed of the signs. What a name cannot say, such as what the code of a network does, the first row says: it is taken
+again, and a file whose first row is another is not believed.
+
+    G-<digest>.fisher    the rows (:mod:`swap_prune.fisher.mapped`)
+    G-<digest>.json      their losses, and the checksum of the rows; written last
+
+Place in the pipeline: in place of the capture of a first stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.artifact import weights_sha256
+from swap_prune.files import replacing
+from swap_prune.fisher.capture import Capture
+from swap_prune.fisher.mapped import MappedFactor
+from swap_prune.report import versions
+from swap_prune.request import Request
+from swap_prune.samples.batches import digest_whole
+from swap_prune.stages.identity import described
+
+__all__ = ["KeptRows"]
+
+_ALIKE = 1e-3  # of a row's norm: two ways to compute it may differ by so much
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The file of one G.
+
+    Attributes:
+        directory: Where it lies, or will.
+        name: Of its two files, without their endings.
+    """
+
+    directory: Path
+    name: str
+
+    @classmethod
+    def of(cls, directory: Path, model: nn.Module, request: Request, batches: Sequence[Any]) -> KeptRows:
+        """Name the rows of some samples.
+
+        Args:
+            directory: Where files are kept.
+            model: The network, at the weights that gradients are taken at.
+            request: What is asked for.
+            batches: The samples.
+
+        Raises:
+            ValueError: If the samples cannot be told from others.
+        """
+        samples = hashlib.sha256()
+        try:
+            for batch in batches:
+                digest_whole(batch, samples)
+        except ValueError as error:
+            raise ValueError(f"keep_rows cannot name these samples: {error}; leave keep_rows out") from error
+        about = {
+            "weights": weights_sha256(model),
+            "network": type(model).__qualname__,
+            "selected": {name: list(shape) for name, shape in request.selection.shapes.items()},
+            "loss": described(request.loss),
+            "rows": [described(request.curvature), request.joined, request.seed],
+            "samples": samples.hexdigest(),
+            "device": str(next(model.parameters()).device.type),
+            "versions": versions(),
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        return cls(directory, f"G-{digest[:32]}")
+
+    def find(self, first_row: Callable[[], Tensor]) -> Capture | None:
+        """Return what an earlier run left; None where there is nothing, or nothing to be believed.
+
+        Args:
+            first_row: Takes the first row again, (p,).
+        """
+        try:
+            about = json.loads(self._path(".json").read_text(encoding="utf-8"))
+            factor = MappedFactor.open(self._path(".fisher"))
+            losses = torch.tensor(about["losses"], dtype=factor.dtype, device="cpu")
+            found = Capture(factor, losses, str(about["backend"]), int(about["chunk"]))
+        except (OSError, ValueError, KeyError, TypeError):  # not there, not whole, or not ours: it is taken anew
+            return None
+        if about.get("crc32") != factor.checksum:
+            return None
+        expected, row = first_row().cpu(), factor.row_span(0, 1)[0]
+        away = torch.linalg.vector_norm(row - expected)
+        return found if bool(away <= _ALIKE * torch.linalg.vector_norm(expected)) else None
+
+    def keep(self, capture: Capture) -> Capture:
+        """Give the file of a G its name, for good.
+
+        Args:
+            capture: With G in a file of the run's own, in the same file system.
+
+        Raises:
+            ValueError: If it cannot be kept.
+        """
+        factor = capture.factor
+        assert isinstance(factor, MappedFactor), "nothing else lies in a file"
+        about = {
+            "losses": capture.losses.double().tolist(),
+            "backend": capture.backend,
+            "chunk": capture.chunk,
+            "crc32": factor.checksum,
+        }
+        try:
+            self._path(".json").unlink(missing_ok=True)  # or it would stand beside other rows for a moment
+            factor.path.replace(self._path(".fisher"))
+            with replacing(self._path(".json")) as scratch:
+                scratch.write_text(json.dumps(about), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"the file of G cannot be kept in {self.directory}: {error.strerror or error}") from error
+        return replace(capture, factor=replace(factor, path=self._path(".fisher")))
+
+    def _path(self, ending: str) -> Path:
+        return self.directory / (self.name + ending)
