@@ -178,7 +178,7 @@ def test_samples_without_content_to_compare_are_refused(tmp_path: Path) -> None:
     def loss(net: nn.Module, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(net(batch["x"]), batch["y"], reduction="none")
 
-    with pytest.raises(ValueError, match="keep_rows cannot name these samples: a batch holds .*Text, whose"):
+    with pytest.raises(ValueError, match=r"keep_rows cannot name these samples: a batch holds .*Text, whose"):
         run(tmp_path, model, [{"x": x, "y": y, "text": Text()}], loss_fn=loss)
     run(tmp_path, model, texts, loss_fn=loss)
     assert "rows_reused" in run(tmp_path, model, texts, loss_fn=loss)[1]

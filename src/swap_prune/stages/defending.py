@@ -99,7 +99,8 @@ class Defender:
         """Return what is to be done; None where gradients are clean."""
         for count in (_LOOKED_AT, LOOKED_CLOSELY_AT):
             first, second = self._looks(factor, fitting, count)
-            defence = GradientDefence.by_looks(layers, first, second, beyond, choosing=count == LOOKED_CLOSELY_AT)
+            choosing = count == LOOKED_CLOSELY_AT
+            defence = GradientDefence.by_looks(layers, first, second, beyond, joined=self.joined, choosing=choosing)
             if defence.noise == 0:
                 return None
         return defence

@@ -101,6 +101,14 @@ def test_clean_looks_are_clean_and_noise_that_stays_is_seen_by_rank_alone() -> N
     assert defence.said()["5.weight"] == {"rows": "rank 1", "slopes": "mean, rank 1"}
 
 
+def test_slopes_of_mini_batches_are_averaged_by_the_trimmed_mean() -> None:
+    rows, layers = rows_and_layers()
+    looks = noisy(rows[:16], 3), noisy(rows[:16], 4)
+    defence = GradientDefence.by_looks(layers, *looks, {}, joined=True)
+    assert not defence.open and {done["slopes"] for done in defence.said().values()} == {"trimmed mean"}
+    assert defence.treatments == GradientDefence.by_looks(layers, *looks, {}).treatments
+
+
 def test_a_look_that_does_not_choose_costs_nothing_but_sees() -> None:
     rows, layers = rows_and_layers()
     defence = GradientDefence.by_looks(layers, noisy(rows[:4], 3), noisy(rows[:4], 4), {}, choosing=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ def spikes(rows: Tensor, seed: int) -> Tensor:
     """Return noise on a tenth of the entries, ten times as large as the rows."""
     hit = torch.rand(rows.shape, generator=generator(seed)) < 0.1
     return hit * 10 * rows.std() * normal(*rows.shape, seed=seed + 1)
+
+
+def plainly(average: Average) -> Average:
+    """Return an average without its scale."""
+    return replace(average, scale=1.0)
 
 
 def nothing(rows: Tensor, seed: int) -> Tensor:
@@ -123,7 +129,9 @@ def test_slopes_are_averaged_by_what_is_best_aligned_with_the_truth(rank: int, n
 
 def test_honest_gradients_are_averaged_as_they_are() -> None:
     rows = outer_products(40, 3)
-    assert choose_average(rows, rows.mean(0), SHAPE)[0] == Average()
+    average, found = choose_average(rows, rows.mean(0), SHAPE)
+    assert plainly(average) == Average() and average.scale == pytest.approx(1)
+    torch.testing.assert_close(found, rows.mean(0))
 
 
 def test_smaller_means_are_not_better_ones() -> None:
@@ -131,14 +139,24 @@ def test_smaller_means_are_not_better_ones() -> None:
     truth, skewed = normal(360, seed=1), normal(40, 360, seed=2).exp() - 1.6
     rows = truth + skewed + 3 * normal(360, seed=3)
     again = (truth + skewed + 3 * normal(360, seed=4)).mean(0)
-    assert choose_average(rows, again, SHAPE)[0] == Average()
+    assert plainly(choose_average(rows, again, SHAPE)[0]) == Average()
 
 
 def test_a_second_look_of_zeros_tells_nothing() -> None:
     rows = normal(8, 360, seed=1)
     average, found = choose_average(rows, torch.zeros(360, dtype=torch.float64), SHAPE)
-    assert average in looks._AVERAGES or average == Average()
-    torch.testing.assert_close(found, average.of(rows, SHAPE))
+    assert plainly(average) == Average() and not found.any()
+
+
+def test_a_mean_is_scaled_to_come_nearest_to_the_second_look() -> None:
+    """Where as much of it is noise as signal, by a half."""
+    truth = normal(360, seed=1)
+    rows, again = ((truth + normal(360, seed=seed)).expand(3, 360) for seed in (2, 3))
+    average, found = choose_average(rows, again.mean(0), SHAPE)
+    assert average.scale == pytest.approx(0.5, abs=0.1)
+    torch.testing.assert_close(found, average.scale * rows[0])
+    torch.testing.assert_close(average.of(rows, SHAPE), found)
+    assert choose_average(rows, -rows[0], SHAPE)[0].scale == 0, "what points the other way is noise"
 
 
 def test_what_is_said_of_treatments_and_averages() -> None:

@@ -100,6 +100,7 @@ class GradientDefence:
         second: Tensor,
         beyond: Mapping[str, float],
         *,
+        joined: bool = False,
         choosing: bool = True,
     ) -> GradientDefence:
         """Choose by two looks at the same rows.
@@ -110,6 +111,8 @@ class GradientDefence:
             second: The same, taken again.
             beyond: :func:`rank_noise` of G. Noise that is the same in both looks shows in it alone. Rows are then cut
                 to the rank of their kind, and slopes are averaged over cleaned rows where the rank is exact.
+            joined: Whether rows and gradients are those of mini-batches, of which no rank is low: slopes are then
+                averaged by the trimmed mean.
             choosing: Whether to choose, or to see alone whether there is noise.
         """
         looks = {name: (first[:, layer.place], second[:, layer.place]) for name, layer in layers.items()}
@@ -126,6 +129,8 @@ class GradientDefence:
             treatments |= {name: Treatment(rank=layer.fixed_rank) for name, layer in quiet.items()}
             averages = {name: Average(treatments[name]) for name, layer in quiet.items() if layer.exact}
         entries = {name for name in noisy if treatments[name] != AS_THEY_ARE}
+        if joined:
+            return cls(layers, noise, treatments, dict.fromkeys(entries, Average(kind="trimmed mean")))
         return cls(layers, noise, treatments, averages, entries)
 
     @classmethod
