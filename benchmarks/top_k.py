@@ -3,7 +3,7 @@
     python benchmarks/top_k.py [--sizes 1000000 25000000]
 
 One thread; k is a tenth, and half, of the scores. Memory is the most that is held while the search runs beyond what was
-held before, each measured in a process of its own.
+held before, each measured in a process of its own. Only Linux forgets an earlier peak: elsewhere it may be too low.
 """
 
 from __future__ import annotations
