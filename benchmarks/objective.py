@@ -2,24 +2,27 @@
 
     python benchmarks/objective.py [--sizes 500x30000 500x300000 64x2600000] [--json]
 
-G, the weights and the setting are those of benchmarks/solver.py. One search, noted after each of its steps: the largest
-weights cut out, the same refitted, the end of the path, of hard thresholding, of swaps. Then what EWR does: the choice
-of a coupling on held-out rows, and one coupling, an anchored plan and the regression on its target, from where LR
-ended. Seconds are from the beginning. Q is LR's objective, in units of that of the largest weights refitted; a coupling
-has another objective, so that this one may only rise.
+G, the weights and the setting are those of benchmarks/solver.py. One search: the end of the path, of hard thresholding,
+of swaps. Beside it, where a search could end at the earliest: the largest weights cut out, and the same refitted. Then
+what EWR does: the choice of a coupling on held-out rows, and one coupling, an anchored plan and the regression on its
+target, from where LR ended. Seconds are from the beginning, of what leads to a row and of nothing else: what is only
+refitted or evaluated for the table does not count. Q is LR's objective, in units of that of the largest weights
+refitted; a coupling has another objective, so that this one may only rise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import Any
 
 import torch
 from solver import random_factor
+from timing import Stopwatch
+from torch import Tensor
 
-from swap_prune.regression.iht import hard_threshold, shrink_support, solve_sparse
+from swap_prune.fisher.factor import FisherFactor
+from swap_prune.regression.iht import SparseFit, hard_threshold, shrink_support, solve_sparse
 from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import swap_weights
@@ -29,38 +32,63 @@ from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean
 _SIZES = ("500x30000", "500x300000", "64x2600000")
 
 
-def measure(n: int, p: int) -> list[dict[str, Any]]:
+Row = tuple[str, float, float]  # step, seconds, Q
+
+
+def beside(problem: WeightedRidge, keep: int, seconds: float) -> list[Row]:
+    """Cut the largest weights out, and refit them: where a search could end that has taken so many seconds."""
+    watch = Stopwatch(seconds)
+    largest = watch(lambda: top_k(problem.reference.square() * problem.metric, keep))
+    cut = ("largest weights", watch.seconds, problem.value(hard_threshold(problem.reference, largest)))
+    refit = watch(lambda: problem.refit(largest))
+    return [cut, ("refitted", watch.seconds, problem.value_of(refit))]
+
+
+def search(factor: FisherFactor, w_bar: Tensor, keep: int) -> list[Row]:
     """Search on one G, and note the objective after each step."""
+    watch = Stopwatch()
+    f = watch(factor.diagonal)
+    target = watch(lambda: factor.matvec(w_bar))
+    problem = watch(lambda: WeightedRidge(factor, target, w_bar, 0.025, diagonal_metric(f, 1.0)))
+    rows = beside(problem, keep, watch.seconds)
+    support, gram, _ = watch(lambda: shrink_support(problem, keep))
+    path = Stopwatch(watch.seconds)  # hard thresholding begins with the same refit
+    refit = path(lambda: problem.refit(support, gram))
+    rows.append(("path", path.seconds, problem.value_of(refit)))
+    del refit
+    fit = watch(lambda: solve_sparse(problem, keep, start=support, previous=gram))
+    rows.append(("thresholding", watch.seconds, fit.value))
+    fit = watch(lambda: swap_weights(problem, fit, diagonal=f))
+    rows.append(("swaps", watch.seconds, fit.value))
+    return rows + coupled(problem, fit, watch)
+
+
+def coupled(problem: WeightedRidge, fit: SparseFit, watch: Stopwatch) -> list[Row]:
+    """Go on as EWR does, from the fit of LR and what is known of it."""
+    state = torch.Generator().manual_seed(0)
+    watch(lambda: choose_coupling(problem, fit.support, state, known=fit.refit))
+    choice = ("ewr: choice", watch.seconds, fit.value)
+
+    def regress() -> SparseFit:
+        known = fit.refit
+        x = problem.factor.matvec(fit.weights) if known is None or known.fitted is None else known.fitted
+        regression = couple(problem, x, Coupling(0.1, 0.01 * mean_cost(x, problem.target)))
+        gram = None if known is None else known.gram
+        return solve_sparse(regression, len(fit.support), start=fit.support, previous=gram)
+
+    weights = watch(regress).weights
+    return [choice, ("ewr: coupled", watch.seconds, problem.value(weights))]
+
+
+def measure(n: int, p: int) -> list[dict[str, Any]]:
+    """Search on one G, once to warm up and once to count."""
     state = torch.Generator().manual_seed(0)
     factor = random_factor(n, p, torch.float32, state)
     w_bar = torch.randn(p, generator=state) / factor.diagonal().sqrt().sqrt()
-    keep, rows = p // 10, list[dict[str, Any]]()
-    for _ in range(2):  # the first warms up
-        rows = []
-        started = time.perf_counter()
-
-        def note(step: str, value: float, since: float = started, into: list[dict[str, Any]] = rows) -> None:
-            into.append({"n": n, "p": p, "step": step, "seconds": time.perf_counter() - since, "objective": value})
-
-        f = factor.diagonal()
-        problem = WeightedRidge(factor, factor.matvec(w_bar), w_bar, 0.025, diagonal_metric(f, 1.0))
-        largest = top_k(w_bar.square() * problem.metric, keep)
-        note("largest weights", problem.value(hard_threshold(w_bar, largest)))
-        note("refitted", problem.value_of(problem.refit(largest)))
-        support, gram, _ = shrink_support(problem, keep)
-        refit = problem.refit(support, gram)
-        note("path", problem.value_of(refit))
-        fit = solve_sparse(problem, keep, start=support, previous=refit.gram)
-        note("thresholding", fit.value)
-        fit = swap_weights(problem, fit, diagonal=f)
-        note("swaps", fit.value)
-        choose_coupling(problem, fit.support, torch.Generator().manual_seed(0))
-        note("ewr: choice", fit.value)
-        x = factor.matvec(fit.weights)
-        coupled = couple(problem, x, Coupling(0.1, 0.01 * mean_cost(x, problem.target)))
-        note("ewr: coupled", problem.value(solve_sparse(coupled, keep, start=fit.support).weights))
-    unit = rows[1]["objective"]
-    return [row | {"objective": row["objective"] / unit} for row in rows]
+    search(factor, w_bar, p // 10)
+    rows = search(factor, w_bar, p // 10)
+    unit = dict((step, value) for step, _, value in rows)["refitted"]
+    return [{"n": n, "p": p, "step": step, "seconds": seconds, "objective": q / unit} for step, seconds, q in rows]
 
 
 def main() -> None:

@@ -4,10 +4,11 @@
 
 Nothing is pruned. The memory is what `prune` forecasts before it does any work (LR, 0.9, one stage): with 64 samples
 through the network at once, and at the least, with eight and their activations in files. The time of a solve is
-arithmetic: as many passes over G as one takes (benchmarks/solver.py prints them), each as long as reading G at the
-measured speed of a copy; without G, as long as a forward and a backward pass through the samples, of which one is
-measured. Files are taken to be read as fast as memory, so theirs is a lower bound. The decoder has random weights,
-blocks of self-attention and an MLP, and predicts 128 tokens; ResNet50 has random weights and images of 224 x 224.
+arithmetic: forty passes over G, a little more than benchmarks/solver.py prints at the most, each as long as reading G
+at the measured speed of a copy; without G, as long as a forward and a backward pass through the samples, of which one
+is measured, after one that warms up. Files are taken to be read as fast as memory, so theirs is a lower bound. The
+decoder has random weights, blocks of self-attention and an MLP, and predicts 128 tokens; ResNet50 has random weights
+and images of 224 x 224.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +27,11 @@ from torch.nn import functional
 from swap_prune import TokenCrossEntropy
 from swap_prune.experiments.zoo import build_model
 from swap_prune.losses import LossFn, cross_entropy
+from swap_prune.memory.process import return_free_memory
 from swap_prune.pipeline import plan
 from swap_prune.selection import select_parameters
 
-_PASSES = 40  # over G in one solve, as benchmarks/solver.py counts them
+_PASSES = 40  # over G in one solve, a little more than benchmarks/solver.py counts
 _KINDS = ("float32", "float16", "mapped", "matrix-free", "low-rank")
 _COPIED = 2**28  # bytes of the copy that measures bandwidth
 _VOCABULARY, _TOKENS = 32000, 128
@@ -83,18 +84,21 @@ def decoder() -> tuple[nn.Module, Any, LossFn]:
 _NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any, LossFn]]] = {"resnet50": resnet50, "decoder": decoder}
 
 
+def copy_rate() -> float:
+    """Return the bytes a second that a large copy reads and writes."""
+    source = torch.ones(_COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_time(lambda: target.copy_(source), 10)
+
+
 def measure(network: str, counts: list[int]) -> list[dict[str, Any]]:
     """Forecast runs of one network, with each number of samples and in each storage."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, sample, loss_fn = _NETWORKS[network]()
-    started = time.perf_counter()
-    loss_fn(model, sample).sum().backward()
-    backward = time.perf_counter() - started
+    backward, rate = best_time(lambda: loss_fn(model, sample).sum().backward(), 1), copy_rate()
     model.zero_grad(set_to_none=True)
-    source = torch.ones(_COPIED, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    rate = 2 * source.nbytes / best_time(lambda: target.copy_(source), 10)
+    return_free_memory()  # what is held counts in the forecasts
     p = select_parameters(model).total
     rows = []
     for count in counts:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 
 from swap_prune import LR, prune
 from swap_prune.experiments.zoo import build_model
+from swap_prune.memory.process import peak_memory
 from swap_prune.methods import Method
 from swap_prune.pipeline import plan
 
@@ -64,7 +64,7 @@ def measure(storage: str, memory: str, samples: int, method: str | Method) -> di
         "seconds": round(report.seconds, 1),
         "passes": report.stages[0].evidence.get("passes"),
         "steps": len(report.stages[0].evidence.get("first_order", [])),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # kilobytes on Linux
+        "peak_gb": peak_memory() / 1e9,
         "forecast_gb": forecast.need / 1e9,
     }
 

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import time
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils.data import TensorDataset
 import swap_prune
 from swap_prune.distributed import team_of
 from swap_prune.fisher.sharded import owned_columns
+from swap_prune.memory.process import peak_memory
 
 
 def measure(samples: int, width: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure(samples: int, width: int) -> dict[str, Any]:
         "p": report.total,
         "rows": report.stages[0].samples,
         "G_mb": round(4 * own * report.stages[0].samples / 1e6),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+        "peak_mb": round(peak_memory() / 1e6),
         "cpu_seconds": round(used, 1),
         "seconds": round(seconds, 1),
     }

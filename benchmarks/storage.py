@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.storage import StorageKind
+from swap_prune.memory.process import peak_memory
 from swap_prune.methods import Method
 from swap_prune.pipeline import plan
 
@@ -76,7 +76,7 @@ def measure(
     started = time.process_time()
     report = prune(model, data, sparsity, method, samples=samples, storage=storage, memory=memory, progress=False)
     seconds = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # kilobytes on Linux
+    peak = peak_memory() / 1e9
     parameters = dict(model.named_parameters())
     kept = torch.cat([parameters[name].detach().flatten() != 0 for name in report.layers])
     passes = report.stages[0].evidence.get("passes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ def test_a_solve_is_counted_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_capture_is_compared_with_a_plain_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = load("capture", monkeypatch).measure("mlpnet", 32)  # plain, per-sample rows, mini-batch rows
+    module, kinds = load("capture", monkeypatch), set()
+    for name in ("capture_gradients", "sketch_curvature"):
+        function = getattr(module, name)
+
+        def noted(*given: Any, function: Any = function, **options: Any) -> Any:
+            kinds.add((function.__name__, options["storage"].kind))
+            return function(*given, **options)
+
+        monkeypatch.setattr(module, name, noted)
+    times = module.measure("mlpnet", 32, storage="bfloat16")  # plain, per-sample rows, mini-batch rows
     assert len(times) == 3 and all(time > 0 for time in times)
+    assert kinds == {("capture_gradients", "bfloat16"), ("sketch_curvature", "bfloat16")}
 
 
 def test_processes_that_share_g_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -61,8 +72,29 @@ def test_a_plan_is_compared_with_pot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_search_for_the_largest_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = [load("top_k", monkeypatch).measure(300_000, 1000, searched) for searched in (False, True)]
-    assert all(seconds > 0 for seconds, _ in times)
+    found = [load("top_k", monkeypatch).measure(3_000_000, 1_000_000, searched) for searched in (False, True)]
+    assert all(seconds > 0 for seconds, _ in found)
+    if os.access("/proc/self/clear_refs", os.W_OK):  # only Linux forgets a peak
+        assert all(8 <= grown < 200 for _, grown in found), "a million indices are 8 MB"
+
+
+def test_functions_that_are_compared_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing, calls = load("timing", monkeypatch), list[str]()
+    times = timing.best_times([lambda: calls.append("a"), lambda: calls.append("b")], 2)
+    assert len(times) == 2 and "".join(calls) == "ab" + "abab"
+    timing.best_times([lambda: calls.append("c")], 1, warm=True)
+    assert calls[-2:] == ["b", "c"]
+
+
+def test_only_what_leads_to_a_row_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))  # a second from one look to the next
+    monkeypatch.setattr(load("timing", monkeypatch).time, "perf_counter", lambda: next(clock))
+    rows = load("objective", monkeypatch).measure(20, 400)
+    steps = {row["step"]: row for row in rows}
+    seconds = [steps[step]["seconds"] for step in ("path", "thresholding", "swaps", "ewr: choice", "ewr: coupled")]
+    assert seconds == [5, 5, 6, 7, 8], "the refit of the path's end is in both of the first"
+    assert steps["largest weights"]["seconds"] == 4 and steps["refitted"]["seconds"] == 5
+    assert steps["refitted"]["objective"] == 1 >= steps["path"]["objective"] >= steps["swaps"]["objective"]
 
 
 def test_a_pruned_encoder_is_compared_with_its_dense_self(monkeypatch: pytest.MonkeyPatch) -> None:
