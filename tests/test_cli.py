@@ -559,6 +559,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("--memory 3GB", "memory", "3GB"),
         ("--storage mapped", "storage", "mapped"),
         ("--scratch some/where", "scratch", Path("some/where")),
+        ("--keep-rows", "keep_rows", True),
         ("--checkpoint some/where", "checkpoint", Path("some/where")),
         ("--samples 7", "samples", 7),
         ("--stages 3", "stages", 3),
