@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(results: Path) -> None:
-    """Replace what stands between the demo marks of the README."""
+    """Replace what stands between the demo marks of the README; ends with a message where they are missing."""
     content = json.loads(results.read_text(encoding="utf-8"))
     lines = [
         "| MLPNet on MNIST, 95 % of the weights removed | clean gradients, % | noisy gradients, % |",
@@ -21,7 +21,10 @@ def main(results: Path) -> None:
     readme = Path(__file__).parent.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
     block = "<!-- demo -->\n" + "\n".join(lines) + "\n<!-- /demo -->"
-    readme.write_text(re.sub(r"<!-- demo -->.*<!-- /demo -->", block, text, flags=re.DOTALL), encoding="utf-8")
+    text, count = re.subn(r"<!-- demo -->.*<!-- /demo -->", lambda _: block, text, flags=re.DOTALL)
+    if count == 0:
+        raise SystemExit(f"{readme} has no <!-- demo --> ... <!-- /demo --> to write between")
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

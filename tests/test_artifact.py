@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import METHODS, FineTune, finetune, load_pruned, load_report, prune
-from swap_prune.artifact import load_weights, read_weights
+from swap_prune.artifact import load_weights, read_weights, weights_sha256
 from swap_prune.files import check_output_directory, write_directory
 
 
@@ -334,3 +334,11 @@ def test_what_a_killed_process_left_of_a_directory_is_deleted_by_the_next(made: 
         (directory / "weights").write_bytes(b"half")
     write_directory(check_output_directory(target), {"weights": b"whole"})
     assert not left.exists() and living.exists() and (target / "weights").read_bytes() == b"whole"
+
+
+def test_the_digest_of_weights_tells_shapes_and_names_apart() -> None:
+    first, second = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        second.weight.copy_(first.weight.view(2, 3))
+    named = nn.ModuleDict({"x": second})
+    assert len({weights_sha256(model) for model in (first, second, named)}) == 3

@@ -18,9 +18,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from swap_prune import LR, FineTune
 from swap_prune.artifact import load_report
 from swap_prune.cli import app, run
+from swap_prune.experiments.datasets import AugmentedImages, ImageData, ImageTensors
 from swap_prune.experiments.demo import embedded_data, embedded_network
+from swap_prune.experiments.images import AugmentedBatches
 from swap_prune.stages.runner import StageRunner
 
 
@@ -533,3 +536,101 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         own.stdout.close()
         error = own.stderr.read()
     assert (own.returncode, error) == (1, "")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What prune is called with; it is not run."""
+    given: dict[str, Any] = {}
+
+    def stopped(network: object, data: object, sparsity: object, method: object, **options: Any) -> None:
+        given.update(options, data=data, sparsity=sparsity, method=method)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("swap_prune.cli.prune_model", stopped)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("--schedule cubic", "schedule", "cubic"),
+        ("--defence labels", "defence", "labels"),
+        ("--memory 3GB", "memory", "3GB"),
+        ("--storage mapped", "storage", "mapped"),
+        ("--scratch some/where", "scratch", Path("some/where")),
+        ("--keep-rows", "keep_rows", True),
+        ("--checkpoint some/where", "checkpoint", Path("some/where")),
+        ("--samples 7", "samples", 7),
+        ("--stages 3", "stages", 3),
+        ("--seed 5", "seed", 5),
+        ("--sparsity 0.25", "sparsity", 0.25),
+        ("--min-keep fc1=0.1", "min_keep", {"fc1": 0.1}),
+        ("--min-keep 0.1", "min_keep", 0.1),
+        ("--finetune epochs=2,lr=0.5", "finetune", FineTune(epochs=2, lr=0.5)),
+        ("--noise gradient:std=2", "noise", ["gradient:std=2"]),
+        ("--no-recalibrate", "recalibrate_batchnorm", False),
+        ("--targets fc1 --targets fc3", "targets", ["fc1", "fc3"]),
+        ("--ignore fc2", "ignore", ["fc2"]),
+        ("--device cpu", "device", torch.device("cpu")),
+        ("--method lr --set ridge=0.5", "method", LR(ridge=0.5)),
+    ],
+)
+def test_every_option_reaches_prune(call, asked: dict[str, Any], text: str, name: str, value: object) -> None:
+    assert call(*PRUNE)[0] == 2
+    assert asked.pop(name) != value, "else it is the default"
+    call(*PRUNE, *text.split())
+    assert asked[name] == value
+
+
+def test_pruning_and_recalibration_see_augmented_images(call, asked: dict[str, Any], monkeypatch) -> None:
+    images = ImageTensors(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), (0.5,) * 3, (0.5,) * 3)
+    monkeypatch.setattr("swap_prune.cli.load_dataset", lambda *_, **__: ImageData("cifar10", 10, images, images))
+    monkeypatch.setattr("swap_prune.cli.load_weights", lambda *_: None)
+    call("prune", "--model", "resnet20", "--data", "cifar10", "--weights", "none")
+    assert isinstance(asked["data"], AugmentedImages) and isinstance(asked["recalibration_data"], AugmentedBatches)
+
+
+@pytest.mark.parametrize(("data", "mean"), [("imagenet", (0.5,) * 3), ("cifar10", None)])
+def test_images_are_scaled_as_the_network_was_trained(call, monkeypatch, data: str, mean: object) -> None:
+    """Where the data are those that it was trained on; else the data set knows best."""
+    seen: dict[str, Any] = {}
+
+    def stopped(*_: object, **named: object) -> None:
+        seen.update(named)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("swap_prune.cli.load_dataset", stopped)
+    monkeypatch.setattr("swap_prune.cli.load_weights", lambda *_: None)
+    call("eval", "--model", "mobilenetv1", "--data", data, "--weights", "none")
+    assert seen == {"mean": mean, "std": mean}
+
+
+def test_one_process_of_several_speaks_and_writes(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    out = tmp_path / "out"
+    assert call(*PRUNE, "--method", "magnitude", "--out", str(out), "--json") == (0, "", "")
+    assert not out.exists()
+
+
+def test_a_plan_knows_that_nothing_is_recalibrated(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def stopped(*_: object, **named: object) -> None:
+        seen.update(named)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("swap_prune.cli.plan_run", stopped)
+    for option, value in (("--recalibrate", True), ("--no-recalibrate", False)):
+        call("plan", *PRUNE[1:5], option)
+        assert seen["recalibrate_batchnorm"] is value
+
+
+def test_what_was_pruned_is_measured_as_it_is(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path / "out")
+    assert call(*PRUNE, "--method", "magnitude", "--out", out)[0] == 0
+    repaired: list[object] = []
+    monkeypatch.setattr("swap_prune.cli.repair", lambda *given: repaired.append(given) or [])
+    for options, count in (("--pruned", out), 0), (PRUNE[-2:], 1), ((*PRUNE[-2:], "--no-recalibrate"), 1):
+        assert call("eval", *PRUNE[1:5], *options)[0] == 0
+        assert len(repaired) == count

@@ -15,7 +15,7 @@ from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
-from tests.cases import generator
+from tests.cases import generator, pruning_problem
 from tests.samples.test_held_out import problem_with
 
 
@@ -246,3 +246,11 @@ def test_without_confidence_a_coupling_is_left(monkeypatch):
     method = EWR(anchor=1.0, swaps=0, ridge=0.025, damping=1.0, metric="diagonal")
     solution = method.solve(replace(problem, held_out=held_out), torch.Generator())
     assert torch.equal(solution.weights, paired.weights)
+
+
+def test_steps_are_damped_where_all_gradients_are_zero():
+    problem = replace(pruning_problem(5, 8, 2), factor=DenseFactor(torch.zeros(5, 8)))
+    regression = pairing_regression(problem, 0.1, 1.0, "identity")
+    assert damping_of(regression) > 0
+    direction = NaturalGradient.on(regression, torch.arange(8), damping_of(regression)).direction(torch.ones(8))
+    assert bool(direction.isfinite().all()) and bool(direction.any())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -83,3 +85,36 @@ def test_constants_are_those_of_the_code() -> None:
     assert len(rows) > 30
     for name, module, value in rows:
         assert getattr(importlib.import_module(f"swap_prune.{module}"), name) == ast.literal_eval(value), name
+
+
+@pytest.fixture
+def update_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, in a folder of its own, with results beside it."""
+    rows = [{"method": "dense", "clean": 98.5, "noisy": None}, {"method": "ewr", "clean": 97.25, "noisy": 96.5}]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("update_readme")
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "scripts" / "update_readme.py"))
+    return script
+
+
+def test_figures_of_the_demo_are_written_between_the_marks(update_readme: ModuleType, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- demo -->\nold\n<!-- /demo -->\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        update_readme.main(tmp_path / "results.json")
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- demo -->\n| ") and text.endswith("|\n<!-- /demo -->\nafter\n")
+    assert "| dense | 98.50 |  |\n| ewr | 97.25 | 96.50 |\n" in text and "old" not in text
+
+
+@pytest.mark.parametrize("text", ["no marks", "<!-- demo -->\nold\n", "<!-- /demo --> <!-- demo -->"])
+def test_a_readme_without_marks_is_an_error(update_readme: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"README.md has no <!-- demo --> \.\.\. <!-- /demo -->"):
+        update_readme.main(tmp_path / "results.json")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_the_readme_has_the_marks() -> None:
+    assert re.search("<!-- demo -->.*<!-- /demo -->", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -21,7 +21,7 @@ import torch.multiprocessing
 from torch import nn
 
 from swap_prune import FineTune, distributed, pipeline, prune
-from swap_prune.distributed import PARTS, Team, team_of
+from swap_prune.distributed import PARTS, Team, local_count, own_device, team_of
 from swap_prune.fisher import capture
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.sharded import ShardedFactor, owned_columns
@@ -309,3 +309,28 @@ def test_every_part_has_one_owner(size: int, parts: int) -> None:
     owned = [team.owned(parts) for team in teams]
     assert [part for some in owned for part in some] == list(range(parts))
     assert max(map(len, owned)) - min(map(len, owned)) <= 1
+
+
+def test_what_the_first_process_has_is_written_over_what_another_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast", lambda flat, **_: flat.zero_())
+    own, turned = torch.ones(2, 3), torch.ones(2, 3).T
+    Team(1, 2, torch.device("cpu"), None).take_from_first_([own, turned])  # type: ignore[arg-type]
+    assert not own.any() and not turned.any()
+
+
+def test_each_process_has_the_gpu_of_its_own_number_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [own_device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:2", "cuda:0", "cpu"]
+
+
+def test_processes_of_one_machine_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_count() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert local_count() == 4
+
+
+def test_more_processes_than_there_are_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "process_count", lambda: PARTS + 1)
+    with pytest.raises(ValueError, match="for 8 processes at the most, got 9"), team_of(torch.device("cpu")):
+        pass

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from swap_prune import surgery
 from swap_prune.doubts import record as module
 from swap_prune.doubts.inputs import _is_nearer, _other_classes, labels_contradicted, shift_seen
 from swap_prune.doubts.labels import doubt_labels
@@ -253,3 +254,12 @@ def test_labels_must_be_less_likely_by_five_standard_errors(errors, contradicted
     logits = torch.stack([q.log(), (1 - q).log()]).expand(n, 2)
     labels = (torch.arange(n) < wrong).long()
     assert labels_contradicted(cross_entropy, [logits], [(torch.zeros(n, 3), labels)]) == contradicted
+
+
+@pytest.mark.parametrize(("factor", "repaired"), [(1.4, False), (2.0, True)])
+def test_statistics_are_given_up_where_they_make_the_loss_half_as_high_again(factor, repaired, monkeypatch):
+    monkeypatch.setattr(surgery, "batchnorm_misfit", lambda *_: (2.0 * factor + 0.1, 2.0))
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    stream = CalibrationStream(TensorDataset(torch.randn(20, 4), torch.arange(20) % 3), generator())
+    assert bool(repair_batchnorm(model, stream, cross_entropy)) == repaired
+    assert (model[0].num_batches_tracked > 0) == repaired

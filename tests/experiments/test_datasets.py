@@ -16,7 +16,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from swap_prune.experiments import datasets
-from swap_prune.experiments.datasets import DATASETS, ImageData, ImageTensors, iterate, load_dataset
+from swap_prune.experiments.datasets import (
+    DATASETS,
+    ImageData,
+    ImageTensors,
+    calibration_data,
+    iterate,
+    load_dataset,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SWAP_PRUNE_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -377,6 +384,15 @@ def test_augmentation_follows_its_seeds():
     one, again = images.augmented(1), images.augmented(1)
     assert torch.equal(one[2][0], again.batch(torch.tensor([2]))[0][0]) and one[2][1] == 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pruning_augments_by_a_stream_of_its_own():
+    """Recalibration draws from that of the seed itself."""
+    images, every = ImageData("cifar10", 10, tiny(), tiny()), torch.arange(6)
+    first, again, other = (
+        data.batch(every)[0] for data in (*(calibration_data(images, 3) for _ in range(2)), images.train.augmented(3))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_image_tensors_refuse_other_tensors():

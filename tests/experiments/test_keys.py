@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from swap_prune import prune
+from swap_prune import FineTune, prune
 from swap_prune.experiments import run as run_module
 from swap_prune.experiments.results import read_results
 from tests import tiny
@@ -34,6 +34,8 @@ def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):
         "recalibrate_batchnorm": True,
         "samples": 30,
         "memory": "3GB",
+        "min_keep": {"3": 0.25},
+        "finetune": {"epochs": 1, "lr": 0.02},
         "methods": [
             {"name": "lr", "label": "bare", "defence": "none", "storage": "float32", "settings": {"first_order": 0.0}},
             {"name": "magnitude"},
@@ -52,6 +54,7 @@ def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):
         assert settings["defence"] == ("none" if name == "lr" else "auto")
         assert settings["storage"] == ("float32" if name == "lr" else "auto")
         assert settings["memory"] == "3GB"
+        assert settings["min_keep"] == {"3": 0.25} and settings["finetune"] == FineTune(epochs=1, lr=0.02)
     grid = {(name, settings["stages"], settings["noise"]) for _, _, name, settings in calls}
     assert grid == {(n, s, z) for n in ("lr", "magnitude") for s in (2, 3) for z in (None, "gradient:std=2")}
     for result in read_results(tmp_path):

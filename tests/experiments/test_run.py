@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from swap_prune import LR, FineTune, prune
+from swap_prune.experiments import bench as bench_module
 from swap_prune.experiments import run as run_module
 from swap_prune.experiments.bench import Bench, prepare, seeded
 from swap_prune.experiments.config import Experiment
@@ -251,6 +252,18 @@ def test_a_part_of_the_test_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="test_images needs test data that is a Dataset"):
         start(tmp_path / "none", tiny.experiment(test_images=50, data="tests.tiny:batches"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_part_of_the_test_images_is_drawn_and_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may be sorted by class."""
+    own, seen, iterate = bench(tiny.experiment(test_images=50)), [], bench_module.iterate
+    monkeypatch.setattr(
+        bench_module, "iterate", lambda data, index: seen.append(index.tolist()) or iterate(data, index)
+    )
+    for _ in range(2):
+        own.measure(own.network)
+    first, again = seen
+    assert first == again == sorted(set(first)) and first != list(range(50))
 
 
 def test_weights_that_changed_are_another_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from swap_prune.fisher.hooks import OutputGradients, check_against
 from swap_prune.fisher.layers import UnsupportedLayerError
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.batches import slice_batch
-from swap_prune.selection import select_parameters
+from swap_prune.selection import Selection, select_parameters
 from tests.cases import generator, normal
 
 N = 5
@@ -426,3 +426,13 @@ def test_no_compiler_is_loaded() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["ewr", "False"]
+
+
+def test_a_layer_of_small_gradients_is_checked_as_closely_as_one_of_large_ones() -> None:
+    selection = Selection({"large": torch.Size([4]), "small": torch.Size([4])})
+    expected = torch.tensor([[1.0] * 4 + [1e-4] * 4])
+    found = expected.clone()
+    found[:, 4:] *= 1.5
+    losses = torch.ones(1)
+    with pytest.raises(UnsupportedLayerError, match="'small'"):
+        check_against((found, losses), (expected, losses), selection, torch.float32)

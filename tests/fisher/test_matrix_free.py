@@ -310,3 +310,14 @@ def test_what_it_cannot_take_is_said() -> None:
     batch[0][3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         capture_matrix_free(model, selection, RowSource(cross_entropy, [batch]))
+
+
+def test_products_that_are_remembered_are_not_those_that_were_given_away() -> None:
+    model = build(perceptron)
+    batch = normal(N, 6, seed=1), torch.randint(CLASSES, (N,), generator=generator(2))
+    factor = capture_matrix_free(model, select_parameters(model), RowSource(cross_entropy, [batch])).factor
+    w = normal(factor.shape[1], seed=3)
+    expected = factor.matvec(w).clone()
+    for _ in range(2):
+        factor.matvec(w).zero_()
+    assert torch.equal(factor.matvec(w), expected)

@@ -183,3 +183,13 @@ def test_an_objective_that_is_no_number_is_left_out_of_the_evidence(monkeypatch)
 def test_debias_is_a_truth_value(value: object) -> None:
     with pytest.raises(ValueError, match="debias must be true or false"):
         EWR(debias=value)
+
+
+def test_the_objective_that_is_reported_is_that_of_the_regression_before_the_steps():
+    problem = pruning_problem(30, 60, 20, seed=1, dtype=torch.float64)
+    slope = torch.randn(60, generator=generator(5), dtype=torch.float64)
+    problem = replace(problem, slope=lambda w, kept: slope)
+    asked = {"epsilon": 0.2, "anchor": 0.5} | FIXED
+    still, moved = (EWR(**asked | {"first_order": step}).solve(problem, generator()) for step in (0.0, 0.3))
+    assert not torch.equal(moved.weights, still.weights)
+    assert moved.evidence["objective"] == pytest.approx(still.evidence["objective"])

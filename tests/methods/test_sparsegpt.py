@@ -95,3 +95,9 @@ def test_inputs_of_zero_leave_magnitude():
     new, kept = prune_columns(W, damped(torch.zeros(1, 6, 6), 0.01), 5, 128)
     assert torch.equal(new, W.masked_fill(~kept, 0))
     assert set(kept.flatten().nonzero().flatten().tolist()) == set(W.abs().flatten().topk(5).indices.tolist())
+
+
+def test_the_damping_is_a_share_of_the_mean_of_the_diagonal_and_one_where_that_is_zero():
+    H = torch.diag_embed(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    expected = torch.diag_embed(torch.tensor([[1.2, 3.2], [1.0, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(damped(H, 0.1), expected)

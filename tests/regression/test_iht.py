@@ -188,3 +188,13 @@ def test_inputs_are_left_alone():
     solve_sparse(problem, 5)
     after = dense_parts(problem)
     assert all(torch.equal(part, after[name]) for name, part in before.items())
+
+
+def test_a_layer_keeps_its_floor_wherever_the_iterations_lead():
+    free = 0
+    for seed in range(8):
+        problem = random_regression(10, 40, generator(seed))
+        held = replace(problem, floors=((slice(0, 15), 12), (slice(15, 40), 0)))
+        assert int((solve_sparse(held, 15, start=torch.arange(15)).support < 15).sum()) >= 12
+        free += int((solve_sparse(problem, 15, start=torch.arange(15)).support < 15).sum()) < 12
+    assert free > 0, "else nothing is held"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from swap_prune.fisher.factor import DenseFactor
+from swap_prune.regression.exchanged import DualFit
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.swap import exchange_of, propose_swaps, spared, swap_weights
@@ -139,3 +141,17 @@ def test_no_layer_is_swapped_below_its_floor() -> None:
     leaving = torch.tensor([5, 1, 0, 9, 6, 2])
     may = spared(leaving, ((slice(0, 4), 1), (slice(4, 8), 1)), support)
     assert may.tolist() == [True, True, True, True, False, False]
+
+
+def test_batches_that_do_not_pay_are_halved_down_to_a_sixteenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_regression(20, 1600, generator(0), ridge=0.01)
+    fit, sizes, exchanged = fit_on(problem, torch.arange(800)), [], DualFit.exchanged
+
+    def paying_alone(self: DualFit, leaving: torch.Tensor, *rest: torch.Tensor | None) -> DualFit:
+        sizes.append(len(leaving))
+        tried = exchanged(self, leaving, *rest)  # type: ignore[arg-type]
+        return tried if len(leaving) == 1 else replace(tried, dropped=tried.dropped + math.inf)
+
+    monkeypatch.setattr(DualFit, "exchanged", paying_alone)
+    assert swap_weights(problem, fit, max_batches=1).swaps == 1
+    assert sizes == [16, 8, 4, 2, 1]

@@ -16,6 +16,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from swap_prune.samples.calibration import CalibrationStream
@@ -160,3 +161,22 @@ def test_augmentation_is_reproducible_and_differs_from_batch_to_batch():
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(first, again) and not torch.equal(first, other)
         assert all(not torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+
+
+class Flagged(TensorDataset):
+    """Its samples have what a worker's own beginning has written."""
+
+    flag = 0
+
+    def __getitem__(self, index):
+        return *super().__getitem__(index), torch.tensor(self.flag)
+
+
+def write_flag(worker):
+    get_worker_info().dataset.flag = 5
+
+
+def test_workers_begin_as_the_loader_says():
+    loader = DataLoader(Flagged(torch.randn(8, 2)), batch_size=4, num_workers=1, worker_init_fn=write_flag)
+    drawn = CalibrationStream(loader, generator()).draw(8)
+    assert torch.cat([flags for _, flags in drawn]).tolist() == [5] * 8

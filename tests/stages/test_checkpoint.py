@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from swap_prune import FineTune, PruningReport, prune
+from swap_prune import FineTune, PruningReport, files, prune
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.report import StageReport
-from swap_prune.stages import checkpoint
+from swap_prune.stages import checkpoint, identity
 from swap_prune.stages.identity import described
 from swap_prune.stages.runner import StageRunner
 from tests.stages.test_runner import own_labels, sure_network
@@ -507,3 +507,19 @@ def test_what_a_run_is(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "run.json").read_text())
     assert (kept["seed"], kept["stages"], kept["device"]) == (0, 4, "cpu")
     assert [model["model"] for model in kept["noise"]] == ["LabelNoise", "GradientNoise"]
+
+
+def test_a_run_of_other_versions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("dataset", tmp_path)
+    monkeypatch.setattr(identity, "versions", lambda: {"torch": "0.1"})
+    with pytest.raises(ValueError, match="is of another run: versions was"):
+        run("dataset", tmp_path)
+
+
+def test_a_stage_that_is_kept_is_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[Path] = []
+    kept = checkpoint.Checkpoint(tmp_path, {})
+    monkeypatch.setattr(files, "force_to_disk", forced.append)
+    kept.keep([], 2)
+    assert [path.name.endswith("2-stages.safetensors") for path in forced[:1]] == [True]
+    assert forced[1:] == [tmp_path], "the file, and the name of it"

@@ -409,3 +409,34 @@ def test_clean_runs_with_batchnorm_are_the_same_with_and_without_a_defence(fishe
         report = prune(model, small_data(200), 0.7, LR(fisher=fisher), samples=128, defence=defence, progress=False)
         assert not {"noise_seen", "rows_clipped", "label_noise"} & set(report.stages[0].evidence)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=False))
+
+
+def test_each_stage_draws_for_each_purpose_from_a_stream_of_its_own(monkeypatch):
+    asked, own = [], runner_module.forked_generator
+    monkeypatch.setattr(runner_module, "forked_generator", lambda *given: asked.append(given) or own(*given))
+    settings = {"samples": 40, "stages": 2, "finetune": FineTune(epochs=1), "seed": 7, "progress": False}
+    prune(small_network(), small_data(), 0.7, "lr", **settings)
+    assert {seed for seed, _ in asked} == {7}
+    assert len(asked) == len(set(asked)) >= 8
+
+
+def test_only_the_last_recalibration_reads_more_than_a_stage(monkeypatch):
+    read, own = [], runner_module.recalibrate_batchnorm
+
+    def counted(model, batches, loss_fn):
+        batches = list(batches)
+        read.append(sum(len(one[1]) for one in batches))
+        return own(model, batches, loss_fn)
+
+    monkeypatch.setattr(runner_module, "recalibrate_batchnorm", counted)
+    prune(small_network(), small_data(200), 0.8, "magnitude", samples=20, stages=3, progress=False)
+    assert read == [20, 20, 200]
+
+
+def test_samples_that_judge_are_held_out_anew_once_the_data_have_come_round():
+    """Read again, the first ones may have been fitted."""
+    data = list(zip(*(part.split(100) for part in own_labels(600).tensors), strict=True))
+    method = asking()
+    prune(sure_network(), data, 0.5, method, samples=200, stages=3, noise="labels:fraction=0.5", progress=False)
+    judges = [problem.slope.__self__.held_out[0].batch[0] for problem in method.problems]
+    assert len(judges) == 3 and not torch.equal(judges[0], judges[1])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import swap_prune
+from swap_prune.doubts.record import Doubts
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Taught
 from tests.tiny import batches, data, network
@@ -162,3 +163,26 @@ def test_what_cannot_be_used_is_refused_and_nothing_changes() -> None:
     with pytest.raises(ValueError, match="at least five samples are needed, got 4"):
         swap_prune.prune(model, few, **QUIET)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+def test_attacked_samples_that_judge_are_shifted_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, object]] = []
+    restore = Doubts.restore
+
+    def watched(self: Doubts, model: nn.Module, fitting: list, held_out: list, generator: torch.Generator) -> object:
+        found = restore(self, model, fitting, held_out, generator)
+        seen.append((not held_out, found[2]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Doubts, "restore", watched)
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(1800, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        labels = model(inputs).argmax(1)
+    settings = QUIET | {"samples": 200, "noise": "adversarial:budget=0.5", "sparsity": 0.5}
+    with pytest.raises(KeyboardInterrupt):
+        swap_prune.prune(model, torch.utils.data.TensorDataset(inputs, labels), **settings)
+    ((judges, evidence),) = seen
+    assert judges and evidence is not None, "before any stage, and something was done"

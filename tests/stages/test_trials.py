@@ -212,3 +212,30 @@ def test_a_teacher_of_everything_does_not_learn_with_the_network() -> None:
             parameter += 0.5
     assert all(torch.equal(a, b) for a, b in zip(whole.outputs(fitting), before, strict=True))
     assert not torch.allclose(part.outputs(fitting)[0], before[0]), "biases are the network's own"
+
+
+def test_the_slope_is_taken_where_dropped_weights_are_zero() -> None:
+    model, fitting = network(False), batches(4, 12)
+    selection = select_parameters(model, ("Linear",), ())
+    w = selection.read(model)
+    kept = torch.arange(len(w)) % 2 == 0
+    trials = trials_on(model, selection, untaught(fitting), False)
+    torch.testing.assert_close(trials.slope(w, kept), trials.slope(w * kept, kept))
+    assert not torch.allclose(trials.slope(w, kept), trials.slope(w, torch.ones_like(kept)))
+
+
+@pytest.mark.parametrize(("fitting", "held_out", "training"), [((4, 1), (9,), False), ((4,), (9,), True)])
+def test_one_sample_alone_in_any_batch_leaves_batchnorm_on_running_statistics(
+    fitting: tuple[int, ...], held_out: tuple[int, ...], training: bool
+) -> None:
+    model = network(True)
+    selection = select_parameters(model, ("Linear",), ())
+    judges = untaught(batches(*held_out))
+    trials = trials_on(model, selection, untaught(batches(*fitting)), True, held_out=judges)
+    seen = []
+    model[1].register_forward_hook(lambda layer, *_: seen.append(layer.training))
+    w = selection.read(model)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    trials.slope(w, kept)
+    trials.losses(w, kept)
+    assert seen and set(seen) == {training}

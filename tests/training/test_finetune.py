@@ -467,3 +467,17 @@ def test_a_model_made_in_inference_mode_is_refused() -> None:
     for call in (swap_prune.prune, finetune):
         with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
             call(model, DATA, progress=False)
+
+
+def test_the_seed_decides_what_dropout_drops() -> None:
+    """Of one batch the order of the samples is always the same."""
+
+    def trained(seed: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+        with torch.no_grad():
+            model[0].weight[0] = 0
+        finetune(model, [DATA[:20]], FineTune(epochs=1), seed=seed, progress=False)
+        return model[2].weight.detach()
+
+    assert torch.equal(trained(0), trained(0)) and not torch.equal(trained(0), trained(1))

@@ -305,3 +305,33 @@ def test_gradients_of_pruned_weights_do_not_shorten_a_step():
     model(torch.tensor([[1.0, 100.0, 1.0, 100.0]])).sum().backward()
     optimizer.step()
     assert float((model.weight - before).detach().norm()) == pytest.approx(0.1)
+
+
+class SteppingBetween(torch.optim.SGD):
+    """Moves all weights before it asks for the loss again, as a line search does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p += 1.0
+
+
+def test_a_loss_that_is_asked_for_within_a_step_is_that_of_masked_weights():
+    model, seen = nn.Linear(3, 2, bias=False), []
+    with torch.no_grad():
+        model.weight[0, 0] = 0
+    optimizer = SteppingBetween(model.parameters(), lr=0.1)
+
+    def closure():
+        seen.append(model.weight[0, 0].item())
+        loss = model(torch.ones(1, 3)).sum()
+        loss.backward()
+        return loss
+
+    with keep_masks(model, optimizer):
+        optimizer.step(closure)
+    assert seen == [0.0, 0.0]

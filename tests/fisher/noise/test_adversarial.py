@@ -145,3 +145,20 @@ def test_a_step_of_l1_moves_a_hundredth_of_the_entries():
     assert (moved != 0).sum(1).tolist() == [10] * 3
     torch.testing.assert_close(moved.abs().sum(1), torch.full((3,), 2.0))
     assert torch.equal(moved[0].nonzero().flatten(), direction.abs().topk(10).indices.sort().values)
+
+
+def test_of_all_iterates_of_pgd_the_one_of_the_highest_loss_is_taken():
+    """The loss of the input falls again behind its peak."""
+    seen = []
+
+    def loss_fn(model, batch):
+        losses = (-(model(batch[0]) - 0.5).abs()).flatten(1).sum(1)
+        seen.append(float(losses.detach()))
+        return losses
+
+    model = nn.Identity()
+    model.register_parameter("w", nn.Parameter(torch.zeros(1)))
+    noise = AdversarialInputs("pgd", budget=1.0, steps=6, step=0.37)
+    ((moved, _),) = noise.corrupt([(torch.zeros(1, 1), torch.zeros(1))], generator(), model, loss_fn)
+    assert len(seen) > 6 and seen[-1] < max(seen)
+    assert float(-(moved - 0.5).abs()) == pytest.approx(max(seen))

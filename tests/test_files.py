@@ -1,0 +1,55 @@
+"""Files that appear whole or not at all, and stay when the power goes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from swap_prune import files
+
+
+def test_a_file_is_forced_to_the_disk_before_it_takes_its_place_and_its_name_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    rename = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        done.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(files, "force_to_disk", lambda path: done.append("folder" if path.is_dir() else "file"))
+    monkeypatch.setattr(files.os, "replace", replace)
+    for durable, expected in ((False, ["renamed"]), (True, ["file", "renamed", "folder"])):
+        done.clear()
+        with files.replacing(tmp_path / "a.txt", durable=durable) as scratch:
+            scratch.write_text("x")
+        assert done == expected
+
+
+def test_files_of_processes_of_other_machines_are_not_abandoned(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = (f".{machine}-{gone.pid}-{'1f' * 16}.x" for machine in (platform.node(), "another-machine"))
+    assert [files.is_abandoned(tmp_path / name) for name in names] == [True, False]
+
+
+def test_files_of_a_directory_appear_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written to a directory that is there already and cut off has the first ones."""
+    rename, count = os.replace, 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(ValueError, match="No space left"):
+        files.write_directory(tmp_path, {"weights": b"1", "report": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
