@@ -82,8 +82,9 @@ class GradientDefence:
         treatments: What is made of the rows of G, for layers that are not left as they are.
         averages: How slopes are averaged, for layers where that is settled and not the plain mean. Those of ``open``
             are added when the first slope is taken.
-        open: Layers whose average two looks at the first slope settle: those whose rows come nearer to the truth by
-            what is made of them. Noise that all rows share, as of weights in analog memory, no average takes out.
+        open: Layers whose average two looks at the first slope settle: those of rank 1 whose rows come nearer to the
+            truth by what is made of them. What a low rank cuts off the others adds up in a mean, more so when slopes
+            have become small; and noise that all rows share, as of weights in analog memory, no average takes out.
     """
 
     layers: Mapping[str, Layer]
@@ -131,7 +132,7 @@ class GradientDefence:
         entries = {name for name in noisy if treatments[name] != AS_THEY_ARE}
         if joined:
             return cls(layers, noise, treatments, dict.fromkeys(entries, Average(kind="trimmed mean")))
-        return cls(layers, noise, treatments, averages, entries)
+        return cls(layers, noise, treatments, averages, {name for name in entries if layers[name].exact})
 
     @classmethod
     def as_asked(cls, layers: Mapping[str, Layer], asked: Collection[str]) -> GradientDefence:
