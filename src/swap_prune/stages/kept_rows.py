@@ -44,10 +44,12 @@ class KeptRows:
     Attributes:
         directory: Where it lies, or will.
         name: Of its two files, without their endings.
+        device: Where products with it are wanted.
     """
 
     directory: Path
     name: str
+    device: torch.device
 
     @classmethod
     def of(cls, directory: Path, model: nn.Module, request: Request, batches: Sequence[Any]) -> KeptRows:
@@ -62,7 +64,7 @@ class KeptRows:
         Raises:
             ValueError: If the samples cannot be told from others.
         """
-        samples = hashlib.sha256()
+        samples, device = hashlib.sha256(), next(model.parameters()).device
         try:
             for batch in batches:
                 digest_whole(batch, samples)
@@ -75,11 +77,11 @@ class KeptRows:
             "loss": described(request.loss),
             "rows": [described(request.curvature), request.joined, request.seed],
             "samples": samples.hexdigest(),
-            "device": str(next(model.parameters()).device.type),
+            "device": device.type,
             "versions": versions(),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        return cls(directory, f"G-{digest[:32]}")
+        return cls(directory, f"G-{digest[:32]}", device)
 
     def find(self, first_row: Callable[[], Tensor]) -> Capture | None:
         """Return what an earlier run left; None where there is nothing, or nothing to be believed.
@@ -89,14 +91,14 @@ class KeptRows:
         """
         try:
             about = json.loads(self._path(".json").read_text(encoding="utf-8"))
-            factor = MappedFactor.open(self._path(".fisher"))
-            losses = torch.tensor(about["losses"], dtype=factor.dtype, device="cpu")
+            factor = MappedFactor.open(self._path(".fisher"), self.device)
+            losses = torch.tensor(about["losses"], dtype=factor.dtype, device=self.device)
             found = Capture(factor, losses, str(about["backend"]), int(about["chunk"]))
         except (OSError, ValueError, KeyError, TypeError):  # not there, not whole, or not ours: it is taken anew
             return None
         if about.get("crc32") != factor.checksum:
             return None
-        expected, row = first_row().cpu(), factor.row_span(0, 1)[0]
+        expected, row = first_row(), factor.row_span(0, 1)[0]
         away = torch.linalg.vector_norm(row - expected)
         return found if bool(away <= _ALIKE * torch.linalg.vector_norm(expected)) else None
 
