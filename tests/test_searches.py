@@ -1,6 +1,7 @@
 """The searches of a support, put together: path, hard thresholding, swaps, coupling, active set."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -186,8 +187,10 @@ def test_what_is_asked_of_a_coupling_is_asked_where_it_is_chosen(monkeypatch):
     monkeypatch.setattr(ewr_module, "choose_coupling", choose)
     problem = pruning_problem(30, 40, 12, seed=1)
     EWR(gradient="paper", debias=False, anchor=0.3).solve(problem, generator())
-    [(anchors, named)] = asked
-    assert anchors == (0.3,) and named.pop("known") is not None and named == {"gradient": "paper", "debias": False}
+    EWR(epsilon_unit="absolute", relaxation=7.0).solve(problem, generator())
+    (anchors, named), (no_anchors, relaxed) = asked
+    assert anchors == (0.3,) and named.pop("known") is not None and no_anchors is None
+    assert named == {"gradient": "paper", "debias": False, "relaxation": math.inf} and relaxed["relaxation"] == 7.0
 
 
 def test_active_sets_that_were_cut_short_are_reported(monkeypatch):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from statistics import median_low
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def noise_between(first: Tensor, second: Tensor) -> float:
 
     Of the rows, the lower median: a few that were overwritten in one look do not make all of them noisy.
     """
-    return float(torch.tensor(list(map(_share_between, first, second))).median())
+    return median_low(map(_share_between, first, second))
 
 
 def choose_treatment(first: Tensor, second: Tensor, shape: tuple[int, int]) -> Treatment:
