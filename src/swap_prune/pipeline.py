@@ -199,6 +199,8 @@ def prune(
             placed.team.agree("settings", repr((compared, dict(request.selection.shapes), request.seed)))
             placed.team.agree("weights", model.state_dict())
             placed.team.agree("storage, found by the free memory of each (memory= gives a budget)", repr(recorded))
+        if keep_rows:
+            check_dense(model, "which keep_rows cannot name (leave keep_rows out)")
         if checkpoint is not None:
             check_dense(model, "which a checkpoint cannot keep (leave checkpoint out)")
             same = identity(model, request, data, recalibration_data, recorded, place)

@@ -130,6 +130,28 @@ def test_rows_of_other_code_are_not_believed(tmp_path: Path) -> None:
     assert "rows_reused" in run(tmp_path, Net(), data)[1]
 
 
+class Weighted:
+    """A loss that remembers how much each class counts, of which its type says nothing."""
+
+    def __init__(self, counts: list[float]) -> None:
+        self.counts = torch.tensor(counts)
+
+    def __call__(self, net: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(net(batch[0]), batch[1], self.counts, reduction="none")
+
+
+def test_rows_of_another_loss_of_the_same_name_are_not_believed(tmp_path: Path) -> None:
+    """The first sample is of a class that counts alike in both."""
+    model, data = small_network(), small_data(80)
+    data.tensors[1][:] = torch.arange(80) % 3
+    batches = [data.tensors]
+    run(tmp_path, model, batches, loss_fn=Weighted([1.0, 50.0, 1.0]))
+    found, evidence = run(tmp_path, model, batches, loss_fn=Weighted([1.0, 1.0, 50.0]))
+    assert "rows_reused" not in evidence
+    assert same(found, run(None, model, batches, loss_fn=Weighted([1.0, 1.0, 50.0]))[0])
+    assert "rows_reused" in run(tmp_path, model, batches, loss_fn=Weighted([1.0, 1.0, 50.0]))[1]
+
+
 def cut(fisher: Path, about: Path) -> None:
     fisher.write_bytes(fisher.read_bytes()[:-8])
 

@@ -61,6 +61,7 @@ class Workload:
         row_bytes: Bytes that a row takes while it is made, where that is more than what a sample keeps; else 0.
         mini_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
+        slopes_held: Whether slopes are averaged over gradients that are held together, whatever is in them.
         sample_bytes: Bytes of a sample itself.
         can_spill: Whether samples can lie in files.
         output_bytes: Bytes of its outputs, where the loss compares them.
@@ -102,6 +103,7 @@ class Workload:
     copies: int = 0
     mini_batches: bool = False
     row_noise: bool = False
+    slopes_held: bool = False
     held: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     processes: int = 1
@@ -149,7 +151,7 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     if load.doubted:  # before G is there; shifted samples lie beside those that they were
         shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
-    if load.row_noise and not load.mini_batches:  # slopes are then means over rows like those of G
+    if (load.row_noise or load.slopes_held) and not load.mini_batches:  # as rows of G
         again = factor + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
@@ -177,7 +179,7 @@ def _defence(load: Workload, kind: StorageKind) -> int:
 def _slopes(load: Workload, storage: Storage) -> int:
     """Return what gradients of batches take: all of them together in float32, or sums that they are added to."""
     vector = load.itemsize * load.weights
-    if load.row_noise and load.mini_batches:  # those of mini-batches, and their mean
+    if (load.row_noise or load.slopes_held) and load.mini_batches:  # those of mini-batches, and their mean
         return (load.rows + 1) * vector
     if storage.kind == "float32":
         return -(-load.samples // storage.at_once) * vector

@@ -58,7 +58,8 @@ class EWR:
         first_order: As for LR; not used by ``algorithm1``.
         floor: As for LR; ``algorithm1`` keeps to one that is fixed.
         relaxation: tau > 0, in units of ``epsilon_unit``: what it costs a plan to drop the mass of samples that lie far
-            from all others, which then count less (unbalanced transport; ``iht`` only). None: all count alike.
+            from all others, which then count less (unbalanced transport; ``iht`` only, without ``debias``). None: all
+            count alike.
     """
 
     epsilon: float | Literal["auto"] = "auto"

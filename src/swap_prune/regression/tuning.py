@@ -68,7 +68,7 @@ def mean_cost(x: Tensor, y: Tensor) -> float:
 def plans_of(pairing: WeightedRidge, x: Tensor, coupling: Coupling) -> list[TransportPlan]:
     """Return the plan between x and y, and that of x on itself where the target is debiased by it."""
     ends = [pairing.target]
-    if coupling.gradient == "exact" and coupling.debias and coupling.anchor > 0:
+    if coupling.gradient == "exact" and coupling.debias and coupling.anchor > 0 and coupling.relaxation == math.inf:
         ends.append(x)
     return [
         transport_plan(
@@ -98,7 +98,7 @@ def couple(
         The same regression with the barycentric target, debiased as in the Sinkhorn divergence
         (``T_xy(x) - T_xx(x) + x``; Feydy et al., 2019), or with residuals smoothed by ``n P``, of which the
         symmetric positive part is taken, so that there is a minimum. Where mass may be dropped, residuals count by what
-        is left of it: ``S = n diag(P 1)``.
+        is left of it: ``S = n diag(P 1)``; such targets are not debiased.
     """
     y = pairing.target
     plan, *itself = (found.plan for found in plans or plans_of(pairing, x, coupling))
@@ -108,8 +108,6 @@ def couple(
         return replace(pairing, smoothing=smoothing.to(y.dtype))
     if coupling.relaxation < math.inf:
         target, mass = relaxed_target(plan, y)
-        for own in itself:
-            target = target - relaxed_target(own, x)[0] + x
         return replace(pairing, target=target, smoothing=torch.diag(mass))
     target = barycentric_target(plan, y)
     for own in itself:

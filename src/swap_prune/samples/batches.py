@@ -85,6 +85,8 @@ def digest_whole(batch: Any, digest: hashlib._Hash) -> None:
         ValueError: If it holds what cannot be told from others of its kind by its content.
     """
     if isinstance(batch, Tensor):
+        if batch.layout is not torch.strided or batch.is_nested or batch.is_quantized:
+            raise ValueError(f"a batch holds a tensor of layout {batch.layout}, whose content cannot be compared")
         digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
         digest.update(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(batch, Mapping | list | tuple) or _is_record(batch):

@@ -22,7 +22,8 @@ from swap_prune.fisher.matrix_free import capture_matrix_free
 from swap_prune.fisher.sketch import draw_sketch, mini_batches, sketch_curvature
 from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
-from swap_prune.network.modes import eval_mode
+from swap_prune.losses import run_loss
+from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.randomness import forked_generator
 from swap_prune.request import Request
 from swap_prune.samples.batches import is_single, split_batches
@@ -69,7 +70,7 @@ class RowCapture:
             if self.storage.kept is None or self.number > 1:
                 return self._rows(weights, batches, advance)
             rows = KeptRows.of(self.storage.kept, self.model, self.request, batches)
-            found = rows.find(lambda: self._first_row(weights, batches))
+            found = rows.find(lambda: self._first_row(weights, batches), lambda: self._losses(batches))
             if found is None:
                 return rows.keep(self._rows(weights, batches, advance))
         advance(len(found.losses))
@@ -82,6 +83,13 @@ class RowCapture:
         alone = (mini_batches(batches[:1]) if joined else split_batches(batches[:1], 1))[:1]
         once = replace(self, storage=Storage(at_once=self.storage.at_once))
         return once._rows(weights, alone, lambda _count: None).factor.row_span(0, 1)[0]
+
+    def _losses(self, batches: list[Any]) -> Tensor:
+        """Return the losses of all samples, as capture finds them, (n,)."""
+        joined = joins_rows(self.request, batches)
+        parts = mini_batches(batches) if joined else batches
+        with (batch_statistics if joined else eval_mode)(self.model), torch.no_grad():
+            return torch.cat([run_loss(self.model, part, self.request.loss) for part in parts])
 
     def _rows(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
         """Return G at the network's weights (p,)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ class Defender:
             defence = GradientDefence.by_looks(layers, first, second, beyond, joined=self.joined, choosing=choosing)
             if defence.noise == 0:
                 return None
+            if not isinstance(factor, DenseFactor):  # which is not cleaned
+                break
         return defence
 
     def _looks(self, factor: FisherFactor, fitting: list[Any], count: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +129,8 @@ class Defender:
         curvature = self.request.curvature
         if self.joined and curvature is not None:
             return draw_sketch(self.model, mini_batches(fitting)[:count], curvature, generator, in_batches=True)
-        singles = list(filter(is_single, split_batches(fitting[:1], 1)))[:count]
+        alone = chain.from_iterable(split_batches([batch], 1) for batch in fitting)
+        singles = list(islice(filter(is_single, alone), count))
         if curvature is None or not singles:
             return RowSource(self.request.loss, singles)
         return draw_sketch(self.model, singles, curvature, generator, in_batches=False)

@@ -2,8 +2,8 @@
 
 Whoever prunes one network to many sparsities, or by many methods, takes the same gradients in each first stage. Their
 file has a name made of all that they depend on: the weights and buffers, the samples, the loss, what is selected, the
-seed of the signs. What a name cannot say, such as what the code of a network does, the first row says: it is taken
-again, and a file whose first row is another is not believed.
+seed of the signs. What a name cannot say, such as what the code of a network or of a loss does, the first row and the
+losses of all samples say: they are taken again, and a file that has others is not believed.
 
     G-<digest>.fisher    the rows (:mod:`swap_prune.fisher.mapped`)
     G-<digest>.json      their losses, and the checksum of the rows; written last
@@ -34,7 +34,7 @@ from swap_prune.stages.identity import described
 
 __all__ = ["KeptRows"]
 
-_ALIKE = 1e-3  # of a row's norm: two ways to compute it may differ by so much
+_ALIKE = 1e-3  # of a norm: two ways to compute a row, or losses, may differ by so much
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ class KeptRows:
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         return cls(directory, f"G-{digest[:32]}", device)
 
-    def find(self, first_row: Callable[[], Tensor]) -> Capture | None:
+    def find(self, first_row: Callable[[], Tensor], losses_now: Callable[[], Tensor]) -> Capture | None:
         """Return what an earlier run left; None where there is nothing, or nothing to be believed.
 
         Args:
             first_row: Takes the first row again, (p,).
+            losses_now: Takes the losses of all samples again.
         """
         try:
             about = json.loads(self._path(".json").read_text(encoding="utf-8"))
@@ -98,9 +99,8 @@ class KeptRows:
             return None
         if about.get("crc32") != factor.checksum:
             return None
-        expected, row = first_row(), factor.row_span(0, 1)[0]
-        away = torch.linalg.vector_norm(row - expected)
-        return found if bool(away <= _ALIKE * torch.linalg.vector_norm(expected)) else None
+        row = factor.row_span(0, 1)[0]
+        return found if _are_alike(losses, losses_now()) and _are_alike(row, first_row()) else None
 
     def keep(self, capture: Capture) -> Capture:
         """Give the file of a G its name, for good.
@@ -130,3 +130,11 @@ class KeptRows:
 
     def _path(self, ending: str) -> Path:
         return self.directory / (self.name + ending)
+
+
+def _are_alike(kept: Tensor, now: Tensor) -> bool:
+    """Whether two vectors are the same to rounding; zeros tell nothing."""
+    if kept.shape != now.shape:
+        return False
+    away, size = (torch.linalg.vector_norm(one.double()) for one in (kept - now.to(kept), now))
+    return bool(size > 0) and bool(away <= _ALIKE * size)

@@ -65,6 +65,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         copies=0 if finetune is None else (4 if len(request.schedules) > 1 else 2) * _bytes(model),
         mini_batches=request.joined,
         row_noise=noise.acts_on_rows,
+        slopes_held=asked and not request.defences.isdisjoint(("trimmed-mean", "median-of-means")),
         held=held_memory(place) + (_bytes(model) if place != own else 0),
         device=place,
         processes=max(1, process_count()),

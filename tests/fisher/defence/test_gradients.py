@@ -59,7 +59,7 @@ def test_the_layers_are_those_with_entries_as_matrices() -> None:
         "1.weight": ((1, 6), False),
         "3.weight": ((3, 24), True),
     }
-    assert [layer.fixed_rank for layer in layers.values()] == [3, 3, 1]
+    assert [layer.fixed_rank for layer in layers.values()] == [3, None, 1]
 
 
 def test_energy_outside_rank_one_is_noise_where_rows_have_that_rank() -> None:

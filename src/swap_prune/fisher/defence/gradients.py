@@ -39,9 +39,10 @@ class Layer(NamedTuple):
     exact: bool
 
     @property
-    def fixed_rank(self) -> int:
-        """The rank of its rows, as far as nothing but its kind is known."""
-        return 1 if self.exact else _RANK
+    def fixed_rank(self) -> int | None:
+        """The rank of its rows, as far as nothing but its kind is known; None where it is no less than there can be."""
+        rank = 1 if self.exact else _RANK
+        return rank if rank < min(self.shape) else None
 
 
 def layers_of(selection: Selection, exact: Collection[str]) -> dict[str, Layer]:

@@ -30,6 +30,7 @@ __all__ = ["choose_average", "choose_treatment", "noise_between"]
 
 _RANKS = 16  # outer products of a row that are tried, at the most
 _MOST = 0.75  # of the rows have to come nearer, or they are left as they are
+_LEAST_SHARE = 0.01  # of a row's energy that a treatment takes away of its distance
 _LEAST_GAIN = 1.02  # of the cosine with the second look, over the plain mean's
 _AVERAGES = (
     *(Average(Treatment(winsorised, rank)) for winsorised, rank in ((True, None), *product((False, True), (1, 3)))),
@@ -62,7 +63,7 @@ def choose_treatment(first: Tensor, second: Tensor, shape: tuple[int, int]) -> T
     first, second = first / scale, second / scale
     whole = _excess(first, second)
     unit = (torch.linalg.vector_norm(first, dim=1) * torch.linalg.vector_norm(second, dim=1)).clamp_min(1e-30)
-    best, best_gain = AS_THEY_ARE, 0.0
+    best, best_gain = AS_THEY_ARE, _LEAST_SHARE
     for limited in (False, True):
         rows = winsorised(first, column_scales(first)) if limited else first
         excesses = {Treatment(limited): _excess(rows, second)} if limited else {}

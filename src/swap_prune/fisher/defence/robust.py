@@ -18,7 +18,7 @@ def column_scales(rows: Tensor) -> Tensor:
     """Return ``c_j``, (q,): the median over rows (n, q) of an entry's size in units of its row's mean size.
 
     With the mean size ``r_i`` of row i, ``r_i c_j`` is what is expected of the entry: rows differ in size as samples
-    do, columns as weights do.
+    do, columns as weights do. Of a column that is zero in half of the rows nothing is expected.
     """
     some = rows[:_TYPICAL].abs()
     sizes = some.mean(1, keepdim=True)

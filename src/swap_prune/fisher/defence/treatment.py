@@ -74,7 +74,8 @@ class Average:
     scale: float = 1.0
 
     def __str__(self) -> str:
-        return self.kind if self.treatment == AS_THEY_ARE else f"{self.kind}, {self.treatment}"
+        parts = [self.kind, str(self.treatment) if self.treatment != AS_THEY_ARE else ""]
+        return ", ".join(filter(None, [*parts, "" if self.scale == 1 else f"times {self.scale:.2g}"]))
 
     def of(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """Return the mean of rows (n, a b), (a b,), each a matrix of a shape (a, b)."""
