@@ -24,7 +24,6 @@ from swap_prune.artifact import check_dense
 from swap_prune.checks import user_path
 from swap_prune.distributed import all_or_none, is_first, local_count, team_of
 from swap_prune.doubts.record import Doubts
-from swap_prune.fisher.noise import parse_noise
 from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss, LossFn
@@ -169,9 +168,11 @@ def prune(
         finetune=finetune,
         noise=noise,
         defence=defence,
-        storage=_of_kept_rows(storage, scratch, noise) if keep_rows else storage,
+        storage="mapped" if keep_rows and storage == "auto" else storage,
         seed=seed,
     )
+    if keep_rows:
+        _check_kept_rows(request, scratch)
     place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
     with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):
@@ -281,19 +282,18 @@ def plan(
     return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch)
 
 
-def _of_kept_rows(storage: str, scratch: str | Path | None, noise: Any) -> str:
-    """Return the storage of a run whose rows are kept.
+def _check_kept_rows(request: Request, scratch: str | Path | None) -> None:
+    """Refuse to keep rows that would lie in no file, or be others each time.
 
     Raises:
-        ValueError: If there is nowhere to keep them, or if they would lie in no file, or be others each time.
+        ValueError: If they would, or there is nowhere to keep them.
     """
     if scratch is None:
         raise ValueError("keep_rows needs a directory to keep them in: give scratch=")
-    if storage not in ("auto", "mapped"):
-        raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {storage!r}")
-    if parse_noise(noise).models:
+    if request.storage != "mapped":
+        raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {request.storage!r}")
+    if request.noise.models:
         raise ValueError("keep_rows keeps the gradients of the network as it is, and noise= makes others of them")
-    return "mapped"
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from swap_prune import LR, prune
 from swap_prune.fisher.mapped import MappedFactor
 from swap_prune.stages import capturing
 from tests.fisher.defence.test_gradients import perceptron
+from tests.stages.test_runner import Asking
 from tests.test_pipeline import small_data, small_network
 
 
@@ -224,14 +224,7 @@ def test_what_keeping_rows_needs(options: dict[str, Any], words: str, tmp_path: 
 
 
 def test_a_run_that_fails_after_capture_leaves_whole_rows(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Failing:
-        name: ClassVar[str] = "failing"
-        needs_gradients: ClassVar[bool] = True
-        needs_held_out: ClassVar[bool] = True
-        needs_inputs: ClassVar[bool] = False
-        fisher: ClassVar[str] = "auto"
-
+    class Failing(Asking):
         def solve(self, problem: Any, generator: torch.Generator) -> Any:
             raise ValueError("no")
 

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from swap_prune.defences import FIXED_DEFENCES
 from swap_prune.fisher.capture import Capture
-from swap_prune.fisher.defence.exact import outer_product_layers
-from swap_prune.fisher.defence.gradients import LOOKED_CLOSELY_AT, GradientDefence, Layer, layers_of, rank_noise
+from swap_prune.fisher.defence.exact import CLEAN, outer_product_layers
+from swap_prune.fisher.defence.gradients import (
+    LOOKED_CLOSELY_AT,
+    GradientDefence,
+    Layer,
+    layers_of,
+    look_noise,
+    rank_noise,
+)
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.sketch import draw_sketch, mini_batches
@@ -79,9 +86,9 @@ class Defender:
         if defence is None:
             return factor, None
         evidence |= {"noise_seen": defence.noise} if defence.noise > 0 else {}
-        return (
-            (defence.clean_rows_(factor), defence) if isinstance(factor, DenseFactor) else self._left(factor, evidence)
-        )
+        if not isinstance(factor, DenseFactor):
+            return self._left(factor, evidence)
+        return defence.clean_rows_(factor), defence
 
     def _left(self, factor: FisherFactor, evidence: dict[str, Any]) -> tuple[FisherFactor, None]:
         """Say that rows should be cleaned, and are not."""
@@ -98,15 +105,15 @@ class Defender:
         self, factor: FisherFactor, layers: Mapping[str, Layer], beyond: Mapping[str, float], fitting: list[Any]
     ) -> GradientDefence | None:
         """Return what is to be done; None where gradients are clean."""
-        for count in (_LOOKED_AT, LOOKED_CLOSELY_AT):
-            first, second = self._looks(factor, fitting, count)
-            choosing = count == LOOKED_CLOSELY_AT
-            defence = GradientDefence.by_looks(layers, first, second, beyond, joined=self.joined, choosing=choosing)
-            if defence.noise == 0:
-                return None
-            if not isinstance(factor, DenseFactor):  # which is not cleaned
-                break
-        return defence
+        shares = [*look_noise(layers, *self._looks(factor, fitting, _LOOKED_AT)).values(), *beyond.values()]
+        noise = max(shares, default=0.0)
+        if noise <= CLEAN:
+            return None
+        if not isinstance(factor, DenseFactor):  # which is not cleaned
+            return GradientDefence(layers, noise)
+        closely = self._looks(factor, fitting, LOOKED_CLOSELY_AT)
+        defence = GradientDefence.by_looks(layers, *closely, beyond, joined=self.joined)
+        return defence if defence.noise > 0 else None
 
     def _looks(self, factor: FisherFactor, fitting: list[Any], count: int) -> tuple[Tensor, Tensor]:
         """Return a few rows such as those of G, (m, p), taken twice; where they cannot be, a row of G and itself.

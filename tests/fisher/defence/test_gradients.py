@@ -14,7 +14,7 @@ from swap_prune import LR, prune
 from swap_prune.fisher.capture import capture_gradients
 from swap_prune.fisher.defence import gradients as gradients_module
 from swap_prune.fisher.defence.exact import outer_product_layers
-from swap_prune.fisher.defence.gradients import GradientDefence, Layer, layers_of, rank_noise
+from swap_prune.fisher.defence.gradients import GradientDefence, Layer, layers_of, look_noise, rank_noise
 from swap_prune.fisher.defence.looks import choose_average
 from swap_prune.fisher.defence.treatment import Treatment
 from swap_prune.fisher.factor import DenseFactor
@@ -109,10 +109,13 @@ def test_slopes_of_mini_batches_are_averaged_by_the_trimmed_mean() -> None:
     assert defence.treatments == GradientDefence.by_looks(layers, *looks, {}).treatments
 
 
-def test_a_look_that_does_not_choose_costs_nothing_but_sees() -> None:
+def test_noise_is_seen_in_the_layers_that_it_is_in() -> None:
     rows, layers = rows_and_layers()
-    defence = GradientDefence.by_looks(layers, noisy(rows[:4], 3), noisy(rows[:4], 4), {}, choosing=False)
-    assert defence.noise > 0.1 and not defence.treatments and not defence.open
+    first, own = rows[:2].clone(), layers["3.weight"].place
+    first[:, own] = noisy(rows[:2, own], 3)
+    seen = look_noise(layers, first, rows[:2])
+    assert seen.keys() == {"3.weight"} and seen["3.weight"] > 0.1
+    assert look_noise(layers, rows[:2], rows[:2].clone()) == {}
 
 
 def test_averages_are_settled_once_by_the_second_look_at_a_slope() -> None:

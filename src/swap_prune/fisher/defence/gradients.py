@@ -17,7 +17,7 @@ from swap_prune.fisher.defence.treatment import AS_THEY_ARE, Average, Treatment
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.selection import Selection
 
-__all__ = ["LOOKED_CLOSELY_AT", "PIECE", "GradientDefence", "Layer", "layers_of", "rank_noise"]
+__all__ = ["LOOKED_CLOSELY_AT", "PIECE", "GradientDefence", "Layer", "layers_of", "look_noise", "rank_noise"]
 
 LOOKED_CLOSELY_AT = 16  # rows that are taken twice, to see what helps
 _PROBE = 32  # rows whose rank is looked at
@@ -73,6 +73,12 @@ def rank_noise(factor: FisherFactor, layers: Mapping[str, Layer]) -> dict[str, f
     return {name: rest / energy if energy > 0 else 0.0 for name, (energy, rest) in totals.items()}
 
 
+def look_noise(layers: Mapping[str, Layer], first: Tensor, second: Tensor) -> dict[str, float]:
+    """Return the share of noise in two looks at the same rows, (m, p) each, of the layers that have some."""
+    shares = {name: noise_between(first[:, layer.place], second[:, layer.place]) for name, layer in layers.items()}
+    return {name: share for name, share in shares.items() if share > CLEAN}
+
+
 @dataclass(frozen=True)
 class GradientDefence:
     """What is done in a stage where noise was seen, or where it was asked for.
@@ -103,7 +109,6 @@ class GradientDefence:
         beyond: Mapping[str, float],
         *,
         joined: bool = False,
-        choosing: bool = True,
     ) -> GradientDefence:
         """Choose by two looks at the same rows.
 
@@ -115,25 +120,21 @@ class GradientDefence:
                 to the rank of their kind, and slopes are averaged over cleaned rows where the rank is exact.
             joined: Whether rows and gradients are those of mini-batches, of which no rank is low: slopes are then
                 averaged by the trimmed mean.
-            choosing: Whether to choose, or to see alone whether there is noise.
         """
-        looks = {name: (first[:, layer.place], second[:, layer.place]) for name, layer in layers.items()}
-        shares = {name: noise_between(*both) for name, both in looks.items()}
-        noisy = {name for name, share in shares.items() if share > CLEAN}
-        hidden = max((share for name, share in beyond.items() if name not in noisy), default=0.0)
-        noise = max(hidden, *shares.values())
-        if noise <= CLEAN or not choosing:
-            return cls(layers, noise if noise > CLEAN else 0.0)
-        treatments = {name: choose_treatment(*looks[name], layers[name].shape) for name in layers if name in noisy}
-        averages: dict[str, Average] = {}
+        shares = look_noise(layers, first, second)
+        hidden = max((share for name, share in beyond.items() if name not in shares), default=0.0)
+        treatments = {
+            name: choose_treatment(first[:, layers[name].place], second[:, layers[name].place], layers[name].shape)
+            for name in shares
+        }
+        helped = [name for name in shares if treatments[name] != AS_THEY_ARE]
+        averages = dict.fromkeys(helped, Average(kind="trimmed mean")) if joined else {}
         if hidden > CLEAN:
-            quiet = {name: layer for name, layer in layers.items() if name not in noisy}
+            quiet = {name: layer for name, layer in layers.items() if name not in shares}
             treatments |= {name: Treatment(rank=layer.fixed_rank) for name, layer in quiet.items()}
-            averages = {name: Average(treatments[name]) for name, layer in quiet.items() if layer.exact}
-        entries = {name for name in noisy if treatments[name] != AS_THEY_ARE}
-        if joined:
-            return cls(layers, noise, treatments, dict.fromkeys(entries, Average(kind="trimmed mean")))
-        return cls(layers, noise, treatments, averages, {name for name in entries if layers[name].exact})
+            averages |= {name: Average(treatments[name]) for name, layer in quiet.items() if layer.exact}
+        noise = max([*shares.values(), hidden if hidden > CLEAN else 0.0])
+        return cls(layers, noise, treatments, averages, {n for n in helped if layers[n].exact and not joined})
 
     @classmethod
     def as_asked(cls, layers: Mapping[str, Layer], asked: Collection[str]) -> GradientDefence:

@@ -102,29 +102,23 @@ def choose_average(rows: Tensor, again: Tensor, shape: tuple[int, int]) -> tuple
 
 def _scale_to(one: Tensor, other: Tensor) -> float:
     """Return the number, at least 0, that brings one vector nearest to another when it is multiplied by it."""
-    largest = float(one.abs().amax())
-    if largest == 0:
-        return 1.0
-    one, other = (one / largest).double(), (other / largest).double()
-    return max(0.0, float(torch.dot(one, other) / one.square().sum()))
+    one, other = one.double(), other.double()  # or squares of small ones would be zero
+    energy = float(one.square().sum())
+    return max(0.0, float(torch.dot(one, other)) / energy) if energy > 0 else 1.0
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
     """Return the cosine between two vectors; 0 where one is zero."""
-    largest = one.abs().amax(), other.abs().amax()
-    if not all(map(bool, largest)):
-        return 0.0
-    one, other = (one / largest[0]).double(), (other / largest[1]).double()
-    return float(torch.dot(one, other) / (torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)))
+    one, other = one.double(), other.double()
+    norms = float(torch.linalg.vector_norm(one)) * float(torch.linalg.vector_norm(other))
+    return float(torch.dot(one, other)) / norms if norms > 0 else 0.0
 
 
 def _share_between(one: Tensor, other: Tensor) -> float:
     """Return the energy of the difference of two vectors in units of both energies together."""
-    largest = torch.maximum(one.abs().amax(), other.abs().amax())
-    if not bool(largest > 0):
-        return 0.0
-    one, other = (one / largest).double(), (other / largest).double()  # or squares of small ones would be zero
-    return float((one - other).square().sum() / (one.square().sum() + other.square().sum()))
+    one, other = one.double(), other.double()
+    energy = float(one.square().sum() + other.square().sum())
+    return float((one - other).square().sum()) / energy if energy > 0 else 0.0
 
 
 def _excess(rows: Tensor, second: Tensor) -> Tensor:
