@@ -15,6 +15,7 @@ from swap_prune.fisher.noise import (
 )
 from swap_prune.losses.distillation import SelfDistillation
 from swap_prune.losses.tokens import TokenCrossEntropy
+from swap_prune.losses.values import BinaryCrossEntropy, SquaredError
 from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
@@ -30,6 +31,7 @@ __all__ = [
     "OBD",
     "AdversarialInputs",
     "AnalogMemory",
+    "BinaryCrossEntropy",
     "FineTune",
     "FineTuneReport",
     "GradientNoise",
@@ -42,6 +44,7 @@ __all__ = [
     "PruningReport",
     "SelfDistillation",
     "SparseGPT",
+    "SquaredError",
     "TokenCrossEntropy",
     "Wanda",
     "WoodFisher",

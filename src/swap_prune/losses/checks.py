@@ -98,12 +98,13 @@ def _check_targets(targets: Tensor, logits: Tensor) -> None:
     if classes < 2:
         raise ValueError(
             "the default loss is the cross-entropy of two classes or more, and the model has one output: pass loss_fn="
+            ", such as swap_prune.SquaredError(), or swap_prune.BinaryCrossEntropy() for yes or no"
         )
     if not targets.is_floating_point():
         if logits.ndim == 2 and targets.ndim == 2:
             remedy = "as a column: take targets.squeeze(1)"
             if targets.shape[1] > 1:
-                remedy = "one-hot, or of several labels: take targets.argmax(1), or pass loss_fn= for another loss"
+                remedy = "one-hot, or of several labels: targets.argmax(1), or loss_fn=swap_prune.BinaryCrossEntropy()"
             raise ValueError(f"the default loss needs class indices (n,), got {describe(targets)} {remedy}")
         check_labels(targets, classes)
         return
@@ -115,7 +116,8 @@ def _check_targets(targets: Tensor, logits: Tensor) -> None:
     ):
         raise ValueError(
             f"the default loss is the cross-entropy, whose floating-point targets are probabilities of {classes} "
-            f"classes, (n, {classes}), got {describe(targets)} that are not: pass loss_fn= for another loss"
+            f"classes, (n, {classes}), got {describe(targets)} that are not: pass loss_fn=, such as "
+            "swap_prune.SquaredError() for numbers, or swap_prune.BinaryCrossEntropy() for several labels at once"
         )
 
 
@@ -203,6 +205,8 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
                 if logits is None:
                     logits = _few_logits(model, batch[0])
                 _check_targets(batch[1], logits)
+            elif callable(check := getattr(loss_fn, "check_targets", None)):
+                check(batch)
             if known is None:
                 known = len(check_losses(loss_fn(model, batch), None))
             elif not sizes:  # a few samples speak for their like

@@ -1,0 +1,194 @@
+"""Squared error and binary cross-entropy: closed forms, the Hessian itself, and pruning by them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from swap_prune import METHODS, BinaryCrossEntropy, FineTune, SquaredError, prune
+from swap_prune.fisher.sketch import CurvatureSketch
+from swap_prune.losses import GaussNewtonLoss
+from swap_prune.losses.values import _ValueLoss
+from swap_prune.selection import select_parameters
+from tests.cases import normal
+
+LOSSES = pytest.mark.parametrize(
+    "loss", [SquaredError(), BinaryCrossEntropy(temperature=1.0)], ids=["squares", "binary"]
+)
+
+
+def network(outputs: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+
+
+def answers(*shape: int) -> Tensor:
+    return (normal(*shape, seed=1) > 0).double()
+
+
+def trained(loss: _ValueLoss) -> tuple[nn.Module, TensorDataset, tuple[Tensor, Tensor]]:
+    """Return a network, its data and a batch of others: outputs are functions of the first four of eight inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 3))
+    x = torch.randn(1200, 8)
+    y = torch.tanh(x[:, :4] @ torch.randn(4, 6)) @ torch.randn(6, 3)
+    if isinstance(loss, BinaryCrossEntropy):
+        y = (y > 0).float()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(200):
+        optimiser.zero_grad()
+        loss(model, (x[:1000], y[:1000])).mean().backward()
+        optimiser.step()
+    return model, TensorDataset(x[:1000], y[:1000]), (x[1000:], y[1000:])
+
+
+@LOSSES
+def test_they_know_their_curvature(loss: _ValueLoss) -> None:
+    assert isinstance(loss, GaussNewtonLoss)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (1, 4, 5)], ids=str)
+def test_losses_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    z, numbers, yes = normal(6, *shape), normal(6, *shape, seed=1), answers(6, *shape)
+    for i, value in enumerate(SquaredError()(Same(), (z, numbers))):
+        torch.testing.assert_close(value, functional.mse_loss(z[i], numbers[i]))
+    for targets in (yes, yes.bool(), yes.long()):
+        for i, value in enumerate(BinaryCrossEntropy()(Same(), (z, targets))):
+            torch.testing.assert_close(value, functional.binary_cross_entropy_with_logits(z[i], yes[i]))
+
+
+@LOSSES
+def test_rows_over_all_signs_are_the_gauss_newton_matrix(loss: _ValueLoss) -> None:
+    model = network()
+    batch = (normal(1, 4), answers(1, 3))
+    selection = select_parameters(model)
+    w = selection.read(model)
+
+    def outputs(flat: Tensor) -> Tensor:
+        return functional_call(model, selection.split(flat), (batch[0],)).flatten()
+
+    J = jacrev(outputs)(w).detach()
+    H = jacrev(grad(lambda z: loss.losses(z.view(1, 3), batch).sum()))(outputs(w).detach())
+    parameters = [dict(model.named_parameters())[name] for name in selection.names]
+    rows = []
+    for signs in itertools.product((-1.0, 1.0), repeat=3):
+        root = loss.curvature_root(loss.outputs(model, batch), batch, torch.tensor([signs], dtype=torch.float64))  # type: ignore[attr-defined]
+        product = CurvatureSketch(loss)(model, (batch, root.detach())).sum()  # type: ignore[arg-type]
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(product, parameters)]))
+    G = torch.stack(rows)
+    torch.testing.assert_close(G.T @ G / len(G), J.T @ H @ J, rtol=1e-8, atol=1e-12)
+    assert float((J.T @ H @ J).abs().max()) > 1e-2
+
+
+def test_a_temperature_lets_sure_answers_count() -> None:
+    z, signs = torch.full((1, 2), 12.0), torch.ones(1, 2)
+    sharp = BinaryCrossEntropy(temperature=1.0).curvature_root(z, None, signs)
+    soft = BinaryCrossEntropy(temperature=4.0).curvature_root(z, None, signs)
+    q = torch.tensor(3.0).sigmoid()
+    torch.testing.assert_close(soft, (q * (1 - q) / 2).sqrt().expand(1, 2))
+    assert float(soft.mean()) > 10 * float(sharp.mean())
+
+
+@LOSSES
+def test_divergence_is_the_loss_less_its_least_value(loss: Any) -> None:
+    """With the teacher's answers as targets; also where it is so sure that one of them is 0 to rounding."""
+    z, teacher = 3 * normal(6, 3), 3 * normal(6, 3, seed=1)
+    teacher[0, 0], z[1, 1] = 800.0, -800.0
+    targets = teacher.sigmoid() if isinstance(loss, BinaryCrossEntropy) else teacher
+    expected = loss.losses(z, (None, targets)) - loss.losses(teacher, (None, targets))
+    torch.testing.assert_close(loss.divergence(z, (None, targets), teacher), expected, rtol=1e-9, atol=1e-9)
+    assert float(loss.divergence(teacher, (None, targets), teacher).abs().max()) < 1e-12
+
+
+@LOSSES
+@pytest.mark.parametrize("fisher", ["gauss-newton", "empirical"])
+def test_pruning_by_them_beats_magnitude(loss: _ValueLoss, fisher: str) -> None:
+    dense, data, held_out = trained(loss)
+    measured = {}
+    for method in ("magnitude", METHODS["lr"](fisher=fisher)):
+        model = copy.deepcopy(dense)
+        report = prune(model, data, 0.6, method, loss_fn=loss, samples=200, progress=False)
+        zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2)
+        assert zeros == report.total - report.kept == report.total - int(report.total * (1 - 0.6))
+        measured[str(method)[:3]] = float(loss(model, held_out).mean().detach())
+    assert measured["LR("] < 0.7 * measured["mag"]
+
+
+@LOSSES
+def test_they_fine_tune(loss: _ValueLoss) -> None:
+    model, data, held_out = trained(loss)
+    plain = copy.deepcopy(model)
+    prune(plain, data, 0.8, "magnitude", loss_fn=loss, progress=False)
+    tuning = FineTune(epochs=4, lr=0.3)
+    report = prune(model, data, 0.8, "magnitude", loss_fn=loss, finetune=tuning, progress=False)
+    assert float(loss(model, held_out).mean().detach()) < 0.6 * float(loss(plain, held_out).mean().detach())
+    assert report.total - report.kept == sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2)
+
+
+@LOSSES
+def test_every_kind_of_batch_gives_the_same(loss: _ValueLoss) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network(1)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.body(left * right)  # type: ignore[no-any-return]
+
+    left, right, targets = normal(6, 4), normal(6, 4, seed=2), answers(6, 1)
+    model = Named()
+    wanted = loss(model, ((left, right), targets))
+    assert wanted.shape == (6,)
+    for batch in (
+        [[left, right], targets],
+        ({"left": left, "right": right}, targets.squeeze(1)),
+        {"left": left, "right": right, "labels": targets.float()},
+    ):
+        torch.testing.assert_close(loss(model, batch), wanted)
+    torch.testing.assert_close(replace(loss, labels="y")(model, {"left": left, "right": right, "y": targets}), wanted)
+
+
+@LOSSES
+def test_targets_of_another_shape_are_refused_and_not_broadcast(loss: _ValueLoss) -> None:
+    x, model = normal(6, 4), network()
+    for targets in (answers(6), answers(6, 1), answers(3, 6), answers(6, 3, 2)):
+        with pytest.raises(ValueError, match="needs a target for each output"):
+            loss(model, (x, targets))
+    for batch in (x, (x,), {"x": x}, (x, answers(6, 3), x)):
+        with pytest.raises(ValueError, match="needs batches"):
+            loss(model, batch)
+
+
+def test_targets_that_are_no_answers_are_refused_before_any_work() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    for targets in (torch.full((40, 3), 2), -answers(40, 3), torch.full((40, 3), float("nan"))):
+        with pytest.raises(ValueError, match=r"BinaryCrossEntropy needs targets in \[0, 1\]"):
+            prune(model, [(normal(40, 4), targets)], 0.5, loss_fn=BinaryCrossEntropy(), progress=False)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="temperature"):
+        BinaryCrossEntropy(temperature=0)
+
+
+def test_the_default_loss_names_them() -> None:
+    x = normal(40, 4)
+    for targets, outputs, named in (
+        (normal(40), 1, "SquaredError"),
+        (normal(40, 3), 3, "SquaredError"),
+        (answers(40, 3).long(), 3, "BinaryCrossEntropy"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            prune(network(outputs), [(x, targets)], 0.5, progress=False)
