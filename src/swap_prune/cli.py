@@ -44,6 +44,7 @@ from swap_prune.options import (
     MinKeep,
     Model,
     Noise,
+    Pattern,
     Recalibrate,
     Samples,
     Schedule,
@@ -130,6 +131,7 @@ def prune(
     stages: Stages = "1",
     schedule: Schedule = "exponential",
     min_keep: MinKeep = None,
+    pattern: Pattern = None,
     seed: Annotated[int, typer.Option(help="seed of the run")] = 0,
     out: Annotated[Path | None, typer.Option(help="new directory for the pruned model")] = None,
     targets: Targets = None,
@@ -175,6 +177,7 @@ def prune(
             stages=parse_stages(stages),
             schedule=schedule,
             min_keep=parse_shares(min_keep),
+            pattern=pattern,
             recalibrate_batchnorm=recalibrate,
             recalibration_data=recalibration_data(images, seed),
             finetune=training,
@@ -244,7 +247,7 @@ def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., Non
     return given
 
 
-_PASSED_ON = ("samples", "schedule", "noise", "defence", "memory", "storage", "scratch", "seed")
+_PASSED_ON = ("samples", "schedule", "pattern", "noise", "defence", "memory", "storage", "scratch", "seed")
 
 
 @app.command()

@@ -23,6 +23,7 @@ __all__ = [
     "MinKeep",
     "Model",
     "Noise",
+    "Pattern",
     "Recalibrate",
     "Samples",
     "Schedule",
@@ -65,6 +66,7 @@ MinKeep = Annotated[
     list[str] | None,
     typer.Option(help="share of every layer that is kept, 0.01, or of some, PATTERN=0.2, which may be repeated"),
 ]
+Pattern = Annotated[str | None, typer.Option(help="N:M, such as 2:4: so many of M neighbours stay at the most")]
 Targets = Annotated[list[str] | None, typer.Option(help="what to prune; may be repeated")]
 Ignore = Annotated[list[str] | None, typer.Option(help="what to leave alone; may be repeated")]
 Noise = Annotated[

@@ -45,6 +45,7 @@ from swap_prune.selection import DEFAULT_TARGETS, Selection
 from swap_prune.stages.accounting import account
 from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering, kept_storage
 from swap_prune.stages.identity import identity
+from swap_prune.stages.kept_rows import check_keepable
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
 from swap_prune.stages.workload import count_workload
@@ -71,6 +72,7 @@ def prune(
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
     min_keep: float | Mapping[str, float] = 0.0,
+    pattern: str | None = None,
     recalibrate_batchnorm: bool = True,
     recalibration_data: Any = None,
     finetune: FineTune | None = None,
@@ -111,6 +113,8 @@ def prune(
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1], rounded up; or shares
             by pattern, as ``targets`` has them: ``{"fc": 0.2, "re:layer1.*": 0.05}``. By default weights compete over
             all layers, and a layer may be emptied; the report's notes say so.
+        pattern: ``"N:M"``, such as ``"2:4"``: of M neighbours along a parameter's second dimension, its inputs, N stay
+            at the most. A sparsity of ``1 - N / M`` fills every group; of a higher one all layers compete.
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
@@ -164,6 +168,7 @@ def prune(
         stages=stages,
         schedule=schedule,
         min_keep=min_keep,
+        pattern=pattern,
         recalibrate_batchnorm=recalibrate_batchnorm,
         finetune=finetune,
         noise=noise,
@@ -172,7 +177,7 @@ def prune(
         seed=seed,
     )
     if keep_rows:
-        _check_kept_rows(request, scratch)
+        check_keepable(request, scratch)
     place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
     with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):
@@ -239,6 +244,7 @@ def plan(
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
     min_keep: float | Mapping[str, float] = 0.0,
+    pattern: str | None = None,
     recalibrate_batchnorm: bool = True,
     finetune: FineTune | None = None,
     noise: Any = None,
@@ -268,6 +274,7 @@ def plan(
         stages=stages,
         schedule=schedule,
         min_keep=min_keep,
+        pattern=pattern,
         recalibrate_batchnorm=recalibrate_batchnorm,
         finetune=finetune,
         noise=noise,
@@ -280,20 +287,6 @@ def plan(
     if not request.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
     return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch)
-
-
-def _check_kept_rows(request: Request, scratch: str | Path | None) -> None:
-    """Refuse to keep rows that would lie in no file, or be others each time.
-
-    Raises:
-        ValueError: If they would, or there is nowhere to keep them.
-    """
-    if scratch is None:
-        raise ValueError("keep_rows needs a directory to keep them in: give scratch=")
-    if request.storage != "mapped":
-        raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {request.storage!r}")
-    if request.noise.models:
-        raise ValueError("keep_rows keeps the gradients of the network as it is, and noise= makes others of them")
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -38,6 +38,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from swap_prune.fisher.factor import FisherFactor
     from swap_prune.fisher.inputs import LayerInputs
+    from swap_prune.regression.pattern import GroupPattern
     from swap_prune.regression.top_k import Floors
     from swap_prune.selection import Selection
 
@@ -83,6 +84,7 @@ class PruningProblem:
         selection: The parameters that w is made of; None for a problem without layers.
         inputs: Statistics of what goes into each layer; None for methods that do not need them.
         floors: Places of layers, and how many weights of each are kept at least.
+        pattern: What groups of neighbouring weights are held to.
     """
 
     reference: Tensor
@@ -94,6 +96,7 @@ class PruningProblem:
     selection: Selection | None = None
     inputs: LayerInputs | None = None
     floors: Floors = ()
+    pattern: GroupPattern | None = None
 
     def __post_init__(self) -> None:
         if self.reference.ndim != 1:

@@ -23,12 +23,13 @@ from swap_prune.memory.planning import check_storage
 from swap_prune.methods import Method, resolve_method
 from swap_prune.network.device import check_values
 from swap_prune.network.modes import check_no_inference
+from swap_prune.regression.pattern import GroupPattern, parse_pattern
 from swap_prune.schedule import keep_count, stage_schedules
 from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery import batchnorm_layers
 from swap_prune.training.finetune import FineTune
 
-__all__ = ["Request", "calibrating", "check_request"]
+__all__ = ["Request", "calibrating", "check_request", "limits_of"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Request:
         schedules: Sparsity after each stage; several of them where their number is to be found.
         selection: Where the p weights lie.
         floors: How many weights of a layer are kept at the least, by its name.
+        pattern: What groups of neighbouring weights are held to.
         loss: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
         normalised: Whether BatchNorm is recalibrated.
@@ -57,6 +59,7 @@ class Request:
     schedules: Sequence[Sequence[float]]
     selection: Selection
     floors: Mapping[str, int]
+    pattern: GroupPattern | None
     loss: LossFn
     curvature: GaussNewtonLoss | None
     normalised: bool
@@ -95,6 +98,7 @@ def check_request(
     stages: int | Literal["auto"],
     schedule: str,
     min_keep: float | Mapping[str, float],
+    pattern: str | None,
     recalibrate_batchnorm: bool,
     finetune: FineTune | None,
     noise: Any,
@@ -134,12 +138,16 @@ def check_request(
     check_no_inference(model)
     check_values(model)
     _check_finite(model, selection)
+    if pattern is not None and not getattr(solver, "keeps_patterns", True):
+        raise ValueError(f"method {solver.name!r} takes no account of pattern={pattern!r}: use lr, ewr or sparsegpt")
+    floors, grouped = limits_of(model, selection, keep_count(selection.total, sparsity), min_keep, pattern)
     return Request(
         solver=solver,
         noise=noise_model,
         schedules=schedules,
         selection=selection,
-        floors=layer_floors(model, selection, min_keep, keep_count(selection.total, sparsity)),
+        floors=floors,
+        pattern=grouped,
         loss=loss,
         curvature=_curvature(solver, loss),
         normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
@@ -161,8 +169,30 @@ def check_request(
             "noise": noise_model.settings(),
             "defence": defence if defence is not None else "none",
         }
+        | ({} if pattern is None else {"pattern": pattern})
         | ({} if finetune is None else {"finetune": finetune.settings()}),
     )
+
+
+def limits_of(
+    model: nn.Module, selection: Selection, keep: int, min_keep: float | Mapping[str, float], pattern: str | None
+) -> tuple[dict[str, int], GroupPattern | None]:
+    """Return how many weights of each layer are kept at the least, and what groups of neighbours are held to.
+
+    Raises:
+        ValueError: If they are none, or do not go with k or with each other.
+    """
+    floors = layer_floors(model, selection, min_keep, keep)
+    if pattern is None:
+        return floors, None
+    grouped = parse_pattern(pattern, selection.shapes, keep)
+    for name, least in floors.items():
+        most = selection.shapes[name].numel() // grouped.size * grouped.most
+        if least > most:
+            raise ValueError(
+                f"min_keep asks for {least} weights of {name!r}, and pattern {pattern} keeps {most} at the most"
+            )
+    return floors, grouped
 
 
 def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:

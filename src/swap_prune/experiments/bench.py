@@ -23,11 +23,12 @@ from swap_prune.network.device import check_values
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
+from swap_prune.request import limits_of
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.numbered import known_length
 from swap_prune.samples.peek import peek
 from swap_prune.schedule import keep_count
-from swap_prune.selection import layer_floors, select_parameters
+from swap_prune.selection import select_parameters
 from swap_prune.surgery import repair_batchnorm
 
 __all__ = ["Bench", "prepare", "repair"]
@@ -119,7 +120,9 @@ def prepare(
         )
     check_values(network)
     selection = select_parameters(network, experiment.targets, experiment.ignore)
-    layer_floors(network, selection, experiment.min_keep, keep_count(selection.total, max(experiment.sparsities)))
+    for sparsity in experiment.sparsities:
+        keep = keep_count(selection.total, sparsity)
+        limits_of(network, selection, keep, experiment.min_keep, experiment.pattern)
     own = entry is not None and entry.dataset == experiment.data
     mean, std = (entry.mean, entry.std) if entry is not None and own else (None, None)
     with seeded(0):

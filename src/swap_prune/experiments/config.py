@@ -123,7 +123,7 @@ def _check_memory(value: str) -> str:
 
 _MinKeep = Annotated[Any, AfterValidator(_check_min_keep)]
 _Memory = Annotated[str, AfterValidator(_check_memory)]
-_NOT_ALWAYS = ("finetune", "min_keep", "memory")  # written only where they are asked for
+_NOT_ALWAYS = ("finetune", "min_keep", "memory", "pattern")  # written only where they are asked for
 _Noise = Annotated[str, AfterValidator(_check_noise)]
 _FineTune = Annotated[FineTune, BeforeValidator(_read_finetune)]
 
@@ -212,6 +212,7 @@ class Experiment(_Table):
         samples: Calibration samples a stage.
         schedule: Sparsity over the stages.
         min_keep: Share of every layer that is kept, or patterns to shares, as for ``prune``.
+        pattern: ``"N:M"``: how many of M neighbours stay at the most, as for ``prune``.
         recalibrate_batchnorm: As for ``prune``. If not, runs start from the dense network with its statistics repaired.
         evaluate_before_recalibration: Also measure the pruned weights with the dense network's BatchNorm statistics.
         finetune: Train under the mask after each stage, as these settings say; None: not at all.
@@ -234,6 +235,7 @@ class Experiment(_Table):
     samples: _Whole = 1024
     schedule: Annotated[str, AfterValidator(_check_schedule)] = "exponential"
     min_keep: _MinKeep = 0.0
+    pattern: str | None = None
     recalibrate_batchnorm: bool = True
     evaluate_before_recalibration: bool = False
     finetune: _FineTune | None = None

@@ -159,6 +159,7 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         stages=run.settings["stages"],
         schedule=experiment.schedule,
         min_keep=experiment.min_keep,
+        pattern=experiment.pattern,
         recalibrate_batchnorm=experiment.recalibrate_batchnorm,
         recalibration_data=recalibration_data(images, run.seed),
         finetune=experiment.finetune,

@@ -224,7 +224,8 @@ def _gathered(results: Sequence[RunResult]) -> list[str]:
 
 def _settings(result: RunResult) -> str:
     shown = {name: result.settings[name] for name in ("samples", "schedule", "recalibrate_batchnorm")}
-    shown |= {name: result.settings[name] for name in ("targets", "ignore", "min_keep") if result.settings.get(name)}
+    chosen = ("targets", "ignore", "min_keep", "pattern")
+    shown |= {name: result.settings[name] for name in chosen if result.settings.get(name)}
     if tuple(shown.get("targets", ())) == DEFAULT_TARGETS:
         del shown["targets"]
     if "finetune" in result.settings:

@@ -45,6 +45,7 @@ class CBS:
     needs_gradients: ClassVar[bool] = True
     needs_held_out: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
+    keeps_patterns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive_number("damping", self.damping)

@@ -41,6 +41,7 @@ class CHITA:
     needs_gradients: ClassVar[bool] = True
     needs_held_out: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
+    keeps_patterns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive_number("ridge", self.ridge)

@@ -210,7 +210,7 @@ class EWR:
         diagonal = problem.fisher().diagonal()
         plain = candidates_of(replace(self, metric="identity"), diagonal)[0]
         pairing = pairing_regression(problem, *plain, diagonal=diagonal)
-        support = top_k(problem.reference.abs(), problem.keep, pairing.floors)
+        support = top_k(problem.reference.abs(), problem.keep, pairing.floors, pairing.pattern)
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)
         anchor = 1.0 if self.anchor == "auto" else float(self.anchor)

@@ -182,7 +182,8 @@ def pairing_regression(
     f = factor.diagonal() if diagonal is None else diagonal
     y = factor.matvec(problem.reference) if target is None else target
     m = damped_metric(f, damping, metric, problem.layers(), problem.groups())
-    return WeightedRidge(factor, y, problem.reference, ridge, m, floors=fair_floors(problem, floor))
+    floors = fair_floors(problem, floor)
+    return WeightedRidge(factor, y, problem.reference, ridge, m, floors=floors, pattern=problem.pattern)
 
 
 def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:

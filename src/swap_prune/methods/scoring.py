@@ -27,8 +27,10 @@ def select_best(problem: PruningProblem, scores: Tensor, scope: str = "global") 
     scores = scores.masked_fill(problem.reference == 0, -1.0)
     if scope == "global":
         return torch.zeros_like(scores, dtype=torch.bool).index_fill(
-            0, top_k(scores, problem.keep, problem.floors), True
+            0, top_k(scores, problem.keep, problem.floors, problem.pattern), True
         )
+    if problem.pattern is not None:
+        scores = scores.masked_fill(~problem.pattern.allowed(scores, problem.keep), -torch.inf)
     layers = list(problem.layers())
     shares = share_out(problem.keep, [layer.shape.numel() for layer in layers])
     parts = [

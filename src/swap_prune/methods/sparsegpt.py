@@ -12,7 +12,7 @@ Which weights go is decided for a block of columns at a time, by ``W_ij^2 / U_jj
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from swap_prune.checks import positive_number, whole_number
 from swap_prune.methods.scoring import check_scope, select_best
 from swap_prune.problem import Layer, PruningProblem, PruningSolution
+from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.top_k import top_k
 from swap_prune.schedule import share_out
 
@@ -66,7 +67,8 @@ class SparseGPT:
         for layer, share in zip(layers, shares, strict=True):
             moment = moments[layer.name]
             W = problem.reference[layer.place].view(len(moment), -1, moment.shape[-1])
-            W, mask = prune_columns(W, damped(moment, self.damping), share, self.block, without_input(moment))
+            groups = None if problem.pattern is None else (problem.pattern, layer.shape[2:].numel())
+            W, mask = prune_columns(W, damped(moment, self.damping), share, self.block, without_input(moment), groups)
             weights[layer.place], kept[layer.place] = W.flatten().to(weights.dtype), mask.flatten()
         return PruningSolution(weights, kept)
 
@@ -98,7 +100,14 @@ def without_input(moment: Tensor) -> Tensor:
     return (squares == 0) & (squares > 0).any(1, keepdim=True)
 
 
-def prune_columns(W: Tensor, H: Tensor, keep: int, block: int, idle: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def prune_columns(
+    W: Tensor,
+    H: Tensor,
+    keep: int,
+    block: int,
+    idle: Tensor | None = None,
+    groups: tuple[GroupPattern, int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Prune a layer by algorithm 1 of the paper, all groups at once.
 
     Args:
@@ -107,6 +116,8 @@ def prune_columns(W: Tensor, H: Tensor, keep: int, block: int, idle: Tensor | No
         keep: Number of weights to keep, of all groups together.
         block: Columns whose mask is chosen together; each block keeps the same share.
         idle: Columns that are worth nothing, (groups, d): their weights go before any other of the block.
+        groups: What neighbours among the inputs are held to, and how many columns an input has; blocks hold whole
+            groups of neighbours.
 
     Returns:
         The new weights in float64, and the kept set, both like W.
@@ -116,6 +127,8 @@ def prune_columns(W: Tensor, H: Tensor, keep: int, block: int, idle: Tensor | No
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     U = torch.linalg.cholesky(inverse, upper=True)
     pivots = U.diagonal(dim1=1, dim2=2).unsqueeze(1)  # (groups, 1, d)
+    pattern, unit = None, 1 if groups is None else groups[0].size * groups[1]
+    block = max(1, block // unit) * unit
     starts = range(0, W.shape[2], block)
     shares = share_out(keep, [W[:, :, start : start + block].numel() for start in starts])
     for start, share in zip(starts, shares, strict=True):
@@ -123,7 +136,11 @@ def prune_columns(W: Tensor, H: Tensor, keep: int, block: int, idle: Tensor | No
         scores = (W[:, :, start:end] / pivots[:, :, start:end]).square()
         if idle is not None:
             scores = scores.masked_fill(idle[:, None, start:end], 0).masked_fill(W[:, :, start:end] == 0, -1)
-        mask = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, top_k(scores.flatten(), share), True)
+        if groups is not None:
+            shape = torch.Size((W.shape[0] * W.shape[1], (end - start) // groups[1], groups[1]))
+            pattern = replace(groups[0], shapes=(shape,))
+        chosen = top_k(scores.flatten(), share, pattern=pattern)
+        mask = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, chosen, True)
         kept[:, :, start:end] = mask.view_as(scores)
         errors = torch.zeros_like(scores)
         for j in range(start, end):

@@ -88,7 +88,7 @@ def _restrict(problem: WeightedRidge, active: Tensor) -> tuple[WeightedRidge, Te
     index = active.nonzero().squeeze(1)
     factor = of_columns(problem.factor, index)
     reference, metric = problem.reference[index], problem.metric[index]
-    return replace(problem, factor=factor, reference=reference, metric=metric, floors=()), index
+    return replace(problem, factor=factor, reference=reference, metric=metric, floors=(), pattern=None), index
 
 
 def _iterate(part: WeightedRidge, start: Tensor, keep: int, tau: float, max_iterations: int) -> SparseFit:

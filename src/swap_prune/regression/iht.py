@@ -125,7 +125,7 @@ def shrink_support(
     w, known, beginning = problem.reference, previous, None
     sizes = path_sizes(w, keep)
     for step, size in enumerate(sizes, 1):
-        support = top_k(w.square().mul_(problem.metric), size, problem.floors)
+        support = top_k(w.square().mul_(problem.metric), size, problem.floors, problem.pattern)
         if step < len(sizes):
             del w  # as large as p, and not asked for any more
             refit = problem.refit(support, known)
@@ -156,4 +156,4 @@ def _next_support(problem: WeightedRidge, w: Tensor, gradient: Tensor, keep: int
     curvature = torch.dot(moved, problem.smooth(moved)) + problem.penalty * slope
     length = size * slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny)
     u = torch.addcmul(w, length, direction, value=-1, out=direction)
-    return top_k(u.square_().mul_(problem.metric), keep, problem.floors)
+    return top_k(u.square_().mul_(problem.metric), keep, problem.floors, problem.pattern)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.regression.conjugate import DualSystem, symmetric_root
+from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.square import SquareSystem, solve_square
 from swap_prune.regression.top_k import Floors
 
@@ -73,6 +74,7 @@ class WeightedRidge:
         metric: m, (p,), positive.
         smoothing: S, (n, n), or None for the identity.
         floors: Layers of which a support has so many weights at least.
+        pattern: What its groups of neighbours are held to.
     """
 
     factor: FisherFactor
@@ -82,6 +84,7 @@ class WeightedRidge:
     metric: Tensor
     smoothing: Tensor | None = None
     floors: Floors = ()
+    pattern: GroupPattern | None = None
 
     @property
     def penalty(self) -> float:

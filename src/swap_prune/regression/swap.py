@@ -28,6 +28,7 @@ from torch import Tensor
 from swap_prune.regression.exchanged import DirectFit, DualFit, fit_behind
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.objective import Refit, WeightedRidge
+from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.square import SquareSystem
 from swap_prune.regression.top_k import Floors
 
@@ -238,24 +239,81 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> Swaps:
     Returns:
         Those that gain, best pair first.
     """
+    pattern, keep = exchange.problem.pattern, len(exchange.support)
+    root = scale.sqrt()  # squares of gradients may be too small for a number, or too large
+    promise = torch.div(exchange.gradient, root, out=root).square_().index_fill_(0, exchange.support, -1)
+    if pattern is not None and pattern.is_full(keep):
+        return _within_groups(exchange, pattern, promise, scale, batch)
+    return _anywhere(exchange, promise, scale, batch)
+
+
+def _anywhere(exchange: Exchange, promise: Tensor, scale: Tensor, batch: int) -> Swaps:
+    """Pair weights wherever they are; ``promise`` is ``q^2 / a``, (p,), and -1 where a weight is kept."""
     problem, support = exchange.problem, exchange.support
     wanted = SHORTLIST * batch
     cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
-    root = scale.sqrt()  # squares of gradients may be too small for a number, or too large
-    promise = torch.div(exchange.gradient, root, out=root).square_().index_fill_(0, support, -1)
-    eager = promise.topk(min(wanted, len(promise) - len(support))).indices
-    del promise, root
-    seen, out, into = torch.cat([support[cheap], eager]), None, None
-    columns = exact(problem, seen) if exchange.is_dual and len(seen) <= problem.factor.column_limit else None
-    if columns is not None:
-        out, into = columns[:, : len(cheap)], columns[:, len(cheap) :]
+    if problem.pattern is not None:
+        promise.masked_fill_(problem.pattern.spread(problem.pattern.room(support) == 0), -1)
+    best = promise.topk(min(wanted, len(promise) - len(support)))
+    eager = best.indices[best.values >= 0]
+    del promise
+    columns, out, into = _copied(exchange, support[cheap], eager)
     cost, order = exchange.leave(cheap, out).sort()
     may = spared(support[cheap[order]], problem.floors, support)
     cost, order = cost[may], order[may]
     gain, rank = exchange.enter(eager, into).sort(descending=True)
+    if problem.pattern is not None:
+        may = _first_in_groups(problem.pattern, eager[rank], support)
+        gain, rank = gain[may], rank[may]
     pairs = min(batch, len(cost), len(gain))
     count = int((gain[:pairs] > cost[:pairs]).sum())  # gains fall and costs rise: those that gain come first
-    order, rank = order[:count], rank[:count]
+    return _paired(cheap, order[:count], eager, rank[:count], columns)
+
+
+def _within_groups(exchange: Exchange, pattern: GroupPattern, promise: Tensor, scale: Tensor, batch: int) -> Swaps:
+    """Pair the dropped weight of each group that promises most with the kept one that is worth least.
+
+    Where all groups are full nothing else can change places. Layers keep as many as before.
+    """
+    support = exchange.support
+    worth = torch.full_like(promise, -torch.inf)
+    worth[support] = -exchange.weights[support].square() * scale[support]
+    gain, entering = pattern.best(promise)
+    cost, leaving = pattern.best(worth)
+    surplus = (gain + cost).masked_fill_(gain < 0, -torch.inf)
+    pairs = surplus.topk(min(SHORTLIST * batch, len(surplus))).indices
+    pairs = pairs[surplus[pairs].isfinite()]
+    eager, cheap = entering[pairs], torch.searchsorted(support, leaving[pairs])
+    columns, out, into = _copied(exchange, support[cheap], eager)
+    surplus, order = (exchange.enter(eager, into) - exchange.leave(cheap, out)).sort(descending=True)
+    order = order[: min(batch, int((surplus > 0).sum()))]
+    return _paired(cheap, order, eager, order, columns)
+
+
+def _first_in_groups(pattern: GroupPattern, entering: Tensor, support: Tensor) -> Tensor:
+    """Return which of the indices that are to enter a support, one after the other, their groups have room for."""
+    group, room = pattern.group_of(entering), pattern.room(support)
+    order = group.argsort(stable=True)
+    ordered = group[order]
+    start = torch.searchsorted(ordered, ordered)  # of the same group
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - start
+    return place < room[group]
+
+
+def _copied(
+    exchange: Exchange, leaving: Tensor, entering: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return columns of G, of all these weights, of those that leave and of those that enter, where they are few."""
+    problem, seen = exchange.problem, torch.cat([leaving, entering])
+    if not exchange.is_dual or len(seen) > problem.factor.column_limit:
+        return None, None, None
+    columns = exact(problem, seen)
+    return columns, columns[:, : len(leaving)], columns[:, len(leaving) :]
+
+
+def _paired(cheap: Tensor, order: Tensor, eager: Tensor, rank: Tensor, columns: Tensor | None) -> Swaps:
+    """Return the pairs of positions in the support ``cheap[order]`` and of indices ``eager[rank]``."""
     if columns is not None:
         columns = columns.index_select(1, torch.cat([order, len(cheap) + rank]))
     return Swaps(cheap[order], eager[rank], columns)

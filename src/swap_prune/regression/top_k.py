@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swap_prune.regression.pattern import GroupPattern
+
 __all__ = ["Floors", "top_k"]
 
 Floors = Sequence[tuple[slice, int]]  # places of layers, and how many of each are kept at least
@@ -22,7 +24,7 @@ _KNOWN = (torch.float32, torch.float64)  # to numpy, and in the order of the sco
 _CHUNK = 2**20  # scores looked at together
 
 
-def top_k(scores: Tensor, keep: int, floors: Floors = ()) -> Tensor:
+def top_k(scores: Tensor, keep: int, floors: Floors = (), pattern: GroupPattern | None = None) -> Tensor:
     """Return the indices of the ``keep`` largest scores, (keep,), in increasing order.
 
     Args:
@@ -30,10 +32,14 @@ def top_k(scores: Tensor, keep: int, floors: Floors = ()) -> Tensor:
         keep: k, ``0 <= k <= p``.
         floors: Layers, disjoint, of which so many are among them however small; at most k together. The sum of scores
             is the largest that this allows: the best of each layer come first, then the best of all that is left.
+        pattern: What groups of neighbours are held to; it leaves room for k weights, and for the floors.
 
     Returns:
         Indices, (k,); of equal scores those that come first.
     """
+    if pattern is not None:
+        allowed = pattern.allowed(scores, keep)
+        scores = scores.clamp_min(torch.finfo(scores.dtype).min).masked_fill_(~allowed, -torch.inf)
     if floors:
         return _with_floors(scores, keep, floors)
     if keep == 0:

@@ -96,7 +96,7 @@ def two_regime_step(
 
 
 def _at(problem: WeightedRidge, u: Tensor, keep: int) -> SparseFit:
-    support = top_k(u.abs(), keep, problem.floors)
+    support = top_k(u.abs(), keep, problem.floors, problem.pattern)
     w = hard_threshold(u, support)
     return SparseFit(w, support, problem.value(w), 1, converged=False)
 

@@ -32,9 +32,23 @@ from swap_prune.request import Request
 from swap_prune.samples.batches import digest_whole
 from swap_prune.stages.identity import described
 
-__all__ = ["KeptRows"]
+__all__ = ["KeptRows", "check_keepable"]
 
 _ALIKE = 1e-3  # of a norm: two ways to compute a row, or losses, may differ by so much
+
+
+def check_keepable(request: Request, scratch: str | Path | None) -> None:
+    """Refuse to keep rows that would lie in no file, or be others each time.
+
+    Raises:
+        ValueError: If they would, or there is nowhere to keep them.
+    """
+    if scratch is None:
+        raise ValueError("keep_rows needs a directory to keep them in: give scratch=")
+    if request.storage != "mapped":
+        raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {request.storage!r}")
+    if request.noise.models:
+        raise ValueError("keep_rows keeps the gradients of the network as it is, and noise= makes others of them")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class StageRunner:
         selection = self.request.selection
         keep, places = keep_count(selection.total, sparsity), selection.slices()
         floors = [(places[name], least) for name, least in self.request.floors.items()]
-        problem = PruningProblem(selection.read(self.model), keep, selection=selection, floors=floors)
+        reference, pattern = selection.read(self.model), self.request.pattern
+        problem = PruningProblem(reference, keep, selection=selection, floors=floors, pattern=pattern)
         evidence: dict[str, Any] = {}
         solution, samples, loss = self._solve(problem, sparsity, shown, number, evidence)
         self._check(solution, keep)
@@ -234,6 +235,9 @@ class StageRunner:
                     f"{method} kept {count} weights of {name!r}, and min_keep asks for {least}: it takes no account "
                     "of min_keep as it is set; leave min_keep out, or use a method that compares layers, such as lr"
                 )
+        pattern = self.request.pattern
+        if pattern is not None and bool((pattern.room(kept.nonzero().squeeze(1)) < 0).any()):
+            raise ValueError(f"{method} takes no account of pattern {pattern}; leave pattern out, or use lr or ewr")
 
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
