@@ -77,3 +77,27 @@ def test_a_system_without_a_solution_ends():
     zero = DenseFactor(torch.zeros(4, 6))
     assert DualSystem(zero, torch.ones(6), 0.0).solve(torch.ones(4)).tolist() == [0.0] * 4
     assert DualSystem(zero, torch.ones(6), 0.5).solve(torch.zeros(4)).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 1e-6])
+def test_a_system_of_bad_condition_is_solved_in_as_many_steps_as_it_has_equations(ridge):
+    """Singular values of G over four decades: without reorthogonalisation 200 steps leave Q far above its minimum."""
+    n, p = 120, 900
+    state = generator(7)
+    left = torch.linalg.qr(torch.randn(n, n, generator=state, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(p, n, generator=state, dtype=torch.float64)).Q
+    G = left * torch.logspace(2, -2, n, dtype=torch.float64) @ right.T
+    problem = random_regression(n, p, state, ridge=ridge)
+    problem = replace(problem, factor=DenseFactor(G), metric=torch.ones(p, dtype=torch.float64))
+    support = torch.arange(500)
+    exact, found = problem.refit(support), products_only(problem).refit(support)
+    assert found.exact and problem.value(found.weights) == pytest.approx(problem.value(exact.weights), rel=1e-6)
+    assert solve_sparse(products_only(problem), 300, max_iterations=0).converged
+
+
+def test_what_is_not_solved_at_the_limit_says_so(monkeypatch):
+    monkeypatch.setattr("swap_prune.regression.conjugate._MOST_ITERATIONS", 3)
+    problem = products_only(random_regression(12, 60, generator(1), ridge=1e-4))
+    assert not problem.refit(torch.arange(40)).exact
+    assert not solve_sparse(problem, 20).converged
+    assert random_regression(12, 60, generator(1), ridge=1e-4).refit(torch.arange(40)).exact

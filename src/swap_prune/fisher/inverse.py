@@ -1,16 +1,19 @@
 r"""The inverse of the damped empirical Fisher, ``F^-1 = (G^T G/n + c I)^-1``, for optimal-brain-surgeon methods.
 
-Woodbury's identity needs an n x n system only::
+Neither F nor the n x n matrix of Woodbury's identity is formed: their condition is that of G squared, and c is small.
+Factorisations of G itself by reflections (Golub and Van Loan, 2013, chapter 5) keep its digits::
 
-    F^-1 = 1/c (I - G^T K^-1 G),     K = n c I + G G^T = L L^T
+    p <= n:   [G / sqrt(n); sqrt(c) I] = U R,   F^-1 = R^-1 R^-T
+    p > n:    G^T = Q B,   [B^T / sqrt(n); sqrt(c) I] = U R,   F^-1 = Q R^-1 R^-T Q^T + (I - Q Q^T) / c
 
-Nothing of size p x p is formed. All of it is in float64, since c is small and ``I - G^T K^-1 G`` cancels.
+All of it is in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,41 +27,52 @@ WHOLE = 50_000  # with up to so many weights nothing of the Fisher is left out
 
 @dataclass(frozen=True)
 class DampedFisher:
-    """``F = G^T G/n + c I`` and products with its inverse.
+    """``F = G^T G/n + c I``, known by what solves it.
 
     Attributes:
-        matrix: G, (n, p), in float64.
         damping: c > 0.
-        lower: L, (n, n), the Cholesky factor of K.
+        basis: Q, (p, n), of orthonormal columns; None for p <= n.
+        root: R, upper triangular, (min(n, p), min(n, p)).
     """
 
-    matrix: Tensor
     damping: float
-    lower: Tensor
+    basis: Tensor | None
+    root: Tensor
 
     @classmethod
     def of(cls, matrix: Tensor, damping: float) -> DampedFisher:
-        """Factorise K for G (n, p)."""
+        """Factorise for G (n, p)."""
         G = matrix.double()
-        kernel = G @ G.T
-        # Rounding may leave K indefinite where the damping is tiny against G: this much of it does no harm.
-        rounding = 16 * torch.finfo(G.dtype).eps * float(kernel.diagonal().sum())
-        kernel.diagonal().add_(len(G) * damping + rounding)
-        return cls(G, damping, torch.linalg.cholesky(kernel))
+        n, p = G.shape
+        if p <= n:
+            return cls(damping, None, _damped_root(G / n**0.5, damping))
+        basis, rest = torch.linalg.qr(G.T)
+        return cls(damping, basis, _damped_root(rest.T / n**0.5, damping))
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of F^-1, (p,), in float64."""
-        whitened = torch.linalg.solve_triangular(self.lower, self.matrix, upper=False)
-        explained = torch.linalg.vector_norm(whitened, dim=0).square()
-        f = torch.linalg.vector_norm(self.matrix, dim=0).square() / len(self.matrix)
-        # [F^-1]_jj >= 1 / F_jj for any positive definite F: a bound on what cancellation can do.
-        return torch.maximum((1 - explained) / self.damping, 1 / (f + self.damping))
+        if self.basis is None:
+            unit = torch.eye(len(self.root), dtype=self.root.dtype, device=self.root.device)
+            return torch.linalg.solve_triangular(self.root, unit, upper=True).square().sum(1)
+        seen = torch.linalg.solve_triangular(self.root.T, self.basis.T, upper=False)
+        unseen = (1 - self.basis.square().sum(1)).clamp_min(0)
+        return torch.linalg.vector_norm(seen, dim=0).square_().add_(unseen, alpha=1 / self.damping)
 
     def solve(self, right: Tensor) -> Tensor:
         """Return ``F^-1 v``, (p,), in float64, for v (p,)."""
         v = right.double()
-        dual = torch.cholesky_solve((self.matrix @ v).unsqueeze(1), self.lower).squeeze(1)
-        return (v - self.matrix.T @ dual) / self.damping
+        if self.basis is None:
+            return torch.cholesky_solve(v.unsqueeze(1), self.root, upper=True).squeeze(1)
+        inside = self.basis.T @ v
+        solved = torch.cholesky_solve(inside.unsqueeze(1), self.root, upper=True).squeeze(1)
+        return self.basis @ (solved - inside / self.damping) + v / self.damping
+
+
+def _damped_root(matrix: Tensor, damping: float) -> Tensor:
+    """Return R with ``R^T R = A^T A + c I`` for A (m, k), m >= k, from A itself."""
+    damper = damping**0.5 * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    root: Tensor = torch.linalg.qr(torch.cat([matrix, damper]), mode="r").R
+    return root
 
 
 @dataclass(frozen=True)
@@ -76,9 +90,16 @@ class BlockFisher:
     members: tuple[Tensor, ...]
 
     def blocks(self) -> Iterator[tuple[Tensor, DampedFisher]]:
-        """Yield block after block with its indices; only one is held."""
+        """Yield block after block with its indices; only one is held, and only one that is all is kept."""
+        if len(self.members) == 1:
+            yield self.members[0], self._whole
+            return
         for index in self.members:
             yield index, DampedFisher.of(self.factor.columns(index), self.damping)
+
+    @cached_property
+    def _whole(self) -> DampedFisher:
+        return DampedFisher.of(self.factor.columns(self.members[0]), self.damping)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of the inverse, (p,), in float64."""

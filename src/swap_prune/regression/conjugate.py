@@ -48,28 +48,38 @@ class DualSystem:
         return cls(factor, scale, shift, symmetric_root(smoothing))
 
     def solve(self, right: Tensor) -> Tensor:
-        """Return v for a residual r, (n,): ``(S G D G^T + shift I) v = S r``.
+        """Return v for a residual r, (n,): ``(S G D G^T + shift I) v = S r``, as near as :meth:`approach` comes."""
+        return self.approach(right)[0]
+
+    def approach(self, right: Tensor) -> tuple[Tensor, bool]:
+        """Return v for a residual r, (n,), and whether it solves the system.
 
         The iterations end at a relative residual of rounding size, or after twice as many as there are equations,
-        200 at the most: what is left then is an approximate solution, and the caller's acceptance tests judge it.
+        200 at the most. Residuals are kept orthogonal to all before them, twice (Giraud et al., 2005): rounding would
+        else bring back what is solved already, and a system of bad condition take many times as many.
         """
         r = self._rooted(right.double())
         z, direction = torch.zeros_like(r), r.clone()
         square = torch.dot(r, r)
         least = square * torch.finfo(right.dtype).eps ** (2 * _TOLERANCE_POWER)
-        for _ in range(min(2 * len(r), _MOST_ITERATIONS)):
+        most = min(2 * len(r), _MOST_ITERATIONS)
+        before = torch.zeros(most, len(r), dtype=r.dtype, device=r.device)  # residuals of unit length
+        for number in range(most):
             if not bool(square > least):
                 break
+            before[number] = r / square.sqrt()
             image = self._product(direction, right.dtype)
             curvature = torch.dot(direction, image)
-            if not bool(curvature > 0):  # the rest lies where the matrix is zero
-                break
+            if not bool(curvature > 0):  # the rest lies where the matrix is zero: nothing more can be solved
+                return self._rooted(z).to(right.dtype), True
             length = square / curvature
             z = z + length * direction
             r = r - length * image
-            square, before = torch.dot(r, r), square
-            direction = r + (square / before) * direction
-        return self._rooted(z).to(right.dtype)
+            for _ in range(2):
+                r = r - before[: number + 1].T @ (before[: number + 1] @ r)
+            square, previous = torch.dot(r, r), square
+            direction = r + (square / previous) * direction
+        return self._rooted(z).to(right.dtype), not bool(square > least)
 
     def _product(self, z: Tensor, dtype: torch.dtype) -> Tensor:
         inner = self.factor.rmatvec(self._rooted(z).to(dtype)).mul_(self.scale)

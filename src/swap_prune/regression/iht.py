@@ -40,7 +40,7 @@ class SparseFit:
         support: Indices of the kept weights, (k,).
         value: Q(w).
         iterations: Accepted iterations.
-        converged: Whether the search ended by itself, and not by a limit.
+        converged: Whether the search ended by itself, and not by a limit, and the last refit is exact.
         refit: The refit behind the weights, for those who go on from there.
         first: The Gram matrix of the path's first refit, unless there was none or it began with another's: a path in
             the same metric begins there.
@@ -105,6 +105,7 @@ def solve_sparse(
             iteration += 1
         else:
             converged = True
+    converged = converged and refit.exact
     return SparseFit(refit.weights, support, value, iteration, converged, refit.lighter(), first)
 
 

@@ -48,6 +48,7 @@ class Refit:
         dual: v with ``S (G w - t) = -n lam v``, (n,), where it was solved for.
         pulled: ``G^T v``, (p,), of which the gradient is made; None where it is not held any more.
         system: The factorised system of n equations, where one was solved.
+        exact: Whether it is the minimiser, and not what conjugate gradients had come to at their limit.
     """
 
     weights: Tensor
@@ -56,6 +57,7 @@ class Refit:
     dual: Tensor | None = None
     pulled: Tensor | None = None
     system: SquareSystem | None = None
+    exact: bool = True
 
     def lighter(self) -> Refit:
         """Return the same with a vector of p less: asking for its gradient again takes a pass."""
@@ -126,7 +128,7 @@ class WeightedRidge:
         ``(G_s^T S G_s + n lam M) d = G_s^T S r`` with ``r = t - G_s w_bar_s``. For k > n it is solved through
         Woodbury's identity, ``d = M^-1 G_s^T v`` with ``(S G_s M^-1 G_s^T + n lam I) v = S r``: the larger
         of the two systems is never formed. A factor that knows products only gets the latter solved by
-        conjugate gradients.
+        conjugate gradients, as far as these come.
 
         Then ``S (G w - t) = -n lam v``: the product ``G^T v``, which d needs, is the gradient too.
 
@@ -144,6 +146,10 @@ class WeightedRidge:
         if len(support) <= n:
             change, moved = self._direct(support, residual)
             return Refit(self._placed(support, kept + change), None, self.target - residual + moved)
+        if self.factor.iterative:
+            scale = self._placed(support, self._inverse(support))
+            dual, exact = DualSystem.of(self.factor, scale, self.penalty, self.smoothing).approach(residual)
+            return replace(self.primal(support, residual, dual, None, None), exact=exact)
         gram, system, dual = self._dual(support, residual, previous)
         return self.primal(support, residual, dual, gram, system)
 
@@ -194,16 +200,13 @@ class WeightedRidge:
 
     def _dual(
         self, support: Tensor, residual: Tensor, previous: ScaledGram | None
-    ) -> tuple[ScaledGram | None, SquareSystem | None, Tensor]:
+    ) -> tuple[ScaledGram, SquareSystem | None, Tensor]:
         """Return v with ``(S G diag(scale) G^T + n lam I) v = S r``.
 
         Returns:
-            The Gram matrix and the factorised system, if there are any, and v. Of a system that cannot be told from a
+            The Gram matrix, the factorised system, if there is one, and v. Of a system that cannot be told from a
             singular one, v solves only as much as can.
         """
-        if self.factor.iterative:
-            scale = self._placed(support, self._inverse(support))
-            return None, None, DualSystem.of(self.factor, scale, self.penalty, self.smoothing).solve(residual)
         gram = self._gram(support, previous)
         if self.smoothing is not None and self.penalty == 0:  # S K may be singular: of R K R, what can be solved is
             root = symmetric_root(self.smoothing)
