@@ -134,6 +134,13 @@ def test_kept_weights_that_a_narrow_dtype_would_lose_keep_their_sign() -> None:
     assert model.weight.flatten().tolist() == [least, -least, 0.0, 0.0]
 
 
+def test_weights_beyond_a_narrow_dtype_become_its_largest_and_not_infinite() -> None:
+    model = nn.Linear(4, 1, bias=False).half()
+    weights = torch.tensor([1e5, 1.0, -7e4, 6e4])
+    write_weights(model, select_parameters(model), weights, torch.ones(4, dtype=torch.bool))
+    assert model.weight.flatten().tolist() == [65504.0, 1.0, -65504.0, 6e4 // 32 * 32]
+
+
 class Replacing(nn.Module):
     """Writes to one of its buffers, and puts another tensor in the place of the second."""
 

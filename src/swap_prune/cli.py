@@ -247,7 +247,7 @@ def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., Non
     return given
 
 
-_PASSED_ON = ("samples", "schedule", "pattern", "noise", "defence", "memory", "storage", "scratch", "seed")
+_PASSED_ON = ("samples", "schedule", "pattern", "noise", "defence", "memory", "storage", "scratch", "keep_rows", "seed")
 
 
 @app.command()

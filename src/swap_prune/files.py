@@ -103,11 +103,14 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
             made.mkdir()
             for name, content in files.items():
                 (made / name).write_bytes(content)
+                force_to_disk(made / name)
             if target.is_dir():  # maybe a mount point: it stays
                 for name in files:
                     os.replace(made / name, target / name)
             else:
                 os.replace(made, target)
+            for names in (target, target.parent):
+                force_to_disk(names)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:

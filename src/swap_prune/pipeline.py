@@ -114,7 +114,7 @@ def prune(
             by pattern, as ``targets`` has them: ``{"fc": 0.2, "re:layer1.*": 0.05}``. By default weights compete over
             all layers, and a layer may be emptied; the report's notes say so.
         pattern: ``"N:M"``, such as ``"2:4"``: of M neighbours along a parameter's second dimension, its inputs, N stay
-            at the most. A sparsity of ``1 - N / M`` fills every group; of a higher one all layers compete.
+            at the most. A sparsity of ``1 - N / M`` fills all groups; at a higher one all layers compete.
         recalibrate_batchnorm: Estimate BatchNorm's running statistics anew after pruning (and before, when
             the stored ones do not fit the data at all).
         recalibration_data: Data for that, where it should differ from ``data`` (training augmentation).
@@ -131,7 +131,8 @@ def prune(
             them joined with ``+``, look there alone. In place of ``"gradients"``, one thing for all layers:
             ``"low-rank"``, ``"winsorise"``, ``"clip"``, ``"trimmed-mean"`` or ``"median-of-means"``.
         memory: Budget of the process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
-            GPU its own memory is meant. A run that would need more is refused before any work; see :func:`plan`.
+            GPU its own memory is meant. A run on gradients that would need more is refused before any work; see
+            :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``
             (not at all: products are passes through the network), ``"low-rank"`` (as outer products, an approximation),
             ``"sharded"`` (each process of the group of ``torch.distributed`` holds a part), or ``"auto"``: the last
@@ -252,6 +253,7 @@ def plan(
     memory: str | int | None = None,
     storage: str = "auto",
     scratch: str | Path | None = None,
+    keep_rows: bool = False,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> MemoryPlan:
@@ -279,10 +281,10 @@ def plan(
         finetune=finetune,
         noise=noise,
         defence=defence,
-        storage=storage,
+        storage="mapped" if keep_rows and storage == "auto" else storage,
         seed=seed,
     )
-    place = _place(model, device)
+    place, data = _place(model, device), calibrating(data, (), request)
     limit = memory_limit(memory, local_count(), place)
     if not request.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
@@ -304,10 +306,10 @@ def _settle_storage(
     earlier: Storage | None,
 ) -> tuple[Storage, list[str]]:
     """Choose how G is held, and say what a reader should know of that."""
+    limit = memory_limit(memory, local_count(), place)
     if not request.solver.needs_gradients:
         return Storage(), []
     delete_abandoned(scratch)  # it takes room that there might be
-    limit = memory_limit(memory, local_count(), place)
     chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
     held, notes = chosen.require().storage, []
     if held != chosen.forecasts[0].storage:

@@ -211,7 +211,10 @@ def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
     }
     reading = [user for user, reads in users.items() if reads]
     if reading:
-        raise ValueError(f"data must be a Dataset or an iterable of batches, got None, and {reading[0]} reads it")
+        spare = "; recalibrate_batchnorm=False needs none" if reading == ["recalibrate_batchnorm"] else ""
+        raise ValueError(
+            f"data must be a Dataset or an iterable of batches, got None, and {reading[0]} reads it{spare}"
+        )
     return ()
 
 

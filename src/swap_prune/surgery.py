@@ -49,7 +49,7 @@ def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept:
     """Write w to the selected parameters; what is not kept becomes exactly zero.
 
     A kept weight that the parameter's dtype would round to zero becomes the smallest number that it has, so
-    that storing in half precision does not change the sparsity.
+    that storing in half precision does not change the sparsity; one that it would round to infinity the largest.
 
     Args:
         model: The network, changed in place.
@@ -62,7 +62,8 @@ def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept:
     with torch.no_grad():
         for name, values in selection.split(weights).items():
             parameter = parameters[name]
-            stored = values.to(parameter)
+            largest = torch.finfo(parameter.dtype).max
+            stored = values.clamp(-largest, largest).to(parameter)
             if stored.dtype != values.dtype:
                 lost = (stored == 0) & (values.to(parameter.device) != 0)
                 least = torch.finfo(parameter.dtype).smallest_normal

@@ -248,3 +248,17 @@ def test_a_full_disk_is_one_value_error_and_leaves_nothing(tmp_path, monkeypatch
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another directory"):
         MappedWriter(tmp_path / "nowhere", 2, 3)
+
+
+def test_a_file_that_takes_the_name_of_another_does_not_change_it(tmp_path):
+    """Another run may replace a kept G while this one reads it."""
+    ours, theirs = mapped(torch.ones(4, 6), tmp_path), mapped(torch.full((4, 6), 2.0), tmp_path)
+    again = MappedFactor.open(ours.path)
+    theirs.path.replace(ours.path)
+    for factor in (ours, again):
+        assert float(factor.matvec(torch.ones(6)).sum()) == 24.0
+    assert float(MappedFactor.open(ours.path).matvec(torch.ones(6)).sum()) == 48.0
+    ours.delete()
+    with pytest.raises(ValueError, match="was deleted"):
+        ours.matvec(torch.ones(6))
+    assert float(again.columns(torch.arange(2)).sum()) == 8.0

@@ -192,3 +192,16 @@ def test_the_default_loss_names_them() -> None:
     ):
         with pytest.raises(ValueError, match=named):
             prune(network(outputs), [(x, targets)], 0.5, progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_target_that_is_no_number_is_refused_wherever_it_is_drawn_to(value: float) -> None:
+    """Of sixty samples twelve are held out, and the others are what G is of."""
+    x, y = normal(60, 4), normal(60, 3, seed=1)
+    for place in range(0, 60, 4):
+        targets = y.index_put((torch.tensor(place), torch.tensor(1)), torch.tensor(value, dtype=torch.float64))
+        model = network()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"loss is not finite|not finite on"):
+            prune(model, TensorDataset(x, targets), 0.5, "lr", loss_fn=SquaredError(), samples=48, progress=False)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

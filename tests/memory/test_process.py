@@ -39,6 +39,7 @@ REST: dict[str, Any] = {
     "ignore": (),
     "schedule": "linear",
     "min_keep": 0.0,
+    "pattern": None,
     "recalibrate_batchnorm": True,
     "finetune": None,
     "noise": None,

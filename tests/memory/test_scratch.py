@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -34,6 +36,16 @@ def pruned(place: Path, wait_for: str = "") -> dict[str, Tensor]:
 
     swap_prune.prune(model, data, 0.8, "lr", loss_fn=loss, samples=80, storage="mapped", scratch=place, progress=False)
     return model.state_dict()
+
+
+def test_a_full_disk_is_one_line_when_the_lock_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("swap_prune.memory.scratch._mark", full)
+    with pytest.raises(ValueError, match=r"scratch .* cannot be written to: No space left"):
+        pruned(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("moment", "finished"), [("*.partial", False), ("*.fisher", True)], ids=["capture", "solve"])

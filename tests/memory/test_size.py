@@ -201,6 +201,15 @@ def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_is_of_the_run_that_would_follow() -> None:
+    model = small_network()
+    assert plan(model, small_data(), 0.9, samples=50, keep_rows=True).require().storage.kind == "mapped"
+    with pytest.raises(ValueError, match="got None, and method 'lr' reads it"):
+        plan(model, None, 0.9, "lr")
+    with pytest.raises(ValueError, match="memory"):
+        prune(model, small_data(), 0.9, "magnitude", memory="lots")
+
+
 def test_a_plan_leaves_the_model_and_the_random_state() -> None:
     model = small_network()
     state, before = torch.get_rng_state(), {name: t.clone() for name, t in model.state_dict().items()}

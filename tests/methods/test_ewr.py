@@ -119,6 +119,14 @@ def test_algorithm_1_is_the_papers_steps_one_plan_each(gradient, anchor):
     solution = method.solve(problem, generator())
     torch.testing.assert_close(solution.weights, w)
     assert solution.iterations == 3
+    assert solution.evidence["epsilon"] > 0 and "plan_converged" not in solution.evidence
+
+
+def test_algorithm_1_says_where_a_plan_does_not_converge(monkeypatch):
+    unfinished = lambda *args, **options: replace(transport_plan(*args, **options), converged=False)  # noqa: E731
+    monkeypatch.setattr("swap_prune.methods.ewr.transport_plan", unfinished)
+    solution = EWR(solver="algorithm1", ridge=0.05).solve(pruning_problem(30, 60, 20, seed=2), generator())
+    assert solution.evidence["plan_converged"] is False
 
 
 def test_a_coupling_that_was_asked_for_needs_no_confirmation_and_steps_follow_it():

@@ -53,10 +53,12 @@ class DampedFisher:
         """Return the diagonal of F^-1, (p,), in float64."""
         if self.basis is None:
             unit = torch.eye(len(self.root), dtype=self.root.dtype, device=self.root.device)
-            return torch.linalg.solve_triangular(self.root, unit, upper=True).square().sum(1)
+            rows: Tensor = torch.linalg.solve_triangular(self.root, unit, upper=True)
+            return rows.square().sum(1)
         seen = torch.linalg.solve_triangular(self.root.T, self.basis.T, upper=False)
         unseen = (1 - self.basis.square().sum(1)).clamp_min(0)
-        return torch.linalg.vector_norm(seen, dim=0).square_().add_(unseen, alpha=1 / self.damping)
+        diagonal: Tensor = torch.linalg.vector_norm(seen, dim=0).square_().add_(unseen, alpha=1 / self.damping)
+        return diagonal
 
     def solve(self, right: Tensor) -> Tensor:
         """Return ``F^-1 v``, (p,), in float64, for v (p,)."""

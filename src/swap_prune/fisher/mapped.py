@@ -39,12 +39,37 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SUFFIX, _PARTIAL = ".fisher", ".partial"
 
 
+class _Opened:
+    """A file that is held open, so that it stays what it is whatever takes its name; until it is closed, or let go."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def file(self) -> BinaryIO:
+        """Return it at its beginning; the caller's closing leaves it open."""
+        if self._descriptor is None:
+            raise ValueError("the file of G was deleted")
+        file = open(self._descriptor, "rb", closefd=False)  # noqa: SIM115 (a descriptor, closed by the caller)
+        file.seek(0)
+        return file
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+
 @dataclass(frozen=True)
 class MappedFactor(BlockedFactor):
     """G in a finished file.
 
     Attributes:
         path: The file.
+        opened: The same, open: another one that is given its name later is not this one.
         size: (n, p).
         dtype: Of the entries and the products.
         device: Of the products.
@@ -52,29 +77,30 @@ class MappedFactor(BlockedFactor):
     """
 
     path: Path
+    opened: _Opened
     size: tuple[int, int]
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     checksum: int = 0
 
     @classmethod
-    def open(cls, path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> MappedFactor:
-        """Open a file that a :class:`MappedWriter` finished.
+    def open(cls, path: str | Path, device: torch.device | str = "cpu") -> MappedFactor:
+        """Open a file that a :class:`MappedWriter` finished, and read it once, for its checksum.
 
         Args:
             path: The file.
             device: Where products are wanted.
-            verify: Read the rows once, and compare their checksum.
 
         Raises:
             ValueError: If the file cannot be read, is not whole, or is not what its header says.
         """
         path = Path(path)
         try:
-            with path.open("rb") as file:
+            opened = _Opened(path)
+            with opened.file() as file:
                 head = file.read(_HEADER)
-                found = path.stat().st_size
-                checksum = _checksum(file) if verify else None
+                found = os.fstat(file.fileno()).st_size
+                checksum = _checksum(file)
         except OSError as error:
             raise ValueError(f"the file of G {path} cannot be read: {error.strerror}") from error
         about = _parse_header(path, head)
@@ -82,9 +108,9 @@ class MappedFactor(BlockedFactor):
         expected = _HEADER + n * p * _DTYPES[about["dtype"]].itemsize
         if found != expected:
             raise ValueError(f"{path} has {found} bytes where its header says {expected}: capture G again")
-        if checksum is not None and checksum != about["crc32"]:
+        if checksum != about["crc32"]:
             raise ValueError(f"the rows in {path} are not those that were written (checksum): capture G again")
-        return cls(path, (n, p), _DTYPES[about["dtype"]], torch.device(device), about["crc32"])
+        return cls(path, opened, (n, p), _DTYPES[about["dtype"]], torch.device(device), about["crc32"])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,6 +144,7 @@ class MappedFactor(BlockedFactor):
 
     def delete(self) -> None:
         """Delete the file; the factor cannot be used any more."""
+        self.opened.close()
         self.path.unlink(missing_ok=True)
 
     def _mapped(self, rows: slice, columns: slice) -> Tensor:
@@ -126,7 +153,8 @@ class MappedFactor(BlockedFactor):
         kind = np.dtype(np.float64 if self.dtype == torch.float64 else np.float32)
         start = _HEADER + rows.start * p * kind.itemsize
         # copy-on-write: torch wants memory that it may write to, and nobody does
-        part = np.memmap(self.path, kind, mode="c", offset=start, shape=(rows.stop - rows.start, p))
+        with self.opened.file() as file:
+            part = np.memmap(file, kind, mode="c", offset=start, shape=(rows.stop - rows.start, p))
         return torch.from_numpy(part)[:, columns]
 
 
@@ -200,10 +228,11 @@ class MappedWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(path)
+            opened = _Opened(path)
         except OSError as error:
             self.discard()
             raise self._refusal(error) from error
-        return MappedFactor(path, (self._rows, self._p), self._dtype, torch.device(device), self._crc)
+        return MappedFactor(path, opened, (self._rows, self._p), self._dtype, torch.device(device), self._crc)
 
     def discard(self) -> None:
         """Delete what was written."""

@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +41,13 @@ def scratch_directory(storage: Storage) -> Iterator[Storage]:
     except OSError as error:
         raise ValueError(f"scratch must be a directory to write to, got {str(storage.scratch)!r}: {error}") from error
     try:
-        with _locked(path):
+        with ExitStack() as held:
             try:
-                yield replace(storage, scratch=path)
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
+                held.enter_context(_locked(path))
+            except OSError as error:
+                raise ValueError(f"scratch {str(storage.scratch)!r} cannot be written to: {error.strerror}") from error
+            held.callback(shutil.rmtree, path, ignore_errors=True)
+            yield replace(storage, scratch=path)
     finally:  # also where there was no room for the lock
         shutil.rmtree(path, ignore_errors=True)
 

@@ -22,18 +22,20 @@ __all__ = [
     "gains",
     "held_out_losses",
     "is_significant",
+    "loss_floor",
     "mean_loss",
     "step_down",
     "take_steps",
 ]
 
 _STEPS = 12  # natural-gradient steps a stage in each metric, at the most
-LEAST_GAIN = 0.001  # of the held-out loss; a step that gains less is the last one
+LEAST_GAIN = 0.001  # of the held-out loss above its floor; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of single weights, and the fit's ends early
 _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
+_PLAIN_SHRINKS = 6  # of a plain function, from the longest that there can be to what would gain no LEAST_GAIN
 _BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
 _PATIENCE = 3  # steps after which they must not be that much above where others start
 
@@ -74,22 +76,22 @@ class Race(NamedTuple):
     lost: bool = False
     start: float = math.inf
 
-    def is_left(self, losses: list[float], levels: list[float]) -> bool:
-        """Whether steps have fallen behind, by what they have come to so far."""
+    def is_left(self, losses: list[float], levels: list[float], floor: float = 0.0) -> bool:
+        """Whether steps have fallen behind, by what they have come to so far, above the floor of losses."""
         early = len(levels) <= _PATIENCE
-        if not early and _is_above(levels[-1], self.start):
+        if not early and _is_above(levels[-1], self.start, floor):
             return True
         if self.rival is None or (self.lost and early):
             return False
         own, others = (levels, self.rival.levels) if self.lost else (losses, self.rival.losses)
-        return _is_above(own[-1], others[min(len(own), len(others)) - 1])
+        return _is_above(own[-1], others[min(len(own), len(others)) - 1], floor)
 
 
 _ALONE = Race()
 
 
-def _is_above(loss: float, other: float) -> bool:
-    return loss > other + _BEHIND * abs(other)
+def _is_above(loss: float, other: float, floor: float) -> bool:
+    return loss > other + _BEHIND * abs(other - floor)
 
 
 def step_down(
@@ -143,7 +145,7 @@ def take_steps(
     losses = held_out_losses(problem, fit) if losses is None else losses
     ridge = damping_of(regression)
     model = NaturalGradient.on(regression, fit.support, ridge, fit.refit)
-    walk, support = _Walk(problem, replace(fit, refit=None), race, blank), fit.support
+    walk, support = _Walk(problem, replace(fit, refit=None), race, blank, loss_floor(problem, losses)), fit.support
     del fit
     walk.arrive(losses)
     walk.descend(model)
@@ -175,6 +177,7 @@ class _Walk:
         fit: Where they have come to. Nothing else should hold its weights: they are as large as p.
         race: What to keep up with.
         blank: Held-out losses without any weight, (n_v,), where they are known.
+        floor: What losses are taken not to fall below.
         losses: Mean held-out losses, before the first step and after each.
         levels: The same, no sample counting for more than without any weight.
         lengths: Of the steps.
@@ -185,6 +188,7 @@ class _Walk:
     fit: SparseFit
     race: Race
     blank: Tensor | None
+    floor: float
     losses: list[float] = field(default_factory=list)
     levels: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
@@ -193,23 +197,26 @@ class _Walk:
     @property
     def is_behind(self) -> bool:
         """Whether they do not keep up."""
-        return self.race.is_left(self.losses, self.levels)
+        return self.race.is_left(self.losses, self.levels, self.floor)
 
     def arrive(self, losses: Tensor) -> None:
         """Note the held-out losses, (n_v,), of where the steps have come to."""
+        self.floor = min(self.floor, loss_floor(self.problem, losses))
         self.losses.append(mean_loss(losses))
         self.levels.append(self.losses[-1] if self.blank is None else mean_loss(torch.fmin(losses, self.blank)))
 
     def descend(self, descent: NaturalGradient) -> None:
         """Go on where a model says, a number of steps at the most."""
         assert self.problem.slope is not None, "the caller checks"
-        length = _FIRST_LENGTH
+        plain = self.problem.blank is None
+        length, shrinks = (math.inf, _PLAIN_SHRINKS) if plain else (_FIRST_LENGTH, _SHRINKS)
         for _ in range(_STEPS):
             if self.slope is None:
                 self.slope = self.problem.slope(self.fit.weights, kept_set(self.fit))
             direction, least = descent.direction(self.slope), self.losses[-1]
-            start = min(length, polyak_length(self.slope, direction, least))
-            step, reached = line_search(self.problem, self.fit, direction, start, least)
+            start = min(length, polyak_length(self.slope, direction, least - self.floor))
+            start = start if start < math.inf else _FIRST_LENGTH
+            step, reached = line_search(self.problem, self.fit, direction, start, least, shrinks)
             if reached is None:
                 break
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
@@ -217,7 +224,7 @@ class _Walk:
             length = step
             self.lengths.append(step)
             self.arrive(reached)
-            if least - self.losses[-1] < LEAST_GAIN * abs(least) or self.is_behind:
+            if least - self.losses[-1] < LEAST_GAIN * abs(least - self.floor) or self.is_behind:
                 break
 
 
@@ -225,19 +232,18 @@ def polyak_length(slope: Tensor, direction: Tensor, loss: float) -> float:
     """Return the length at which a linear model says that the whole loss is gone (Polyak, 1969).
 
     No step need start with a longer one. It is far below 1 where pruning has left the region that the Fisher describes.
-    A loss that is not above 0, as the negative log of a density may be, bounds nothing.
 
     Args:
         slope: gamma, (p,).
         direction: d, (p,).
-        loss: Mean loss at length 0.
+        loss: Mean loss at length 0, above its floor; one that is not bounds nothing.
     """
     fall = -float(slope @ direction)
     return loss / fall if fall > 0 and loss > 0 else math.inf
 
 
 def line_search(
-    problem: PruningProblem, fit: SparseFit, direction: Tensor, start: float, least: float
+    problem: PruningProblem, fit: SparseFit, direction: Tensor, start: float, least: float, shrinks: int = _SHRINKS
 ) -> tuple[float, Tensor | None]:
     """Find a length whose mean loss on held-out samples is lower than that of no step.
 
@@ -249,6 +255,7 @@ def line_search(
         direction: Its direction, (p,).
         start: The first length tried.
         least: Mean held-out loss at length 0.
+        shrinks: Shorter lengths tried at the most.
 
     Returns:
         The length and its held-out losses, (n_v,); 0 and None where none is lower.
@@ -265,7 +272,7 @@ def line_search(
                 break
             length, losses = length * _GROWTH, further
         return length, losses
-    for _ in range(_SHRINKS):
+    for _ in range(shrinks):
         length = length / _GROWTH
         losses = losses_at(length)
         if mean_loss(losses) < least:
@@ -283,6 +290,17 @@ def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
     """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
     assert problem.held_out is not None, "the caller checks"
     return problem.held_out(fit.weights, kept_set(fit))
+
+
+def loss_floor(problem: PruningProblem, losses: Tensor) -> float:
+    """Return what losses on held-out samples, (n_v,), are taken not to fall below.
+
+    That is 0 where the loss knows its curvature, or what is below that. The zero of a plain function may mean nothing
+    (a log density, a reward, a constant added): of it the lowest loss is as low as losses go.
+    """
+    known = losses.double()[losses.isfinite()]
+    lowest = float(known.min()) if len(known) else 0.0
+    return lowest if problem.blank is None else min(0.0, lowest)
 
 
 def gains(before: Tensor, after: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from swap_prune.checks import is_finite, whole_number
 from swap_prune.methods.contest import finite_entries, fit_pairing
-from swap_prune.methods.descent import LEAST_GAIN, gains, held_out_losses, is_significant, mean_loss, step_down
+from swap_prune.methods.descent import (
+    LEAST_GAIN,
+    gains,
+    held_out_losses,
+    is_significant,
+    loss_floor,
+    mean_loss,
+    step_down,
+)
 from swap_prune.methods.pairing import (
     candidates_of,
     check_regression_settings,
@@ -170,7 +178,8 @@ class EWR:
         evidence["held_out_gain"] = float(gain.mean())
         if len(gain) > 1:
             evidence["held_out_gain_error"] = float(gain.std() / len(gain) ** 0.5)
-        return is_significant(gain) and float(gain.mean()) >= LEAST_GAIN * abs(mean_loss(before))
+        above = mean_loss(before) - loss_floor(problem, before)
+        return is_significant(gain) and float(gain.mean()) >= LEAST_GAIN * above
 
     def _coupling(
         self, pairing: WeightedRidge, fit: SparseFit, generator: torch.Generator
@@ -214,10 +223,14 @@ class EWR:
         w = hard_threshold(problem.reference, support)
         fit = SparseFit(w, support, pairing.value(w), 0, converged=False)
         anchor = 1.0 if self.anchor == "auto" else float(self.anchor)
+        evidence: dict[str, Any] = {"ridge": pairing.ridge, "anchor": anchor}
         for taken in range(self.couplings):
             x = pairing.factor.matvec(fit.weights)
             epsilon = (1.0 if self.epsilon == "auto" else float(self.epsilon)) * self._unit(x, pairing.target)
-            plan = transport_plan(x, pairing.target, epsilon, anchor=anchor).plan
+            transport = transport_plan(x, pairing.target, epsilon, anchor=anchor)
+            plan, evidence["epsilon"] = transport.plan, epsilon
+            if not transport.converged:
+                evidence["plan_converged"] = False
             objective = replace(pairing, target=barycentric_target(plan, pairing.target))
             direction = None
             if self.gradient == "paper":
@@ -228,8 +241,7 @@ class EWR:
                 fit = replace(fit, iterations=taken, converged=True)
                 break
             fit = replace(step, iterations=taken + 1, converged=False)
-        evidence = {"ridge": pairing.ridge, "anchor": anchor, "objective": pairing.value(fit.weights)}
-        return solution_of(fit, evidence)
+        return solution_of(fit, evidence | {"objective": pairing.value(fit.weights)})
 
 
 def _fitted(pairing: WeightedRidge, fit: SparseFit) -> Tensor:

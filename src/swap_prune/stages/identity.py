@@ -9,6 +9,7 @@ import dis
 import functools
 import hashlib
 import json
+import platform
 import re
 from dataclasses import fields, is_dataclass
 from types import CellType, CodeType, FunctionType, MethodType
@@ -54,7 +55,7 @@ def identity(
         "data": _described_data(data),
         "recalibration_data": None if recalibration_data is None else _described_data(recalibration_data),
         "device": place.type,
-        "versions": {name: version for name, version in versions().items() if name != "python"},
+        "versions": versions() | {"python": ".".join(platform.python_version_tuple()[:2])},  # digests of code change
     }
     text = json.dumps(request.settings | own, default=lambda odd: type(odd).__qualname__)
     plain: dict[str, Any] = json.loads(_ADDRESS.sub("", text))  # what Python prints of an object differs each time

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swap_prune.losses import GaussNewtonLoss, LossFn, failures_named
+from swap_prune.losses import GaussNewtonLoss, LossFn, check_losses, failures_named
 from swap_prune.network.bound import Bound, functional_call
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import in_own_containers
@@ -67,7 +67,7 @@ class Teacher:
         # a network may write to its other buffers, and to those that are given in their place
         copy_of = torch.clone if before is None or selection is None else before.copy_of
         self._state = {f"model.{name}": copy_of(tensor) for name, tensor in weights.items()}
-        self._bound = Bound(model, loss.outputs)
+        self._bound, self._loss = Bound(model, loss.outputs), loss
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +88,7 @@ class Teacher:
         """Return the dense network's outputs on batches, in eval mode.
 
         Raises:
-            ValueError: If they are not finite.
+            ValueError: If they are not finite, or the losses of some sample are not.
         """
         with eval_mode(self._bound.model), torch.no_grad():
             found = []
@@ -103,6 +103,9 @@ class Teacher:
                     "weights, and the samples for NaN and infinity; where that is meant, as of classes that are "
                     "masked, use a loss_fn of your own, and distillation=0 in fine-tuning"
                 )
+        for outputs, batch in zip(found, batches, strict=True):
+            with failures_named("batch given to the dense network", batch), torch.no_grad():
+                check_losses(self._loss.losses(outputs, in_own_containers(batch)), None)
         return found
 
     def teach(self, batches: Sequence[Any]) -> list[Taught]:

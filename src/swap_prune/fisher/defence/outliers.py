@@ -32,14 +32,22 @@ def clip_rows_(factor: DenseFactor, sizes: Tensor | None = None) -> float:
     Returns:
         The share of rows that stood out; where it is 0, nothing has changed.
     """
-    norms = torch.linalg.vector_norm(factor.matrix, dim=1)
-    relative = norms if sizes is None else norms / sizes
+    norms = _norms(factor.matrix)
+    relative = norms if sizes is None else norms / sizes.double()
     there = relative[relative > 0]
     if len(there) == 0:
         return 0.0
-    median, quartile = torch.quantile(there.double().log(), there.new_tensor([0.5, 0.75], dtype=torch.float64))
+    median, quartile = torch.quantile(there.log(), there.new_tensor([0.5, 0.75], dtype=torch.float64))
     limit = median + max(math.log(_LEAST_FACTOR), _SPREADS * float(quartile - median))
-    loud = (relative.double().log() > limit).nonzero().squeeze(1)
+    loud = (relative.log() > limit).nonzero().squeeze(1)
     for i in loud.tolist():
-        factor.matrix[i] *= float(median.exp()) / float(relative[i])
+        factor.matrix[i] = factor.matrix[i].double() * (median.exp() / relative[i])
     return len(loud) / len(norms)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Return the norm of each row (n, p), (n,), in float64, also where squares are too large for the rows' dtype."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
+    for i in norms.isinf().nonzero().squeeze(1).tolist():
+        norms[i] = torch.linalg.vector_norm(rows[i].double())
+    return norms

@@ -20,10 +20,12 @@ def column_scales(rows: Tensor) -> Tensor:
     With the mean size ``r_i`` of row i, ``r_i c_j`` is what is expected of the entry: rows differ in size as samples
     do, columns as weights do. Of a column that is zero in half of the rows nothing is expected.
     """
-    some = rows[:_TYPICAL].abs()
-    sizes = some.mean(1, keepdim=True)
-    relative = some / sizes.clamp_min(torch.finfo(some.dtype).tiny)
-    return torch.cat([block.median(0).values for block in torch.split(relative, _columns_at_once(len(some)), dim=1)])
+    some = rows[:_TYPICAL]
+    sizes = (torch.linalg.vector_norm(some, ord=1, dim=1, keepdim=True) / some.shape[1]).clamp_min(
+        torch.finfo(some.dtype).tiny
+    )
+    blocks = torch.split(some, _columns_at_once(len(some)), dim=1)
+    return torch.cat([(block.abs() / sizes).median(0).values for block in blocks])
 
 
 def winsorised(rows: Tensor, scales: Tensor) -> Tensor:
