@@ -234,9 +234,28 @@ def test_hidden_states_are_distilled() -> None:
     assert float(loss(model.eval(), pairs[0]).detach().mean()) < 0.2
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_are_as_good_as_dicts(causal: bool) -> None:
+    named, loss = batch(8), TokenCrossEntropy(causal=causal)
+    model = transformer(causal=causal).eval()
+    arguments = {name: part for name, part in named.items() if name != "labels"}
+    wanted = loss(model, named)
+    for inputs in (arguments, (named["input_ids"], named["attention_mask"])):
+        torch.testing.assert_close(loss(model, (inputs, named["labels"])), wanted)
+
+
+def test_classes_that_come_last_are_told_from_those_of_the_default_loss() -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)), torch.randint(WORDS, (40, LENGTH))
+    with pytest.raises(ValueError, match=r"the classes last: pass loss_fn=swap_prune.TokenCrossEntropy\(\)"):
+        prune(model, [(ids, ids)], 0.5, progress=False)
+    report = prune(model, [(ids, ids)], 0.5, loss_fn=TokenCrossEntropy(), samples=32, progress=False)
+    assert report.kept == 6 * WORDS // 2
+
+
 WRONG: dict[str, tuple[TokenCrossEntropy, Any, str]] = {
-    "no labels": (TokenCrossEntropy(), {"input_ids": torch.ones(4, 3).long()}, "under 'labels', got {input_ids"),
-    "a pair": (TokenCrossEntropy(), (torch.ones(4, 3).long(), torch.ones(4, 3).long()), "needs dict batches"),
+    "no labels": (TokenCrossEntropy(), {"input_ids": torch.ones(4, 3).long()}, "under 'labels' .*, got {input_ids"),
+    "three parts": (TokenCrossEntropy(), (torch.ones(4, 3).long(),) * 3, "TokenCrossEntropy needs batches"),
     "labels out of range": (
         TokenCrossEntropy(),
         batch(8) | {"labels": torch.full((8, LENGTH), WORDS)},

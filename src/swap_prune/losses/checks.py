@@ -101,6 +101,11 @@ def _check_targets(targets: Tensor, logits: Tensor) -> None:
             ", such as swap_prune.SquaredError(), or swap_prune.BinaryCrossEntropy() for yes or no"
         )
     if not targets.is_floating_point():
+        if logits.ndim > 2 and targets.shape[1:] == logits.shape[1:-1] != logits.shape[2:]:
+            raise ValueError(
+                f"the default loss needs logits (n, classes, ...) for targets {tuple(targets.shape)}, got "
+                f"{('n', *logits.shape[1:])}, the classes last: pass loss_fn=swap_prune.TokenCrossEntropy()"
+            )
         if logits.ndim == 2 and targets.ndim == 2:
             remedy = "as a column: take targets.squeeze(1)"
             if targets.shape[1] > 1:
@@ -138,7 +143,10 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
         raise ValueError(f"loss_fn must return a tensor of per-sample losses, got a {type(losses).__name__}")
     if losses.ndim != 1 or (expected is not None and losses.numel() != expected):
         wanted = f"({expected},)" if expected is not None else "(n,)"
-        remedy = "use reduction='none', and let the samples be the first dimension of a batch's first tensor"
+        remedy = (
+            "use reduction='none', and let the samples be the first dimension of a batch's first tensor; a batch whose "
+            "tensors are not so, such as a list of sequences of several lengths, has to be an object of its own"
+        )
         if losses.ndim > 1:
             remedy = "average over all dimensions but the first, which is that of the samples"
         raise ValueError(f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; {remedy}")

@@ -1,7 +1,7 @@
-"""Losses on dict batches, as tokenisers make them, with a label for each token.
+"""Losses with a label for each token, on dict batches, as tokenisers make them, or on pairs.
 
-The model's arguments are in the batch by name (``input_ids``, ``attention_mask``), the labels beside them, and its
-logits have the classes last: (n, T, classes), or (n, classes) for one label a sample. Labels of -100 do not count.
+In a dict the model's arguments are by name (``input_ids``, ``attention_mask``), with the labels beside them. The logits
+have the classes last: (n, T, classes), or (n, classes) for one label a sample. Labels of -100 do not count.
 
 Place in the pipeline: a loss, as :mod:`swap_prune.losses` describes them.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swap_prune.losses import CrossEntropy, check_labels, describe
 from swap_prune.losses.base import IGNORE_INDEX
 
-__all__ = ["TokenCrossEntropy", "call_model"]
+__all__ = ["TokenCrossEntropy", "call_model", "told_apart"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -27,14 +27,39 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
 
 
+def told_apart(batch: Any, key: str, loss: object) -> tuple[Any, Tensor]:
+    """Return what the model takes of a batch, and the targets.
+
+    Args:
+        batch: A pair of these, or a dict of the model's arguments by name and of the targets.
+        key: That of the targets in a dict.
+        loss: Whose batch it is.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    inputs, targets = None, None
+    if isinstance(batch, Mapping):
+        inputs, targets = {name: part for name, part in batch.items() if name != key}, batch.get(key)
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, targets = batch
+    if not isinstance(targets, Tensor):
+        raise ValueError(
+            f"{type(loss).__name__} needs batches (what the model takes, targets), or dicts with a tensor of targets "
+            f"under {key!r} (labels= names another key), got {describe(batch)}"
+        )
+    return inputs, targets
+
+
 @dataclass(frozen=True)
 class TokenCrossEntropy:
-    """Cross-entropy of each sample of a dict batch, the mean over its labelled tokens; a ``GaussNewtonLoss``.
+    """Cross-entropy of each sample, the mean over its labelled tokens; a ``GaussNewtonLoss``.
 
-    The model returns logits with the classes last, or a mapping that has them under ``"logits"``.
+    A batch is a dict of the model's arguments and the labels, or a pair ``(what the model takes, labels)``. The model
+    returns logits with the classes last, or a mapping that has them under ``"logits"``.
 
     Attributes:
-        labels: Key of the labels, (n, T) or (n,); all other entries are the model's arguments.
+        labels: Key of the labels, (n, T) or (n,), in a dict; all other entries are the model's arguments.
         causal: Whether logits at a token are for the label of the next one.
         temperature: As for :class:`swap_prune.losses.CrossEntropy`.
     """
@@ -54,17 +79,13 @@ class TokenCrossEntropy:
         """Return the logits z with the classes second, (n, classes, T) or (n, classes).
 
         Raises:
-            ValueError: If the batch is not a dict with labels, or the logits do not fit them.
+            ValueError: If the batch holds no labels, or the logits do not fit them.
         """
-        if not isinstance(batch, Mapping) or not isinstance(batch.get(self.labels), Tensor):
-            raise ValueError(
-                f"TokenCrossEntropy needs dict batches with a tensor of labels under {self.labels!r}, got "
-                f"{describe(batch)}; name their key with labels="
-            )
-        logits = call_model(model, {key: part for key, part in batch.items() if key != self.labels})
+        inputs, labels = told_apart(batch, self.labels, self)
+        logits = call_model(model, inputs)
         if isinstance(logits, Mapping):
             logits = logits["logits"]
-        wanted = batch[self.labels].shape
+        wanted = labels.shape
         if self.causal and len(wanted) < 2:
             raise ValueError(
                 f"TokenCrossEntropy(causal=True) needs a label for each token, (n, T), got labels {tuple(wanted)}: "
@@ -108,5 +129,5 @@ class TokenCrossEntropy:
         return CrossEntropy(self.temperature)
 
     def _targets(self, batch: Any) -> Tensor:
-        targets: Tensor = batch[self.labels]
+        targets = told_apart(batch, self.labels, self)[1]
         return targets[:, 1:] if self.causal else targets

@@ -13,7 +13,6 @@ Place in the pipeline: a loss, as :mod:`swap_prune.losses` describes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.nn import functional
 
 from swap_prune.checks import positive_number
 from swap_prune.losses import describe
-from swap_prune.losses.tokens import call_model
+from swap_prune.losses.tokens import call_model, told_apart
 
 __all__ = ["BinaryCrossEntropy", "SquaredError"]
 
@@ -43,11 +42,8 @@ class _ValueLoss:
         Raises:
             ValueError: If the batch holds no targets, or the outputs are not of their shape.
         """
-        targets = self._targets(batch)
-        if isinstance(batch, Mapping):
-            outputs = call_model(model, {key: part for key, part in batch.items() if key != self.labels})
-        else:
-            outputs = call_model(model, batch[0])
+        inputs, targets = told_apart(batch, self.labels, self)
+        outputs = call_model(model, inputs)
         if not isinstance(outputs, Tensor) or _without_ones(outputs) != _without_ones(targets):
             raise ValueError(
                 f"{type(self).__name__} needs a target for each output, got outputs {describe(outputs)} and targets "
@@ -59,21 +55,9 @@ class _ValueLoss:
         """Return the loss of each sample from its outputs, (n,)."""
         raise NotImplementedError
 
-    def _targets(self, batch: Any) -> Tensor:
-        if isinstance(batch, Mapping):
-            targets = batch.get(self.labels)
-        else:
-            targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
-        if not isinstance(targets, Tensor):
-            raise ValueError(
-                f"{type(self).__name__} needs batches (what the model takes, targets), or dicts with a tensor of "
-                f"targets under {self.labels!r}, got {describe(batch)}"
-            )
-        return targets
-
     def _fitted(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return targets in the shape and type of the outputs."""
-        return self._targets(batch).to(outputs.dtype).view_as(outputs)
+        return told_apart(batch, self.labels, self)[1].to(outputs.dtype).view_as(outputs)
 
 
 @dataclass(frozen=True)
@@ -141,7 +125,7 @@ class BinaryCrossEntropy(_ValueLoss):
         Raises:
             ValueError: If one is not in [0, 1].
         """
-        targets = self._targets(batch)
+        targets = told_apart(batch, self.labels, self)[1]
         if not bool(((targets >= 0) & (targets <= 1)).all()):
             raise ValueError(
                 "BinaryCrossEntropy needs targets in [0, 1], got "
