@@ -152,6 +152,7 @@ class _Contest:
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
+        self._swaps_each = fisher.shape[0] >= problem.reference.numel()  # which then costs next to nothing
         self._is_mild = problem.keep >= math.floor(_MILD * int(problem.reference.count_nonzero()))
         self._steps_later = False  # of the best alone
 
@@ -182,7 +183,7 @@ class _Contest:
         fit = best.fit(self._problem.reference)
         swapped = swap_weights(self.stated(best.candidate), fit, self._settings.swaps, self._diagonal)
         del fit
-        if not swapped.swaps:
+        if swapped.swaps == best.packed.swaps:
             return
         if best.losses is None:
             self._best = _Fitted.of(best.candidate, swapped, None)
@@ -318,6 +319,9 @@ class _Contest:
             max_iterations=self._settings.iterations,
             swaps_follow=self._settings.swaps > 0 and can_swap(regression, self._problem.keep),
         )
+        swapped = fit
+        if self._swaps_each:
+            swapped = swap_weights(regression, fit, self._settings.swaps, self._diagonal)
         del regression  # its metric is as large as p
         if fit.first is not None:
             if fit.first.support.nbytes <= fit.first.matrix.nbytes:  # else n is small, and the matrix soon made anew
@@ -325,6 +329,10 @@ class _Contest:
             fit = replace(fit, first=None)
         losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
         self._last = _Fitted.of(candidate, fit, losses)
+        if swapped.swaps and losses is not None:
+            after = held_out_losses(self._problem, swapped)
+            if is_significant(gains(losses, after)):
+                self._last = _Fitted.of(candidate, swapped, after, swaps=swapped.swaps)
         self.tried.append(self._last.entry)
         return self._last
 

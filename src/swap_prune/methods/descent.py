@@ -295,12 +295,13 @@ def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
 def loss_floor(problem: PruningProblem, losses: Tensor) -> float:
     """Return what losses on held-out samples, (n_v,), are taken not to fall below.
 
-    That is 0 where the loss knows its curvature, or what is below that. The zero of a plain function may mean nothing
-    (a log density, a reward, a constant added): of it the lowest loss is as low as losses go.
+    That is 0 where the loss knows its curvature and its mean is above that. The zero of a plain function may mean
+    nothing (a log density, a reward, a constant added): of it the lowest loss is as low as losses go.
     """
     known = losses.double()[losses.isfinite()]
-    lowest = float(known.min()) if len(known) else 0.0
-    return lowest if problem.blank is None else min(0.0, lowest)
+    if len(known) == 0 or (problem.blank is not None and float(known.mean()) > 0):
+        return 0.0
+    return float(known.min())
 
 
 def gains(before: Tensor, after: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ _FEW_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (
     (0.025, 0.03, "diagonal"),
     _CANDIDATES[3],
 )
+# with a row a weight, or more, rows can be believed: a ridge would hide which of correlated weights are needed
+_MANY_ROWS_CANDIDATES: tuple[tuple[float, float, Metric], ...] = (*_CANDIDATES, (1e-4, 0.01, "diagonal"))
 
 
 class RegressionSettings(Protocol):
@@ -105,9 +107,12 @@ def candidates_of(
         diagonal: f, (p,): its mean is the unit of an automatic ridge in the identity metric; 1 if it is not given.
         rows: n, where the candidates may depend on how few there are for p weights.
     """
-    few = diagonal is not None and rows is not None and rows < _FEW_ROWS * len(diagonal)
+    automatic = _CANDIDATES
+    if diagonal is not None and rows is not None:
+        automatic = _FEW_ROWS_CANDIDATES if rows < _FEW_ROWS * len(diagonal) else automatic
+        automatic = _MANY_ROWS_CANDIDATES if rows >= len(diagonal) else automatic
     found = []
-    for automatic_ridge, automatic_damping, automatic_metric in _FEW_ROWS_CANDIDATES if few else _CANDIDATES:
+    for automatic_ridge, automatic_damping, automatic_metric in automatic:
         metric = cast(Metric, settings.metric) if settings.metric != "auto" else automatic_metric
         identity = metric == "identity"
         unit = float(diagonal.mean()) if identity and diagonal is not None else 1.0
