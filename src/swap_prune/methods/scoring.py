@@ -30,7 +30,7 @@ def select_best(problem: PruningProblem, scores: Tensor, scope: str = "global") 
             0, top_k(scores, problem.keep, problem.floors, problem.pattern), True
         )
     if problem.pattern is not None:
-        scores = scores.masked_fill(~problem.pattern.allowed(scores, problem.keep), -torch.inf)
+        scores = problem.pattern.bounded(scores, problem.keep)
     layers = list(problem.layers())
     shares = share_out(problem.keep, [layer.shape.numel() for layer in layers])
     parts = [

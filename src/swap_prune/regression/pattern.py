@@ -6,8 +6,9 @@ the mean, on the way to the end, the pattern is the tightest that leaves room fo
 
     c(k) = max(N, ceil(k M / p)) of M.
 
-The sets of k weights that hold to it are those of a matroid (groups of limited size, and k in all), so that of all of
-them the greedy one has the largest sum of scores: the best c of each group, and of these the best k.
+Where all groups are full in the end, N of each stay on the way as well: a group that has lost more would be filled with
+zeros. The sets of k weights that hold to this are those of a matroid (groups of limited size, and k in all), so that of
+all of them the greedy one has the largest sum of scores: the best N of each group, then the best of what may follow.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -33,11 +34,13 @@ class GroupPattern:
         size: M.
         shapes: Of the parameters that the p weights are made of, in their order; the second dimension of each is a
             multiple of M.
+        filled: Whether all groups are full in the end.
     """
 
     most: int
     size: int
     shapes: tuple[torch.Size, ...]
+    filled: bool = False
 
     def __str__(self) -> str:
         """Return it as it was written."""
@@ -56,13 +59,19 @@ class GroupPattern:
         """Whether ``keep`` weights fill every group up to its limit; rounding of a sparsity may have taken one."""
         return keep >= self.limit(keep) * self.count - 1
 
-    def allowed(self, scores: Tensor, keep: int) -> Tensor:
-        """Return the best c of each group, boolean, (p,); of equal scores those that come first."""
-        among = torch.zeros_like(scores, dtype=torch.bool)
-        for values, chosen in zip(self._grouped(scores), self._grouped(among), strict=True):
+    def bounded(self, scores: Tensor, keep: int) -> Tensor:
+        """Return scores (p,) of which the largest ``keep`` hold to the pattern.
+
+        Those beyond the best c of their group are minus infinity, and those that have to stay infinity; of equal scores
+        the first are better.
+        """
+        bounded = scores.clamp_min(torch.finfo(scores.dtype).min)  # no other is as low as those that may not stay
+        limit, least = self.limit(keep), self.most if self.filled and keep >= self.most * self.count else 0
+        for values in self._grouped(bounded):
             order = values.argsort(dim=2, descending=True, stable=True)
-            chosen.scatter_(2, order[:, :, : self.limit(keep)], True)
-        return among
+            values.scatter_(2, order[:, :, limit:], -torch.inf)
+            values.scatter_(2, order[:, :, :least], torch.inf)
+        return bounded
 
     def best(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the largest value of each group, (groups,), and its index among the p, (groups,)."""
@@ -107,7 +116,14 @@ class GroupPattern:
 
     def room(self, support: Tensor) -> Tensor:
         """Return how many weights each group could take beside those of a set, (groups,)."""
-        return self.limit(len(support)) - self.group_of(support).bincount(minlength=self.count)
+        return self.limit(len(support)) - self._counts(support)
+
+    def spare(self, support: Tensor) -> Tensor:
+        """Return how many weights of a set each group could do without, (groups,)."""
+        return self._counts(support) - (self.most if self.filled else 0)
+
+    def _counts(self, support: Tensor) -> Tensor:
+        return self.group_of(support).bincount(minlength=self.count)
 
     def _places(self) -> Iterator[slice]:
         ends = accumulate((shape.numel() for shape in self.shapes), initial=0)
@@ -141,6 +157,7 @@ def parse_pattern(text: str, shapes: Mapping[str, torch.Size], keep: int) -> Gro
             f"the others by ignore={odd}"
         )
     pattern = GroupPattern(most, size, tuple(shapes.values()))
+    pattern = replace(pattern, filled=pattern.is_full(keep))
     if keep > most * pattern.count:
         raise ValueError(
             f"pattern {text} keeps {most * pattern.count} of {size * pattern.count} weights at the most, but the "

@@ -260,10 +260,12 @@ def _anywhere(exchange: Exchange, promise: Tensor, scale: Tensor, batch: int) ->
     columns, out, into = _copied(exchange, support[cheap], eager)
     cost, order = exchange.leave(cheap, out).sort()
     may = spared(support[cheap[order]], problem.floors, support)
+    if problem.pattern is not None:
+        may &= _among_first(problem.pattern.group_of(support[cheap[order]]), problem.pattern.spare(support))
     cost, order = cost[may], order[may]
     gain, rank = exchange.enter(eager, into).sort(descending=True)
     if problem.pattern is not None:
-        may = _first_in_groups(problem.pattern, eager[rank], support)
+        may = _among_first(problem.pattern.group_of(eager[rank]), problem.pattern.room(support))
         gain, rank = gain[may], rank[may]
     pairs = min(batch, len(cost), len(gain))
     count = int((gain[:pairs] > cost[:pairs]).sum())  # gains fall and costs rise: those that gain come first
@@ -290,15 +292,18 @@ def _within_groups(exchange: Exchange, pattern: GroupPattern, promise: Tensor, s
     return _paired(cheap, order, eager, order, columns)
 
 
-def _first_in_groups(pattern: GroupPattern, entering: Tensor, support: Tensor) -> Tensor:
-    """Return which of the indices that are to enter a support, one after the other, their groups have room for."""
-    group, room = pattern.group_of(entering), pattern.room(support)
+def _among_first(group: Tensor, counts: Tensor) -> Tensor:
+    """Return which of some weights, of groups (r,) and in this order, are among the first so many of theirs, boolean.
+
+    Args:
+        group: Number of the group of each.
+        counts: How many of each group may be, (groups,).
+    """
     order = group.argsort(stable=True)
     ordered = group[order]
-    start = torch.searchsorted(ordered, ordered)  # of the same group
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device) - start
-    return place < room[group]
+    place[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+    return place < counts[group]
 
 
 def _copied(

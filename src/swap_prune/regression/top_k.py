@@ -38,8 +38,7 @@ def top_k(scores: Tensor, keep: int, floors: Floors = (), pattern: GroupPattern 
         Indices, (k,); of equal scores those that come first.
     """
     if pattern is not None:
-        allowed = pattern.allowed(scores, keep)
-        scores = scores.clamp_min(torch.finfo(scores.dtype).min).masked_fill_(~allowed, -torch.inf)
+        scores = pattern.bounded(scores, keep)
     if floors:
         return _with_floors(scores, keep, floors)
     if keep == 0:
