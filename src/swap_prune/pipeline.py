@@ -372,13 +372,13 @@ def _checkpointed(runner: StageRunner, checkpoint: Checkpoint, place: torch.devi
     """Give a runner a checkpoint that keeps what changes from stage to stage."""
     parts: dict[str, Remembering] = {
         "network": NetworkState(runner.model),
-        "random": RandomStates(runner.noise_generator, place),
         "calibration": runner.calibration,
     }
     if runner.recalibration is not runner.calibration:
         parts["recalibration"] = runner.recalibration
     if runner.doubts is not None:
         parts["doubts"] = runner.doubts
+    parts["random"] = RandomStates(runner.noise_generator, place)  # last: reading samples again may draw
     return replace(runner, checkpoint=checkpoint.of(**parts))
 
 

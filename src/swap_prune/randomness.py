@@ -8,12 +8,23 @@ many samples out; and their difference is that of the methods.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["forked_generator", "seeded"]
+__all__ = [
+    "forked_generator",
+    "global_states",
+    "global_states_kept",
+    "global_states_of",
+    "seeded",
+    "set_global_states",
+]
 
 
 def forked_generator(seed: int, purpose: str) -> torch.Generator:
@@ -24,16 +35,67 @@ def forked_generator(seed: int, purpose: str) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Run a block in which PyTorch's own random state, which others may draw from, is seeded; then give it back.
+    """Run a block in which the global states that others may draw from are seeded; then give them back.
 
     Args:
         seed: In [0, 2**63).
         device: A GPU whose random state is seeded as well; None and the CPU: none.
     """
     on_gpu = device is not None and device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
+    with global_states_kept(), torch.random.fork_rng([device] if on_gpu else []):
+        set_global_states(global_states_of(seed))
         if on_gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def global_states_kept() -> Iterator[None]:
+    """Run a block after which the global states on the CPU are what they were."""
+    before = global_states()
+    try:
+        yield
+    finally:
+        set_global_states(before)
+
+
+def global_states() -> dict[str, Tensor]:
+    """Return the global random states of PyTorch (on the CPU), Python and NumPy, as tensors.
+
+    Those of the last two are words, and what is left of a pair of normal numbers. A bit generator that a user gave
+    NumPy in the place of its own is not among them: it cannot be seeded.
+    """
+    version, words, left = random.getstate()
+    found = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_left": torch.tensor(math.nan if left is None else left, dtype=torch.float64),
+    }
+    state = np.random.get_state()
+    if isinstance(state, tuple):
+        _, keys, place, has_left, left = state
+        found["numpy"] = torch.tensor([*keys.tolist(), place, has_left])
+        found["numpy_left"] = torch.tensor(left, dtype=torch.float64)
+    return found
+
+
+def set_global_states(states: Mapping[str, Tensor]) -> None:
+    """Set the global random states that :func:`global_states` gave."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    left = float(states["python_left"])
+    random.setstate((version, tuple(words), None if math.isnan(left) else left))
+    if "numpy" in states and isinstance(np.random.get_state(), tuple):
+        *keys, place, has_left = states["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), place, has_left, float(states["numpy_left"])))
+
+
+def global_states_of(seed: int) -> dict[str, Tensor]:
+    """Return the global states that a seed gives."""
+    with global_states_kept():
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if isinstance(np.random.get_state(), tuple):
+            np.random.seed(seed % 2**32)
+        return global_states()

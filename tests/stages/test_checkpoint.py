@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,14 @@ class Noisy(TensorDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         inputs, label = super().__getitem__(index)
         return inputs + 0.1 * torch.randn(inputs.shape), label
+
+
+class NoisyByNumPy(TensorDataset):
+    """Augments with the random states of NumPy and Python."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        inputs, label = super().__getitem__(index)
+        return inputs + 0.1 * np.random.standard_normal() + 0.1 * random.gauss(0, 1), label
 
 
 class Endless(IterableDataset[Any]):
@@ -104,6 +114,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
     "dataset": (small_network, small_data, {}),
     "few samples, that are drawn again": (small_network, small_data, {"samples": SIZE}),
     "augmented": (small_network, lambda: Noisy(*small_data().tensors), {"recalibration_data": small_data(seed=5)}),
+    "augmented by NumPy": (small_network, lambda: NoisyByNumPy(*small_data().tensors), {}),
     "augmented by itself": (small_network, OwnRandomness, {}),
     "a part of what augments itself": (small_network, lambda: DataLoader(Subset(OwnRandomness(), range(50))), {}),
     "batches": (small_network, in_batches, {"samples": 37}),

@@ -21,14 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from swap_prune.losses import CrossEntropy, LossFn
-from swap_prune.network.modes import eval_mode
-from swap_prune.samples.batches import slice_batch
 
-__all__ = ["LabelDoubt", "doubt_labels", "few_classes"]
+__all__ = ["LabelDoubt", "doubt_labels"]
 
 _LEAST_RATE = 0.02  # of rho: less is left alone
 _LEAST_EVIDENCE = 10.0  # log-likelihood ratio against rho = 0; chance exceeds it once in 10^5 times
@@ -91,24 +89,6 @@ def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[A
     if rate < _LEAST_RATE or not float(gain) > _LEAST_EVIDENCE:
         return None
     return LabelDoubt(rate, _TEMPERATURES[number])
-
-
-def few_classes(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> dict[str, list[int]]:
-    """Look for data in the order of their classes: labels of less than half of those that there could be.
-
-    Returns:
-        For the report: how many classes labels are of, how many there are, and how many labels; else nothing.
-    """
-    if not isinstance(loss_fn, CrossEntropy):
-        return {}
-    with eval_mode(model), torch.no_grad():
-        outputs = loss_fn.outputs(model, slice_batch(batches[0], 0, 2))
-    labels = [batch[1] for batch in batches]
-    if outputs.ndim != 2 or any(one.is_floating_point() for one in labels):
-        return {}
-    count, classes = sum(map(len, labels)), outputs.shape[1]
-    seen = len(set(torch.cat(labels).tolist()))
-    return {"few_classes": [seen, classes, count]} if 2 * seen < min(classes, count) else {}
 
 
 def _likelihood(outputs: Tensor, targets: Tensor) -> Tensor:

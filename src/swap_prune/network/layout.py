@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.network.modes import eval_mode, no_autocast
+from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import map_tensors
 
 __all__ = ["images_laid_out", "takes_channels_last"]
@@ -121,7 +122,7 @@ def _answer(
     with (
         torch.set_grad_enabled(backwards),
         no_autocast(torch.device("cpu")),
-        torch.random.fork_rng(devices=[]),
+        global_states_kept(),
         images_laid_out(model, laid),
     ):
         values = function(model, map_tensors(torch.clone, batch))

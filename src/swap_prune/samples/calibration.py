@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from swap_prune.randomness import global_states, global_states_kept, global_states_of, set_global_states
 from swap_prune.samples.batches import (
     batch_size,
     in_own_containers,
@@ -36,6 +37,7 @@ from swap_prune.samples.shares import share_out_samples
 __all__ = ["BATCH", "CalibrationStream"]
 
 BATCH = 128  # samples, where the stream makes the batches itself
+_READING = "reading "  # before the names of states, among what is remembered
 _END = object()  # of a pass over the data
 
 
@@ -77,7 +79,7 @@ class CalibrationStream:
         self._size = size
         self._keep = keep
         self._samples = NumberedSamples.of(data)
-        self._reading = torch.Generator().manual_seed(generator.initial_seed()).get_state()  # global while data is read
+        self._reading = global_states_of(generator.initial_seed())  # while data is read
         self._gradients = torch.is_grad_enabled()  # the caller's mode; data may be read in the midst of a computation
         self._order: list[int] = []  # numbers of samples that were not drawn yet
         self._reserved: list[int] = []  # numbers of samples that are held out of what is fitted
@@ -97,15 +99,8 @@ class CalibrationStream:
         numbers |= {"taken": [self._taken], "rest": [rest], "size": [self._size_so_far()]}
         state = {name: torch.tensor(held, dtype=torch.int64, device="cpu") for name, held in numbers.items()}
         drawing = {f"own {i}": own.get_state() for i, own in enumerate(self._own_generators())}
-        return (
-            state
-            | drawing
-            | {
-                "drawing": self._generator.get_state(),
-                "reading": self._reading,
-                "digest": self._digest(),
-            }
-        )
+        reading = {_READING + name: held for name, held in self._reading.items()}
+        return state | drawing | reading | {"drawing": self._generator.get_state(), "digest": self._digest()}
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Go to where a stream of the same data was; data that have no numbers are read again up to there.
@@ -136,7 +131,7 @@ class CalibrationStream:
             )
         self.is_altered = not torch.equal(self._digest(), state["digest"])
         self._generator.set_state(state["drawing"])
-        self._reading = state["reading"]
+        self._reading = {k.removeprefix(_READING): held for k, held in state.items() if k.startswith(_READING)}
 
     def _size_so_far(self) -> int:
         """Return how many samples there are, or were read in the first pass."""
@@ -368,7 +363,7 @@ class CalibrationStream:
             yield _END
 
     def _guarded(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Yield what an iterable gives, with a random state of the stream's own in place of PyTorch's global one."""
+        """Yield what an iterable gives, with random states of the stream's own in place of the global ones."""
         with self._own_randomness():
             batches = iter(source)
         while True:
@@ -383,11 +378,11 @@ class CalibrationStream:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Let what reads torch's global random state read one of the stream's own, and leave the global one.
+        """Let what reads the global random states read the stream's own, and leave the global ones.
 
         Gradients are on or off as they were where the stream was made.
         """
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self._gradients):
-            torch.set_rng_state(self._reading)
+        with global_states_kept(), torch.set_grad_enabled(self._gradients):
+            set_global_states(self._reading)
             yield
-            self._reading = torch.get_rng_state()
+            self._reading = global_states()

@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from swap_prune.memory.process import pass_on_shortage
+from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import batch_size
 
 __all__ = ["NumberedSamples", "generators_given_back", "known_length", "own_generators"]
@@ -124,7 +125,7 @@ def _is_plain(loader: DataLoader[Any]) -> bool:
 def _keeps_count(loader: DataLoader[Any]) -> bool:
     """Whether a collate function makes a batch of one sample of one; others unpack what is a batch already."""
     try:
-        with generators_given_back(loader), torch.random.fork_rng(devices=[]):
+        with generators_given_back(loader), global_states_kept():
             return batch_size(loader.collate_fn([loader.dataset[0]])) == 1
     except Exception as error:  # what is wrong with the data is said where it is drawn
         pass_on_shortage(error)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from swap_prune.memory.process import pass_on_shortage
+from swap_prune.randomness import seeded
 from swap_prune.samples.batches import is_sliceable, map_tensors, slice_batch
 from swap_prune.samples.numbered import NumberedSamples, generators_given_back
 
@@ -47,8 +48,7 @@ def digest_of(batch: Any, digest: hashlib._Hash) -> hashlib._Hash:
 
 def _first(data: Any) -> Any:
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             if isinstance(data, DataLoader) and data.collate_fn is not None:
                 return data.collate_fn([data.dataset[0]])
             samples = NumberedSamples.of(data)

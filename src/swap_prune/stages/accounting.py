@@ -82,6 +82,11 @@ def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -
             f"the {count} calibration labels are of {seen} of {classes} classes: data that are read in order should be "
             "shuffled; a Dataset is drawn from at random"
         )
+    if "one_sample_rules" in last.evidence:
+        notes.append(
+            f"one calibration sample has {round(100 * last.evidence['one_sample_rules'])} % of the loss: check its "
+            "target, for instance for a number that stands for a missing one"
+        )
     return notes
 
 

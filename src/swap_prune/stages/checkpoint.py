@@ -24,6 +24,7 @@ from swap_prune.checks import user_path
 from swap_prune.distributed import Team
 from swap_prune.files import is_abandoned, replaced_name, replacing
 from swap_prune.fisher.storage import Storage
+from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
 from swap_prune.surgery import unexpanded
 
@@ -91,7 +92,7 @@ class RandomStates:
 
     Args:
         noise: That of noise models.
-        device: Where is computed; torch's own random states there and on the CPU are a part of it.
+        device: Where is computed; the global random states there and on the CPU are a part of it.
     """
 
     def __init__(self, noise: torch.Generator, device: torch.device) -> None:
@@ -99,13 +100,13 @@ class RandomStates:
 
     def remembered(self) -> dict[str, Tensor]:
         """Return them."""
-        states = {"noise": self._noise.get_state(), "torch": torch.get_rng_state()}
+        states = {"noise": self._noise.get_state()} | global_states()
         return states | ({"gpu": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Set them."""
         self._noise.set_state(state["noise"])
-        torch.set_rng_state(state["torch"])
+        set_global_states(state)
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state["gpu"], self._device)
 

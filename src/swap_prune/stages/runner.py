@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swap_prune.doubts.labels import few_classes
 from swap_prune.doubts.record import Doubts
 from swap_prune.fisher.defence.gradients import GradientDefence
 from swap_prune.fisher.defence.outliers import clip_rows_
@@ -46,6 +45,7 @@ from swap_prune.schedule import keep_count
 from swap_prune.stages.capturing import RowCapture, joins_rows
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defender
+from swap_prune.stages.oddities import few_classes, one_that_rules
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, write_weights
@@ -190,7 +190,7 @@ class StageRunner:
         """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what cleans slopes."""
         rows = RowCapture(self.model, self.request, self.storage, number)
         capture = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance, evidence)
-        evidence |= few_classes(self.model, self.request.loss, fitting)
+        evidence |= few_classes(self.model, self.request.loss, fitting) | one_that_rules(capture.losses)
         if isinstance(capture.factor, DenseFactor):
             if not bool(capture.factor.matrix.any()):
                 evidence["gradients_are_zero"] = True

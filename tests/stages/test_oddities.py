@@ -1,0 +1,67 @@
+"""Odd calibration samples are said, and states that a loss may draw from are the run's own."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from swap_prune import SquaredError, prune
+from swap_prune.stages.oddities import one_that_rules
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2))
+
+
+def data() -> tuple[Tensor, Tensor]:
+    state = torch.Generator().manual_seed(1)
+    return torch.randn(300, 6, generator=state), torch.randn(300, 2, generator=state)
+
+
+def test_one_target_that_stands_for_a_missing_one_is_said() -> None:
+    x, y = data()
+    assert prune(network(), TensorDataset(x, y), 0.5, "lr", loss_fn=SquaredError(), progress=False).notes == [
+        "samples used in a stage: 240, fewer than the 1024 asked for"
+    ]
+    y[:, 0] = torch.where(torch.arange(300) == 7, -9999.0, y[:, 0])
+    notes = [
+        prune(network(), [(x, y)], 0.5, method, loss_fn=SquaredError(), progress=False).notes
+        for method in ("obd", "lr")
+    ]
+    assert any("one calibration sample has 100 % of the loss" in note for note in notes[0])
+
+
+@pytest.mark.parametrize("offset", [0.0, -50.0])
+def test_it_is_a_share_of_what_is_above_the_median(offset: float) -> None:
+    losses = torch.linspace(0, 1, 101) + offset
+    assert one_that_rules(losses) == {}
+    losses[3] = 100 + offset
+    assert one_that_rules(losses)["one_sample_rules"] == pytest.approx(99.49 / 111.74, rel=1e-5)
+    assert one_that_rules(losses[:10]) == {} == one_that_rules(torch.ones(64))
+
+
+@pytest.mark.parametrize("source", ["numpy", "python"])
+def test_a_loss_that_draws_from_other_states_gives_the_same_and_leaves_them(source: str) -> None:
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        n = len(batch[0])
+        drawn = np.random.randn(n) if source == "numpy" else [random.gauss(0, 1) for _ in range(n)]
+        shifted = batch[0] + 0.1 * torch.tensor(drawn, dtype=torch.float32)[:, None]
+        return (model(shifted) - batch[1]).square().mean(1)
+
+    dense, found = network(), []
+    for _ in range(2):
+        model = copy.deepcopy(dense)
+        np.random.seed(len(found))
+        random.seed(len(found))
+        before = np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr]
+        prune(model, TensorDataset(*data()), 0.6, "lr", loss_fn=loss, samples=100, progress=False)
+        assert before == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr]
+        found.append(model[0].weight.detach().clone())  # type: ignore[index]
+    assert torch.equal(*found)
