@@ -189,3 +189,12 @@ def test_a_share_is_that_of_its_decimals():
     model = nn.Linear(10, 10)
     assert layer_floors(model, select_parameters(model), 0.07, 50) == {"weight": 7}
     assert layer_floors(model, select_parameters(model), 0.071, 50) == {"weight": 8}
+
+
+def test_the_default_targets_can_be_added_to() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3))
+    assert select_parameters(model).names == ("0.weight",)
+    assert select_parameters(model, (*DEFAULT_TARGETS, "ConvTranspose2d")).names == ("0.weight", "1.weight")
+    for targets in ((*DEFAULT_TARGETS, "GRU"), ("Linear", "Conv2d")):
+        with pytest.raises(ValueError, match=r"GRU|Linear"):
+            select_parameters(model, targets)

@@ -19,12 +19,14 @@ from swap_prune.losses.values import BinaryCrossEntropy, SquaredError
 from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
+from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.training.finetune import FineTune, FineTuneReport, finetune
 from swap_prune.training.masks import MaskKeeper, keep_masks, masks_of
 
 __all__ = [
     "CBS",
     "CHITA",
+    "DEFAULT_TARGETS",
     "EWR",
     "LR",
     "METHODS",
@@ -57,4 +59,4 @@ __all__ = [
     "prune",
 ]
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

@@ -123,15 +123,17 @@ def select_parameters(
         The selection, with p >= 1.
 
     Raises:
-        ValueError: If a pattern (other than the default targets) matches nothing, a regular expression is
-            malformed, a selected parameter is not yet initialised, or nothing is left to prune.
+        ValueError: If a pattern matches nothing (other than the default targets, where all of them are among
+            ``targets``), a regular expression is malformed, a selected parameter is not yet initialised, or nothing is
+            left to prune.
     """
     targets, ignore = _as_patterns("targets", targets), _as_patterns("ignore", ignore)
     candidates = _collect(model)
+    may_miss = DEFAULT_TARGETS if set(DEFAULT_TARGETS) <= set(targets) else ()
     chosen: set[str] = set()
     for pattern in targets:
         hits = {c.name for c in candidates if _matches(pattern, c) and _prunable(pattern, c)}
-        if not hits and targets != DEFAULT_TARGETS:
+        if not hits and pattern not in may_miss:
             raise ValueError(_unmatched("targets", pattern, model))
         chosen |= hits
     for pattern in ignore:
