@@ -198,7 +198,7 @@ def _slopes(network: Network, inputs: Tensor, classes: Tensor, at_once: int) -> 
 
 @torch.enable_grad()
 def _slope(network: Network, inputs: Tensor, classes: Tensor) -> Tensor | None:
-    """Do so for samples that run at once; None where what comes first in the network is detached."""
+    """Return the slopes of samples that run at once; None where what comes first in the network is detached."""
     inputs = inputs.detach().requires_grad_()
     loss = cross_entropy(network(inputs), classes.long(), reduction="sum")
     return torch.autograd.grad(loss, inputs, allow_unused=True)[0] if loss.requires_grad else None

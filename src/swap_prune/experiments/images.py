@@ -88,7 +88,7 @@ class ImageTensors(Images):
         return self.images[indices], self.labels[indices]
 
     def augmented(self, seed: int) -> AugmentedImages:
-        """Return the same images with random crops and flips."""
+        """Return these images with random crops and flips."""
         return AugmentedImages(self, seed)
 
 

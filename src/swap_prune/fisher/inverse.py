@@ -79,7 +79,7 @@ def _damped_root(matrix: Tensor, damping: float) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockFisher:
-    """The same with everything outside diagonal blocks left out.
+    """The damped Fisher with everything outside diagonal blocks left out.
 
     Attributes:
         factor: G, (n, p).

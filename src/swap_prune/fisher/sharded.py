@@ -27,7 +27,7 @@ def column_parts(p: int) -> list[tuple[int, int]]:
 
 
 def owned_columns(p: int, team: Team, rank: int | None = None) -> list[tuple[int, int]]:
-    """Return the same for the parts of this rank, or another one."""
+    """Return the first column, and the first behind it, of the parts of this rank, or of another one."""
     parts = column_parts(p)
     return [parts[part] for part in team.owned(len(parts), rank)]
 

@@ -37,7 +37,7 @@ class SharedStore(RowBuffer):
         team: The processes.
 
     Raises:
-        ValueError: If there is no room for the columns of this process.
+        MemoryError: If there is no room for the columns of this process.
     """
 
     def __init__(self, n: int, selection: Selection, dtype: torch.dtype, device: torch.device, team: Team) -> None:

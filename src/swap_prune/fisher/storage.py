@@ -111,7 +111,8 @@ class Storage:
         """Make a store for at most n rows.
 
         Raises:
-            ValueError: If there is no room for them, or the storage holds no rows.
+            ValueError: If the storage holds no rows, or the disk has no room for them.
+            MemoryError: If the memory has none.
         """
         p = selection.total
         if not self.holds_rows:

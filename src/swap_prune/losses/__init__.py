@@ -1,4 +1,4 @@
-"""Per-sample losses: classes, tokens, self-distillation; and the checks of those that a caller brings.
+"""Per-sample losses: classes, tokens, numbers, self-distillation; and the checks of those that a caller brings.
 
 What a loss has to give is in :mod:`~swap_prune.losses.base`, the checks are in :mod:`~swap_prune.losses.checks`.
 """

@@ -88,7 +88,7 @@ class DualFit:
 
 @dataclass(frozen=True)
 class DirectFit:
-    """The same where a support is refitted to be judged.
+    """A fit whose support is refitted, from its columns, to be judged.
 
     Attributes:
         problem: The regression.

@@ -60,7 +60,7 @@ class Refit:
     exact: bool = True
 
     def lighter(self) -> Refit:
-        """Return the same with a vector of p less: asking for its gradient again takes a pass."""
+        """Return this refit with a vector of p less: asking for its gradient again takes a pass."""
         return replace(self, pulled=None)
 
 

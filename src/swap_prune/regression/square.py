@@ -55,7 +55,7 @@ class SquareSystem:
 
     @classmethod
     def _wide_of(cls, matrix: Tensor, *, symmetric: bool, rounding: float = 0.0) -> SquareSystem:
-        """Do the same in float64."""
+        """Factorise in float64."""
         a = matrix.double()
         rounding = 8 * max(torch.finfo(matrix.dtype).eps, rounding)
         if symmetric:

@@ -51,7 +51,7 @@ def top_k(scores: Tensor, keep: int, floors: Floors = (), pattern: GroupPattern 
 
 
 def _with_floors(scores: Tensor, keep: int, floors: Floors) -> Tensor:
-    """Return the same with the best of each layer taken first."""
+    """Return the indices of the largest scores, (keep,), the best of each layer with a floor taken first."""
     first = torch.cat([top_k(scores[place], least) + place.start for place, least in floors])
     lowest = torch.finfo(scores.dtype).min  # no other score is as low as those that are taken already
     rest = scores.clamp_min(lowest).index_fill_(0, first, -torch.inf)

@@ -208,7 +208,7 @@ def _without_change(pairing: WeightedRidge, support: Tensor, known: Refit | None
 
 
 def _passes(pairing: WeightedRidge, support: Tensor, order: Tensor) -> _Fits:
-    """Return the same from products with G."""
+    """Return the function that fits couplings, from products with G."""
     held_out = pairing.factor.rows(order[: round(_HELD_OUT * len(order))])
 
     def fits(regression: WeightedRidge) -> tuple[Tensor, Tensor]:

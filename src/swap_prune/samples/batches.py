@@ -198,7 +198,7 @@ def split_batches(batches: Iterable[Any], size: int) -> list[Any]:
 
 
 def join_batches(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    """Yield the same samples in the same order, with batches joined up to ``size`` samples, where they are alike.
+    """Yield samples in their order, with batches joined up to ``size`` samples, where they are alike.
 
     A few samples that would be left alone join a batch that is full: BatchNorm's statistics of them say little. Batches
     that cannot be sliced, or whose samples differ in shape, stay as they are. One joined batch and one batch more are

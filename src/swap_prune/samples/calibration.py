@@ -230,7 +230,7 @@ class CalibrationStream:
         return self.kept(join_batches(fitting, self._size)), self.kept(join_batches(apart, self._size))
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:
-        """Do the same from numbered samples; what is held out is drawn once and never fitted."""
+        """Draw apart from numbered samples; what is held out is drawn once and never fitted."""
         if not self._reserved:
             _, spare = share_out_samples(self._left(), samples, held_out)
             self._reserved = self._permuted()[:spare]

@@ -119,7 +119,7 @@ class RowCapture:
     def _products(
         self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
     ) -> Capture:
-        """Return the same G where no rows are held: their function is settled first."""
+        """Return G as a storage without rows holds it: the function that rows are gradients of is settled first."""
         source = RowSource(self.request.loss, batches)
         if self.request.curvature is not None:
             joined = joins_rows(self.request, batches)

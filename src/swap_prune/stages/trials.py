@@ -137,7 +137,7 @@ class Trials:
         return self._added_up(weights, shares) if self.lean else DenseFactor(self._of_batches(weights)).rmatvec(shares)
 
     def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
-        """Do the same with one vector, (p,), for each part of the batches that this process adds up."""
+        """Return that mean, (p,), with one vector for each part of the batches that this process adds up."""
         count = len(self.fitting)
         parts = 1 if self.team is None else min(PARTS, count)
         own = range(1) if self.team is None else self.team.owned(parts)

@@ -140,7 +140,7 @@ def taught_losses(
 
 
 def _losses_of(outputs: Tensor, loss: GaussNewtonLoss, taught: Taught, share: float, temperature: float) -> Tensor:
-    """Return the same from the network's outputs."""
+    """Return the losses of :func:`taught_losses`, (n,), from the network's outputs."""
     batch, teacher, trust = taught
     losses = loss.losses(outputs, batch)
     if teacher is None:

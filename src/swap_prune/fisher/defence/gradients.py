@@ -138,7 +138,7 @@ class GradientDefence:
 
     @classmethod
     def as_asked(cls, layers: Mapping[str, Layer], asked: Collection[str]) -> GradientDefence:
-        """Do the same to all layers, whatever is in their gradients.
+        """Return a defence that does what was asked for to all layers, whatever is in their gradients.
 
         Args:
             layers: By name.

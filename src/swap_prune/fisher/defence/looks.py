@@ -127,7 +127,7 @@ def _excess(rows: Tensor, second: Tensor) -> Tensor:
 
 
 def _excess_of_ranks(first: Tensor, second: Tensor, shape: tuple[int, int]) -> list[tuple[int, Tensor]]:
-    """Return the same of the leading outer products of rows, for each number of them."""
+    """Return ``|C(a) - b|^2 - |b|^2`` of each row, C the leading outer products, for each number of them."""
     ranks = min(_RANKS, min(shape) - 1)
     if ranks < 1:
         return []

@@ -39,7 +39,7 @@ class Treatment:
         return torch.cat([treated for _, treated in self.in_chunks(rows, shape)])
 
     def in_chunks(self, rows: Tensor, shape: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the same, a few rows at a time: which, and what is made of them.
+        """Yield a few rows at a time: which, and what is made of them.
 
         They may be written back at once; the scales of columns are those before.
         """

@@ -55,7 +55,7 @@ class NoiseModel:
         return factor
 
     def apply_(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
-        """Do the same with a factor that the caller gives up: its memory may be used again.
+        """Return the factor of the noisy rows; the caller gives up its own, whose memory may be used again.
 
         The pipeline calls this one, on G and on the gradients that a slope is the mean of. Override it where ``apply``
         can do without a second copy of them.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swap_prune.fisher.noise.base import NoiseModel, check_choice, check_number
 from swap_prune.losses import LossFn, check_labels, describe
+from swap_prune.losses.base import IGNORE_INDEX
 from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.modes import eval_mode
 from swap_prune.randomness import forked_generator
@@ -23,7 +24,6 @@ from swap_prune.samples.batches import map_tensors, replace_part
 
 __all__ = ["InputNoise", "LabelNoise", "choose", "inputs_of"]
 
-_IGNORED = -100  # label that torch's cross-entropy passes over
 
 _STD = (0.35, 0.5, 0.8, 1.2, 1.7)  # in standard deviations of the sample
 _IMPULSES = (0.03, 0.06, 0.09, 0.17, 0.27)  # part of the entries
@@ -138,7 +138,7 @@ class LabelNoise(NoiseModel):
 
 def _is_ignored(labels: Tensor) -> Tensor:
     """Return where there is no label; unsigned numbers have none to say so."""
-    return labels == _IGNORED if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
+    return labels == IGNORE_INDEX if labels.dtype.is_signed else torch.zeros_like(labels, dtype=torch.bool)
 
 
 def _digests(batch: Any, count: int) -> list[str]:
