@@ -94,9 +94,9 @@ def test_rows_over_all_signs_are_the_gauss_newton_matrix(loss: _ValueLoss) -> No
 
 
 def test_a_temperature_lets_sure_answers_count() -> None:
-    z, signs = torch.full((1, 2), 12.0), torch.ones(1, 2)
-    sharp = BinaryCrossEntropy(temperature=1.0).curvature_root(z, None, signs)
-    soft = BinaryCrossEntropy(temperature=4.0).curvature_root(z, None, signs)
+    z, signs, batch = torch.full((1, 2), 12.0), torch.ones(1, 2), (None, torch.ones(1, 2))
+    sharp = BinaryCrossEntropy(temperature=1.0).curvature_root(z, batch, signs)
+    soft = BinaryCrossEntropy(temperature=4.0).curvature_root(z, batch, signs)
     q = torch.tensor(3.0).sigmoid()
     torch.testing.assert_close(soft, (q * (1 - q) / 2).sqrt().expand(1, 2))
     assert float(soft.mean()) > 10 * float(sharp.mean())
@@ -205,3 +205,68 @@ def test_a_target_that_is_no_number_is_refused_wherever_it_is_drawn_to(value: fl
         with pytest.raises(ValueError, match=r"loss is not finite|not finite on"):
             prune(model, TensorDataset(x, targets), 0.5, "lr", loss_fn=SquaredError(), samples=48, progress=False)
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@LOSSES
+@pytest.mark.parametrize("missing", [-1.0, float("nan")])
+def test_targets_that_are_missing_do_not_count(loss: Any, missing: float) -> None:
+    loss = replace(loss, ignore=missing)
+    z, t, teacher, signs = normal(5, 4), answers(5, 4), normal(5, 4, seed=3), normal(5, 4, seed=4).sign()
+    there = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) < 0.6
+    there[3] = False
+    batch = (None, t.masked_fill(~there, missing))
+    found = loss.losses(z, batch), loss.divergence(z, batch, teacher), loss.curvature_root(z, batch, signs)
+    for i, counted in enumerate(there):
+        one = slice(i, i + 1)
+        own = (None, t[one, counted])
+        if not bool(counted.any()):
+            assert float(found[0][i]) == float(found[1][i]) == float(found[2][i].abs().max()) == 0
+            continue
+        torch.testing.assert_close(found[0][i], loss.losses(z[i : i + 1, counted], own)[0])
+        torch.testing.assert_close(
+            found[1][i], loss.divergence(z[i : i + 1, counted], own, teacher[i : i + 1, counted])[0]
+        )
+        root = loss.curvature_root(z[i : i + 1, counted], own, signs[i : i + 1, counted])[0]
+        torch.testing.assert_close(found[2][i, counted], root)
+        assert bool((found[2][i, ~counted] == 0).all())
+    if isinstance(loss, BinaryCrossEntropy):
+        loss.check_targets(batch)
+
+
+@LOSSES
+@pytest.mark.parametrize("fisher", ["gauss-newton", "empirical"])
+def test_networks_are_pruned_on_the_targets_that_there_are(loss: Any, fisher: str) -> None:
+    dense, data, held_out = trained(loss)
+    x, y = data.tensors
+    missing = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    measured = []
+    for ignore, targets in (
+        (-9999.0, y.masked_fill(missing, -9999.0)),
+        (float("nan"), y.masked_fill(missing, torch.nan)),
+    ):
+        model, own = copy.deepcopy(dense), replace(loss, ignore=ignore)
+        lr = METHODS["lr"](fisher=fisher)
+        prune(model, TensorDataset(x, targets), 0.6, lr, loss_fn=own, samples=200, progress=False)
+        measured.append(float(loss(model, held_out).mean().detach()))
+    magnitude = copy.deepcopy(dense)
+    prune(magnitude, data, 0.6, "magnitude", loss_fn=loss, progress=False)
+    assert measured[0] == measured[1] < 0.8 * float(loss(magnitude, held_out).mean().detach())
+
+
+@LOSSES
+def test_what_the_outputs_are_can_be_said(loss: Any) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": x, "out": self.body(x)}
+
+    batch = (normal(40, 4), answers(40, 3))
+    with pytest.raises(ValueError, match="say by forward="):
+        loss(Wrapped(), batch)
+    own = replace(loss, forward=lambda model, x: model(x)["out"])
+    torch.testing.assert_close(own(Wrapped(), batch), loss(network(), batch))
+    report = prune(Wrapped(), [batch], 0.5, "lr", loss_fn=own, samples=32, progress=False)
+    assert report.kept == report.total // 2
