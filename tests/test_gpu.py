@@ -148,8 +148,10 @@ def test_noises(trained: nn.Module, noise: str) -> None:
         {"method": "lr", "recalibrate_batchnorm": False},
         {"method": "ewr", "loss_fn": lambda model, batch: cross_entropy(model, batch)},
         {"method": "magnitude", "finetune": FineTune(epochs=1)},
+        {"method": "lr", "pattern": "2:4", "sparsity": 0.5, "ignore": ["0"], "stages": 2},
+        {"method": "sparsegpt", "pattern": "1:4", "sparsity": 0.8, "ignore": ["0"]},
     ],
-    ids=["as it is", "empirical", "fine-tuned"],
+    ids=["as it is", "empirical", "fine-tuned", "2:4", "1:4"],
 )
 def test_options(trained: nn.Module, options: dict[str, Any]) -> None:
     check(trained, **options)
@@ -158,6 +160,14 @@ def test_options(trained: nn.Module, options: dict[str, Any]) -> None:
 def test_stages_are_found(trained: nn.Module) -> None:
     """How many, is a choice that rounding may turn: on a CPU, weights moved by 1e-6 leave masks that agree for 94 %."""
     check(trained, method="lr", stages="auto", min_keep=0.05, agree=0.9)
+
+
+def test_kept_rows_are_found_again(trained: nn.Module, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "lr", "scratch": tmp_path, "keep_rows": True}
+    model, report = pruned(trained, **options)
+    again, other = pruned(trained, **options)
+    assert "rows_reused" not in report.stages[0].evidence and other.stages[0].evidence["rows_reused"]
+    assert torch.equal(flat(model), flat(again))
 
 
 def test_a_transformer_with_a_distillation_loss() -> None:
