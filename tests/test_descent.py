@@ -19,6 +19,11 @@ from tests.cases import generator, pruning_problem
 from tests.samples.test_held_out import problem_with
 
 
+def known_loss():
+    """A problem whose loss knows its curvature: it is asked without any weight."""
+    return replace(problem_with(None), blank=lambda: torch.full((1,), math.inf))
+
+
 def start_of(problem):
     regression = pairing_regression(problem, 0.1, 1.0)
     return regression, solve_sparse(regression, problem.keep)
@@ -26,7 +31,7 @@ def start_of(problem):
 
 def test_each_step_goes_down_the_slope_where_it_starts():
     asked = []
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     goal = fit.weights + 1.0
 
@@ -47,7 +52,7 @@ def test_each_step_goes_down_the_slope_where_it_starts():
 
 def test_a_second_metric_is_tried_where_the_first_has_ended():
     """Only moves along the other direction gain."""
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     damped = replace(regression, metric=diagonal_metric(regression.factor.diagonal(), 30.0))
     s = base.slope(fit.weights, None)
@@ -66,7 +71,7 @@ def test_a_second_metric_is_tried_where_the_first_has_ended():
 @pytest.mark.parametrize(("left", "steps"), [(0.99, 12), (0.9999, 1)])
 def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothing(left, steps):
     """Each trial leaves so much of the loss."""
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     trials = itertools.count(1)
 
@@ -80,7 +85,7 @@ def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothin
 
 def test_a_length_is_divided_until_it_gains():
     """0.3 / 27 is the third that is tried."""
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
     goal = fit.weights + 0.3 / 27 * d
@@ -91,13 +96,31 @@ def test_a_length_is_divided_until_it_gains():
 
 def test_a_length_grows_only_as_long_as_it_gains_on_the_last():
     """Three times as far is better than nothing, and worse than once."""
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
     goal = fit.weights + 0.5 * d
     problem = replace(base, held_out=lambda w, kept: 1e6 * (w - goal).square())
     _, lengths = step_down(problem, regression, fit, "auto")
     assert lengths[0] == pytest.approx(0.3)
+
+
+def test_of_a_plain_function_the_first_length_is_that_of_the_whole_way_to_its_floor():
+    """Twenty samples at 1,000 and one at 990: a linear model is at 990 after the mean's height over the slope."""
+    base = problem_with(None)
+    regression, fit = start_of(base)
+    d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
+    losses = torch.full((21,), 1000.0, dtype=torch.float64).index_fill(0, torch.tensor([0]), 990.0)
+    first = (float(losses.mean()) - 990) / -float(base.slope(fit.weights, None) @ d)
+    asked = []
+
+    def held_out(w, kept):
+        asked.append(float((w - fit.weights) @ d / (d @ d)))
+        return losses + len(asked)
+
+    _, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
+    assert lengths == [] and asked[0] == 0
+    assert asked[1:8] == pytest.approx([first / 3**i for i in range(7)], rel=1e-4)
 
 
 def test_a_gain_must_exceed_its_standard_error():
@@ -150,7 +173,7 @@ def test_a_loss_that_is_not_a_number_is_infinite():
 
 def test_steps_are_given_up_a_twentieth_behind_a_rival():
     """Compared after as many steps, or with the rival's end."""
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     goal = fit.weights + 1.0
     slopes = []
@@ -182,7 +205,7 @@ def test_steps_are_given_up_a_twentieth_behind_a_rival():
 
 @pytest.mark.parametrize(("share", "given_up"), [(0.96, False), (0.94, True)])
 def test_steps_that_do_not_come_below_where_others_start_are_given_up_after_three(share, given_up):
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     goal = fit.weights + 1.0
     problem = replace(base, slope=lambda w, kept: w - goal, held_out=lambda w, kept: (w - goal).square())
@@ -209,7 +232,7 @@ def test_levels_have_to_come_near_where_others_start(race, losses, levels, left)
 
 def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost():
     """One sample is hopeless, and of this one more than of the rival."""
-    base = problem_with(None)
+    base = known_loss()
     regression, fit = start_of(base)
     goal = fit.weights + 1.0
 
@@ -232,7 +255,7 @@ def test_without_confidence_a_coupling_is_left(monkeypatch):
     from tests.samples.test_held_out import fit_of
 
     monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
-    problem = problem_with(None)
+    problem = known_loss()
     paired, other = (EWR(epsilon=0.1, anchor=a, swaps=0).solve(problem, torch.Generator()) for a in (0.0, 1.0))
 
     def held_out(w, kept):

@@ -69,14 +69,14 @@ def global_states() -> dict[str, Tensor]:
     version, words, left = random.getstate()
     found = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words]),
-        "python_left": torch.tensor(math.nan if left is None else left, dtype=torch.float64),
+        "python": torch.tensor([version, *words], device="cpu"),
+        "python_left": torch.tensor(math.nan if left is None else left, dtype=torch.float64, device="cpu"),
     }
     state = np.random.get_state()
     if isinstance(state, tuple):
         _, keys, place, has_left, left = state
-        found["numpy"] = torch.tensor([*keys.tolist(), place, has_left])
-        found["numpy_left"] = torch.tensor(left, dtype=torch.float64)
+        found["numpy"] = torch.tensor([*keys.tolist(), place, has_left], device="cpu")
+        found["numpy_left"] = torch.tensor(left, dtype=torch.float64, device="cpu")
     return found
 
 
