@@ -13,7 +13,6 @@ all of them the greedy one has the largest sum of scores: the best N of each gro
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -53,7 +52,7 @@ class GroupPattern:
 
     def limit(self, keep: int) -> int:
         """Return c, how many of each group a set of ``keep`` weights may have."""
-        return max(self.most, math.ceil(keep / self.count))
+        return max(self.most, -(-keep // self.count))
 
     def is_full(self, keep: int) -> bool:
         """Whether ``keep`` weights fill every group up to its limit; rounding of a sparsity may have taken one."""

@@ -239,19 +239,24 @@ def propose_swaps(exchange: Exchange, scale: Tensor, batch: int) -> Swaps:
     Returns:
         Those that gain, best pair first.
     """
-    pattern, keep = exchange.problem.pattern, len(exchange.support)
+    pattern = exchange.problem.pattern
+    if pattern is not None and pattern.is_full(len(exchange.support)):
+        return _within_groups(exchange, pattern, scale, batch)
+    return _anywhere(exchange, scale, batch)
+
+
+def _promises(exchange: Exchange, scale: Tensor) -> Tensor:
+    """Return ``q^2 / a``, (p,), and -1 where a weight is kept."""
     root = scale.sqrt()  # squares of gradients may be too small for a number, or too large
-    promise = torch.div(exchange.gradient, root, out=root).square_().index_fill_(0, exchange.support, -1)
-    if pattern is not None and pattern.is_full(keep):
-        return _within_groups(exchange, pattern, promise, scale, batch)
-    return _anywhere(exchange, promise, scale, batch)
+    return torch.div(exchange.gradient, root, out=root).square_().index_fill_(0, exchange.support, -1)
 
 
-def _anywhere(exchange: Exchange, promise: Tensor, scale: Tensor, batch: int) -> Swaps:
-    """Pair weights wherever they are; ``promise`` is ``q^2 / a``, (p,), and -1 where a weight is kept."""
+def _anywhere(exchange: Exchange, scale: Tensor, batch: int) -> Swaps:
+    """Pair weights wherever they are."""
     problem, support = exchange.problem, exchange.support
     wanted = SHORTLIST * batch
     cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
+    promise = _promises(exchange, scale)
     if problem.pattern is not None:
         promise.masked_fill_(problem.pattern.spread(problem.pattern.room(support) == 0), -1)
     best = promise.topk(min(wanted, len(promise) - len(support)))
@@ -272,16 +277,17 @@ def _anywhere(exchange: Exchange, promise: Tensor, scale: Tensor, batch: int) ->
     return _paired(cheap, order[:count], eager, rank[:count], columns)
 
 
-def _within_groups(exchange: Exchange, pattern: GroupPattern, promise: Tensor, scale: Tensor, batch: int) -> Swaps:
+def _within_groups(exchange: Exchange, pattern: GroupPattern, scale: Tensor, batch: int) -> Swaps:
     """Pair the dropped weight of each group that promises most with the kept one that is worth least.
 
     Where all groups are full nothing else can change places. Layers keep as many as before.
     """
-    support = exchange.support
+    support, promise = exchange.support, _promises(exchange, scale)
     worth = torch.full_like(promise, -torch.inf)
     worth[support] = -exchange.weights[support].square() * scale[support]
     gain, entering = pattern.best(promise)
     cost, leaving = pattern.best(worth)
+    del promise, worth
     surplus = (gain + cost).masked_fill_(gain < 0, -torch.inf)
     pairs = surplus.topk(min(SHORTLIST * batch, len(surplus))).indices
     pairs = pairs[surplus[pairs].isfinite()]
