@@ -159,7 +159,7 @@ def parse_pattern(text: str, shapes: Mapping[str, torch.Size], keep: int) -> Gro
     pattern = replace(pattern, filled=pattern.is_full(keep))
     if keep > most * pattern.count:
         raise ValueError(
-            f"pattern {text} keeps {most * pattern.count} of {size * pattern.count} weights at the most, but the "
-            f"sparsity {keep}: a sparsity of {1 - most / size:g} or more is needed"
+            f"pattern {text} keeps {most * pattern.count} of {size * pattern.count} weights at the most, and the "
+            f"sparsity asks for {keep}: one of {1 - most / size:g} or more is needed"
         )
     return pattern

@@ -161,7 +161,7 @@ class StageRunner:
             samples, loss = len(losses), float(losses.double().mean())
             slopes = forked_generator(self.request.seed, f"slopes {number}")
             trials = self._trials(fitting, spare, defence, slopes, evidence)
-            problem = self._asking(replace(problem, factor=factor), trials)
+            problem = self._asking(replace(problem, factor=factor), trials, evidence)
         if self.request.solver.needs_inputs:
             weights = self._disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
@@ -200,13 +200,19 @@ class StageRunner:
         factor, defence = defender.defend(capture, fitting, evidence)
         return factor, capture.losses, defence
 
-    def _asking(self, problem: PruningProblem, trials: Trials) -> PruningProblem:
+    def _asking(self, problem: PruningProblem, trials: Trials, evidence: dict[str, Any]) -> PruningProblem:
         """Return a problem whose method may ask the network."""
+
+        def losses(weights: Tensor, kept: Tensor) -> Tensor:
+            found = trials.losses(weights, kept)
+            evidence.update(one_that_rules(found))
+            return found
+
         problem = replace(problem, slope=trials.slope)
         if not trials.held_out:
             return problem
         bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
-        return replace(problem, held_out=trials.losses, blank=trials.blank if bears_any else None)
+        return replace(problem, held_out=losses, blank=trials.blank if bears_any else None)
 
     def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
         """Delete the file of a factor, or report the passes that it made."""
