@@ -152,7 +152,8 @@ class _Contest:
         asked = settings.first_order == "auto" and problem.held_out is not None
         self._takes_steps = asked and problem.slope is not None
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
-        self._swaps_each = fisher.shape[0] >= problem.reference.numel()  # which then costs next to nothing
+        many = fisher.shape[0] >= problem.reference.numel()  # rows, so that swaps cost next to nothing
+        self._swaps_each = many and problem.held_out is not None
         self._is_mild = problem.keep >= math.floor(_MILD * int(problem.reference.count_nonzero()))
         self._steps_later = False  # of the best alone
 
@@ -176,14 +177,14 @@ class _Contest:
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
-        if self._has_ended:
+        if self._has_ended or self._swaps_each:
             return
         return_free_memory()
         best = self.best
         fit = best.fit(self._problem.reference)
         swapped = swap_weights(self.stated(best.candidate), fit, self._settings.swaps, self._diagonal)
         del fit
-        if swapped.swaps == best.packed.swaps:
+        if not swapped.swaps:
             return
         if best.losses is None:
             self._best = _Fitted.of(best.candidate, swapped, None)
@@ -329,7 +330,8 @@ class _Contest:
             fit = replace(fit, first=None)
         losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
         self._last = _Fitted.of(candidate, fit, losses)
-        if swapped.swaps and losses is not None:
+        if swapped.swaps:
+            assert losses is not None, "swaps of each are judged by them"
             after = held_out_losses(self._problem, swapped)
             if is_significant(gains(losses, after)):
                 self._last = _Fitted.of(candidate, swapped, after, swaps=swapped.swaps)
