@@ -161,18 +161,18 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
 
     data = small_data(seed=rank if case == "samples" else 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settle = pipeline._settle_storage
+    settle = pipeline.settle_storage
     if case == "plan" and rank == 1:  # as where memory is short
-        pipeline._settle_storage = lambda *_: (Storage("sharded", lean=True, at_once=32), [])
+        pipeline.settle_storage = lambda *_: (Storage("sharded", lean=True, at_once=32), [])
     if case == "room" and rank == 1:
-        pipeline._settle_storage = no_room
+        pipeline.settle_storage = no_room
     try:
         prune(model, data, 0.7, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False)
     except (ValueError, OSError, MemoryError) as error:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         return type(error).__name__, str(error), time.perf_counter() - started
     finally:
-        pipeline._settle_storage = settle
+        pipeline.settle_storage = settle
     return "", "nothing", time.perf_counter() - started
 
 

@@ -11,8 +11,8 @@ stages follows a schedule that ends exactly at the target.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,40 +22,41 @@ from torch import nn
 
 from swap_prune.artifact import check_dense
 from swap_prune.checks import user_path
-from swap_prune.distributed import all_or_none, is_first, local_count, team_of
-from swap_prune.doubts.record import Doubts
-from swap_prune.fisher.sketch import MINI_BATCH
-from swap_prune.fisher.storage import AT_ONCE, Storage
-from swap_prune.losses import GaussNewtonLoss, LossFn
+from swap_prune.distributed import all_or_none, is_first, local_count
+from swap_prune.losses import LossFn
 from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.process import memory_limit, shortage_named
-from swap_prune.memory.scratch import delete_abandoned, scratch_directory
+from swap_prune.memory.scratch import scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import isolated
 from swap_prune.progress import StageProgress
-from swap_prune.randomness import forked_generator, seeded
+from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport
-from swap_prune.request import Request, calibrating, check_request
-from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.request import calibrating, check_request
 from swap_prune.samples.peek import peek
 from swap_prune.samples.spill import Spill
-from swap_prune.selection import DEFAULT_TARGETS, Selection
+from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.stages.accounting import account
-from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering, kept_storage
+from swap_prune.stages.checkpoint import Checkpoint, kept_storage
 from swap_prune.stages.identity import identity
 from swap_prune.stages.kept_rows import check_keepable
-from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.search import search_stages
+from swap_prune.stages.setup import (
+    agree,
+    checkpointed,
+    recorded_storage,
+    settle_storage,
+    shared_among,
+    stage_runner,
+    taught,
+)
 from swap_prune.stages.workload import count_workload
-from swap_prune.surgery import Snapshot, repair_batchnorm, restored_on_error
+from swap_prune.surgery import repair_batchnorm, restored_on_error
 from swap_prune.training.finetune import FineTune
-from swap_prune.training.teaching import Teacher
 
 __all__ = ["plan", "prune"]
-
-_IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
 
 
 @shortage_named()
@@ -182,18 +183,18 @@ def prune(
     place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
     with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):
-        held, notes = _settle_storage(model, data, request, place, memory, scratch, earlier)
+        held, notes = settle_storage(model, data, request, place, memory, scratch, earlier)
     held = replace(held, kept=user_path(scratch) if keep_rows and scratch is not None else None)
-    recorded = _recorded(storage, held) if request.solver.needs_gradients else None
+    recorded = recorded_storage(storage, held) if request.solver.needs_gradients else None
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
-    runner = _runner(model, data, recalibration_data, request, place, held, spill)
+    runner = stage_runner(model, data, recalibration_data, request, place, held, spill)
     changing = request.selection if finetune is None else None  # fine-tuning changes every parameter
     backwards = request.solver.needs_gradients or finetune is not None
     kept: Checkpoint | None = None
     with (
         isolated(place),  # gradients are taken, in the precision of the weights, whatever is set around
         moved(model, None if device is None else place),
-        _shared(held, place) as shared,
+        shared_among(held, place) as shared,
         scratch_directory(shared) as placed,
         restored_on_error(model, changing) as before,
         seeded(request.seed, place),  # for a network that draws from it
@@ -202,10 +203,7 @@ def prune(
         StageProgress(progress and is_first()) as shown,
     ):
         if placed.team is not None:
-            compared = dict(request.settings, noise=None)  # that may hold any object
-            placed.team.agree("settings", repr((compared, dict(request.selection.shapes), request.seed)))
-            placed.team.agree("weights", model.state_dict())
-            placed.team.agree("storage, found by the free memory of each (memory= gives a budget)", repr(recorded))
+            agree(placed.team, model, request, recorded)
         if keep_rows:
             check_dense(model, "which keep_rows cannot name (leave keep_rows out)")
         if checkpoint is not None:
@@ -213,9 +211,9 @@ def prune(
             same = identity(model, request, data, recalibration_data, recorded, place)
             kept = Checkpoint(checkpoint, same, placed.team)
         notes += repair_batchnorm(model, runner.recalibration, request.loss) if request.normalised else []
-        runner = _taught(replace(runner, storage=placed), changing, before)
+        runner = taught(replace(runner, storage=placed), changing, before)
         if kept is not None:
-            runner = _checkpointed(runner, kept, place)
+            runner = checkpointed(runner, kept, place)
         if stages == "auto":
             records = search_stages(runner, request.schedules, shown)
         else:
@@ -294,99 +292,3 @@ def plan(
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """Return where a run takes place."""
     return next(model.parameters()).device if device is None else usable_device(device)
-
-
-def _settle_storage(
-    model: nn.Module,
-    data: Any,
-    request: Request,
-    place: torch.device,
-    memory: str | int | None,
-    scratch: str | Path | None,
-    earlier: Storage | None,
-) -> tuple[Storage, list[str]]:
-    """Choose how G is held, and say what a reader should know of that."""
-    limit = memory_limit(memory, local_count(), place)
-    if not request.solver.needs_gradients:
-        return Storage(), []
-    delete_abandoned(scratch)  # it takes room that there might be
-    chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
-    held, notes = chosen.require().storage, []
-    if held != chosen.forecasts[0].storage:
-        notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")
-    if held.at_once < AT_ONCE:
-        notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
-    if held.spilled != "nothing":
-        notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
-    return held, notes
-
-
-def _recorded(asked: str, held: Storage) -> dict[str, Any]:
-    """Return what the report says of a storage."""
-    names = ("lean", "at_once", "roomy", "spilled")
-    return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in names}
-
-
-def _runner(
-    model: nn.Module,
-    data: Any,
-    recalibration_data: Any,
-    request: Request,
-    place: torch.device,
-    held: Storage,
-    spill: Spill | None,
-) -> StageRunner:
-    """Return what runs the stages, without a teacher: that is made once BatchNorm's statistics are right."""
-    generator = torch.Generator().manual_seed(request.seed)
-    rows_of = MINI_BATCH if request.joined else 1
-    keep = None if spill is None else spill.keep
-    calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
-    return StageRunner(
-        model=model,
-        request=request,
-        noise_generator=forked_generator(request.seed, "noise"),
-        calibration=calibration,
-        recalibration=calibration.beside(recalibration_data, forked_generator(request.seed, "recalibration")),
-        storage=held,
-    )
-
-
-def _taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -> StageRunner:
-    """Give a runner the dense network to ask, where its method or fine-tuning does and the loss can compare outputs."""
-    request, loss = runner.request, runner.request.loss
-    asks, training = request.solver.needs_held_out, request.finetune
-    distils = training is not None and training.share_of_teacher(loss, known=True) > 0
-    if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
-        return runner
-    teacher = Teacher(runner.model, changing, loss, before)
-    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, request.defences)
-    return replace(
-        runner,
-        teacher=teacher if asks else None,
-        trainer=teacher if distils else None,
-        doubts=doubts if asks and doubts.looks else None,
-    )
-
-
-def _checkpointed(runner: StageRunner, checkpoint: Checkpoint, place: torch.device) -> StageRunner:
-    """Give a runner a checkpoint that keeps what changes from stage to stage."""
-    parts: dict[str, Remembering] = {
-        "network": NetworkState(runner.model),
-        "calibration": runner.calibration,
-    }
-    if runner.recalibration is not runner.calibration:
-        parts["recalibration"] = runner.recalibration
-    if runner.doubts is not None:
-        parts["doubts"] = runner.doubts
-    parts["random"] = RandomStates(runner.noise_generator, place)  # last: reading samples again may draw
-    return replace(runner, checkpoint=checkpoint.of(**parts))
-
-
-@contextmanager
-def _shared(storage: Storage, device: torch.device) -> Iterator[Storage]:
-    """Give a storage that is shared out its processes, until the end of the run."""
-    if storage.kind != "sharded":
-        yield storage
-        return
-    with team_of(device) as team:
-        yield replace(storage, team=team)

@@ -1,0 +1,146 @@
+"""The set-up of a run: how G is held, and what its stages are run with.
+
+Place in the pipeline: between the request and the first stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swap_prune.distributed import Team, local_count, team_of
+from swap_prune.doubts.record import Doubts
+from swap_prune.fisher.sketch import MINI_BATCH
+from swap_prune.fisher.storage import AT_ONCE, Storage
+from swap_prune.losses import GaussNewtonLoss
+from swap_prune.memory.planning import plan_memory
+from swap_prune.memory.process import memory_limit
+from swap_prune.memory.scratch import delete_abandoned
+from swap_prune.randomness import forked_generator
+from swap_prune.request import Request
+from swap_prune.samples.calibration import CalibrationStream
+from swap_prune.samples.spill import Spill
+from swap_prune.selection import Selection
+from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering
+from swap_prune.stages.runner import StageRunner
+from swap_prune.stages.workload import count_workload
+from swap_prune.surgery import Snapshot
+from swap_prune.training.teaching import Teacher
+
+__all__ = ["agree", "checkpointed", "recorded_storage", "settle_storage", "shared_among", "stage_runner", "taught"]
+
+_IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
+
+
+def settle_storage(
+    model: nn.Module,
+    data: Any,
+    request: Request,
+    place: torch.device,
+    memory: str | int | None,
+    scratch: str | Path | None,
+    earlier: Storage | None,
+) -> tuple[Storage, list[str]]:
+    """Choose how G is held, and say what a reader should know of that."""
+    limit = memory_limit(memory, local_count(), place)
+    if not request.solver.needs_gradients:
+        return Storage(), []
+    delete_abandoned(scratch)  # it takes room that there might be
+    chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
+    held, notes = chosen.require().storage, []
+    if held != chosen.forecasts[0].storage:
+        notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")
+    if held.at_once < AT_ONCE:
+        notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
+    if held.spilled != "nothing":
+        notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
+    return held, notes
+
+
+def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
+    """Return what the report says of a storage."""
+    names = ("lean", "at_once", "roomy", "spilled")
+    return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in names}
+
+
+def agree(team: Team, model: nn.Module, request: Request, recorded: dict[str, Any] | None) -> None:
+    """Make sure that all processes were asked for the same.
+
+    Raises:
+        ValueError: If they were not.
+    """
+    compared = dict(request.settings, noise=None)  # that may hold any object
+    team.agree("settings", repr((compared, dict(request.selection.shapes), request.seed)))
+    team.agree("weights", model.state_dict())
+    team.agree("storage, found by the free memory of each (memory= gives a budget)", repr(recorded))
+
+
+def stage_runner(
+    model: nn.Module,
+    data: Any,
+    recalibration_data: Any,
+    request: Request,
+    place: torch.device,
+    held: Storage,
+    spill: Spill | None,
+) -> StageRunner:
+    """Return what runs the stages, without a teacher: that is made once BatchNorm's statistics are right."""
+    generator = torch.Generator().manual_seed(request.seed)
+    rows_of = MINI_BATCH if request.joined else 1
+    keep = None if spill is None else spill.keep
+    calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
+    return StageRunner(
+        model=model,
+        request=request,
+        noise_generator=forked_generator(request.seed, "noise"),
+        calibration=calibration,
+        recalibration=calibration.beside(recalibration_data, forked_generator(request.seed, "recalibration")),
+        storage=held,
+    )
+
+
+def taught(runner: StageRunner, changing: Selection | None, before: Snapshot) -> StageRunner:
+    """Give a runner the dense network to ask, where its method or fine-tuning does and the loss can compare outputs."""
+    request, loss = runner.request, runner.request.loss
+    asks, training = request.solver.needs_held_out, request.finetune
+    distils = training is not None and training.share_of_teacher(loss, known=True) > 0
+    if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
+        return runner
+    teacher = Teacher(runner.model, changing, loss, before)
+    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, request.defences)
+    return replace(
+        runner,
+        teacher=teacher if asks else None,
+        trainer=teacher if distils else None,
+        doubts=doubts if asks and doubts.looks else None,
+    )
+
+
+def checkpointed(runner: StageRunner, checkpoint: Checkpoint, place: torch.device) -> StageRunner:
+    """Give a runner a checkpoint that keeps what changes from stage to stage."""
+    parts: dict[str, Remembering] = {
+        "network": NetworkState(runner.model),
+        "calibration": runner.calibration,
+    }
+    if runner.recalibration is not runner.calibration:
+        parts["recalibration"] = runner.recalibration
+    if runner.doubts is not None:
+        parts["doubts"] = runner.doubts
+    parts["random"] = RandomStates(runner.noise_generator, place)  # last: reading samples again may draw
+    return replace(runner, checkpoint=checkpoint.of(**parts))
+
+
+@contextmanager
+def shared_among(storage: Storage, device: torch.device) -> Iterator[Storage]:
+    """Give a storage that is shared out its processes, until the end of the run."""
+    if storage.kind != "sharded":
+        yield storage
+        return
+    with team_of(device) as team:
+        yield replace(storage, team=team)
