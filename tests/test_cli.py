@@ -75,6 +75,8 @@ def test_prune_prints_one_json_object_and_writes_what_eval_reads(call, method: s
     again = json.loads(text)
     assert status == 0
     assert (again["accuracy"], again["loss"], again["kept"]) == (result["accuracy"], result["loss"], result["kept"])
+    status, text, _ = call("eval", *PRUNE[1:], "--json")
+    assert status == 0 and json.loads(text)["accuracy"] == result["dense_accuracy"] > 93
     state = safetensors.torch.load_file(f"{out}/weights.safetensors")
     assert sum(int((value == 0).sum()) for value in state.values()) == 32360 - result["kept"]
 
@@ -497,6 +499,14 @@ def test_outputs_that_are_not_numbers_are_wrong_and_said(call) -> None:
     note = "the outputs of 200 of 200 test samples are not numbers"
     assert note in result["notes"][-1] and note in error
     assert "loss  not finite" in call("prune", *named)[1]
+
+
+def test_test_data_that_are_readable_once_measure_both_networks(call) -> None:
+    named = ("--model", "tests.tiny:network", "--data", "tests.tiny:batches")
+    status, text, _ = call("prune", *named, "--method", "magnitude", "--json")
+    result = json.loads(text)
+    assert (status, result["test_samples"]) == (0, 200)
+    assert result["dense_accuracy"] == json.loads(call("eval", *named, "--json")[1])["accuracy"] != result["accuracy"]
 
 
 def test_noise_beyond_all_numbers_is_one_line(call) -> None:

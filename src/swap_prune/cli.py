@@ -6,9 +6,7 @@ progress and messages go to standard error. Whatever a user can mend ends in one
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -59,6 +57,7 @@ from swap_prune.options import (
     parse_setting,
     parse_shares,
     parse_stages,
+    with_options_of,
 )
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
@@ -198,6 +197,11 @@ def prune(
         report.save(target)
     try:
         measured = evaluate(network, images.test)
+        dense, images = _load(model, weights, data, data_dir, width)  # anew, for data may be readable only once
+        dense.to(next(network.parameters()).device)
+        if recalibrate:
+            repair(dense, images, seed)
+        before = evaluate(dense, images.test)
     except ValueError as error:
         raise ValueError(
             f"{error} (the pruned network is in {target})" if target is not None else str(error)
@@ -208,6 +212,7 @@ def prune(
         "data": data,
         "method": report.method,
         "accuracy": measured.accuracy,
+        "dense_accuracy": before.accuracy,
         "loss": measured.loss,
         "test_samples": measured.samples,
         "sparsity": report.sparsity,
@@ -234,17 +239,6 @@ def _go_on(checkpoint: Path | None, *arguments: Any, **options: Any) -> PruningR
         raise InterruptedError(
             f"interrupted; finished stages are kept in {checkpoint}, and the same command goes on after them"
         ) from None
-
-
-def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, which takes them by name, the options of another one."""
-
-    def given(function: Callable[..., None]) -> Callable[..., None]:
-        function.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
-        function.__annotations__ = command.__annotations__
-        return function
-
-    return given
 
 
 _PASSED_ON = ("samples", "schedule", "pattern", "noise", "defence", "memory", "storage", "scratch", "keep_rows", "seed")
@@ -385,7 +379,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         if name == "loss" and value is None:
             value = "not finite"
         if value not in (None, []):
-            show(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
+            show(f"{name:>14}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +40,7 @@ __all__ = [
     "parse_setting",
     "parse_shares",
     "parse_stages",
+    "with_options_of",
 ]
 
 Model = Annotated[str, typer.Option(help="mlpnet, resnet20, mobilenetv1, resnet50, or package.module:factory")]
@@ -117,3 +120,14 @@ def parse_shares(texts: list[str] | None) -> float | dict[str, float]:
     if len(shares) > 1:
         raise ValueError(f"--min-keep has one share for all layers, or one for each pattern, got {texts}")
     return shares[""]
+
+
+def with_options_of(command: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, which takes them by name, the options of another one."""
+
+    def given(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
+        function.__annotations__ = command.__annotations__
+        return function
+
+    return given
