@@ -17,8 +17,8 @@ import torch
 from timing import best_times
 
 from swap_prune.experiments.zoo import build_model
-from swap_prune.fisher.capture import capture_gradients
-from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.fisher.capture.rows import capture_gradients
+from swap_prune.fisher.capture.sketch import sketch_curvature
 from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.losses import cross_entropy
 from swap_prune.network.layout import images_laid_out

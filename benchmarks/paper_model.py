@@ -27,8 +27,8 @@ from torch.nn import functional
 from swap_prune import TokenCrossEntropy
 from swap_prune.experiments.zoo import build_model
 from swap_prune.losses import LossFn, cross_entropy
-from swap_prune.memory.process import return_free_memory
 from swap_prune.pipeline import plan
+from swap_prune.process_memory import return_free_memory
 from swap_prune.selection import select_parameters
 
 _PASSES = 40  # over G in one solve, a little more than benchmarks/solver.py counts

@@ -33,7 +33,7 @@ from torch import Tensor
 from swap_prune.artifact import load_weights
 from swap_prune.experiments.datasets import load_dataset
 from swap_prune.experiments.zoo import build_model
-from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import cross_entropy
 from swap_prune.regression.iht import solve_sparse

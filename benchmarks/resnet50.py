@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 
 from swap_prune import LR, prune
 from swap_prune.experiments.zoo import build_model
-from swap_prune.memory.process import peak_memory
 from swap_prune.methods import Method
 from swap_prune.pipeline import plan
+from swap_prune.process_memory import peak_memory
 
 
 class RandomImages(Dataset[tuple[Tensor, int]]):

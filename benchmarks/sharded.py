@@ -21,8 +21,8 @@ from torch.utils.data import TensorDataset
 
 import swap_prune
 from swap_prune.distributed import team_of
-from swap_prune.fisher.sharded import owned_columns
-from swap_prune.memory.process import peak_memory
+from swap_prune.fisher.backends.sharded import owned_columns
+from swap_prune.process_memory import peak_memory
 
 
 def measure(samples: int, width: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import torch
 from timing import best_time
 from torch import Tensor
 
+from swap_prune.fisher.backends.half import HalfFactor
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.fisher.half import HalfFactor
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.objective import WeightedRidge

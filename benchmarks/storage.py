@@ -32,9 +32,9 @@ from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.storage import StorageKind
-from swap_prune.memory.process import peak_memory
 from swap_prune.methods import Method
 from swap_prune.pipeline import plan
+from swap_prune.process_memory import peak_memory
 
 STORAGES = [kind for kind in get_args(StorageKind) if kind != "sharded"]  # benchmarks/sharded.py
 _SAMPLES = {"embedded": 200, "wide": 128, "mobilenetv1": 1000}

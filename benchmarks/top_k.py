@@ -15,7 +15,7 @@ import torch
 from timing import best_time
 from torch import Tensor
 
-from swap_prune.memory.process import held_memory, peak_memory, reset_peak_memory, return_free_memory
+from swap_prune.process_memory import held_memory, peak_memory, reset_peak_memory, return_free_memory
 from swap_prune.regression.top_k import top_k
 
 

@@ -20,15 +20,15 @@ from torch.utils.data import TensorDataset
 from swap_prune import METHODS, FineTune, PruningReport, SelfDistillation, prune
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
-from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.backends.half import HalfFactor, _operations, cut_and_weigh, split_in_pieces
+from swap_prune.fisher.capture.rows import capture_gradients
+from swap_prune.fisher.capture.sketch import sketch_curvature
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.fisher.half import HalfFactor, _operations, cut_and_weigh, split_in_pieces
-from swap_prune.fisher.sketch import sketch_curvature
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
-from swap_prune.memory.process import held_memory, memory_limit, peak_memory, reset_peak_memory
 from swap_prune.network.modes import exact_kernels
 from swap_prune.pipeline import plan
+from swap_prune.process_memory import held_memory, memory_limit, peak_memory, reset_peak_memory
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric
 from swap_prune.regression.objective import WeightedRidge
@@ -269,7 +269,7 @@ def test_products_in_half_precision(n: int, p: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "p", "m"), [(1, 64, 64), (2, 9, 0), (3, 9, 1), (7, 1000, 257), (130, 5000, 3008)])
 def test_kernels_do_what_torch_does(n: int, p: int, m: int, dtype: torch.dtype) -> None:
-    kernels = pytest.importorskip("swap_prune.fisher.kernels", reason="needs Triton", exc_type=ImportError)
+    kernels = pytest.importorskip("swap_prune.fisher.backends.kernels", reason="needs Triton", exc_type=ImportError)
     stored, weights = normal(n, p).to(CUDA, dtype), normal(m, seed=1).float().cuda()
     index = torch.randperm(p, generator=generator())[:m].sort().values.cuda()
     (part, found), (same, expected) = (cut(stored, index, weights) for cut in (kernels.cut_and_weigh, cut_and_weigh))
@@ -297,7 +297,7 @@ def halves(both: torch.Tensor) -> list[torch.Tensor]:
 
 def test_kernels_are_used() -> None:
     """A probe that no compiler passes once left everything to torch's operations, in silence."""
-    kernels = pytest.importorskip("swap_prune.fisher.kernels", reason="needs Triton", exc_type=ImportError)
+    kernels = pytest.importorskip("swap_prune.fisher.backends.kernels", reason="needs Triton", exc_type=ImportError)
     for dtype in (torch.bfloat16, torch.float16):
         assert _operations(CUDA, dtype) == (kernels.cut, kernels.cut_and_weigh, kernels.split_in_pieces)
 

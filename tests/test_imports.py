@@ -1,45 +1,65 @@
-"""Imports go one way: numerics <- methods <- request, stages <- pipeline <- experiments <- cli."""
+"""Imports go one way, from the numerics up to the command line, and never in a circle."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "swap_prune"
-MODULES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = {
-    "fisher": 0,
-    "transport": 0,
-    "regression": 1,
-    "methods": 2,
-    "request": 3,
-    "stages": 3,
-    "pipeline": 4,
-    "experiments": 5,
-    "options": 5,
-    "cli": 6,
-}
+LEVELS = (  # a module or package imports from lower levels, and from itself
+    ("checks", "defences", "process_memory", "progress", "randomness", "report", "transport"),
+    ("files", "samples", "schedule"),
+    ("distributed", "network"),
+    ("artifact", "losses", "selection"),
+    ("surgery",),
+    ("fisher",),
+    ("regression", "training"),
+    ("integrations", "memory", "problem", "sample_defence"),
+    ("console", "methods"),
+    ("options", "request"),
+    ("stages",),
+    ("pipeline",),
+    ("experiments",),
+    ("cli",),
+)
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
-def layer(module: str) -> int | None:
-    """Return the layer of a dotted name below the package; helpers that every layer may use have none."""
-    return LAYERS.get(module.split(".")[0])
+def dotted(path: Path) -> str:
+    """Return the name of a module below the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_import_runs_back_up(path: Path) -> None:
-    own = layer(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
-    if path == PACKAGE / "__init__.py" or path == PACKAGE / "__main__.py":
-        return
+PATHS = (path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or not path.name.startswith("_"))
+MODULES = {dotted(path): path for path in PATHS}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, be it inside of a function or for types alone."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("swap_prune."):
-            other = layer(node.module.removeprefix("swap_prune."))
-            limit = 1 if own is None else own  # helpers may use the numerics at the most
-            assert other is None or other <= limit, f"{path.name} imports {node.module}"
+            origin = (node.module or "").removeprefix("swap_prune.")
+            names = (f"{origin}.{alias.name}" for alias in node.names)
+            found |= {name if name in MODULES else origin for name in names}
+    return found
 
 
-def test_the_layers_exist() -> None:
-    for name in LAYERS:
-        assert (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_come_from_lower_levels(module: str) -> None:
+    own = module.split(".")[0]
+    for other in imports(MODULES[module]):
+        name = other.split(".")[0]
+        assert name == own or LEVEL_OF[name] < LEVEL_OF[own], f"{module} imports {other}"
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    order = list(TopologicalSorter({module: imports(path) for module, path in MODULES.items()}).static_order())
+    assert set(order) == set(MODULES)
+
+
+def test_every_module_has_a_level() -> None:
+    assert {module.split(".")[0] for module in MODULES} == set(LEVEL_OF)

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, prune
-from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.pipeline import plan
 from swap_prune.selection import select_parameters
 
@@ -262,7 +262,7 @@ def test_a_gpu_that_is_full_is_not_a_network_that_refuses(monkeypatch: pytest.Mo
         tried.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("swap_prune.fisher.capture.OutputGradients.fill_rows", full)
+    monkeypatch.setattr("swap_prune.fisher.capture.rows.OutputGradients.fill_rows", full)
     data = TensorDataset(torch.randn(8, 4), torch.randint(2, (8,)))
     with pytest.raises(MemoryError, match=r"CUDA out of memory.*say with memory= how much"):
         prune(model, data, 0.5, "lr", progress=False)

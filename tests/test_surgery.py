@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.selection import select_parameters
-from swap_prune.surgery import Snapshot, batchnorm_misfit, recalibrate_batchnorm, write_weights
+from swap_prune.surgery.batchnorm import batchnorm_misfit, recalibrate_batchnorm
+from swap_prune.surgery.snapshot import Snapshot
+from swap_prune.surgery.weights import write_weights
 from tests.cases import generator, normal
 
 

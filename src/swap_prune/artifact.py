@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from swap_prune.checks import user_path
 from swap_prune.files import check_output_directory, write_directory
-from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.report import LayerReport, PruningReport
 
 __all__ = [

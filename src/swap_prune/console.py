@@ -24,7 +24,7 @@ from rich.table import Table
 
 from swap_prune.distributed import EndedByAnother, is_first
 from swap_prune.memory.planning import MemoryPlan
-from swap_prune.memory.process import is_out_of_memory
+from swap_prune.process_memory import is_out_of_memory
 
 __all__ = ["own_output", "print_json", "run", "say", "say_notes", "show", "show_plan", "show_table"]
 

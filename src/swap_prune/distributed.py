@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swap_prune.memory.process import is_out_of_memory, pass_on_shortage
+from swap_prune.process_memory import is_out_of_memory, pass_on_shortage
 from swap_prune.samples.batches import map_tensors
 
 __all__ = [

@@ -25,12 +25,12 @@ from swap_prune.checks import user_path
 from swap_prune.distributed import all_or_none, is_first, local_count
 from swap_prune.losses import LossFn
 from swap_prune.memory.planning import MemoryPlan, plan_memory
-from swap_prune.memory.process import memory_limit, shortage_named
 from swap_prune.memory.scratch import scratch_directory
 from swap_prune.methods import Method
 from swap_prune.network.device import moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import isolated
+from swap_prune.process_memory import memory_limit, shortage_named
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport
@@ -53,7 +53,8 @@ from swap_prune.stages.setup import (
     taught,
 )
 from swap_prune.stages.workload import count_workload
-from swap_prune.surgery import repair_batchnorm, restored_on_error
+from swap_prune.surgery.batchnorm import repair_batchnorm
+from swap_prune.surgery.snapshot import restored_on_error
 from swap_prune.training.finetune import FineTune
 
 __all__ = ["plan", "prune"]

@@ -11,7 +11,7 @@ k        int          number of weights that are kept
 w_bar    (p,)         weights before the stage (the paper's reference)
 w        (p,)         weights after the stage, at most k of them non-zero
 G        (n, p)       Fisher factor; row i is the gradient of sample i's loss at ``w_bar``, or a draw from
-                      its curvature (:mod:`swap_prune.fisher.sketch`)
+                      its curvature (:mod:`swap_prune.fisher.capture.sketch`)
 f        (p,)         diagonal of the Fisher, ``mean_i G_ij^2``
 gamma    (p,)         slope: mean gradient at w of what candidates are judged by
 x        (n,)         ``G w``
@@ -30,40 +30,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from swap_prune.selection import Layer, Selection
+
 if TYPE_CHECKING:
+    from swap_prune.fisher.capture.layer_inputs import LayerInputs
     from swap_prune.fisher.factor import FisherFactor
-    from swap_prune.fisher.inputs import LayerInputs
     from swap_prune.regression.pattern import GroupPattern
     from swap_prune.regression.top_k import Floors
-    from swap_prune.selection import Selection
 
-__all__ = ["FisherKind", "Layer", "PruningProblem", "PruningSolution"]
+__all__ = ["FisherKind", "PruningProblem", "PruningSolution"]
 
 FisherKind = Literal["auto", "gauss-newton", "empirical"]  # what the rows of G stand for
-
-
-class Layer(NamedTuple):
-    """Where one parameter lies in ``w``.
-
-    Attributes:
-        name: Name of the parameter.
-        place: Its slice of the flat vector.
-        shape: Its shape.
-    """
-
-    name: str
-    place: slice
-    shape: torch.Size
-
-    @property
-    def rows(self) -> int:
-        """Number of outputs: rows of the parameter as a matrix (outputs, inputs of each)."""
-        return self.shape[0] if len(self.shape) > 1 else 1
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from swap_prune.network.modes import check_no_inference
 from swap_prune.regression.pattern import GroupPattern, parse_pattern
 from swap_prune.schedule import keep_count, stage_schedules
 from swap_prune.selection import Selection, layer_floors, select_parameters
-from swap_prune.surgery import batchnorm_layers
+from swap_prune.surgery.batchnorm import batchnorm_layers
 from swap_prune.training.finetune import FineTune
 
 __all__ = ["Request", "calibrating", "check_request", "limits_of"]

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from swap_prune.network.device import check_module
 
 __all__ = [
     "DEFAULT_TARGETS",
+    "Layer",
     "Selection",
     "frozen_among",
     "layer_floors",
@@ -37,6 +38,25 @@ __all__ = [
 
 DEFAULT_TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 _PRUNED = 0.05  # of a weight: so many exact zeros are no accident
+
+
+class Layer(NamedTuple):
+    """Where one parameter lies in ``w``.
+
+    Attributes:
+        name: Name of the parameter.
+        place: Its slice of the flat vector.
+        shape: Its shape.
+    """
+
+    name: str
+    place: slice
+    shape: torch.Size
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs: rows of the parameter as a matrix (outputs, inputs of each)."""
+        return self.shape[0] if len(self.shape) > 1 else 1
 
 
 @dataclass(frozen=True)

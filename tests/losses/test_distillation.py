@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
 from swap_prune import SelfDistillation, prune
-from swap_prune.fisher.sketch import CurvatureSketch, sketch_curvature
+from swap_prune.fisher.capture.sketch import CurvatureSketch, sketch_curvature
 from swap_prune.losses import GaussNewtonLoss
 from swap_prune.selection import select_parameters
 from tests.cases import generator, normal

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import swap_prune
 from swap_prune import METHODS, SelfDistillation, TokenCrossEntropy, prune
-from swap_prune.fisher.capture import capture_gradients
-from swap_prune.fisher.sketch import sketch_curvature
+from swap_prune.fisher.capture.rows import capture_gradients
+from swap_prune.fisher.capture.sketch import sketch_curvature
 from swap_prune.losses import GaussNewtonLoss
 from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import select_parameters
@@ -145,7 +145,7 @@ def test_gauss_newton_rows_agree_between_back_ends(loss: TokenCrossEntropy, monk
     def by_loop(*arguments: Any, **named: Any) -> Any:
         return capture_gradients(*arguments, **named, backend="loop")
 
-    monkeypatch.setattr("swap_prune.fisher.sketch.capture_gradients", by_loop)
+    monkeypatch.setattr("swap_prune.fisher.capture.sketch.capture_gradients", by_loop)
     expected = sketch_curvature(model, selection, [data], loss, generator(3), in_batches=False)
     torch.testing.assert_close(found.factor.matrix, expected.factor.matrix, rtol=1e-4, atol=1e-6)
 

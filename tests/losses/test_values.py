@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from swap_prune import METHODS, BinaryCrossEntropy, FineTune, SquaredError, prune
-from swap_prune.fisher.sketch import CurvatureSketch
+from swap_prune.fisher.capture.sketch import CurvatureSketch
 from swap_prune.losses import GaussNewtonLoss
 from swap_prune.losses.values import _ValueLoss
 from swap_prune.selection import select_parameters

@@ -9,7 +9,7 @@ from swap_prune.fisher.storage import Storage
 from swap_prune.memory.forecast import memory_phases
 from swap_prune.memory.planning import plan_memory
 from swap_prune.methods import WoodFisher
-from tests.memory.test_process import GB, load
+from tests.test_process_memory import GB, load
 
 
 def phases(work, kind="float32", lean=False):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
-from swap_prune.fisher.mapped import MappedFactor
+from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.memory import scratch
 from swap_prune.memory.scratch import delete_abandoned, scratch_directory

@@ -84,7 +84,7 @@ def test_products_of_the_network_choose_the_same_weights(method: type, fisher: s
 def test_the_solver_that_iterates_chooses_the_same_weights_but_does_not_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     for most in (400, 0):
-        monkeypatch.setattr("swap_prune.fisher.matrix_free._MOST_PASSES", most)
+        monkeypatch.setattr("swap_prune.fisher.capture.matrix_free._MOST_PASSES", most)
         model = embedded_network()
         report = prune(model, embedded_data()[0], 0.9, LR(swaps=0), samples=100, storage="matrix-free", progress=False)
         assert report.kept == math.floor(report.total * (1 - 0.9)) == int(masks(model).sum())
@@ -134,7 +134,7 @@ def test_low_rank_needs_weights_of_layers_that_have_outer_products() -> None:
 def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("swap_prune.fisher.blocked.BLOCK_BYTES", 2**20)
+    monkeypatch.setattr("swap_prune.fisher.backends.blocked.BLOCK_BYTES", 2**20)
     monkeypatch.setattr("swap_prune.fisher.storage._LEAN_CHUNK_BYTES", 2**20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.ReLU(), nn.Linear(3000, 3))
@@ -158,7 +158,7 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
 
 
 def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.fisher.blocked.BLOCK_BYTES", 2**20)
+    monkeypatch.setattr("swap_prune.fisher.backends.blocked.BLOCK_BYTES", 2**20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.ReLU(), nn.Linear(3000, 3))
     data = small_data(220)

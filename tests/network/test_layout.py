@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import prune
 from swap_prune.experiments.evaluate import evaluate
-from swap_prune.fisher.capture import Backend, capture_gradients
+from swap_prune.fisher.capture.rows import Backend, capture_gradients
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import cross_entropy
 from swap_prune.network.layout import images_laid_out, takes_channels_last

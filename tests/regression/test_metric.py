@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swap_prune.problem import Layer, PruningProblem
+from swap_prune.problem import PruningProblem
 from swap_prune.regression.metric import damped_metric, diagonal_metric
-from swap_prune.selection import select_parameters
+from swap_prune.selection import Layer, select_parameters
 from tests.cases import generator
 
 SHAPES = ((3, 4), (2, 3, 2, 2), (5,), (4, 1, 3, 3))

@@ -21,8 +21,8 @@ from swap_prune import EWR, METHODS, prune
 from swap_prune.memory.planning import plan_memory
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.spill import Spill, _Segment, can_spill
-from tests.memory.test_process import load
 from tests.test_pipeline import small_data, small_network
+from tests.test_process_memory import load
 
 pytestmark = pytest.mark.skipif(not can_spill(torch.device("cpu")), reason="this system does not let pages go")
 Pair = namedtuple("Pair", ["left", "right"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import LR, prune
-from swap_prune.fisher.mapped import MappedFactor
+from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.stages import capturing
 from tests.fisher.defence.test_gradients import perceptron
 from tests.stages.test_runner import Asking

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import swap_prune
-from swap_prune.doubts.record import Doubts
+from swap_prune.sample_defence.record import Doubts
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Taught
 from tests.tiny import batches, data, network

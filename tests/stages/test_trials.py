@@ -15,7 +15,7 @@ from swap_prune.losses import cross_entropy
 from swap_prune.network.modes import batch_statistics
 from swap_prune.selection import Selection, select_parameters
 from swap_prune.stages.trials import Trials
-from swap_prune.surgery import write_weights
+from swap_prune.surgery.weights import write_weights
 from swap_prune.training.teaching import Taught, Teacher
 from tests.cases import generator
 

@@ -29,7 +29,7 @@ from swap_prune.samples.numbered import known_length
 from swap_prune.samples.peek import peek
 from swap_prune.schedule import keep_count
 from swap_prune.selection import select_parameters
-from swap_prune.surgery import repair_batchnorm
+from swap_prune.surgery.batchnorm import repair_batchnorm
 
 __all__ = ["Bench", "prepare", "repair"]
 

@@ -32,8 +32,8 @@ from swap_prune.checks import is_number
 from swap_prune.defences import name_of, parse_defence
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
-from swap_prune.memory.process import parse_memory
 from swap_prune.methods import METHODS, Method, resolve_method
+from swap_prune.process_memory import parse_memory
 from swap_prune.schedule import SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.training.finetune import FineTune, parse_finetune

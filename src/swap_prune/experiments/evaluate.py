@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from swap_prune.experiments.images import iterate
 from swap_prune.losses import check_labels, check_pair, describe, errors_worded
-from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import eval_mode, exact_kernels
+from swap_prune.process_memory import pass_on_shortage
 
 __all__ = ["Evaluation", "evaluate"]
 

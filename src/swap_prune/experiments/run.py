@@ -21,11 +21,11 @@ from swap_prune.experiments.config import Experiment, Run, plan_runs
 from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import Results, RunResult, open_results, shortest
-from swap_prune.memory.process import peak_memory, reset_peak_memory, return_free_memory
 from swap_prune.pipeline import prune
+from swap_prune.process_memory import peak_memory, reset_peak_memory, return_free_memory
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport, versions
-from swap_prune.surgery import batchnorm_layers
+from swap_prune.surgery.batchnorm import batchnorm_layers
 
 __all__ = ["Outcome", "run_experiment"]
 

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.memory.process import pass_on_shortage
+from swap_prune.process_memory import pass_on_shortage
 
 
 class MLPNet(nn.Module):

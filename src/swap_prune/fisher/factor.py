@@ -14,7 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DenseFactor", "FisherFactor", "add_gram_", "add_squares_", "gram_of_columns", "mirror_lower_"]
+__all__ = [
+    "DenseFactor",
+    "FisherFactor",
+    "SubFactor",
+    "add_gram_",
+    "add_squares_",
+    "gram_of_columns",
+    "mirror_lower_",
+    "of_columns",
+]
 
 _BLOCK_BYTES = 256 * 2**20  # size of the temporary copies in `gram`
 _BLOCK_ROWS = 128  # of a Gram matrix at least, and a quarter of them: smaller products are slower than what they save
@@ -137,14 +146,99 @@ class DenseFactor:
     def rows(self, index: Tensor) -> FisherFactor:
         """Return the factor of some rows: a copy of them, or products with all where copies are limited."""
         if self.limit is not None:
-            from swap_prune.fisher.blocked import SubFactor  # it is made of factors
-
             return SubFactor(self, index)
         return DenseFactor(self.matrix.index_select(0, index))
 
     def row_span(self, first: int, last: int) -> Tensor:
         """Return rows first to last, a view."""
         return self.matrix[first:last]
+
+
+@dataclass(frozen=True)
+class SubFactor:
+    """Some rows, or some columns, of a factor: products with all of it, and no copy.
+
+    Attributes:
+        whole: G, (n, p).
+        rows_of: Indices of the rows, or None for all.
+        columns_of: Indices of the columns, or None for all.
+    """
+
+    whole: FisherFactor
+    rows_of: Tensor | None = None
+    columns_of: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, p) of the part."""
+        n, p = self.whole.shape
+        return (
+            n if self.rows_of is None else len(self.rows_of),
+            p if self.columns_of is None else len(self.columns_of),
+        )
+
+    @property
+    def column_limit(self) -> int:
+        """That of the whole."""
+        return self.whole.column_limit
+
+    @property
+    def iterative(self) -> bool:
+        """As for the whole."""
+        return self.whole.iterative
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """Return ``G w``, (n,)."""
+        if self.columns_of is not None:
+            w = w.new_zeros(self.whole.shape[1]).index_copy_(0, self.columns_of, w)
+        result = self.whole.matvec(w)
+        return result if self.rows_of is None else result.index_select(0, self.rows_of)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Return ``G^T v``, (p,); a row that was taken twice counts twice."""
+        if self.rows_of is not None:
+            v = v.new_zeros(self.whole.shape[0]).index_add_(0, self.rows_of, v)
+        result = self.whole.rmatvec(v)
+        return result if self.columns_of is None else result.index_select(0, self.columns_of)
+
+    def diagonal(self) -> Tensor:
+        """Return f, (p,)."""
+        if self.rows_of is None and self.columns_of is not None:
+            return self.whole.diagonal().index_select(0, self.columns_of)
+        parts = [
+            torch.linalg.vector_norm(self.columns(i), dim=0).square()
+            for i in torch.split(self._every(), self.column_limit)
+        ]
+        return torch.cat(parts) / self.shape[0]
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Return ``G[:, index]``, (n, len(index)), dense."""
+        columns = self.whole.columns(index if self.columns_of is None else self.columns_of.index_select(0, index))
+        return columns if self.rows_of is None else columns.index_select(0, self.rows_of)
+
+    def gram(self, scale: Tensor) -> Tensor:
+        """Return ``G diag(scale) G^T``, (n, n), in blocks of columns."""
+        return gram_of_columns(self, scale)
+
+    def rows(self, index: Tensor) -> FisherFactor:
+        """Return the factor of some of these rows."""
+        chosen = index if self.rows_of is None else self.rows_of.index_select(0, index)
+        return SubFactor(self.whole, chosen, self.columns_of)
+
+    def row_span(self, first: int, last: int) -> Tensor:
+        """Return rows first to last, (m, p), dense; as many of them as there are."""
+        return self.columns(self._every())[first:last]
+
+    def _every(self) -> Tensor:
+        """Return the indices of all columns, where the others are."""
+        own = self.rows_of if self.columns_of is None else self.columns_of
+        return torch.arange(self.shape[1], device="cpu" if own is None else own.device)
+
+
+def of_columns(factor: FisherFactor, index: Tensor) -> FisherFactor:
+    """Return the factor of some columns, copied where they are few enough."""
+    few = len(index) <= factor.column_limit
+    return DenseFactor(factor.columns(index)) if few else SubFactor(factor, columns_of=index)
 
 
 def add_squares_(total: Tensor, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.losses.base import IGNORE_INDEX, CrossEntropy, GaussNewtonLoss, LossFn
-from swap_prune.memory.process import pass_on_shortage
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, map_tensors, slice_batch
 
 __all__ = [

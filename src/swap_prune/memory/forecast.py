@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from swap_prune.distributed import PARTS
-from swap_prune.fisher.blocked import block_bytes
+from swap_prune.fisher.backends.blocked import block_bytes
+from swap_prune.fisher.capture.layers import piece_bytes
+from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.defence.gradients import LOOKED_CLOSELY_AT, PIECE
-from swap_prune.fisher.layers import piece_bytes
-from swap_prune.fisher.sketch import MINI_BATCH
 from swap_prune.fisher.storage import HOLDING_NO_ROWS, Storage, StorageKind, chunk_bytes
 from swap_prune.regression.swap import SHARE, SHORTLIST
 from swap_prune.regression.tuning import TUNING_ROWS
 from swap_prune.samples.spill import Spilled
-from swap_prune.surgery import MISFIT_SAMPLES
+from swap_prune.surgery.batchnorm import MISFIT_SAMPLES
 
 __all__ = ["Workload", "memory_phases"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from swap_prune.checks import user_path
-from swap_prune.fisher.sketch import MINI_BATCH
+from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, Storage, StorageKind
 from swap_prune.memory.forecast import Workload, memory_phases
 from swap_prune.samples.spill import Spilled

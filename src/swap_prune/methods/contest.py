@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.memory.process import return_free_memory
 from swap_prune.methods.descent import (
     Race,
     Steps,
@@ -28,6 +27,7 @@ from swap_prune.methods.descent import (
 )
 from swap_prune.methods.pairing import Candidate, RegressionSettings, candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem
+from swap_prune.process_memory import return_free_memory
 from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import ScaledGram, WeightedRidge

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from swap_prune.checks import positive_number, whole_number
 from swap_prune.methods.scoring import check_scope, select_best
-from swap_prune.problem import Layer, PruningProblem, PruningSolution
+from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.top_k import top_k
 from swap_prune.schedule import share_out
+from swap_prune.selection import Layer
 
 __all__ = ["SparseGPT"]
 

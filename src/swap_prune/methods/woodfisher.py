@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import positive_number, whole_number
-from swap_prune.fisher.blocked import of_columns
+from swap_prune.fisher.factor import of_columns
 from swap_prune.fisher.inverse import WHOLE, BlockFisher
 from swap_prune.methods.scoring import select_best
 from swap_prune.problem import PruningProblem, PruningSolution

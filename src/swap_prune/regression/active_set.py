@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.blocked import of_columns
+from swap_prune.fisher.factor import of_columns
 from swap_prune.regression.iht import SparseFit, hard_threshold
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swap_prune.problem import Layer
+from swap_prune.selection import Layer
 
 __all__ = ["Metric", "damped_metric", "diagonal_metric"]
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.half import wide_product
+from swap_prune.fisher.backends.half import wide_product
 
 __all__ = ["SquareSystem", "solve_square"]
 

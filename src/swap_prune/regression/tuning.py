@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.blocked import SubFactor
+from swap_prune.fisher.factor import SubFactor
 from swap_prune.regression.iht import hard_threshold
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.square import SquareSystem

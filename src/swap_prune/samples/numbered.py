@@ -23,7 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from swap_prune.memory.process import pass_on_shortage
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import batch_size
 

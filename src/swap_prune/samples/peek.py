@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from swap_prune.memory.process import pass_on_shortage
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import seeded
 from swap_prune.samples.batches import is_sliceable, map_tensors, slice_batch
 from swap_prune.samples.numbered import NumberedSamples, generators_given_back

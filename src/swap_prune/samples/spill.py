@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from swap_prune.memory.process import return_free_memory
+from swap_prune.process_memory import return_free_memory
 from swap_prune.samples.batches import map_tensors
 
 __all__ = ["Spill", "Spilled", "can_spill"]

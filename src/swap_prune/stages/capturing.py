@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swap_prune.fisher.capture import Capture, capture_gradients
+from swap_prune.fisher.capture.low_rank import capture_low_rank
+from swap_prune.fisher.capture.matrix_free import capture_matrix_free
+from swap_prune.fisher.capture.rows import Capture, capture_gradients
+from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches, sketch_curvature
+from swap_prune.fisher.capture.source import RowSource
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.low_rank_capture import capture_low_rank
-from swap_prune.fisher.matrix_free import capture_matrix_free
-from swap_prune.fisher.sketch import draw_sketch, mini_batches, sketch_curvature
-from swap_prune.fisher.source import RowSource
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import run_loss
 from swap_prune.network.modes import batch_statistics, eval_mode
@@ -28,7 +28,7 @@ from swap_prune.randomness import forked_generator
 from swap_prune.request import Request
 from swap_prune.samples.batches import is_single, split_batches
 from swap_prune.stages.kept_rows import KeptRows
-from swap_prune.surgery import temporary_weights
+from swap_prune.surgery.weights import temporary_weights
 from swap_prune.training.teaching import Taught, output_slopes
 
 __all__ = ["RowCapture", "joins_rows"]

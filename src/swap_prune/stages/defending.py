@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.defences import FIXED_DEFENCES
-from swap_prune.fisher.capture import Capture
+from swap_prune.fisher.capture.rows import Capture
+from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches
+from swap_prune.fisher.capture.source import RowSource, write_joined_gradient
 from swap_prune.fisher.defence.exact import CLEAN, outer_product_layers
 from swap_prune.fisher.defence.gradients import (
     LOOKED_CLOSELY_AT,
@@ -26,14 +28,12 @@ from swap_prune.fisher.defence.gradients import (
 )
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.fisher.sketch import draw_sketch, mini_batches
-from swap_prune.fisher.source import RowSource, write_joined_gradient
 from swap_prune.fisher.storage import Storage
-from swap_prune.memory.process import pass_on_shortage
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import forked_generator
 from swap_prune.request import Request
 from swap_prune.samples.batches import is_single, split_batches
-from swap_prune.surgery import temporary_weights
+from swap_prune.surgery.weights import temporary_weights
 
 __all__ = ["Defender"]
 

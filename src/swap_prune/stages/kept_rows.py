@@ -5,7 +5,7 @@ file has a name made of all that they depend on: the weights and buffers, the sa
 seed of the signs. What a name cannot say, such as what the code of a network or of a loss does, the first row and the
 losses of all samples say: they are taken again, and a file that has others is not believed.
 
-    G-<digest>.fisher    the rows (:mod:`swap_prune.fisher.mapped`)
+    G-<digest>.fisher    the rows (:mod:`swap_prune.fisher.backends.mapped`)
     G-<digest>.json      their losses, and the checksum of the rows; written last
 
 Place in the pipeline: in place of the capture of a first stage.
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from swap_prune.artifact import weights_sha256
 from swap_prune.files import replacing
-from swap_prune.fisher.capture import Capture
-from swap_prune.fisher.mapped import MappedFactor
+from swap_prune.fisher.backends.mapped import MappedFactor
+from swap_prune.fisher.capture.rows import Capture
 from swap_prune.report import versions
 from swap_prune.request import Request
 from swap_prune.samples.batches import digest_whole

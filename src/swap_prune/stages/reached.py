@@ -1,8 +1,8 @@
 """Does the network find its weights where its modules have them? Else their gradients would be zero.
 
 Gradients are taken of stand-ins for the selected weights, which take the place of the modules' attributes
-(:mod:`swap_prune.network.bound`). A forward pass that keeps a list of parameters of its own, or a wrapper that works on
-one flat copy of them, does not see these; what is written into the weights it sees.
+(:mod:`swap_prune.fisher.capture.bound`). A forward pass that keeps a list of parameters of its own, or a wrapper that
+works on one flat copy of them, does not see these; what is written into the weights it sees.
 
 Place in the pipeline: before the first capture.
 """
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from swap_prune.fisher.capture.bound import Bound
 from swap_prune.losses import LossFn
-from swap_prune.memory.process import pass_on_shortage
-from swap_prune.network.bound import Bound
 from swap_prune.network.modes import eval_mode
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import in_own_containers, is_sliceable, slice_batch
 from swap_prune.selection import Selection
-from swap_prune.surgery import temporary_weights
+from swap_prune.surgery.weights import temporary_weights
 
 __all__ = ["check_reached"]
 

@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from swap_prune.doubts.record import Doubts
+from swap_prune.fisher.backends.mapped import MappedFactor
+from swap_prune.fisher.capture.layer_inputs import LayerInputs
+from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
+from swap_prune.fisher.capture.sketch import MINI_BATCH, mini_batches, without_singles
 from swap_prune.fisher.defence.gradients import GradientDefence
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
-from swap_prune.fisher.inputs import LayerInputs
-from swap_prune.fisher.mapped import MappedFactor
-from swap_prune.fisher.matrix_free import MatrixFreeFactor
-from swap_prune.fisher.sketch import MINI_BATCH, mini_batches, without_singles
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
     GaussNewtonLoss,
@@ -38,6 +37,7 @@ from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.request import Request
+from swap_prune.sample_defence.record import Doubts
 from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
@@ -48,7 +48,8 @@ from swap_prune.stages.defending import Defender
 from swap_prune.stages.oddities import few_classes, one_that_rules
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
-from swap_prune.surgery import RECALIBRATION_SAMPLES, recalibrate_batchnorm, write_weights
+from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
+from swap_prune.surgery.weights import write_weights
 from swap_prune.training.finetune import FineTune, train
 from swap_prune.training.teaching import Taught, Teacher
 

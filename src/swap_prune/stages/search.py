@@ -21,7 +21,7 @@ from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.samples.shares import JUDGED
 from swap_prune.stages.runner import StageRunner
-from swap_prune.surgery import Snapshot
+from swap_prune.surgery.snapshot import Snapshot
 from swap_prune.training.teaching import Taught, taught_losses
 
 __all__ = ["search_stages"]

@@ -15,22 +15,22 @@ import torch
 from torch import nn
 
 from swap_prune.distributed import Team, local_count, team_of
-from swap_prune.doubts.record import Doubts
-from swap_prune.fisher.sketch import MINI_BATCH
+from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import GaussNewtonLoss
 from swap_prune.memory.planning import plan_memory
-from swap_prune.memory.process import memory_limit
 from swap_prune.memory.scratch import delete_abandoned
+from swap_prune.process_memory import memory_limit
 from swap_prune.randomness import forked_generator
 from swap_prune.request import Request
+from swap_prune.sample_defence.record import Doubts
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import Selection
 from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.workload import count_workload
-from swap_prune.surgery import Snapshot
+from swap_prune.surgery.snapshot import Snapshot
 from swap_prune.training.teaching import Teacher
 
 __all__ = ["agree", "checkpointed", "recorded_storage", "settle_storage", "shared_among", "stage_runner", "taught"]

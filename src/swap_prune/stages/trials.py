@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.distributed import PARTS, Team
-from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.capture.bound import Bound, add_gradient, flat_gradient
+from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.defence.gradients import GradientDefence
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import LossFn, errors_worded
-from swap_prune.network.bound import Bound, add_gradient, flat_gradient
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
 from swap_prune.selection import Selection
-from swap_prune.surgery import temporary_weights, write_weights
+from swap_prune.surgery.weights import temporary_weights, write_weights
 from swap_prune.training.teaching import Taught, output_slopes, taught_losses
 
 __all__ = ["Trials"]

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from swap_prune.distributed import process_count
-from swap_prune.fisher.capture import bytes_of_a_row
-from swap_prune.fisher.footprint import SavedBytes, saved_bytes
-from swap_prune.fisher.layers import UnsupportedLayerError
-from swap_prune.fisher.low_rank_capture import numbers_of_a_row
+from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes
+from swap_prune.fisher.capture.layers import UnsupportedLayerError
+from swap_prune.fisher.capture.low_rank import numbers_of_a_row
+from swap_prune.fisher.capture.rows import bytes_of_a_row
+from swap_prune.fisher.capture.sketch import sketch_rows
 from swap_prune.fisher.noise import NoiseModel
-from swap_prune.fisher.sketch import sketch_rows
 from swap_prune.losses import CrossEntropy
 from swap_prune.memory.forecast import Workload
-from swap_prune.memory.process import held_memory, pass_on_shortage, return_free_memory
 from swap_prune.network.modes import eval_mode, isolated
+from swap_prune.process_memory import held_memory, pass_on_shortage, return_free_memory
 from swap_prune.randomness import seeded
 from swap_prune.request import Request
 from swap_prune.samples.batches import in_own_containers, map_tensors
@@ -32,7 +32,8 @@ from swap_prune.samples.peek import peek
 from swap_prune.samples.shares import HELD_OUT, JUDGED, share_out_samples
 from swap_prune.samples.spill import can_spill
 from swap_prune.schedule import keep_count
-from swap_prune.surgery import RECALIBRATION_SAMPLES, bystanders_given_back
+from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES
+from swap_prune.surgery.snapshot import bystanders_given_back
 from swap_prune.training.teaching import losses_beside_own
 
 __all__ = ["count_workload"]

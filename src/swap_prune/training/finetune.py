@@ -34,7 +34,8 @@ from swap_prune.samples.batches import batch_size, is_single
 from swap_prune.samples.calibration import BATCH, CalibrationStream
 from swap_prune.samples.peek import peek
 from swap_prune.selection import DEFAULT_TARGETS
-from swap_prune.surgery import fill_lost, restored_on_error
+from swap_prune.surgery.snapshot import restored_on_error
+from swap_prune.surgery.weights import fill_lost
 from swap_prune.training.masks import MaskKeeper, pair_masks, resolve_masks
 from swap_prune.training.teaching import Taught, Teacher, taught_losses
 

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_losses, failures_named
-from swap_prune.network.bound import Bound, functional_call
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import in_own_containers
 from swap_prune.selection import Selection
-from swap_prune.surgery import Snapshot, batchnorm_layers
+from swap_prune.surgery.batchnorm import batchnorm_layers
+from swap_prune.surgery.snapshot import Snapshot
 
 __all__ = ["Taught", "Teacher", "losses_beside_own", "output_slopes", "taught_losses"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import LR, prune
-from swap_prune.fisher.capture import capture_gradients
+from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.defence import gradients as gradients_module
 from swap_prune.fisher.defence.exact import outer_product_layers
 from swap_prune.fisher.defence.gradients import GradientDefence, Layer, layers_of, look_noise, rank_noise

@@ -9,7 +9,7 @@ from torch import nn
 
 from swap_prune.fisher.noise import AnalogMemory
 from swap_prune.selection import select_parameters
-from swap_prune.surgery import temporary_weights
+from swap_prune.surgery.weights import temporary_weights
 from tests.cases import generator, normal
 
 IDEAL = AnalogMemory(programming=0.0)

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from swap_prune import load_pruned, prune
 from swap_prune.fisher.noise import NOISE_MODELS, NoiseModel
 from swap_prune.losses import cross_entropy
-from swap_prune.surgery import batchnorm_layers
+from swap_prune.surgery.batchnorm import batchnorm_layers
 from tests.cases import generator, normal
 
 SPECS = (

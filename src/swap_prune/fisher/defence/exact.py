@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.fisher.capture.bound import Bound
 from swap_prune.fisher.defence.rank import energies
-from swap_prune.fisher.layers import layer_input
 from swap_prune.losses import LossFn
-from swap_prune.memory.process import pass_on_shortage
-from swap_prune.network.bound import Bound
+from swap_prune.network.calls import layer_input
 from swap_prune.network.modes import eval_mode
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, in_own_containers, is_single, split_batches
 from swap_prune.selection import Selection
 

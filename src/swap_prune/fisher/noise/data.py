@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from swap_prune.fisher.noise.base import NoiseModel, check_choice, check_number
 from swap_prune.losses import LossFn, check_labels, describe
 from swap_prune.losses.base import IGNORE_INDEX
-from swap_prune.memory.process import pass_on_shortage
 from swap_prune.network.modes import eval_mode
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import forked_generator
 from swap_prune.samples.batches import map_tensors, replace_part
 

@@ -1,0 +1,204 @@
+"""Gradients of single samples from one forward and one backward pass of a whole chunk of them.
+
+In the forward pass hooks keep the input of every selected layer. The backward pass goes to the layers' outputs and
+no further: autograd forms no weight gradient, which it would sum over the samples. The gradient at an output and the
+input make the gradients of the single samples (:mod:`swap_prune.fisher.capture.layers`), while the pass is under way.
+
+This holds if every selected weight is used by Linear and Conv layers alone, and if the loss of one sample does not
+depend on the others. Neither can be seen from outside, so :func:`check_against` compares two samples with backward
+passes of their own.
+
+Place in the pipeline: a back end of capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.fisher.capture.bound import Bound, functional_call
+from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported, put_weight_gradients
+from swap_prune.losses import LossFn, check_losses
+from swap_prune.network.calls import layer_input
+from swap_prune.samples.batches import batch_size, map_tensors
+from swap_prune.selection import Selection
+
+__all__ = ["OutputGradients", "check_against", "hooked_layers", "without_gradient"]
+
+Sink = Callable[[str, nn.Module, Tensor, Tensor], None]  # (parameter name, layer, inputs, gradient of its output)
+
+
+def hooked_layers(model: nn.Module, selection: Selection) -> dict[nn.Module, str]:
+    """Return the layers of the selected weights and the parameter's name of each.
+
+    Args:
+        model: The network.
+        selection: The selected parameters; one that several layers share has several.
+
+    Raises:
+        UnsupportedLayerError: If a selected parameter is anything but the weight of Linear and Conv layers.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameters[name]): name for name in selection.names}
+    layers: dict[nn.Module, str] = {}
+    for module in model.modules():
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = names.get(id(parameter))
+            if name is None:
+                continue
+            if own != "weight" or not is_supported(module):
+                raise UnsupportedLayerError(
+                    f"{name!r} is {own!r} of a {type(module).__name__}, not the weight of a Linear or Conv layer that "
+                    "computes as torch's own"
+                )
+            layers[module] = name
+    return layers
+
+
+class OutputGradients:
+    """Runs a network forwards and backwards and hands over what its selected layers saw.
+
+    The network's parameters and buffers are stood in for by copies without gradient for the time of a pass; its hooks
+    are removed whatever happens.
+
+    Raises:
+        UnsupportedLayerError: As for :func:`hooked_layers`.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> None:
+        self._layers = hooked_layers(model, selection)
+        self._places = selection.slices()
+        self._loss_fn = loss_fn
+        self._bound = Bound(model, self._forth_and_back)
+        tensors = (*self._bound.named_parameters(), *self._bound.named_buffers())
+        self._state = {name: without_gradient(tensor) for name, tensor in tensors}
+        self._starts: list[Tensor] = []  # where the backward pass ends
+        self._sink: Sink | None = None
+        self._recording = False
+
+    def run(self, batch: Any, sink: Sink) -> Tensor:
+        """Run a batch through the network.
+
+        Args:
+            batch: Samples that ``loss_fn`` takes.
+            sink: Called during the backward pass, once for each call of each selected layer that the losses depend on.
+
+        Returns:
+            The losses, (n,).
+
+        Raises:
+            UnsupportedLayerError: If the losses do not depend on a selected layer, or an input was changed in place.
+            ValueError: If a loss is not finite or not per sample.
+        """
+        self._sink, self._recording = sink, True
+        try:
+            with ExitStack() as hooks:
+                for layer in self._layers:
+                    hooks.callback(layer.register_forward_hook(self._see, prepend=True, with_kwargs=True).remove)
+                losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
+            return losses
+        finally:
+            self._sink, self._recording, self._starts = None, False, []
+
+    def fill_rows(self, batch: Any, rows: Tensor, *, joined: bool = False) -> Tensor:
+        """Write the gradients of a batch to the first rows of G, (n or more, p), and return the losses, (n,).
+
+        Args:
+            batch: Samples that ``loss_fn`` takes.
+            rows: Where the gradients go.
+            joined: Whether the samples make one row together, the gradient of the sum of their losses.
+
+        Raises:
+            UnsupportedLayerError: As for :meth:`run`, or if a layer's inputs do not have the samples in front.
+            ValueError: As for :meth:`run`.
+        """
+        size = 1 if joined else batch_size(batch)
+        written: set[str] = set()
+
+        def put(name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+            put_weight_gradients(layer, inputs, gradient, rows[:size, self._places[name]], add=name in written)
+            written.add(name)
+
+        losses = self.run(batch, put)
+        if len(losses) != size and not joined:
+            raise UnsupportedLayerError(f"{len(losses)} losses for {size} samples")
+        for name, place in self._places.items():
+            if name not in written:
+                rows[:size, place] = 0
+        return losses
+
+    def _forth_and_back(self, model: nn.Module, batch: Any) -> Tensor:
+        """Do both passes while the stand-ins are in place: a checkpointed block runs forwards once more in between."""
+        with torch.enable_grad():
+            losses = check_losses(self._loss_fn(model, batch), None)
+        if not losses.requires_grad:
+            raise UnsupportedLayerError("the losses depend on none of the selected layers")
+        self._recording = False
+        torch.autograd.grad(losses, list(self._starts), torch.ones_like(losses), allow_unused=True)
+        return losses.detach()
+
+    def _see(self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Any:
+        """Forward hook: keep the input, and have the gradient of the output sent on when it is known."""
+        if not torch.is_grad_enabled():
+            return None
+        replaced = None
+        if not output.requires_grad:  # nothing before it does: the backward pass ends here
+            start = output.detach().requires_grad_()
+            self._starts.append(start)
+            output = replaced = start.clone()  # a layer that works in place cannot do so on the start itself
+        if self._recording:  # else a checkpointed block, computed again
+            output.register_hook(  # type: ignore[no-untyped-call]
+                self._receiver(layer, layer_input(arguments, named))
+            )
+        return replaced
+
+    def _receiver(self, layer: nn.Module, inputs: Tensor) -> Callable[[Tensor], None]:
+        inputs = inputs.detach()
+        version = inputs._version
+
+        def receive(gradient: Tensor) -> None:
+            if inputs._version != version:
+                raise UnsupportedLayerError(f"the input of a {type(layer).__name__} was changed in place")
+            assert self._sink is not None
+            with torch.no_grad():
+                self._sink(self._layers[layer], layer, inputs, gradient)
+
+        return receive
+
+
+def check_against(
+    found: tuple[Tensor, Tensor], singles: tuple[Tensor, Tensor], selection: Selection, precision: torch.dtype
+) -> None:
+    """Check rows of G, parameter by parameter, and losses against those of backward passes of their own.
+
+    Args:
+        found: Rows from the outputs of layers, (m, p), and their losses, (m,).
+        singles: The same from one backward pass a sample.
+        selection: The places of the parameters.
+        precision: The dtype of the network. Half of its digits have to agree.
+
+    Raises:
+        UnsupportedLayerError: If they differ by more than rounding.
+    """
+    eps = torch.finfo(precision).eps
+    (rows, losses), (expected, wanted) = found, singles
+    if not torch.allclose(losses, wanted, rtol=eps**0.5, atol=eps**0.5):
+        raise UnsupportedLayerError("the losses are not those of single samples: loss_fn mixes the samples of a batch")
+    whole = torch.linalg.vector_norm(expected, dim=1)
+    for name, place in selection.slices().items():
+        error = torch.linalg.vector_norm(rows[:, place] - expected[:, place], dim=1)
+        size = torch.linalg.vector_norm(expected[:, place], dim=1)
+        if not bool((error <= eps**0.5 * size + 10 * eps * whole).all()):
+            raise UnsupportedLayerError(
+                f"the gradients of {name!r} are not those of single samples: its weight is used outside its layer, "
+                "or loss_fn mixes the samples of a batch"
+            )
+
+
+def without_gradient(tensor: Tensor) -> Tensor:
+    """Detach a tensor; one of inference mode, which autograd refuses to keep, is copied."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -1,0 +1,142 @@
+"""What goes into each layer on the calibration samples: the statistics of layer-wise methods.
+
+A Linear layer, or a convolution read as a matrix, maps inputs x (d,) to ``W x``. Removing weights changes its output
+by ``(W - W') x``, whose mean square over the calibration inputs depends on them through ``mean(x x^T)`` alone. Forward
+hooks gather it batch by batch; no input is stored. A convolution has one x for each output position, cut out as the
+kernel sees it (``unfold``), padding included.
+
+Place in the pipeline: beside capture, for methods with ``needs_inputs``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from swap_prune.fisher.capture.hooks import hooked_layers
+from swap_prune.fisher.capture.layers import UnsupportedLayerError, unfold_inputs
+from swap_prune.losses import LossFn, check_calibration, run_loss
+from swap_prune.network.calls import layer_input
+from swap_prune.network.modes import eval_mode
+from swap_prune.selection import Selection
+from swap_prune.surgery.weights import temporary_weights
+
+__all__ = ["LayerInputs"]
+
+_CHUNK_BYTES = 128 * 2**20  # unfolded inputs held at once
+
+_Reduce = Callable[[Tensor], Tensor]  # inputs (groups, m, d) -> sum over m of a statistic
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Statistics of the inputs of the selected layers.
+
+    Each method runs the network once over the batches, as it is then: ask before trying candidates. Groups are those
+    of a grouped convolution, 1 otherwise; d is the number of weights of one output, so that the weight of a layer is
+    ``(groups, outputs / groups, d)``.
+
+    Attributes:
+        model: The network; nothing of it changes.
+        selection: The parameters that statistics are wanted for.
+        batches: Calibration batches on the model's device.
+        loss_fn: Used to run the network on a batch.
+        weights: Selected weights (p,) that the network runs with, where noise makes others of its own.
+    """
+
+    model: nn.Module
+    selection: Selection
+    batches: Sequence[Any]
+    loss_fn: LossFn
+    weights: Tensor | None = None
+
+    def mean_squares(self) -> dict[str, Tensor]:
+        """Return ``mean(x_j^2)`` over samples and positions, (groups, d), by parameter name.
+
+        Raises:
+            ValueError: If a parameter is not the weight of Linear or Conv layers, or its layers did not run.
+        """
+        return self._gather(lambda x: x.square().sum(1))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return ``mean(x x^T)`` over samples and positions, (groups, d, d), by parameter name.
+
+        Raises:
+            ValueError: As for :meth:`mean_squares`.
+        """
+        return self._gather(lambda x: x.mT @ x)
+
+    def _disturbed(self) -> AbstractContextManager[None]:
+        """Run a block with the weights that inputs are asked of."""
+        return nullcontext() if self.weights is None else temporary_weights(self.model, self.selection, self.weights)
+
+    def _gather(self, reduce: _Reduce) -> dict[str, Tensor]:
+        sums = {name: _Sum(reduce) for name in self.selection.names}
+        with eval_mode(self.model), torch.no_grad(), ExitStack() as hooks:
+            check_calibration(self.model, self.loss_fn, self.batches)
+            hooks.enter_context(self._disturbed())
+            for layer, name in self._layers().items():
+                hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
+            for batch in self.batches:
+                run_loss(self.model, batch, self.loss_fn)
+        for name, total in sums.items():
+            if total.count == 0:
+                raise ValueError(
+                    f"no inputs of {name!r} were seen: its layer does not run as a module of its own, or no sample "
+                    "reached it; leave it out with ignore=, or use a method that works on gradients"
+                )
+            if not bool(total.value.isfinite().all()):
+                raise ValueError(
+                    f"the inputs of {name!r} are not finite: check the calibration data and the weights before it"
+                )
+        return {name: total.value / total.count for name, total in sums.items()}
+
+    def _layers(self) -> dict[nn.Module, str]:
+        """Return each layer with its parameter's name; a shared parameter has several."""
+        try:
+            return hooked_layers(self.model, self.selection)
+        except UnsupportedLayerError as error:
+            raise ValueError(
+                f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave it out with ignore=, "
+                "or use a method that works on gradients"
+            ) from error
+
+
+@dataclass
+class _Sum:
+    """A statistic of one parameter's inputs, added up over batches by a forward hook."""
+
+    reduce: _Reduce
+    value: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
+    count: int = 0
+
+    def add(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        """Add the inputs of one call."""
+        for x in _as_rows(layer, layer_input(arguments, named).detach()):
+            self.value = self.value.to(x.device) + self.reduce(x)
+            self.count += x.shape[1]
+
+
+def _as_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Yield the inputs of a layer as (groups, m, d), in pieces and in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not isinstance(layer, _ConvNd):
+        yield x.reshape(1, -1, x.shape[-1])
+        return
+    x = x.reshape(-1, *x.shape[-len(layer.kernel_size) - 1 :])  # a convolution takes unbatched inputs as well
+    places = math.prod(layer.kernel_size)
+    if len(x) == 0:  # none came to an expert
+        yield x.new_zeros(layer.groups, 0, layer.weight[0].numel())
+        return
+    bytes_each = math.prod(x.shape[1:]) * places * x.element_size()
+    for part in torch.split(x, max(1, _CHUNK_BYTES // bytes_each)):
+        seen = unfold_inputs(layer, part)  # (items, groups, positions, d), with the channel last
+        seen = seen.transpose(0, 1).flatten(1, 2)
+        yield torch.unflatten(seen, 2, (places, -1)).mT.flatten(2)

@@ -1,0 +1,260 @@
+"""Weight gradients of single samples, from what goes into a layer and what comes back to its output.
+
+A Linear layer, or a group of a convolution read as a matrix, computes ``W a_t`` at every token or position t. With
+``d_t`` the gradient of sample i's loss with respect to that output, the gradient with respect to W is::
+
+    dl_i/dW = sum_t d_t a_t^T = D^T A,        D (T, out), A (T, in)
+
+so that a batched product gives the rows of G of a whole chunk of samples. For a convolution the ``a_t`` are cut out
+of its padded inputs as the kernel sees them (``unfold``), a bounded piece at a time; inputs that are too large for
+that, and depthwise layers, whose products are too thin, go through PyTorch's own weight gradient instead. A depthwise
+layer of c channels on n samples is there one sample of n c channels.
+
+Source: Goodfellow, "Efficient per-example gradient computations" (arXiv 1510.01799, 2015); Rochette, Manoel and
+Tramel (arXiv 1912.06015, 2019) for convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional, grad
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = [
+    "UnsupportedLayerError",
+    "as_samples",
+    "is_supported",
+    "piece_bytes",
+    "put_weight_gradients",
+    "unfold_inputs",
+    "unfolded_bytes",
+]
+
+PIECE_BYTES = 16 * 2**20  # unfolded inputs and weight gradients that are held at once; larger pieces were no faster
+_GPU_PIECE_BYTES = 256 * 2**20  # the same there
+
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: grad.conv1d_weight,
+    nn.Conv2d: grad.conv2d_weight,
+    nn.Conv3d: grad.conv3d_weight,
+}
+
+
+class UnsupportedLayerError(RuntimeError):
+    """A network that gradients cannot be taken of from the outputs of its layers."""
+
+
+def piece_bytes(device: torch.device) -> int:
+    """Return how many bytes of unfolded inputs and weight gradients are held at once."""
+    return _GPU_PIECE_BYTES if device.type == "cuda" else PIECE_BYTES
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether a module is a Linear or Conv layer that computes what torch's own class does."""
+    forward = type(module).forward
+    if isinstance(module, nn.Linear):
+        return forward is nn.Linear.forward
+    for kind in _CONVOLUTIONS:
+        if isinstance(module, kind):
+            return forward is kind.forward and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
+    return False
+
+
+def as_samples(layer: nn.Module, inputs: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Give a layer's inputs and output gradients the shapes of their batch, in at least float32.
+
+    Args:
+        layer: A supported layer.
+        inputs: What it was called with.
+        gradient: Of the losses with respect to its output; same leading dimensions.
+        size: Samples of the batch. Several items of one sample must lie side by side.
+
+    Returns:
+        For a Linear layer (size, tokens, in) and (size, tokens, out); for a convolution (items, channels, ...), the
+        number of items being a multiple of ``size``.
+
+    Raises:
+        UnsupportedLayerError: If the leading dimension is not that of the samples.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    inputs, gradient = inputs.to(dtype), gradient.to(dtype)
+    batched = inputs.ndim - (len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1)
+    if batched == 0:
+        inputs, gradient = inputs.unsqueeze(0), gradient.unsqueeze(0)
+    if inputs.shape[0] == 0 or inputs.shape[0] % size:
+        raise UnsupportedLayerError(
+            f"a {type(layer).__name__} saw inputs {tuple(inputs.shape)} in a batch of {size}: "
+            "its leading dimension is not that of the samples"
+        )
+    if isinstance(layer, nn.Linear):
+        inputs = inputs.reshape(size, -1, inputs.shape[-1])
+        gradient = gradient.reshape(size, -1, gradient.shape[-1])
+    return inputs, gradient
+
+
+def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out: Tensor, *, add: bool) -> None:
+    """Write the weight gradients of a batch of samples.
+
+    Args:
+        layer: A supported layer.
+        inputs: What it was called with.
+        gradient: Of the losses with respect to its output.
+        out: Where the gradients go, (n, numel of the weight); any strides.
+        add: Whether they are added to what is there, as for the second call of a layer.
+
+    Raises:
+        UnsupportedLayerError: As for :func:`as_samples`.
+    """
+    inputs, gradient = as_samples(layer, inputs, gradient, len(out))
+    if isinstance(layer, nn.Linear) and inputs.shape[1] == 1:
+        place = out.view(len(out), layer.out_features, layer.in_features)
+        left, right = gradient.mT, inputs
+        if add:
+            place += left * right
+        else:
+            torch.mul(left, right, out=place)
+        return
+    each = len(inputs) // len(out)
+    for start, stop in _pieces(layer, inputs, gradient, each):
+        items = slice(start * each, stop * each)
+        value = _weight_gradients(layer, inputs[items], gradient[items])
+        if each > 1:
+            value = value.reshape(-1, each, *value.shape[1:]).sum(1)
+        place = out[start:stop].view(value.shape)
+        if add:
+            place += value
+        else:
+            place.copy_(value)
+
+
+def unfold_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Cut inputs into what the weight sees at each token or position.
+
+    Args:
+        layer: A supported layer.
+        inputs: As from :func:`as_samples`.
+
+    Returns:
+        A, (items, groups, positions, d). The d inputs of a convolution have the kernel first and the channel last,
+        which is the other way round in its weight.
+    """
+    if not isinstance(layer, _ConvNd):
+        return inputs.unsqueeze(1)
+    return _cut_out(layer, _pad_channels_last(layer, inputs), 0).flatten(2, 3)
+
+
+def unfolded_bytes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> int:
+    """Return the size of what :func:`unfold_inputs` makes of one item."""
+    if not isinstance(layer, _ConvNd):
+        return 0
+    positions = math.prod(gradient.shape[2:])
+    return positions * inputs.shape[1] * math.prod(layer.kernel_size) * inputs.element_size()
+
+
+def _cut_out(layer: _ConvNd, x: Tensor, first: int) -> Tensor:
+    """Cut padded inputs (items, ..., channels) along the axes from ``first`` on.
+
+    Returns:
+        (items, groups, rows, positions of the rest, d): rows are positions of axis 0, cut or not.
+    """
+    dimensions = len(layer.kernel_size)
+    cut = range(first, dimensions)
+    for axis in cut:
+        size, step, gap = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        x = x.unfold(axis + 1, gap * (size - 1) + 1, step)[..., ::gap]
+    x = x.reshape(*x.shape[: dimensions + 1], layer.groups, -1, *x.shape[dimensions + 2 :])
+    kernel = range(dimensions + 3, dimensions + 3 + len(cut))
+    x = x.permute(0, dimensions + 1, *range(1, dimensions + 1), *kernel, dimensions + 2)
+    width = math.prod(x.shape[dimensions + 2 :])
+    x = x.reshape(*x.shape[:3], math.prod(x.shape[3 : dimensions + 2]), width)
+    return x.contiguous()  # reshape may return a view whose rows overlap: that would be copied once for each offset
+
+
+def _pieces(layer: nn.Module, inputs: Tensor, gradient: Tensor, each: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of samples of ``each`` items; bytes decide, so that two runs of one seed agree."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    bytes_each = each * (unfolded_bytes(layer, inputs, gradient) + 2 * weight.numel() * inputs.element_size())
+    size, count = max(1, piece_bytes(inputs.device) // bytes_each), len(inputs) // each
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def _weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradients of items, (items, out, in) or (items, out, in, kernel)."""
+    if not isinstance(layer, _ConvNd):
+        return gradient.mT @ inputs
+    if layer.groups == layer.in_channels:
+        return _of_depthwise(layer, inputs, gradient)
+    if unfolded_bytes(layer, inputs, gradient) > piece_bytes(inputs.device):
+        return torch.cat([_of_layer(layer, inputs[i : i + 1], gradient[i : i + 1]) for i in range(len(inputs))])
+    items, outputs = gradient.shape[:2]
+    grouped = gradient.reshape(items, layer.groups, outputs // layer.groups, -1)
+    if math.prod(layer.kernel_size) == 1:
+        steps: list[Any] = [slice(None, None, step) for step in layer.stride]
+        x = _pad(layer, inputs)[(..., *steps)]
+        product = grouped @ x.reshape(items, layer.groups, x.shape[1] // layer.groups, -1).mT
+        return product.reshape(items, outputs, -1, 1)
+    if layer.stride[0] > 1:
+        product = grouped @ unfold_inputs(layer, inputs)
+    else:  # the kernel's offsets along the first axis are views of what is cut out along the others
+        strips = _cut_out(layer, _pad_channels_last(layer, inputs), 1)
+        high, gap = gradient.shape[2], layer.dilation[0]
+        parts = [grouped @ strips[:, :, i * gap : i * gap + high].flatten(2, 3) for i in range(layer.kernel_size[0])]
+        product = torch.stack(parts, 3)
+    return product.reshape(items, outputs, math.prod(layer.kernel_size), -1).mT
+
+
+def _of_layer(layer: _ConvNd, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of a convolution's weight, summed over items, (1, out, in, kernel)."""
+    weight = _CONVOLUTIONS[_kind(layer)](
+        _pad(layer, inputs), layer.weight.shape, gradient, layer.stride, 0, layer.dilation, layer.groups
+    )
+    return weight.flatten(2).unsqueeze(0)  # type: ignore[no-any-return]
+
+
+def _of_depthwise(layer: _ConvNd, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradients of a layer with one channel a group, (items, out, 1, kernel)."""
+    items, outputs = gradient.shape[:2]
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    x = inputs if plain else _pad(layer, inputs)
+    weight = _CONVOLUTIONS[_kind(layer)](
+        x.reshape(1, -1, *x.shape[2:]),
+        (items * outputs, 1, *layer.kernel_size),
+        gradient.reshape(1, -1, *gradient.shape[2:]),
+        layer.stride,
+        layer.padding if plain else 0,
+        layer.dilation,
+        items * layer.groups,
+    )
+    return weight.reshape(items, outputs, 1, -1)  # type: ignore[no-any-return]
+
+
+def _pad_channels_last(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """Return padded inputs (items, ..., channels): whole channels can then be copied at a time."""
+    amounts = layer._reversed_padding_repeated_twice
+    if layer.padding_mode != "zeros" or not any(amounts):
+        return _pad(layer, inputs).movedim(1, -1).contiguous()
+    before, after = amounts[::2][::-1], amounts[1::2][::-1]
+    sizes = inputs.shape[2:]
+    whole = [a + size + b for a, size, b in zip(before, sizes, after, strict=True)]
+    padded = inputs.new_zeros(len(inputs), *whole, inputs.shape[1])
+    inner = tuple(slice(a, a + size) for a, size in zip(before, sizes, strict=True))
+    padded[(slice(None), *inner)] = inputs.movedim(1, -1)
+    return padded
+
+
+def _kind(layer: _ConvNd) -> type[nn.Module]:
+    return next(kind for kind in _CONVOLUTIONS if isinstance(layer, kind))
+
+
+def _pad(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """Pad inputs as the layer does before its kernel runs over them."""
+    amounts = layer._reversed_padding_repeated_twice
+    if not any(amounts):
+        return inputs
+    return functional.pad(inputs, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)

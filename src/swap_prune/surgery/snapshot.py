@@ -1,0 +1,122 @@
+"""What a network had, to give it back: after an error, after a trial, after a call that changed its buffers.
+
+Place in the pipeline: around all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from swap_prune.selection import Selection
+from swap_prune.surgery.batchnorm import batchnorm_layers
+
+__all__ = ["Snapshot", "bystanders_given_back", "restored_on_error", "unexpanded"]
+
+
+def unexpanded(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
+    if tensor.layout != torch.strided:
+        return tensor.detach()
+    for dimension, stride in enumerate(tensor.stride()):
+        tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
+    return tensor.detach()
+
+
+class _Buffers:
+    """Buffers of some modules, and the values that they had: a module may write to one, replace it, or resize it."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.held = [
+            (module, name, buffer, unexpanded(buffer).clone())
+            for module in modules
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+
+    def restore(self) -> None:
+        """Give them back."""
+        with torch.no_grad():
+            for module, name, buffer, values in self.held:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                place = unexpanded(buffer)
+                if place.shape == values.shape:
+                    place.copy_(values)
+                else:
+                    buffer.data = values.clone()
+
+
+class Snapshot:
+    """What a network has now, to give it back later.
+
+    Args:
+        model: The network.
+        selection: Only these of the parameters will change; by default all may.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection | None = None) -> None:
+        parameters = dict(model.named_parameters())
+        chosen = parameters.values() if selection is None else (parameters[name] for name in selection.names)
+        self._tensors = list(map(unexpanded, chosen))
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+        self._statistics, self._bystanders = _Buffers(batchnorm_layers(model)), _Buffers(_bystanders(model))
+
+    def restore(self) -> None:
+        """Write it to the network."""
+        with torch.no_grad():
+            for tensor, values in zip(self._tensors, self._values, strict=True):
+                tensor.copy_(values)
+        self._statistics.restore()
+        self.restore_bystanders()
+
+    def restore_bystanders(self) -> None:
+        """Write the buffers that are not BatchNorm's statistics: a network may change them whenever it is called."""
+        self._bystanders.restore()
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """Return the values that a parameter or a buffer has now: those held here, where they are the same."""
+        buffers = self._statistics.held + self._bystanders.held
+        pairs = [*zip(self._tensors, self._values, strict=True), *((own, values) for _, _, own, values in buffers)]
+        for own, values in pairs:
+            dense = own.layout == tensor.layout == torch.strided
+            if dense and own.data_ptr() == tensor.data_ptr() and (own.shape, own.dtype) == (tensor.shape, tensor.dtype):
+                return values if torch.equal(values, tensor) else tensor.detach().clone()
+        return tensor.detach().clone()
+
+
+def _bystanders(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose buffers pruning does not change."""
+    statistics = set(batchnorm_layers(model))
+    return (module for module in model.modules() if module not in statistics)
+
+
+@contextmanager
+def bystanders_given_back(model: nn.Module) -> Iterator[None]:
+    """Run a block that calls a network, then give back the buffers that are not BatchNorm's statistics."""
+    before = _Buffers(_bystanders(model))
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, selection: Selection | None = None) -> Iterator[Snapshot]:
+    """Give the model back what it had if the block does not end well.
+
+    Args:
+        model: The network.
+        selection: As for :class:`Snapshot`.
+
+    Yields:
+        What it had.
+    """
+    before = Snapshot(model, selection)
+    try:
+        yield before
+    except BaseException:
+        before.restore()
+        raise

@@ -1,0 +1,130 @@
+"""Statistics of layer inputs: against the layers' own outputs, and against inputs written down by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from swap_prune.fisher.capture import layer_inputs as inputs
+from swap_prune.fisher.capture.layer_inputs import LayerInputs
+from swap_prune.selection import select_parameters
+from tests.cases import normal
+
+
+def output_sum(model, batch):
+    return model(batch).flatten(1).sum(1)
+
+
+def inputs_of(model, *batches, **selection):
+    return LayerInputs(model, select_parameters(model, **selection), batches, output_sum)
+
+
+LAYERS = {
+    "plain": (nn.Conv2d(3, 4, 3), (3, 7, 6)),
+    "strided": (nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)), (2, 8, 5)),
+    "dilated": (nn.Conv2d(2, 3, 3, dilation=2, padding=2), (2, 6, 6)),
+    "same": (nn.Conv2d(2, 3, (2, 3), padding="same"), (2, 5, 5)),
+    "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 6)),
+    "reflect": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 6)),
+    "grouped": (nn.Conv2d(6, 4, 3, groups=2), (6, 5, 5)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5)),
+    "pointwise": (nn.Conv2d(5, 3, 1), (5, 4, 4)),
+    "1d": (nn.Conv1d(4, 6, 3, groups=2, stride=2), (4, 11)),
+    "3d": (nn.Conv3d(2, 3, (1, 2, 3), padding=1), (2, 3, 4, 4)),
+    "linear": (nn.Linear(5, 3), (5,)),
+    "linear over tokens": (nn.Linear(5, 3), (7, 5)),
+}
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS.keys())
+def test_moments_give_the_power_of_any_output(layer, shape):
+    """The mean square of output o is ``w_o^T M w_o``, for any weights."""
+    layer = layer.double()
+    x = normal(6, *shape)
+    (moments,) = inputs_of(nn.Sequential(layer), x).moments().values()
+    (squares,) = inputs_of(nn.Sequential(layer), x[:2], x[2:]).mean_squares().values()
+    with torch.no_grad():
+        layer.weight.copy_(normal(*layer.weight.shape, seed=1))
+        layer.bias.zero_()
+        y = layer(x)
+    y = y.movedim(1 if isinstance(layer, nn.modules.conv._ConvNd) else -1, 0).flatten(1)
+    w = layer.weight.detach().reshape(len(moments), -1, moments.shape[-1])
+    torch.testing.assert_close(torch.einsum("grd,gde,gre->gr", w, moments, w).flatten(), y.square().mean(1))
+    torch.testing.assert_close(squares, moments.diagonal(dim1=1, dim2=2), rtol=1e-9, atol=1e-12)
+
+
+def test_pieces_add_up(monkeypatch):
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3)), normal(8, 2, 6, 6, dtype=torch.float32)
+    (whole,) = inputs_of(model, x).moments().values()
+    monkeypatch.setattr(inputs, "_CHUNK_BYTES", 1)
+    (pieces,) = inputs_of(model, x).moments().values()
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_every_layer_sees_its_own_inputs():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double(), normal(9, 4)
+    moments = inputs_of(model, x).moments()
+    hidden = model[1](model[0](x)).detach()
+    assert list(moments) == ["0.weight", "2.weight"]
+    torch.testing.assert_close(moments["0.weight"], (x.T @ x / 9)[None])
+    torch.testing.assert_close(moments["2.weight"], (hidden.T @ hidden / 9)[None])
+
+
+def test_a_shared_weight_sees_the_inputs_of_all_its_layers():
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    model, x = nn.Sequential(first, nn.Tanh(), second).double(), normal(5, 3)
+    (squares,) = inputs_of(model, x).mean_squares().values()
+    seen = torch.cat([x, first(x).tanh().detach()])
+    torch.testing.assert_close(squares, seen.square().mean(0)[None])
+
+
+def test_half_precision_is_summed_in_single():
+    model, x = nn.Sequential(nn.Linear(3, 2)).bfloat16(), normal(400, 3).bfloat16()
+    (squares,) = inputs_of(model, x).mean_squares().values()
+    torch.testing.assert_close(squares, x.float().square().mean(0)[None])
+
+
+def test_the_network_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    statistics = inputs_of(model, normal(9, 4, dtype=torch.float32))
+    first, second = statistics.moments(), statistics.moments()
+    assert all(torch.equal(first[name], second[name]) for name in first), "eval mode: no dropout"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Loud(nn.Linear):
+    def forward(self, x):
+        return super().forward(10 * x)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "message"),
+    [
+        (nn.Sequential(Loud(5, 3)), ["Linear"], "'0.weight' is 'weight' of a Loud"),
+        (
+            nn.Sequential(nn.ConvTranspose1d(2, 3, 3)),
+            ["ConvTranspose1d"],
+            "'0.weight' is 'weight' of a ConvTranspose1d",
+        ),
+        (nn.Sequential(nn.Conv1d(2, 3, 3)), ["0.bias"], "'0.bias' is 'bias' of a Conv1d"),
+        (Attention(), ["inner.in_proj_weight"], "in_proj_weight"),
+        (Attention(), ["inner.out_proj.weight"], "no inputs of 'inner.out_proj.weight' were seen"),
+    ],
+)
+def test_weights_that_no_hook_sees_are_refused(model, targets, message):
+    x = normal(3, 5, 4, dtype=torch.float32) if isinstance(model, Attention) else normal(3, 2, 5, dtype=torch.float32)
+    statistics = inputs_of(model, x, targets=targets)
+    with pytest.raises(ValueError, match=message):
+        statistics.mean_squares()
+    assert not any(module._forward_hooks for module in model.modules())
