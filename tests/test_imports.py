@@ -10,8 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "swap_prune"
 LEVELS = (  # a module or package imports from lower levels, and from itself
-    ("checks", "defences", "process_memory", "progress", "randomness", "report", "transport"),
-    ("files", "samples", "schedule"),
+    ("checks", "defences", "progress", "randomness", "report", "transport"),
+    ("files", "process_memory", "schedule"),
+    ("samples",),
     ("distributed", "network"),
     ("artifact", "losses", "selection"),
     ("surgery",),

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from swap_prune.checks import user_path
+from swap_prune.checks import first_line, user_path
 from swap_prune.files import check_output_directory, write_directory
 from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
@@ -196,7 +196,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a damaged file raises whatever it leads torch to
         pass_on_shortage(error)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"weights file {path} is damaged or not a checkpoint: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -8,7 +8,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checked_seed", "is_finite", "is_number", "positive_number", "user_path", "whole_number"]
+__all__ = ["checked_seed", "first_line", "is_finite", "is_number", "positive_number", "user_path", "whole_number"]
 
 
 def is_number(value: object) -> bool:
@@ -82,3 +82,15 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{path} names a home directory that is not known; write the path in full") from error
+
+
+def first_line(error: BaseException, *, typed: bool = False) -> str:
+    """Return the first line of what an error says, or its type where it says nothing.
+
+    Args:
+        error: The error.
+        typed: Whether its type comes first in any case.
+    """
+    text, name = str(error).strip(), type(error).__name__
+    line = text.splitlines()[0] if text else name
+    return f"{name}: {line}" if typed and text else line

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from swap_prune.regression.pattern import GroupPattern
     from swap_prune.regression.top_k import Floors
 
-__all__ = ["FisherKind", "PruningProblem", "PruningSolution"]
+__all__ = ["FisherKind", "PruningProblem", "PruningSolution", "check_solution"]
 
 FisherKind = Literal["auto", "gauss-newton", "empirical"]  # what the rows of G stand for
 
@@ -149,3 +149,37 @@ class PruningSolution:
     converged: bool = True
     iterations: int = 0
     evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_solution(solution: PruningSolution, problem: PruningProblem, method: str) -> None:
+    """Refuse what a method may not return; it may be the user's own.
+
+    Args:
+        solution: What it returned.
+        problem: What it was asked.
+        method: Its name.
+
+    Raises:
+        ValueError: If shapes, k, floors or the pattern are not as asked for, or a weight is not finite.
+    """
+    kept, weights, total = solution.kept, solution.weights, len(problem.reference)
+    if kept.dtype != torch.bool or not kept.shape == weights.shape == (total,):
+        got = f"kept {tuple(kept.shape)}, {kept.dtype}, and weights {tuple(weights.shape)}"
+        raise ValueError(
+            f"method {method!r} returned {got}: a boolean and a number of each of {total} weights are needed"
+        )
+    if int(kept.sum()) != problem.keep:
+        raise ValueError(f"method {method!r} kept {int(kept.sum())} weights; problem.keep is {problem.keep}")
+    if not bool(weights.isfinite().all()):
+        raise ValueError(f"method {method!r} returned weights that are not finite numbers")
+    names = {layer.place.start: layer.name for layer in problem.layers()}
+    for place, least in problem.floors:
+        count = int(kept[place].sum())
+        if count < least:
+            raise ValueError(
+                f"method {method!r} kept {count} weights of {names[place.start]!r}, and min_keep asks for {least}: "
+                "as it is set it ignores min_keep; leave that out, or use a method that compares layers, such as lr"
+            )
+    pattern = problem.pattern
+    if pattern is not None and bool((pattern.room(kept.nonzero().squeeze(1)) < 0).any()):
+        raise ValueError(f"method {method!r} ignores pattern {pattern}; leave pattern out, or use lr or ewr")

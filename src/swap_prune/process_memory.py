@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from swap_prune.checks import first_line
+
 __all__ = [
     "held_memory",
     "is_out_of_memory",
@@ -94,7 +96,7 @@ def shortage_named() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"{error}".splitlines()[0] if str(error) else "out of memory"
+        reason = first_line(error)
         raise MemoryError(
             f"there was not enough memory ({reason}): say with memory= how much there is, or use fewer samples, "
             "storage='mapped' or 'matrix-free'"

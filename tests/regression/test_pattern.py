@@ -313,7 +313,7 @@ def test_what_a_method_of_the_users_keeps_is_looked_at() -> None:
 
     model = Small()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="'lr' takes no account of pattern 2:4"):
+    with pytest.raises(ValueError, match="'lr' ignores pattern 2:4"):
         prune(model, images(), 0.5, Careless(), samples=60, pattern="2:4", progress=False)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

@@ -21,7 +21,7 @@ from swap_prune.sample_defence.inputs import (
     shift_seen,
     straight_shift,
 )
-from swap_prune.sample_defence.record import Doubts
+from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.selection import select_parameters
 from swap_prune.training.teaching import Teacher
 from tests.cases import generator
@@ -111,7 +111,7 @@ def test_an_attack_is_looked_for_until_something_was_seen(
     )  # it would pass for one unlike in training
     model = copy.deepcopy(network)
     selection = select_parameters(model)
-    doubts = Doubts(Teacher(model, selection, cross_entropy), cross_entropy)
+    doubts = SampleDefence(Teacher(model, selection, cross_entropy), cross_entropy)
     attacked = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
     asked: list[float | None] = []
 
@@ -139,7 +139,7 @@ def test_the_way_back_is_the_dense_networks_where_the_pruned_one_is_crooked(
     """By the radius that was seen first, though no label may be contradicted."""
     monkeypatch.setattr("swap_prune.sample_defence.inputs._LEAST_STRAIGHT", 1.1)
     model = copy.deepcopy(network)
-    doubts = Doubts(Teacher(model, select_parameters(model), cross_entropy), cross_entropy)
+    doubts = SampleDefence(Teacher(model, select_parameters(model), cross_entropy), cross_entropy)
     _, _, radius = doubts.restore(model, disturbed(model, "adversarial:budget=0.7", samples()), [], generator(5))
     with torch.no_grad():
         for weight in (model[0].weight, model[2].weight):
@@ -155,7 +155,7 @@ def test_the_way_back_is_the_dense_networks_where_the_pruned_one_is_crooked(
 def test_the_way_back_of_a_straight_network_is_its_own(network: nn.Module) -> None:
     """As far as it takes, and none at all where nothing fools it."""
     model = copy.deepcopy(network)
-    doubts = Doubts(Teacher(model, select_parameters(model), cross_entropy), cross_entropy)
+    doubts = SampleDefence(Teacher(model, select_parameters(model), cross_entropy), cross_entropy)
     first = disturbed(model, "adversarial:attack=pgd,budget=0.7", samples())
     back, _, radius = doubts.restore(model, first, [], generator(5))
     assert radius is not None and all(map(torch.equal, back[0], next(iter(shift_back(network, first, radius)))))

@@ -9,7 +9,7 @@ from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.sample_defence import record as module
 from swap_prune.sample_defence.inputs import _is_nearer, _other_classes, labels_contradicted, shift_seen
 from swap_prune.sample_defence.labels import doubt_labels
-from swap_prune.sample_defence.record import Doubts
+from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.surgery import batchnorm
 from swap_prune.surgery.batchnorm import recalibrate_batchnorm, repair_batchnorm
@@ -26,7 +26,7 @@ def mixed(rate, n=2000, seed=0):
 
 
 def doubts():
-    return Doubts(Teacher(nn.Linear(3, 2), None, cross_entropy), cross_entropy)
+    return SampleDefence(Teacher(nn.Linear(3, 2), None, cross_entropy), cross_entropy)
 
 
 def test_a_doubt_is_remembered_and_holds_for_what_is_fitted_and_what_is_held_out():
@@ -132,7 +132,7 @@ def test_shifted_batches_are_put_where_they_stay_and_few_samples_run_at_once(mon
         return kept[-1]
 
     model = Counting(4, 3)
-    own = Doubts(Teacher(model, None, cross_entropy), cross_entropy, keep, 3)
+    own = SampleDefence(Teacher(model, None, cross_entropy), cross_entropy, keep, 3)
     monkeypatch.setattr(module, "labels_contradicted", lambda *_: True)
     monkeypatch.setattr(module, "shift_seen", lambda *_: sizes.clear() or 0.1)
     batch = torch.randn(8, 4), torch.arange(8) % 3
@@ -155,7 +155,7 @@ def test_batches_without_single_labels_stay_as_they_are_in_later_stages(monkeypa
 
 
 def doubts_of(model):
-    return Doubts(Teacher(model, None, cross_entropy), cross_entropy)
+    return SampleDefence(Teacher(model, None, cross_entropy), cross_entropy)
 
 
 def test_little_evidence_and_low_rates_are_left_alone(monkeypatch):

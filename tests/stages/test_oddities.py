@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import SquaredError, prune
-from swap_prune.stages.oddities import one_that_rules
+from swap_prune.stages.oddities import share_of_largest
 
 
 def network() -> nn.Module:
@@ -39,10 +39,10 @@ def test_one_target_that_stands_for_a_missing_one_is_said() -> None:
 @pytest.mark.parametrize("offset", [0.0, -50.0])
 def test_it_is_a_share_of_what_is_above_the_median(offset: float) -> None:
     losses = torch.linspace(0, 1, 101) + offset
-    assert one_that_rules(losses) == {}
+    assert share_of_largest(losses) is None
     losses[3] = 100 + offset
-    assert one_that_rules(losses)["one_sample_rules"] == pytest.approx(99.49 / 111.74, rel=1e-5)
-    assert one_that_rules(losses[:10]) == {} == one_that_rules(torch.ones(64))
+    assert share_of_largest(losses) == pytest.approx(99.49 / 111.74, rel=1e-5)
+    assert share_of_largest(losses[:10]) is None is share_of_largest(torch.ones(64))
 
 
 @pytest.mark.parametrize("source", ["numpy", "python"])

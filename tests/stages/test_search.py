@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import swap_prune
-from swap_prune.sample_defence.record import Doubts
+from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Taught
 from tests.tiny import batches, data, network
@@ -167,14 +167,16 @@ def test_what_cannot_be_used_is_refused_and_nothing_changes() -> None:
 
 def test_attacked_samples_that_judge_are_shifted_back(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, object]] = []
-    restore = Doubts.restore
+    restore = SampleDefence.restore
 
-    def watched(self: Doubts, model: nn.Module, fitting: list, held_out: list, generator: torch.Generator) -> object:
+    def watched(
+        self: SampleDefence, model: nn.Module, fitting: list, held_out: list, generator: torch.Generator
+    ) -> object:
         found = restore(self, model, fitting, held_out, generator)
         seen.append((not held_out, found[2]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Doubts, "restore", watched)
+    monkeypatch.setattr(SampleDefence, "restore", watched)
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(1800, 8)
     with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swap_prune.checks import first_line
 from swap_prune.experiments.images import iterate
 from swap_prune.losses import check_labels, check_pair, describe, errors_worded
 from swap_prune.network.layout import images_laid_out, takes_channels_last
@@ -74,7 +75,7 @@ def evaluate(model: nn.Module, dataset: Any | Iterable[Any], batch_size: int = 2
                 logits = model(inputs)
             except Exception as error:  # whatever the caller's model raises
                 pass_on_shortage(error)
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                reason = first_line(error, typed=True)
                 raise ValueError(f"the model failed on test images {describe(inputs)}: {reason}") from error
             if not isinstance(logits, Tensor):
                 raise ValueError(

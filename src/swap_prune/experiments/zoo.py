@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swap_prune.checks import first_line
 from swap_prune.process_memory import pass_on_shortage
 
 
@@ -273,7 +274,7 @@ def call_named(spec: str, parameter: str, /, **options: Any) -> Any:
             return operator.attrgetter(attribute)(importlib.import_module(module_name))(**options)
         except (Exception, SystemExit) as error:  # a user's module may raise anything, even call sys.exit
             pass_on_shortage(error)
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            cause = first_line(error, typed=True)
             raise ValueError(
                 f"{parameter} must be an importable package.module:name that takes the options "
                 f"{sorted(options)}, got {spec!r}, which raised {cause}: correct it, or start from the "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.checks import first_line
 from swap_prune.losses.base import IGNORE_INDEX, CrossEntropy, GaussNewtonLoss, LossFn
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, map_tensors, slice_batch
@@ -271,7 +272,7 @@ def errors_worded(words: Callable[[str], str]) -> Iterator[None]:
         pass_on_shortage(error)
         if isinstance(error, ValueError) and _is_own(error):
             raise
-        raise ValueError(words(_first_line(error))) from error
+        raise ValueError(words(first_line(error, typed=True))) from error
 
 
 def failures_named(kind: str, batch: Any) -> AbstractContextManager[None]:
@@ -336,7 +337,8 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
         except Exception as error:  # whatever the caller's model or loss raises
             pass_on_shortage(error)
             raise ValueError(
-                f"the network failed on a single sample {describe(slice_batch(pair, 0, 1))}: {_first_line(error)}; "
+                f"the network failed on a single sample {describe(slice_batch(pair, 0, 1))}: "
+                f"{first_line(error, typed=True)}; "
                 "gradients are taken of single samples, so it has to take one: BatchNorm needs running statistics, and "
                 "squeeze() a dimension"
             ) from error
@@ -366,8 +368,3 @@ def describe(batch: Any) -> str:
         shown += [f"... {len(batch)} in all"] if len(batch) > _SHOWN else []
         return "(" + ", ".join(shown) + ")"
     return type(batch).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from swap_prune.checks import first_line
+
 __all__ = ["check_module", "check_network", "check_values", "moved", "usable_device"]
 
 
@@ -23,7 +25,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     except (NotImplementedError, ImportError) as error:  # which list all that PyTorch could have
         raise ValueError(f"device {str(name)!r} cannot be used: this PyTorch has no code for it; use cpu") from error
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
     if device.type == "meta":
         raise ValueError("device 'meta' cannot be used: it holds no values; use cpu or cuda")

@@ -35,10 +35,10 @@ from swap_prune.sample_defence.inputs import (
 from swap_prune.sample_defence.labels import LabelDoubt, doubt_labels
 from swap_prune.training.teaching import Taught, Teacher
 
-__all__ = ["Doubts"]
+__all__ = ["SampleDefence"]
 
 
-class Doubts:
+class SampleDefence:
     """What has been seen of the samples of a run.
 
     Args:

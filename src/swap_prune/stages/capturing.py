@@ -56,26 +56,27 @@ class RowCapture:
     number: int
 
     def capture(
-        self, weights: Tensor, batches: list[Any], advance: Callable[[int], None], evidence: dict[str, Any]
-    ) -> Capture:
+        self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]
+    ) -> tuple[Capture, str | None]:
         """Return G, captured; or, in a first stage, what an earlier run has left of the same.
 
         Args:
             weights: Where gradients are taken, (p,).
             batches: The samples.
             advance: Called with the number of samples that are done.
-            evidence: Says where rows were found.
+
+        Returns:
+            The capture, and the name of the file that an earlier run has left it in; None: it is new.
         """
         with temporary_weights(self.model, self.request.selection, weights):
             if self.storage.kept is None or self.number > 1:
-                return self._rows(weights, batches, advance)
+                return self._rows(weights, batches, advance), None
             rows = KeptRows.of(self.storage.kept, self.model, self.request, batches)
             found = rows.find(lambda: self._first_row(weights, batches), lambda: self._losses(batches))
             if found is None:
-                return rows.keep(self._rows(weights, batches, advance))
+                return rows.keep(self._rows(weights, batches, advance)), None
         advance(len(found.losses))
-        evidence["rows_reused"] = rows.name
-        return found
+        return found, rows.name
 
     def _first_row(self, weights: Tensor, batches: list[Any]) -> Tensor:
         """Return the first row of G, (p,), taken alone."""

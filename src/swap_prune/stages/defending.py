@@ -35,9 +35,28 @@ from swap_prune.request import Request
 from swap_prune.samples.batches import is_single, split_batches
 from swap_prune.surgery.weights import temporary_weights
 
-__all__ = ["Defender"]
+__all__ = ["Defended", "Defender"]
 
 _LOOKED_AT = 2  # rows that are taken twice, to see whether there is noise
+
+
+@dataclass(frozen=True)
+class Defended:
+    """What became of G, and why.
+
+    Attributes:
+        factor: G, cleaned where that was called for.
+        defence: What cleans slopes in the same way; None: nothing does.
+        clipped: Share of the rows that were scaled down.
+        noise: Share of noise in the energy of the gradients; 0: none was seen.
+        left: Why rows that should be cleaned are not.
+    """
+
+    factor: FisherFactor
+    defence: GradientDefence | None = None
+    clipped: float = 0.0
+    noise: float = 0.0
+    left: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,42 +77,31 @@ class Defender:
     number: int
     joined: bool
 
-    def defend(
-        self, capture: Capture, fitting: list[Any], evidence: dict[str, Any]
-    ) -> tuple[FisherFactor, GradientDefence | None]:
+    def defend(self, capture: Capture, fitting: list[Any]) -> Defended:
         """Clean G where that is called for.
 
         Args:
             capture: G with the noise of the run, which is overwritten, and what its rows should be proportional to.
             fitting: The samples that it was captured on.
-            evidence: Takes what was seen.
-
-        Returns:
-            G, and what is done; None: nothing.
         """
         factor, asked = capture.factor, self.request.defences
         fixed = asked.intersection(FIXED_DEFENCES)
         if "gradients" not in asked and not fixed:
-            return factor, None
+            return Defended(factor)
+        uncleaned = f"rows in {self.storage.kind} are not cleaned"
         if not self.storage.holds_rows:
-            return self._left(factor, evidence) if fixed else (factor, None)
+            return Defended(factor, left=uncleaned if fixed else None)
         layers = layers_of(self.request.selection, self._exact(fitting))
         beyond = {} if fixed else rank_noise(factor, layers)
+        clipped = 0.0
         if isinstance(factor, DenseFactor) and asked & {"gradients", "clip"}:
             clipped = clip_rows_(factor, capture.sizes)
-            evidence |= {"rows_clipped": clipped} if clipped > 0 else {}
         defence = GradientDefence.as_asked(layers, fixed) if fixed else self._seen(factor, layers, beyond, fitting)
         if defence is None:
-            return factor, None
-        evidence |= {"noise_seen": defence.noise} if defence.noise > 0 else {}
+            return Defended(factor, clipped=clipped)
         if not isinstance(factor, DenseFactor):
-            return self._left(factor, evidence)
-        return defence.clean_rows_(factor), defence
-
-    def _left(self, factor: FisherFactor, evidence: dict[str, Any]) -> tuple[FisherFactor, None]:
-        """Say that rows should be cleaned, and are not."""
-        evidence["noise_left"] = f"rows in {self.storage.kind} are not cleaned"
-        return factor, None
+            return Defended(factor, clipped=clipped, noise=defence.noise, left=uncleaned)
+        return Defended(defence.clean_rows_(factor), defence, clipped, defence.noise)
 
     def _exact(self, fitting: list[Any]) -> tuple[str, ...]:
         """Return the layers whose rows have rank 1, which those of mini-batches have not."""

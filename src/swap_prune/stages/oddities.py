@@ -5,7 +5,7 @@ Place in the pipeline: beside the capture, whose losses are at hand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,41 +15,62 @@ from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import slice_batch
 
-__all__ = ["few_classes", "one_that_rules"]
+__all__ = ["WatchedLosses", "few_classes", "share_of_largest"]
 
 _RULES = 0.5  # of what losses have above their median: as much for one sample alone
 _LEAST_SAMPLES = 32  # of which one is not to have that much
 
 
-def few_classes(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> dict[str, list[int]]:
+def few_classes(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> list[int] | None:
     """Look for data in the order of their classes: labels of less than half of those that there could be.
 
     Returns:
-        For the report: how many classes labels are of, how many there are, and how many labels; else nothing.
+        How many classes labels are of, how many there are, and how many labels; None where there is nothing to say.
     """
     if not isinstance(loss_fn, CrossEntropy):
-        return {}
+        return None
     with eval_mode(model), torch.no_grad():
         outputs = loss_fn.outputs(model, slice_batch(batches[0], 0, 2))
     labels = [batch[1] for batch in batches]
     if outputs.ndim != 2 or any(one.is_floating_point() for one in labels):
-        return {}
+        return None
     count, classes = sum(map(len, labels)), outputs.shape[1]
     seen = len(set(torch.cat(labels).tolist()))
-    return {"few_classes": [seen, classes, count]} if 2 * seen < min(classes, count) else {}
+    return [seen, classes, count] if 2 * seen < min(classes, count) else None
 
 
-def one_that_rules(losses: Tensor) -> dict[str, float]:
+def share_of_largest(losses: Tensor) -> float | None:
     """Look for one sample that has most of the loss, as a number that stands for a missing target gives it.
 
     Args:
         losses: Of the samples, (n,).
 
     Returns:
-        For the report: its share of what losses have above their median; else nothing.
+        Its share of what losses have above their median, where that is most of it; else None.
     """
     if len(losses) < _LEAST_SAMPLES:
-        return {}
+        return None
     above = (losses.double() - losses.double().median()).clamp_min(0)
     share = float(above.max() / above.sum().clamp_min(torch.finfo(above.dtype).tiny))
-    return {"one_sample_rules": share} if share > _RULES else {}
+    return share if share > _RULES else None
+
+
+class WatchedLosses:
+    """Losses of candidates on held-out samples; one sample that has most of them is remembered.
+
+    Args:
+        losses: Maps weights w (p,) and a kept set (p,) to losses, (n_v,).
+
+    Attributes:
+        share_of_largest: Its share, the last time; None: it never was.
+    """
+
+    def __init__(self, losses: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._losses = losses
+        self.share_of_largest: float | None = None
+
+    def __call__(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Return the losses of a candidate."""
+        found = self._losses(weights, kept)
+        self.share_of_largest = share_of_largest(found) or self.share_of_largest
+        return found

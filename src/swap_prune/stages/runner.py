@@ -8,7 +8,7 @@ What all stages of a run share is a :class:`StageRunner`; the pipeline makes one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from swap_prune.checks import first_line
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
 from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
 from swap_prune.fisher.capture.sketch import MINI_BATCH, mini_batches, without_singles
-from swap_prune.fisher.defence.gradients import GradientDefence
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
@@ -32,20 +32,21 @@ from swap_prune.losses import (
     run_loss,
 )
 from swap_prune.network.modes import eval_mode
-from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.problem import PruningProblem, PruningSolution, check_solution
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.request import Request
-from swap_prune.sample_defence.record import Doubts
+from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
 from swap_prune.stages.capturing import RowCapture, joins_rows
 from swap_prune.stages.checkpoint import Checkpoint
-from swap_prune.stages.defending import Defender
-from swap_prune.stages.oddities import few_classes, one_that_rules
+from swap_prune.stages.defending import Defended, Defender
+from swap_prune.stages.findings import StageFindings
+from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
@@ -73,7 +74,7 @@ class StageRunner:
             are held none are looked at.
         teacher: The network before pruning, where the method asks it and the loss can compare outputs.
         trainer: The same, where fine-tuning asks it.
-        doubts: What it has made of the samples so far; None where they are not doubted.
+        sample_defence: What has been seen of the samples so far; None where they are believed.
         checkpoint: Keeps finished stages; None: nothing does.
     """
 
@@ -85,7 +86,7 @@ class StageRunner:
     storage: Storage
     teacher: Teacher | None = None
     trainer: Teacher | None = None
-    doubts: Doubts | None = None
+    sample_defence: SampleDefence | None = None
     checkpoint: Checkpoint | None = None
 
     def run_all(self, sparsities: Sequence[float], shown: StageProgress) -> list[StageReport]:
@@ -104,21 +105,21 @@ class StageRunner:
     def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:
         """Capture, solve, apply, fine-tune, recalibrate."""
         started = time.perf_counter()
-        selection = self.request.selection
+        request, selection = self.request, self.request.selection
         keep, places = keep_count(selection.total, sparsity), selection.slices()
-        floors = [(places[name], least) for name, least in self.request.floors.items()]
-        reference, pattern = selection.read(self.model), self.request.pattern
-        problem = PruningProblem(reference, keep, selection=selection, floors=floors, pattern=pattern)
-        evidence: dict[str, Any] = {}
-        solution, samples, loss = self._solve(problem, sparsity, shown, number, evidence)
-        self._check(solution, keep)
+        floors = [(places[name], least) for name, least in request.floors.items()]
+        reference = selection.read(self.model)
+        problem = PruningProblem(reference, keep, selection=selection, floors=floors, pattern=request.pattern)
+        solution, samples, loss, findings = self._solve(problem, sparsity, shown, number)
+        check_solution(solution, problem, request.solver.name)
         write_weights(self.model, selection, solution.weights, solution.kept)
-        if self.request.finetune is not None:
-            evidence["finetune_loss"] = self._finetune(self.request.finetune, solution.kept, shown, number)
-        if self.request.normalised:
-            batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else self.request.samples)
-            if not recalibrate_batchnorm(self.model, batches, self._paced(self.request.loss)):
-                evidence["not_recalibrated"] = "no batch of the data holds two samples"
+        if request.finetune is not None:
+            losses = self._finetune(request.finetune, solution.kept, shown, number)
+            findings = replace(findings, finetune_loss=losses)
+        if request.normalised:
+            batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else request.samples)
+            if not recalibrate_batchnorm(self.model, batches, self._paced(request.loss)):
+                findings = replace(findings, not_recalibrated="no batch of the data holds two samples")
         if self.storage.team is not None:  # training may differ in its last bits, on GPUs
             self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
         return StageReport(
@@ -129,56 +130,63 @@ class StageRunner:
             seconds=time.perf_counter() - started,
             converged=solution.converged,
             iterations=solution.iterations,
-            evidence=evidence | dict(solution.evidence),
+            evidence=findings.to_dict() | dict(solution.evidence),
         )
 
     def _solve(
-        self, problem: PruningProblem, sparsity: float, shown: StageProgress, number: int, evidence: dict[str, Any]
-    ) -> tuple[PruningSolution, int, float | None]:
+        self, problem: PruningProblem, sparsity: float, shown: StageProgress, number: int
+    ) -> tuple[PruningSolution, int, float | None, StageFindings]:
         """Draw samples, capture, and let the method solve; what G takes is free again afterwards.
 
         Returns:
-            The solution, the number of samples, and their mean loss where gradients were taken.
+            The solution, the number of samples, their mean loss where gradients were taken, and what was found.
         """
-        fitting: list[Any] = []
-        samples, loss, defence = 0, None, None
-        if self.request.solver.needs_gradients or self.request.solver.needs_inputs:
-            held_out = min(self.request.samples, HELD_OUT) if self.request.solver.needs_held_out else 0
-            fitting, spare = self.calibration.draw_apart(self.request.samples, held_out, self.request.stages)
-            judges = None if self.doubts is None or self.calibration.has_come_round else self.doubts.judges
-            fitting, spare = self.corrupt(fitting), judges or self.corrupt(spare)
-            samples = sum(map(batch_size, fitting))
-            if self.storage.team is not None:
-                self.storage.team.agree("calibration samples", [fitting, spare])
-            if self.doubts is not None:
-                classes = forked_generator(self.request.seed, f"restoration {number}")
-                fitting, spare, radius = self.doubts.restore(self.model, fitting, spare, classes)
-                evidence |= {} if radius is None else {"inputs_shifted_back": radius}
-            shown.stage(number, sparsity, samples)
-        if self.request.solver.needs_gradients:
+        solver = self.request.solver
+        fitting, spare, findings = self._samples(sparsity, shown, number)
+        samples, loss, defence, watched = sum(map(batch_size, fitting)), None, None, None
+        if solver.needs_gradients:
             if number == 1:
                 check_reached(self.model, self.request.selection, self.request.loss, fitting)
-            factor, losses, defence = self._gradients(problem.reference, fitting, number, shown.advance, evidence)
-            samples, loss = len(losses), float(losses.double().mean())
+            defended, losses, findings = self._gradients(problem.reference, fitting, number, shown.advance, findings)
+            samples, loss, defence = len(losses), float(losses.double().mean()), defended.defence
             slopes = forked_generator(self.request.seed, f"slopes {number}")
-            trials = self._trials(fitting, spare, defence, slopes, evidence)
-            problem = self._asking(replace(problem, factor=factor), trials, evidence)
-        if self.request.solver.needs_inputs:
+            trials, rate = self._trials(fitting, spare, defended, slopes)
+            watched = WatchedLosses(trials.losses)
+            problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
+            findings = replace(findings, label_noise=rate)
+        if solver.needs_inputs:
             weights = self._disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
-        try:
-            solution = self.request.solver.solve(problem, forked_generator(self.request.seed, f"solver {number}"))
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"method {self.request.solver.name!r} met numbers that are too large or too small to compute with "
-                f"({reason}): check the weights, the loss and noise="
-            ) from error
-        self._let_go(problem.factor, evidence)
+        solution = self._solution(problem, number)
+        findings = replace(findings, passes=self._let_go(problem.factor))
+        if watched is not None and watched.share_of_largest is not None:
+            findings = replace(findings, one_sample_rules=watched.share_of_largest)
         if defence is not None and defence.said():
-            evidence["gradients_cleaned"] = defence.said()
-        return solution, samples, loss
+            findings = replace(findings, gradients_cleaned=defence.said())
+        return solution, samples, loss, findings
+
+    def _samples(
+        self, sparsity: float, shown: StageProgress, number: int
+    ) -> tuple[list[Any], list[Any], StageFindings]:
+        """Draw the samples of a stage, and those held out, with the noise of the run, undone where that can be."""
+        request, findings = self.request, StageFindings()
+        if not (request.solver.needs_gradients or request.solver.needs_inputs):
+            return [], [], findings
+        held_out = min(request.samples, HELD_OUT) if request.solver.needs_held_out else 0
+        fitting, spare = self.calibration.draw_apart(request.samples, held_out, request.stages)
+        defence = self.sample_defence
+        judges = None if defence is None or self.calibration.has_come_round else defence.judges
+        fitting, spare = self.corrupt(fitting), judges or self.corrupt(spare)
+        count = sum(map(batch_size, fitting))
+        if self.storage.team is not None:
+            self.storage.team.agree("calibration samples", [fitting, spare])
+        if defence is not None:
+            classes = forked_generator(request.seed, f"restoration {number}")
+            fitting, spare, radius = defence.restore(self.model, fitting, spare, classes)
+            findings = replace(findings, inputs_shifted_back=radius)
+        shown.stage(number, sparsity, count)
+        return fitting, spare, findings
 
     def _gradients(
         self,
@@ -186,65 +194,54 @@ class StageRunner:
         fitting: list[Any],
         number: int,
         advance: Callable[[int], None],
-        evidence: dict[str, Any],
-    ) -> tuple[FisherFactor, Tensor, GradientDefence | None]:
-        """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what cleans slopes."""
+        findings: StageFindings,
+    ) -> tuple[Defended, Tensor, StageFindings]:
+        """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what was found."""
         rows = RowCapture(self.model, self.request, self.storage, number)
-        capture = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance, evidence)
-        evidence |= few_classes(self.model, self.request.loss, fitting) | one_that_rules(capture.losses)
+        capture, reused = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance)
+        are_zero = False
         if isinstance(capture.factor, DenseFactor):
-            if not bool(capture.factor.matrix.any()):
-                evidence["gradients_are_zero"] = True
+            are_zero = not bool(capture.factor.matrix.any())
             noisy = self._noisy(capture.factor, self.noise_generator)
             capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
         defender = Defender(self.model, self.request, self.storage, number, joined=joins_rows(self.request, fitting))
-        factor, defence = defender.defend(capture, fitting, evidence)
-        return factor, capture.losses, defence
+        defended = defender.defend(capture, fitting)
+        findings = replace(
+            findings,
+            rows_reused=reused,
+            few_classes=few_classes(self.model, self.request.loss, fitting),
+            one_sample_rules=share_of_largest(capture.losses),
+            gradients_are_zero=are_zero,
+            rows_clipped=defended.clipped or None,
+            noise_seen=defended.noise or None,
+            noise_left=defended.left,
+        )
+        return defended, capture.losses, findings
 
-    def _asking(self, problem: PruningProblem, trials: Trials, evidence: dict[str, Any]) -> PruningProblem:
+    def _asking(self, problem: PruningProblem, trials: Trials, watched: WatchedLosses) -> PruningProblem:
         """Return a problem whose method may ask the network."""
-
-        def losses(weights: Tensor, kept: Tensor) -> Tensor:
-            found = trials.losses(weights, kept)
-            evidence.update(one_that_rules(found))
-            return found
-
         problem = replace(problem, slope=trials.slope)
         if not trials.held_out:
             return problem
         bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
-        return replace(problem, held_out=losses, blank=trials.blank if bears_any else None)
+        return replace(problem, held_out=watched, blank=trials.blank if bears_any else None)
 
-    def _let_go(self, factor: FisherFactor | None, evidence: dict[str, Any]) -> None:
-        """Delete the file of a factor, or report the passes that it made."""
+    def _solution(self, problem: PruningProblem, number: int) -> PruningSolution:
+        """Let the method solve a problem."""
+        solver = self.request.solver
+        try:
+            return solver.solve(problem, forked_generator(self.request.seed, f"solver {number}"))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"method {solver.name!r} met numbers that are too large or too small to compute with "
+                f"({first_line(error)}): check the weights, the loss and noise="
+            ) from error
+
+    def _let_go(self, factor: FisherFactor | None) -> Mapping[str, Any] | None:
+        """Delete the file of a factor; return the passes that a matrix-free one took."""
         if isinstance(factor, MappedFactor) and factor.path.parent != self.storage.kept:
             factor.delete()
-        if isinstance(factor, MatrixFreeFactor):
-            evidence["passes"] = factor.log.summary() | {"way": factor.passes.way}
-
-    def _check(self, solution: PruningSolution, keep: int) -> None:
-        """Refuse what a method may not return; it may be the user's own."""
-        kept, weights, selection = solution.kept, solution.weights, self.request.selection
-        method, places = f"method {self.request.solver.name!r}", selection.slices()
-        if kept.dtype != torch.bool or not kept.shape == weights.shape == (selection.total,):
-            got = f"kept {tuple(kept.shape)}, {kept.dtype}, and weights {tuple(weights.shape)}"
-            raise ValueError(
-                f"{method} returned {got}: a boolean and a number of each of {selection.total} weights are needed"
-            )
-        if int(kept.sum()) != keep:
-            raise ValueError(f"{method} kept {int(kept.sum())} weights; problem.keep is {keep}")
-        if not bool(weights.isfinite().all()):
-            raise ValueError(f"{method} returned weights that are not finite numbers")
-        for name, least in self.request.floors.items():
-            count = int(kept[places[name]].sum())
-            if count < least:
-                raise ValueError(
-                    f"{method} kept {count} weights of {name!r}, and min_keep asks for {least}: it takes no account "
-                    "of min_keep as it is set; leave min_keep out, or use a method that compares layers, such as lr"
-                )
-        pattern = self.request.pattern
-        if pattern is not None and bool((pattern.room(kept.nonzero().squeeze(1)) < 0).any()):
-            raise ValueError(f"{method} takes no account of pattern {pattern}; leave pattern out, or use lr or ewr")
+        return factor.log.summary() | {"way": factor.passes.way} if isinstance(factor, MatrixFreeFactor) else None
 
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
@@ -297,25 +294,24 @@ class StageRunner:
         self,
         fitting: list[Any],
         spare: list[Any],
-        defence: GradientDefence | None,
+        defended: Defended,
         generator: torch.Generator,
-        evidence: dict[str, Any],
-    ) -> Trials:
-        """Let a method ask what a candidate would cost, and where it slopes (with noise)."""
+    ) -> tuple[Trials, float | None]:
+        """Return what a method may ask of candidates, losses and slopes (with noise); and the share of wrong labels."""
         if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
+        defence, rate = defended.defence, None
         slopes_cleaned = defence is not None and defence.cleans_slopes
         in_batches = slopes_cleaned and joins_rows(self.request, fitting)
         at_once = self.storage.at_once
-        if "rows_clipped" in evidence:  # slopes are clipped by the batches that they are averaged over
+        if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
         parts = mini_batches(fitting) if in_batches else split_batches(fitting, at_once)
         parts, spare = map(without_singles if self.request.normalised else list, (parts, spare))
         taught, held_out = self.taught(parts), self.judges(spare)
-        if self.doubts is not None:
-            taught, held_out, rate = self.doubts.weigh(taught, held_out)
-            evidence |= {} if rate is None else {"label_noise": rate}
-        return Trials(
+        if self.sample_defence is not None:
+            taught, held_out, rate = self.sample_defence.weigh(taught, held_out)
+        trials = Trials(
             model=self.model,
             selection=self.request.selection,
             loss_fn=self.request.loss,
@@ -330,3 +326,4 @@ class StageRunner:
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
+        return trials, rate

@@ -74,11 +74,11 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
 def _judges(runner: StageRunner) -> list[Taught]:
     """Draw what all numbers of stages are judged by, believed as far as the run believes its samples."""
     batches = runner.corrupt(runner.calibration.hold_out(JUDGED))
-    if runner.doubts is None:
+    if runner.sample_defence is None:
         return runner.judges(batches)
     classes = forked_generator(runner.request.seed, "restoration of what judges")
-    batches, _, _ = runner.doubts.restore(runner.model, batches, [], classes)
-    judged, _, _ = runner.doubts.weigh(runner.judges(batches), [])
+    batches, _, _ = runner.sample_defence.restore(runner.model, batches, [], classes)
+    judged, _, _ = runner.sample_defence.weigh(runner.judges(batches), [])
     return judged
 
 

@@ -23,7 +23,7 @@ from swap_prune.memory.scratch import delete_abandoned
 from swap_prune.process_memory import memory_limit
 from swap_prune.randomness import forked_generator
 from swap_prune.request import Request
-from swap_prune.sample_defence.record import Doubts
+from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import Selection
@@ -113,12 +113,12 @@ def taught(runner: StageRunner, changing: Selection | None, before: Snapshot) ->
     if not isinstance(loss, GaussNewtonLoss) or not (asks or distils):
         return runner
     teacher = Teacher(runner.model, changing, loss, before)
-    doubts = Doubts(teacher, loss, runner.calibration.kept, runner.storage.at_once, request.defences)
+    sample_defence = SampleDefence(teacher, loss, runner.calibration.kept, runner.storage.at_once, request.defences)
     return replace(
         runner,
         teacher=teacher if asks else None,
         trainer=teacher if distils else None,
-        doubts=doubts if asks and doubts.looks else None,
+        sample_defence=sample_defence if asks and sample_defence.looks else None,
     )
 
 
@@ -130,8 +130,8 @@ def checkpointed(runner: StageRunner, checkpoint: Checkpoint, place: torch.devic
     }
     if runner.recalibration is not runner.calibration:
         parts["recalibration"] = runner.recalibration
-    if runner.doubts is not None:
-        parts["doubts"] = runner.doubts
+    if runner.sample_defence is not None:
+        parts["sample_defence"] = runner.sample_defence
     parts["random"] = RandomStates(runner.noise_generator, place)  # last: reading samples again may draw
     return replace(runner, checkpoint=checkpoint.of(**parts))
 

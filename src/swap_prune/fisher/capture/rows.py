@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
+from swap_prune.checks import first_line
 from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.footprint import allocated_bytes, saved_bytes, unrolls
 from swap_prune.fisher.capture.hooks import OutputGradients, check_against, without_gradient
@@ -235,7 +236,7 @@ class _Capturer:
             raise
         except Exception as error:  # whatever the caller's model or loss raises
             pass_on_shortage(error)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error, typed=True)
             raise ValueError(f"the gradient failed on a calibration batch {describe(batch)}: {reason}") from error
 
     def _fill_hooks(self, batch: Any, rows: Tensor, losses: Tensor) -> int:

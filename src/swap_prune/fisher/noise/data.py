@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.checks import first_line
 from swap_prune.fisher.noise.base import NoiseModel, check_choice, check_number
 from swap_prune.losses import LossFn, check_labels, describe
 from swap_prune.losses.base import IGNORE_INDEX
@@ -211,7 +212,7 @@ def _outputs(model: nn.Module, batch: Any) -> int:
             return int(model(_part_of(batch, 0, "", "inputs")[:1]).shape[1])
     except Exception as error:  # whatever the caller's model raises
         pass_on_shortage(error)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = first_line(error, typed=True)
         raise ValueError(f"noise labels cannot count the network's classes ({reason}); set classes") from error
 
 

@@ -1,0 +1,52 @@
+"""What was found out in a stage beside the method's own evidence, for the report.
+
+Place in the pipeline: each part of a stage returns what it has found; together they go into the stage's report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["StageFindings"]
+
+
+@dataclass(frozen=True)
+class StageFindings:
+    """Findings of a stage; None, or False, of what was not found. docs/files.md says what a reader makes of them.
+
+    Attributes:
+        inputs_shifted_back: By how much inputs were moved back, in their own unit, for they seemed to be attacked.
+        rows_reused: Name of the file that an earlier run has left G in.
+        few_classes: How many classes the labels are of, how many there are, and how many labels: data in order?
+        one_sample_rules: Share of one sample in what losses have above their median.
+        gradients_are_zero: Whether all of them are.
+        rows_clipped: Share of the rows that were scaled down.
+        noise_seen: Share of noise in the energy of the gradients.
+        noise_left: Why rows that should be cleaned are not.
+        label_noise: Share of labels that seem wrong.
+        passes: Passes through the network that products with G took, and which way they went.
+        gradients_cleaned: What was done to the gradients of each layer.
+        finetune_loss: Mean training loss of each epoch.
+        not_recalibrated: Why BatchNorm kept its statistics.
+    """
+
+    inputs_shifted_back: float | None = None
+    rows_reused: str | None = None
+    few_classes: list[int] | None = None
+    one_sample_rules: float | None = None
+    gradients_are_zero: bool = False
+    rows_clipped: float | None = None
+    noise_seen: float | None = None
+    noise_left: str | None = None
+    label_noise: float | None = None
+    passes: Mapping[str, Any] | None = None
+    gradients_cleaned: Mapping[str, Mapping[str, str]] | None = None
+    finetune_loss: list[float] | None = None
+    not_recalibrated: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found, by name."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if value is not None and value is not False}
