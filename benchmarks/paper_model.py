@@ -24,10 +24,9 @@ from timing import best_time
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune import TokenCrossEntropy
+from swap_prune import TokenCrossEntropy, plan
 from swap_prune.experiments.zoo import build_model
 from swap_prune.losses import LossFn, cross_entropy
-from swap_prune.pipeline import plan
 from swap_prune.process_memory import return_free_memory
 from swap_prune.selection import select_parameters
 

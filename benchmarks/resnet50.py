@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from swap_prune import LR, prune
+from swap_prune import LR, plan, prune
 from swap_prune.experiments.zoo import build_model
 from swap_prune.methods import Method
-from swap_prune.pipeline import plan
 from swap_prune.process_memory import peak_memory
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import LR, prune
+from swap_prune import LR, plan, prune
 from swap_prune.artifact import load_weights
 from swap_prune.experiments.datasets import load_dataset
 from swap_prune.experiments.demo import embedded_data, embedded_network
@@ -33,7 +33,6 @@ from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.storage import StorageKind
 from swap_prune.methods import Method
-from swap_prune.pipeline import plan
 from swap_prune.process_memory import peak_memory
 
 STORAGES = [kind for kind in get_args(StorageKind) if kind != "sharded"]  # benchmarks/sharded.py

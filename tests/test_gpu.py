@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import METHODS, FineTune, PruningReport, SelfDistillation, prune
+from swap_prune import METHODS, FineTune, PruningReport, SelfDistillation, plan, prune
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.backends.half import HalfFactor, _operations, cut_and_weigh, split_in_pieces
@@ -27,7 +27,6 @@ from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
 from swap_prune.network.modes import exact_kernels
-from swap_prune.pipeline import plan
 from swap_prune.process_memory import held_memory, memory_limit, peak_memory, reset_peak_memory
 from swap_prune.regression.iht import solve_sparse
 from swap_prune.regression.metric import diagonal_metric

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
+from swap_prune import plan
 from swap_prune import process_memory as process
 from swap_prune.memory.planning import Workload, plan_memory
-from swap_prune.pipeline import plan
 from swap_prune.process_memory import (
     held_memory,
     is_out_of_memory,

@@ -20,14 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from swap_prune import FineTune, distributed, pipeline, prune
+from swap_prune import FineTune, distributed, pipeline, plan, prune
 from swap_prune.distributed import PARTS, Team, local_count, own_device, team_of
 from swap_prune.fisher.backends.sharded import ShardedFactor, owned_columns
 from swap_prune.fisher.capture import rows as capture
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
-from swap_prune.pipeline import plan
 from swap_prune.stages.runner import StageRunner
 from tests.test_pipeline import small_data, small_network
 

@@ -19,9 +19,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, prune
+from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
-from swap_prune.pipeline import plan
 from swap_prune.selection import select_parameters
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -16,8 +16,9 @@ from swap_prune.fisher.noise import (
 from swap_prune.losses.distillation import SelfDistillation
 from swap_prune.losses.tokens import TokenCrossEntropy
 from swap_prune.losses.values import BinaryCrossEntropy, SquaredError
+from swap_prune.memory.planning import MemoryPlan
 from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, SparseGPT, Wanda, WoodFisher
-from swap_prune.pipeline import prune
+from swap_prune.pipeline import plan, prune
 from swap_prune.report import PruningReport
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.training.finetune import FineTune, FineTuneReport, finetune
@@ -41,6 +42,7 @@ __all__ = [
     "LabelNoise",
     "Magnitude",
     "MaskKeeper",
+    "MemoryPlan",
     "NoiseModel",
     "PoisonedRows",
     "PruningReport",
@@ -56,6 +58,7 @@ __all__ = [
     "load_pruned",
     "load_report",
     "masks_of",
+    "plan",
     "prune",
 ]
 

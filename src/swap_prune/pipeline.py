@@ -246,6 +246,7 @@ def plan(
     min_keep: float | Mapping[str, float] = 0.0,
     pattern: str | None = None,
     recalibrate_batchnorm: bool = True,
+    recalibration_data: Any = None,
     finetune: FineTune | None = None,
     noise: Any = None,
     defence: str | None = "auto",
@@ -253,13 +254,16 @@ def plan(
     storage: str = "auto",
     scratch: str | Path | None = None,
     keep_rows: bool = False,
+    checkpoint: str | Path | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> MemoryPlan:
     """Say how much memory :func:`prune` with the same arguments would need, and how it would hold G.
 
-    Nothing is pruned or moved; one sample is run through the network, where the data let it be looked at. ``device`` is
-    where the run will take place; it has to be there.
+    Nothing is pruned, moved or written; one sample is run through the network, where the data let it be looked at.
+    ``device`` is where the run will take place; it has to be there. ``recalibration_data`` and ``progress`` make no
+    difference, and are taken so that the arguments of ``prune`` fit.
 
     Raises:
         ValueError: If an argument, or the device, cannot be used. That nothing fits is an answer here, not an error.
@@ -287,7 +291,8 @@ def plan(
     limit = memory_limit(memory, local_count(), place)
     if not request.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
-    return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch)
+    earlier = None if checkpoint is None else kept_storage(checkpoint)
+    return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:

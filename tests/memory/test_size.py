@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import EWR, LR, METHODS, prune
+from swap_prune import EWR, LR, METHODS, plan, prune
 from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.zoo import build_model
-from swap_prune.pipeline import plan
 from tests.test_pipeline import small_data, small_network
 
 # share of the kept set that must agree with float32; measured on the embedded network, rounded down
@@ -286,3 +287,14 @@ def test_resnet50_goes_through(method: str) -> None:
     assert report.total == 25_502_912 and report.kept == math.floor(report.total * (1 - 0.9))
     assert int(masks(model).sum()) == report.kept
     assert bool(model.eval()(torch.randn(2, 3, 64, 64)).isfinite().all())
+
+
+def test_plan_takes_the_arguments_of_prune() -> None:
+    def options(function: Any) -> dict[str, Any]:
+        return {name: one.default for name, one in inspect.signature(function).parameters.items()}
+
+    assert options(plan) == options(prune)
+    data = small_data()
+    chosen = {"sparsity": 0.5, "method": "lr", "samples": 20, "recalibration_data": data, "progress": False}
+    forecast = plan(small_network(), data, **chosen, checkpoint="nowhere")
+    assert forecast.chosen is not None and not Path("nowhere").exists()

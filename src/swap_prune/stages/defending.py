@@ -20,8 +20,8 @@ from swap_prune.fisher.capture.source import RowSource, write_joined_gradient
 from swap_prune.fisher.defence.exact import CLEAN, outer_product_layers
 from swap_prune.fisher.defence.gradients import (
     LOOKED_CLOSELY_AT,
+    DefendedLayer,
     GradientDefence,
-    Layer,
     layers_of,
     look_noise,
     rank_noise,
@@ -110,7 +110,7 @@ class Defender:
         return outer_product_layers(self.model, self.request.selection, self.request.loss, fitting[0])
 
     def _seen(
-        self, factor: FisherFactor, layers: Mapping[str, Layer], beyond: Mapping[str, float], fitting: list[Any]
+        self, factor: FisherFactor, layers: Mapping[str, DefendedLayer], beyond: Mapping[str, float], fitting: list[Any]
     ) -> GradientDefence | None:
         """Return what is to be done; None where gradients are clean."""
         shares = [*look_noise(layers, *self._looks(factor, fitting, _LOOKED_AT)).values(), *beyond.values()]

@@ -16,7 +16,7 @@ from swap_prune.fisher.backends.low_rank import LowRankFactor, OuterRows, PlainR
 from swap_prune.fisher.capture import layers as layers_module
 from swap_prune.fisher.capture.hooks import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import capture_low_rank, numbers_of_a_row
-from swap_prune.fisher.capture.outer_products import leading_products
+from swap_prune.fisher.capture.outer_products import leading_outer_products
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
 from swap_prune.fisher.capture.sketch import draw_sketch, sketch_curvature
 from swap_prune.fisher.capture.source import RowSource
@@ -136,7 +136,7 @@ def test_the_rank_is_used_as_well_as_by_the_singular_value_decomposition(
     d, a = normal(20, tokens, out, seed=1), normal(20, tokens, width, seed=2)
     fall = 0.8 ** torch.arange(tokens, dtype=torch.float64)
     m = (d * fall[:, None]).mT @ a
-    u, v = leading_products(d * fall[:, None], a, rank)
+    u, v = leading_outer_products(d * fall[:, None], a, rank)
     assert u.shape == (20, rank, out) and v.shape == (20, rank, width)
     least = (m - best(m, rank)).square().sum((1, 2))
     assert bool(((m - u.mT @ v).square().sum((1, 2)) <= 1.01 * least).all())
@@ -144,9 +144,9 @@ def test_the_rank_is_used_as_well_as_by_the_singular_value_decomposition(
 
 def test_few_tokens_and_zeros_are_exact() -> None:
     d, a = normal(4, 2, 9, seed=1), normal(4, 2, 7, seed=2)
-    u, v = leading_products(d, a, 3)
+    u, v = leading_outer_products(d, a, 3)
     torch.testing.assert_close(u.mT @ v, d.mT @ a)
-    u, v = leading_products(torch.zeros(3, 30, 9), torch.ones(3, 30, 12), 2)
+    u, v = leading_outer_products(torch.zeros(3, 30, 9), torch.ones(3, 30, 12), 2)
     assert not bool((u.mT @ v).any())
 
 

@@ -14,7 +14,7 @@ from swap_prune import LR, prune
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.defence import gradients as gradients_module
 from swap_prune.fisher.defence.exact import outer_product_layers
-from swap_prune.fisher.defence.gradients import GradientDefence, Layer, layers_of, look_noise, rank_noise
+from swap_prune.fisher.defence.gradients import DefendedLayer, GradientDefence, layers_of, look_noise, rank_noise
 from swap_prune.fisher.defence.looks import choose_average
 from swap_prune.fisher.defence.treatment import Treatment
 from swap_prune.fisher.factor import DenseFactor
@@ -36,7 +36,7 @@ def perceptron() -> tuple[nn.Module, Selection, tuple[Tensor, Tensor]]:
 LAYERS = {"1.weight": (20, 30), "3.weight": (12, 20), "5.weight": (4, 12)}
 
 
-def rows_and_layers() -> tuple[Tensor, dict[str, Layer]]:
+def rows_and_layers() -> tuple[Tensor, dict[str, DefendedLayer]]:
     """Return G of the perceptron, and its layers, all of rank 1."""
     model, selection, batch = perceptron()
     exact = outer_product_layers(model, selection, cross_entropy, batch)

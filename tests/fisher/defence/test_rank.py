@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swap_prune.fisher.defence.rank import energies, leading_products, low_rank_rows
+from swap_prune.fisher.defence.rank import energies, leading_singular_triples, low_rank_rows
 from tests.cases import normal
 
 
@@ -42,11 +42,11 @@ def test_outer_products_and_zeros_stay_as_they_are() -> None:
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
 def test_the_leading_singular_triples(shape: tuple[int, int]) -> None:
     rows = falling(shape)
-    u, s, v = leading_products(rows, 2)
+    u, s, v = leading_singular_triples(rows, 2)
     assert u.shape == (8, shape[0], 2) and v.shape == (8, shape[1], 2)
     torch.testing.assert_close(s, torch.tensor([3.0, 2.0], dtype=torch.float64).expand(8, 2), atol=1e-3, rtol=0)
     torch.testing.assert_close((u * s[:, None]) @ v.transpose(1, 2), low_rank_rows(rows, 2))
-    tiny = leading_products((rows * 1e-30).float(), 2)
+    tiny = leading_singular_triples((rows * 1e-30).float(), 2)
     torch.testing.assert_close(tiny[1] * 1e30, s.float(), rtol=1e-4, atol=0)
 
 

@@ -28,13 +28,13 @@ from swap_prune.fisher.capture.layers import (
     unfolded_bytes,
 )
 
-__all__ = ["Collector", "LayerCalls", "is_outer", "leading_products"]
+__all__ = ["Collector", "LayerCalls", "is_outer", "leading_outer_products"]
 
 _ITERATIONS = 3  # of the subspace iteration
 _SPARE = 4  # more directions than are kept: they speed up its convergence
 
 
-def leading_products(d: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_outer_products(d: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the leading outer products of ``M = D^T A`` for each matrix of a batch.
 
     Args:
@@ -49,7 +49,7 @@ def leading_products(d: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if tokens <= rank:
         return d, a
     if out > width:
-        v, u = leading_products(a, d, rank)
+        v, u = leading_outer_products(a, d, rank)
         return u, v
     keep = min(rank, out)
     size = min(keep + _SPARE, out, tokens)
@@ -165,7 +165,7 @@ def _factors(calls: list[tuple[nn.Module, Tensor, Tensor]], size: int, rank: int
             items = slice(start * each, (start + count) * each)
             both.append(_matrices(layer, inputs[items], gradient[items], count))
         a, d = (torch.cat(tensors, 2) for tensors in zip(*both, strict=True))  # (count, groups, T, .)
-        left, right = leading_products(d.flatten(0, 1), a.flatten(0, 1), rank)
+        left, right = leading_outer_products(d.flatten(0, 1), a.flatten(0, 1), rank)
         right = _in_weight_order(shaped[0][0], right)
         parts.append((left.unflatten(0, (count, -1)), right.unflatten(0, (count, -1))))  # type: ignore[no-untyped-call]
     lefts, rights = zip(*parts, strict=True)

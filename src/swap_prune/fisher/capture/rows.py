@@ -30,7 +30,7 @@ from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.footprint import allocated_bytes, saved_bytes, unrolls
 from swap_prune.fisher.capture.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, piece_bytes
-from swap_prune.fisher.capture.row_buffer import RowSink, RowStore, check_rows
+from swap_prune.fisher.capture.row_buffer import RowSink, RowStore
 from swap_prune.fisher.capture.shared_rows import SharedStore
 from swap_prune.fisher.capture.stores import open_store
 from swap_prune.fisher.factor import FisherFactor
@@ -41,7 +41,7 @@ from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
-__all__ = ["Backend", "Capture", "Passed", "bytes_of_a_row", "capture_gradients", "check_rows", "pass_rows"]
+__all__ = ["Backend", "Capture", "Passed", "bytes_of_a_row", "capture_gradients", "pass_rows"]
 
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 

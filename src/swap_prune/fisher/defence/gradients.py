@@ -17,7 +17,7 @@ from swap_prune.fisher.defence.treatment import AS_THEY_ARE, Average, Treatment
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.selection import Selection
 
-__all__ = ["LOOKED_CLOSELY_AT", "PIECE", "GradientDefence", "Layer", "layers_of", "look_noise", "rank_noise"]
+__all__ = ["LOOKED_CLOSELY_AT", "PIECE", "DefendedLayer", "GradientDefence", "layers_of", "look_noise", "rank_noise"]
 
 LOOKED_CLOSELY_AT = 16  # rows that are taken twice, to see what helps
 _PROBE = 32  # rows whose rank is looked at
@@ -25,7 +25,7 @@ PIECE = 4  # of them at once, for the memory
 _RANK = 3  # of rows of layers without rank 1, where nothing tells a better one
 
 
-class Layer(NamedTuple):
+class DefendedLayer(NamedTuple):
     """A selected parameter as the defence sees it.
 
     Attributes:
@@ -40,12 +40,12 @@ class Layer(NamedTuple):
 
     @property
     def fixed_rank(self) -> int | None:
-        """The rank of its rows, as far as nothing but its kind is known; None where it is no less than there can be."""
+        """The rank that rows of its kind are cut to by default; None where that would be full rank."""
         rank = 1 if self.exact else _RANK
         return rank if rank < min(self.shape) else None
 
 
-def layers_of(selection: Selection, exact: Collection[str]) -> dict[str, Layer]:
+def layers_of(selection: Selection, exact: Collection[str]) -> dict[str, DefendedLayer]:
     """Return the selected parameters that have entries, by name.
 
     Args:
@@ -54,13 +54,15 @@ def layers_of(selection: Selection, exact: Collection[str]) -> dict[str, Layer]:
     """
     places = selection.slices()
     return {
-        name: Layer(places[name], (shape[0] if len(shape) > 1 else 1, math.prod(shape[1:] or shape)), name in exact)
+        name: DefendedLayer(
+            places[name], (shape[0] if len(shape) > 1 else 1, math.prod(shape[1:] or shape)), name in exact
+        )
         for name, shape in selection.shapes.items()
         if shape.numel() > 0
     }
 
 
-def rank_noise(factor: FisherFactor, layers: Mapping[str, Layer]) -> dict[str, float]:
+def rank_noise(factor: FisherFactor, layers: Mapping[str, DefendedLayer]) -> dict[str, float]:
     """Return the share of energy outside rank 1 in the first rows of G, for each layer where there should be none."""
     exact = {name: layer for name, layer in layers.items() if layer.exact}
     totals = {name: [0.0, 0.0] for name in exact}
@@ -73,15 +75,15 @@ def rank_noise(factor: FisherFactor, layers: Mapping[str, Layer]) -> dict[str, f
     return {name: rest / energy if energy > 0 else 0.0 for name, (energy, rest) in totals.items()}
 
 
-def look_noise(layers: Mapping[str, Layer], first: Tensor, second: Tensor) -> dict[str, float]:
+def look_noise(layers: Mapping[str, DefendedLayer], first: Tensor, second: Tensor) -> dict[str, float]:
     """Return the share of noise in two looks at the same rows, (m, p) each, of the layers that have some."""
     shares = {name: noise_between(first[:, layer.place], second[:, layer.place]) for name, layer in layers.items()}
     return {name: share for name, share in shares.items() if share > CLEAN}
 
 
-@dataclass(frozen=True)
+@dataclass
 class GradientDefence:
-    """What is done in a stage where noise was seen, or where it was asked for.
+    """What is done in a stage where noise was seen, or where it was asked for; the first slope settles what is open.
 
     Attributes:
         layers: By name.
@@ -94,7 +96,7 @@ class GradientDefence:
             have become small; and noise that all rows share, as of weights in analog memory, no average takes out.
     """
 
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, DefendedLayer]
     noise: float = 0.0
     treatments: Mapping[str, Treatment] = field(default_factory=dict)
     averages: dict[str, Average] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class GradientDefence:
     @classmethod
     def by_looks(
         cls,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, DefendedLayer],
         first: Tensor,
         second: Tensor,
         beyond: Mapping[str, float],
@@ -137,7 +139,7 @@ class GradientDefence:
         return cls(layers, noise, treatments, averages, {n for n in helped if layers[n].exact and not joined})
 
     @classmethod
-    def as_asked(cls, layers: Mapping[str, Layer], asked: Collection[str]) -> GradientDefence:
+    def as_asked(cls, layers: Mapping[str, DefendedLayer], asked: Collection[str]) -> GradientDefence:
         """Return a defence that does what was asked for to all layers, whatever is in their gradients.
 
         Args:

@@ -22,7 +22,7 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.defence.rank import leading_products
+from swap_prune.fisher.defence.rank import leading_singular_triples
 from swap_prune.fisher.defence.robust import column_scales, winsorised
 from swap_prune.fisher.defence.treatment import AS_THEY_ARE, Average, Treatment
 
@@ -131,6 +131,6 @@ def _excess_of_ranks(first: Tensor, second: Tensor, shape: tuple[int, int]) -> l
     ranks = min(_RANKS, min(shape) - 1)
     if ranks < 1:
         return []
-    u, s, v = leading_products(first.reshape(-1, *shape), ranks)
+    u, s, v = leading_singular_triples(first.reshape(-1, *shape), ranks)
     along = torch.einsum("mar,mab,mbr->mr", u, second.reshape(-1, *shape), v)
     return list(enumerate((s * (s - 2 * along)).cumsum(1).unbind(1), start=1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["energies", "leading_products", "low_rank_rows"]
+__all__ = ["energies", "leading_singular_triples", "low_rank_rows"]
 
 _ITERATIONS = 3  # of the subspace iteration
 _EXPONENT = 126  # powers of two that float32 has, both ways
@@ -31,7 +31,7 @@ def low_rank_rows(rows: Tensor, rank: int) -> Tensor:
     return torch.ldexp(basis, exponent) @ (basis.transpose(1, 2) @ scaled)
 
 
-def leading_products(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_singular_triples(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triples, by the same iteration: (n, a, r), (n, r) falling, and (n, b, r).
 
     Args:
@@ -39,7 +39,7 @@ def leading_products(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         rank: r, at least 1, below a and b.
     """
     if rows.shape[1] > rows.shape[2]:
-        u, s, v = leading_products(rows.transpose(1, 2), rank)
+        u, s, v = leading_singular_triples(rows.transpose(1, 2), rank)
         return v, s, u
     scaled, exponent = _scaled(rows)
     basis = _leading_basis(scaled, rank)
