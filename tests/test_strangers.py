@@ -1036,7 +1036,7 @@ def test_a_divergence_that_is_none_is_refused(wrong: Callable[[Tensor], Tensor],
 def test_a_handful_of_samples_is_noted() -> None:
     for samples, noted in ((8, True), (48, False)):
         report = prune(perceptron(), DATA, 0.5, "lr", samples=samples, progress=False)
-        assert any("are few to choose by" in note for note in report.notes) == noted
+        assert any("are too few to choose settings by" in note for note in report.notes) == noted
 
 
 class Altering(nn.Module):

@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)  # where a command's results go
 _STDOUT, _STDERR = 1, 2
 _TRACEBACK = "SWAP_PRUNE_TRACEBACK"  # where it is set, errors say where they come from
-_INTERRUPTED = "interrupted; a file that was written is whole"
+_INTERRUPTED = "interrupted; files that were written are complete"
 
 
 def run(command: Callable[[], Any]) -> int:

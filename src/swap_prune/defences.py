@@ -33,7 +33,7 @@ def parse_defence(defence: str | None) -> frozenset[str]:
         )
     if "gradients" in parts and not set(parts).isdisjoint(FIXED_DEFENCES):
         fixed = ", ".join(name for name in FIXED_DEFENCES if name in parts)
-        raise ValueError(f"defence must have 'gradients', which chooses itself, or {fixed}, got {defence!r}")
+        raise ValueError(f"defence takes 'gradients', which chooses by itself, or {fixed}, not both, got {defence!r}")
     if set(_MEANS) <= set(parts):
         raise ValueError(f"defence must have one of {' and '.join(_MEANS)}, got {defence!r}")
     return frozenset(parts)

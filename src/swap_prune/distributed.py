@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 
 class EndedByAnother(SystemExit):
-    """Ends a process in silence: another one has said what failed."""
+    """Ends a process quietly: another one has already reported the error."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class Team:
         return torch.cat([row[:size] for row, size in zip(gathered, sizes, strict=True)])
 
     def overlay(self, own: Tensor) -> Tensor:
-        """Return the sum over ranks, in place, of tensors of which no two have an entry other than zero in one place.
+        """Sum tensors over ranks, in place; at each position at most one rank has an entry that is not zero.
 
-        Nothing is rounded, in whatever order the sums are taken.
+        So nothing is rounded, in whatever order the sums are taken.
         """
         if self.size > 1:
             self._talk(lambda: dist.all_reduce(own, group=self.group))
@@ -220,7 +220,7 @@ def lost(rank: int, size: int, error: Exception) -> ConnectionError:
     reason = " ".join(str(error).split())[:150]
     return ConnectionError(
         f"process {rank} of {size} lost the others: one of them failed, was ended, or did not answer for "
-        f"{_timeout().total_seconds():.0f} s (SWAP_PRUNE_TIMEOUT); what it said itself is the reason. ({reason})"
+        f"{_timeout().total_seconds():.0f} s (SWAP_PRUNE_TIMEOUT); its own output has the cause. ({reason})"
     )
 
 

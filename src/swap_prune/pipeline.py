@@ -227,7 +227,10 @@ def prune(
     if kept is not None:
         started -= kept.seconds
         if runner.calibration.is_altered or runner.recalibration.is_altered:
-            notes.append("data gave other samples than before the interruption, and the result is another")
+            notes.append(
+                "the data gave other samples than before the interruption, so the result differs from "
+                "that of a run without one"
+            )
     return account(model, request, settings, records, notes, started)
 
 

@@ -56,9 +56,9 @@ class PruningProblem:
         reference: w_bar, (p,), weights before the stage; not to be changed, for G may be taken at this very vector.
         keep: k, number of weights that may be non-zero, ``0 <= k <= p``.
         factor: G as a Fisher factor of shape (n, p); None for methods that need no gradients.
-        held_out: Maps weights w (p,) and a kept set (p,) to what candidates are judged by, for samples whose gradients
-            are not in G, (n_v,): the network's losses, or their mean with the divergence from the dense network where
-            the loss can tell; None where there are no such samples, or no gradients are taken.
+        held_out: Maps weights w (p,) and a kept set (p,) to losses (n_v,) that candidates are judged by, on samples
+            that G does not see: the network's own, or their mean with the divergence from the dense network where the
+            loss can compare outputs; None where no samples were held out, or no gradients are taken.
         slope: Maps w and a kept set to gamma (p,), the mean gradient of the same over the samples of G; None where
             there are no gradients.
         blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the

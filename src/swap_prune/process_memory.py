@@ -79,7 +79,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def pass_on_shortage(error: BaseException) -> None:
-    """Raise an error again that says that there was no memory: whoever catches all errors knows no remedy for that."""
+    """Raise an error again if memory ran out: handlers of all errors pass what they caught through here first."""
     if is_out_of_memory(error):
         raise error
 

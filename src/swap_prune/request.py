@@ -139,7 +139,7 @@ def check_request(
     check_values(model)
     _check_finite(model, selection)
     if pattern is not None and not getattr(solver, "keeps_patterns", True):
-        raise ValueError(f"method {solver.name!r} takes no account of pattern={pattern!r}: use lr, ewr or sparsegpt")
+        raise ValueError(f"method {solver.name!r} does not support pattern={pattern!r}: use lr, ewr or sparsegpt")
     floors, grouped = limits_of(model, selection, keep_count(selection.total, sparsity), min_keep, pattern)
     return Request(
         solver=solver,

@@ -264,7 +264,7 @@ def test_what_the_outputs_are_can_be_said(loss: Any) -> None:
             return {"hidden": x, "out": self.body(x)}
 
     batch = (normal(40, 4), answers(40, 3))
-    with pytest.raises(ValueError, match="say by forward="):
+    with pytest.raises(ValueError, match="give forward="):
         loss(Wrapped(), batch)
     own = replace(loss, forward=lambda model, x: model(x)["out"])
     torch.testing.assert_close(own(Wrapped(), batch), loss(network(), batch))

@@ -301,7 +301,7 @@ def test_blocks_of_sparsegpt_hold_whole_groups() -> None:
 def test_methods_that_do_not_hold_to_it_are_refused(name: str) -> None:
     model = Small()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"'{name}' takes no account of pattern='2:4'"):
+    with pytest.raises(ValueError, match=f"'{name}' does not support pattern='2:4'"):
         prune(model, images(), 0.5, name, samples=60, pattern="2:4", progress=False)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

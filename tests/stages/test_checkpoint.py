@@ -218,7 +218,7 @@ def test_other_weights_and_data_are_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match=f'data was "TensorDataset of {SIZE} samples" and is "T.* of {SIZE - 1} samp'):
         prune(small_network(), fewer, 0.8, **given)
     report = prune(small_network(), small_data(seed=9), 0.8, **given)
-    assert "data gave other samples than before the interruption, and the result is another" in report.notes
+    assert any(note.startswith("the data gave other samples than before the interruption") for note in report.notes)
 
 
 def times(factor: float) -> Callable[[nn.Module, Any], Tensor]:
@@ -365,7 +365,7 @@ def test_data_that_are_read_again_and_give_others(tmp_path: Path, monkeypatch: p
         3, monkeypatch, lambda: prune(small_network(), in_batches(), 0.8, checkpoint=tmp_path / "list", **given)
     )
     fewer = [*in_batches()[:-1], tuple(tensor[:4] for tensor in in_batches()[-1])]
-    with pytest.raises(ValueError, match=f"the data are not those of before: 52 samples, and {SIZE} then"):
+    with pytest.raises(ValueError, match=f"the data have changed since the checkpoint: 52 samples, {SIZE} then"):
         prune(small_network(), fewer, 0.8, checkpoint=tmp_path / "list", **given)
 
 
@@ -384,7 +384,7 @@ def test_the_storage_of_the_first_stages_is_taken_again(tmp_path: Path, monkeypa
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     (tmp_path / ".best.safetensors").write_text("keep")
-    with pytest.raises(ValueError, match=r"is no run's, and not empty \("):
+    with pytest.raises(ValueError, match=r"holds other files \("):
         run("dataset", tmp_path)
     assert (tmp_path / ".best.safetensors").read_text() == "keep"
     with pytest.raises(ValueError, match="is not a directory: choose another"):

@@ -52,8 +52,8 @@ class _ValueLoss:
         if not isinstance(outputs, Tensor) or _without_ones(outputs) != _without_ones(targets):
             raise ValueError(
                 f"{type(self).__name__} needs a target for each output, got outputs {describe(outputs)} and targets "
-                f"{describe(targets)}; bring targets into the shape of the outputs, or say by forward=, a function "
-                "(model, what it takes) -> outputs, what the outputs are"
+                f"{describe(targets)}; bring targets into the shape of the outputs, or give forward=, a function "
+                "(model, inputs) -> outputs"
             )
         return outputs
 

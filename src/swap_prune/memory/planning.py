@@ -167,7 +167,7 @@ def plan_memory(
     if kept is not None and storage in ("auto", kept.kind):
         again = _attempt(load, replace(kept, scratch=directory), limit, directory)
         if not again.obstacle:
-            return MemoryPlan(limit, forecasts, again, "as in the stages that are there")
+            return MemoryPlan(limit, forecasts, again, "the same as in the finished stages")
     chosen = next((f for f in forecasts if not f.obstacle and (storage != "auto" or f.exact)), None)
     if storage == "auto":
         forecasts = tuple(f if f.exact or f.obstacle else replace(f, obstacle=_BY_NAME) for f in forecasts)

@@ -119,20 +119,21 @@ class _Contest:
     """Candidates compared by their held-out losses; where steps will be taken and much is removed, after them.
 
     Where a fit starves a layer, the same candidate is fitted with floors. The regression knows what each weight is
-    worth beside those that are there, and not that none of them counts once all of a layer are gone. A floor stays
-    where held-out samples gain by it, beyond their error: among fits in one metric, that which starts lower ends lower.
+    worth beside the others, and not that none of them counts once all of a layer are gone. A floor stays where held-out
+    samples gain by it, beyond their error: among fits in one metric, the one of lower loss also ends lower after steps.
 
-    Among metrics that is not so. One that starts no higher than the best started takes its steps, until they end or it
-    falls behind: the best, or where one after it starts. Those of the best are kept; all others together take as many,
-    and after that only a fit that starts below the best's end takes any.
+    Across metrics a lower start does not mean a lower end. A candidate that starts no higher than the best one started
+    therefore takes steps of its own, until they end or it falls behind: behind the best after as many steps, or behind
+    where a later candidate starts. All but the best may take as many steps together as the best took; after that only a
+    candidate that starts below the best's end takes any.
 
-    A stage that keeps half of the weights that are there, as each of many does, loses little. Where candidates start
-    then says what steps would: the best alone takes them, unless it has lost all.
+    A stage that keeps at least half of the weights that are there loses little. Candidates are then ranked by their
+    losses before any step, and the best alone takes steps, unless it has lost all.
 
-    A fit that is no better than the network without any weight has lost all, and its loss says little about what steps
-    will make of it. So it takes part beside the one with a floor; and beside a best that had lost all,
-    each takes a few steps in any case. The level, a mean over samples of which none counts for more than without any
-    weight, is what counts then, and after the last step.
+    A fit that is no better than the network without any weight has lost all: its loss hardly tells what steps will make
+    of it. Such a fit and the one with a floor both go on to the steps; and where the best so far had lost all, every
+    candidate takes a few steps. Such candidates are compared by their levels: a mean over samples of which none counts
+    for more than it does without any weight.
 
     Args:
         settings: Of the method.
@@ -233,7 +234,7 @@ class _Contest:
     def _fit_with(self, candidate: Candidate, floors: Sequence[float]) -> list[_Fitted]:
         """Fit a candidate, with floors under which it starves a layer, and return what held-out samples favour.
 
-        What has lost all is returned before it: it is not told yet which is better.
+        A fit that has lost all is returned too, before the one with a floor: which is better, later steps decide.
         """
         fits = [self._fit(candidate)]
         for floor in floors:

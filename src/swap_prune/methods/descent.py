@@ -66,10 +66,10 @@ class Race(NamedTuple):
     """What steps have to keep up with.
 
     Attributes:
-        rival: Other steps, after as many.
-        lost: Whether the rival's start says nothing. Then levels are compared with its, and not before a few steps: a
-            mean is ruled by how sure the network is where it is wrong.
-        start: The lowest mean loss that others start from, which levels must have come near after a few steps.
+        rival: The steps of the best candidate so far, compared after as many.
+        lost: Whether the rival started no better than the network without any weight. Its levels are compared then, and
+            not before a few steps: a mean depends on how sure the network is where it is wrong.
+        start: The lowest mean loss that other candidates start from; levels must come near it after a few steps.
     """
 
     rival: Steps | None = None

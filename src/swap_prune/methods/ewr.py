@@ -169,7 +169,7 @@ class EWR:
     ) -> bool:
         """Whether held-out samples confirm a coupling; one that was asked for, or cannot be tested, needs no test.
 
-        A gain that would end the steps is none: it would only send the stages that follow another way.
+        A gain too small for a further step counts as none: it would change later stages and not improve this one.
         """
         if "auto" not in (self.anchor, self.epsilon) or problem.held_out is None:
             return True

@@ -71,7 +71,7 @@ class RegressionSettings(Protocol):
 def chooses(settings: RegressionSettings) -> bool:
     """Whether held-out samples have something to choose: a ridge, a damping, a metric or the length of a step.
 
-    A floor alone is no reason to hold samples out: it is 0 then, and the regression is that of the settings.
+    ``floor="auto"`` alone does not hold samples out: the floor is 0 then, and all else is as set.
     """
     return len(candidates_of(settings)) > 1 or settings.first_order == "auto"
 
@@ -126,7 +126,7 @@ def candidates_of(
 def fair_floors(problem: PruningProblem, share: float) -> Floors:
     """Return the floors of a problem, raised to a share of what each layer would keep if all kept alike.
 
-    Those that leave nothing to choose are left as they were.
+    Floors that would use up all k weights are not raised.
     """
     if share == 0:
         return problem.floors

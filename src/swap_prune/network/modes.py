@@ -118,8 +118,9 @@ def slow_attention() -> Iterator[None]:
 def uncompiled() -> AbstractContextManager[Any]:
     """Run a block in which what ``torch.compile`` wraps runs as it was written.
 
-    What was compiled before does not see hooks that come later. Where no compiler is loaded nothing was, and none need
-    be loaded to say so: that takes longer than many a run. A network that asks for its first one in the block gets it.
+    What was compiled before does not see hooks that come later. Where ``torch._dynamo`` was not imported nothing can be
+    compiled, and the import, which takes longer than many a run, is spared. A network that asks for its first one in
+    the block gets it.
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 

@@ -48,8 +48,8 @@ class CalibrationStream:
         data: Dataset, DataLoader, iterable of batches, or iterator of batches.
         generator: Random state for drawing samples by number (CPU).
         device: Where the drawn batches are put.
-        size: Samples of a batch, at the most, but for single ones that would be left alone: batches that the data bring
-            are joined and split.
+        size: Samples of a batch, at the most, but that a few left over join the last: batches that the data bring are
+            joined and split.
         keep: Puts a batch that stays for a while where it is to stay (:mod:`swap_prune.samples.spill`); None: it stays
             where it is.
 
@@ -127,7 +127,7 @@ class CalibrationStream:
                 own.set_state(state.get(f"own {i}", own.get_state()))
         if self._size_so_far() != int(state["size"]):
             raise ValueError(
-                f"the data are not those of before: {self._size_so_far()} samples, and {int(state['size'])} then"
+                f"the data have changed since the checkpoint: {self._size_so_far()} samples, {int(state['size'])} then"
             )
         self.is_altered = not torch.equal(self._digest(), state["digest"])
         self._generator.set_state(state["drawing"])
@@ -258,7 +258,7 @@ class CalibrationStream:
         return list(batches) if self._keep is None else list(map(self._keep, batches))
 
     def beside(self, data: Any, generator: torch.Generator) -> CalibrationStream:
-        """Return a stream for what looks at samples without fitting to them, or trains: it changes no draw of this one.
+        """Return a second stream, for BatchNorm's statistics or for training, which changes no draw of this one.
 
         What :meth:`hold_out` took is left out of it too; also of other data that has as many samples, which are taken
         to be the same ones in another form. What :meth:`draw_apart` holds out of a stage is not: fine-tuning trains on

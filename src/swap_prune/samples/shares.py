@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["HELD_OUT", "JUDGED", "share_out_samples"]
 
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
-JUDGED = 1024  # samples that the number of stages is found by, at the most; the fewer, the sooner the search ends
+JUDGED = 1024  # samples that numbers of stages are compared on, at the most; the fewer, the sooner the search ends
 
 
 def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -
     if 0 < last.samples < settings["samples"]:
         notes.append(f"samples used in a stage: {last.samples}, fewer than the {settings['samples']} asked for")
     elif 0 < last.samples < _FEW and request.solver.needs_held_out:
-        notes.append(f"{last.samples} calibration samples are few to choose by: give some hundred")
+        notes.append(f"{last.samples} calibration samples are too few to choose settings by: give some hundred")
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
     if "gradients_are_zero" in last.evidence:
@@ -84,8 +84,8 @@ def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -
         )
     if "one_sample_rules" in last.evidence:
         notes.append(
-            f"one calibration sample has {round(100 * last.evidence['one_sample_rules'])} % of the loss: check its "
-            "target, for instance for a number that stands for a missing one"
+            f"one calibration sample has {round(100 * last.evidence['one_sample_rules'])} % of what the losses have "
+            "above their median: check its target, for instance for a number that stands for a missing one"
         )
     return notes
 

@@ -210,7 +210,7 @@ class Checkpoint:
             strange = [found.name for found in self._directory.iterdir() if replaced_name(found) != _RUN]
             if strange:
                 raise ValueError(
-                    f"checkpoint {self._directory} is no run's, and not empty ({strange[0]}): choose another"
+                    f"checkpoint directory {self._directory} holds other files ({strange[0]}): choose an empty one"
                 )
             with replacing(path, durable=True) as scratch:
                 scratch.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What makes a run this one and no other, so that it can go on where it was interrupted.
+"""The fingerprint of a run: all that its result depends on, so that it can go on where it was interrupted.
 
 Place in the pipeline: what a checkpoint compares.
 """

@@ -29,7 +29,7 @@ from swap_prune.surgery.snapshot import Snapshot
 
 __all__ = ["Taught", "Teacher", "losses_beside_own", "output_slopes", "taught_losses"]
 
-_LEAST_SLOPE = 1e-6  # of the root mean square: rounding decides about less
+_LEAST_SLOPE = 1e-6  # of the root mean square: smaller values are mostly rounding
 _TEACHER_SHARE = 0.75  # of the divergence from the dense network, in trials: slopes and held-out losses
 
 
@@ -55,7 +55,7 @@ class Teacher:
         selection: The weights that will change, beside BatchNorm's statistics; None where all parameters and buffers
             will.
         loss: What reads the outputs.
-        before: A snapshot of the network, whose copies of what will change are used where they are right.
+        before: A snapshot of the network, whose copies are used in place of new ones where they are current.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ __all__ = ["Bound", "add_gradient", "flat_gradient", "functional_call"]
 def functional_call(module: nn.Module, state: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> Any:
     """Call a module with other parameters and buffers, also where one of its modules has two names.
 
-    ``torch.func.functional_call`` exchanges what that holds once for each name, and in the end gives back what was
-    there before the last exchange: not its own. Here each place is exchanged once, and what several places share in
-    all of them.
+    ``torch.func.functional_call`` exchanges such a module's tensors once for each of its names, and in the end gives
+    back what was there before the last exchange, which is not its own. Here each place is exchanged once, and a tensor
+    that several places share in all of them.
 
     Args:
         module: The module.

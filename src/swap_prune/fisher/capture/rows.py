@@ -46,7 +46,7 @@ __all__ = ["Backend", "Capture", "Passed", "bytes_of_a_row", "capture_gradients"
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 
 _MAX_CHUNK = 256
-_HEAP = 6  # what the C library was seen to hold of many pieces that come and go, in units of what is used
+_HEAP = 6  # measured: bytes that the heap holds for many short-lived pieces, in units of those in use
 _UNCOUNTED_CHUNK = 8  # samples, where what one keeps cannot be counted
 _CHECKED = 2  # gradients, zeros apart, with backward passes of their own; one cannot show a loss that mixes samples
 
