@@ -30,7 +30,7 @@ from swap_prune.process_memory import (
 )
 from swap_prune.request import check_request
 from swap_prune.stages.workload import count_workload
-from swap_prune.training.finetune import FineTune
+from swap_prune.training.settings import FineTune
 
 GB = 10**9
 REST: dict[str, Any] = {

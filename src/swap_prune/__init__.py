@@ -21,8 +21,10 @@ from swap_prune.methods import CBS, CHITA, EWR, LR, METHODS, OBD, Magnitude, Spa
 from swap_prune.pipeline import plan, prune
 from swap_prune.report import PruningReport
 from swap_prune.selection import DEFAULT_TARGETS
-from swap_prune.training.finetune import FineTune, FineTuneReport, finetune
+from swap_prune.training.finetune import FineTuneReport, finetune
 from swap_prune.training.masks import MaskKeeper, keep_masks, masks_of
+from swap_prune.training.recalibration import recalibrate_batchnorm
+from swap_prune.training.settings import FineTune
 
 __all__ = [
     "CBS",
@@ -60,6 +62,7 @@ __all__ = [
     "masks_of",
     "plan",
     "prune",
+    "recalibrate_batchnorm",
 ]
 
 __version__ = "0.6.0"

@@ -65,7 +65,7 @@ from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.stages.checkpoint import has_stages
-from swap_prune.training.finetune import parse_finetune
+from swap_prune.training.settings import parse_finetune
 
 __all__ = ["app", "main"]
 

@@ -55,7 +55,7 @@ from swap_prune.stages.setup import (
 from swap_prune.stages.workload import count_workload
 from swap_prune.surgery.batchnorm import repair_batchnorm
 from swap_prune.surgery.snapshot import restored_on_error
-from swap_prune.training.finetune import FineTune
+from swap_prune.training.settings import FineTune
 
 __all__ = ["plan", "prune"]
 

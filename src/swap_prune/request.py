@@ -27,7 +27,7 @@ from swap_prune.regression.pattern import GroupPattern, parse_pattern
 from swap_prune.schedule import keep_count, stage_schedules
 from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery.batchnorm import batchnorm_layers
-from swap_prune.training.finetune import FineTune
+from swap_prune.training.settings import FineTune
 
 __all__ = ["Request", "calibrating", "check_request", "limits_of"]
 

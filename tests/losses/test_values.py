@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from swap_prune import METHODS, BinaryCrossEntropy, FineTune, SquaredError, prune
+from swap_prune import LR, METHODS, BinaryCrossEntropy, FineTune, SquaredError, prune
 from swap_prune.fisher.capture.sketch import CurvatureSketch
 from swap_prune.losses import GaussNewtonLoss
 from swap_prune.losses.values import _ValueLoss
@@ -270,3 +270,28 @@ def test_what_the_outputs_are_can_be_said(loss: Any) -> None:
     torch.testing.assert_close(own(Wrapped(), batch), loss(network(), batch))
     report = prune(Wrapped(), [batch], 0.5, "lr", loss_fn=own, samples=32, progress=False)
     assert report.kept == report.total // 2
+
+
+class Squeezed(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).squeeze(1)
+
+
+@LOSSES
+@pytest.mark.parametrize("method", ["lr", "obd", "woodfisher", LR(fisher="empirical")])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_one_output_without_a_dimension_is_pruned_as_one_with(loss: Any, method: Any, normalised: bool) -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8) if normalised else nn.Identity(), nn.Tanh(), nn.Linear(8, 1)
+    ).double()
+    other, data = Squeezed(copy.deepcopy(body)), TensorDataset(normal(60, 4), answers(60))
+    noise = "input:kind=gaussian,severity=1"
+    for model in (body, other):
+        prune(model, data, 0.5, method, loss_fn=loss, samples=40, noise=noise, progress=False)
+    with torch.no_grad():
+        assert torch.equal(body(data.tensors[0]).squeeze(1), other(data.tensors[0]))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import swap_prune
 from swap_prune import FineTune, finetune, masks_of
 from swap_prune.losses.distillation import SelfDistillation
-from swap_prune.training.finetune import parse_finetune
+from swap_prune.training.settings import parse_finetune
 from swap_prune.training.teaching import Teacher
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -36,7 +36,7 @@ from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.process_memory import parse_memory
 from swap_prune.schedule import SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
-from swap_prune.training.finetune import FineTune, parse_finetune
+from swap_prune.training.settings import FineTune, parse_finetune
 
 __all__ = ["Experiment", "MethodEntry", "Run", "comparable", "plan_runs", "read_experiment"]
 

@@ -131,7 +131,7 @@ def straight_shift(network: Network, batches: Sequence[Any], at_once: int = AT_O
     radius, moved = found
     if radius == 0:
         return radius
-    here, there = (_slopes(network, ends, labels, at_once).flatten(1) for ends in (inputs, moved))
+    here, there = (_slopes(network, ends, labels, at_once).reshape(len(labels), -1) for ends in (inputs, moved))
     return radius if float(cosine_similarity(here, there).mean()) >= _LEAST_STRAIGHT else None
 
 

@@ -51,7 +51,8 @@ from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
 from swap_prune.surgery.weights import write_weights
-from swap_prune.training.finetune import FineTune, train
+from swap_prune.training.finetune import train
+from swap_prune.training.settings import FineTune
 from swap_prune.training.teaching import Taught, Teacher
 
 __all__ = ["StageRunner"]

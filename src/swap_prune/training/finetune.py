@@ -15,15 +15,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from swap_prune.checks import checked_seed, is_number, whole_number
+from swap_prune.checks import checked_seed
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
 from swap_prune.network.device import check_network, moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
@@ -34,119 +34,15 @@ from swap_prune.samples.batches import batch_size, is_single
 from swap_prune.samples.calibration import BATCH, CalibrationStream
 from swap_prune.samples.peek import peek
 from swap_prune.selection import DEFAULT_TARGETS
+from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, batchnorm_layers
+from swap_prune.surgery.batchnorm import recalibrate_batchnorm as recalibrate
 from swap_prune.surgery.snapshot import restored_on_error
 from swap_prune.surgery.weights import fill_lost
 from swap_prune.training.masks import MaskKeeper, pair_masks, resolve_masks
+from swap_prune.training.settings import OPTIMIZERS, SCHEDULES, FineTune
 from swap_prune.training.teaching import Taught, Teacher, taught_losses
 
-__all__ = ["FineTune", "FineTuneReport", "finetune", "parse_finetune", "train"]
-
-_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], FineTune], Optimizer]] = {
-    "sgd": lambda p, s: torch.optim.SGD(p, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
-    "adam": lambda p, s: torch.optim.Adam(p, lr=s.lr, betas=(s.momentum, 0.999), weight_decay=s.weight_decay),
-    "adamw": lambda p, s: torch.optim.AdamW(p, lr=s.lr, betas=(s.momentum, 0.999), weight_decay=s.weight_decay),
-}
-
-_SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the training that is done -> factor of lr
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "linear": lambda done: 1 - done,
-    "constant": lambda done: 1.0,
-}
-
-_DISTILLATION = 0.9  # share of the dense network's outputs, where there are any
-
-_LARGEST = torch.finfo(torch.float32).max  # a step computes in it
-
-_WHOLE = ("epochs", "batch_size", "steps_per_epoch")
-_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "lr": ("above 0", lambda value: value > 0),
-    "momentum": ("in [0, 1)", lambda value: 0 <= value < 1),
-    "weight_decay": ("of at least 0", lambda value: value >= 0),
-    "distillation": ("in [0, 1]", lambda value: 0 <= value <= 1),
-    "temperature": ("above 0", lambda value: value > 0),
-}
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """Settings of a fine-tuning; in gradual pruning, of the one after each stage.
-
-    Attributes:
-        epochs: Passes over the data, >= 1.
-        optimizer: ``sgd``, ``adam`` or ``adamw``. Each stage begins with a fresh one.
-        lr: Learning rate at the beginning, > 0.
-        momentum: Of SGD; for Adam its first beta. In [0, 1).
-        weight_decay: As torch's optimiser of that name has it, >= 0, on all parameters.
-        schedule: How the learning rate falls to zero over the epochs, step by step: ``cosine``, ``linear``; or
-            ``constant``. Over data of unknown length it falls from epoch to epoch.
-        batch_size: Samples a step, >= 1. Batches that the data brings are split where they hold more.
-        distillation: Share of the divergence from the dense network's outputs in the loss, in [0, 1]; the task has the
-            rest. ``"auto"``: 0.9 where there is a dense network to ask and the loss compares outputs, as the default
-            one does, and is not the distance from it itself; else 0.
-        temperature: That outputs are divided by before they are compared, > 0. A higher one lets every class count.
-        steps_per_epoch: Steps of an epoch, at the most; None: a whole pass. Data that are read in order go on in the
-            next epoch where they stopped; they need not come to an end then.
-    """
-
-    epochs: int = 2
-    optimizer: str = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"
-    batch_size: int = 128
-    distillation: float | Literal["auto"] = "auto"
-    temperature: float = 4.0
-    steps_per_epoch: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in _WHOLE:
-            if (name, getattr(self, name)) != ("steps_per_epoch", None):
-                object.__setattr__(self, name, whole_number(f"{name} of fine-tuning", getattr(self, name)))
-        for name, (words, holds) in _NUMBERS.items():
-            value = getattr(self, name)
-            if name == "distillation" and value == "auto":
-                continue
-            if not (is_number(value) and holds(value) and value < _LARGEST):
-                choice = "'auto' or " * (name == "distillation")
-                raise ValueError(f"{name} of fine-tuning must be {choice}a finite number {words}, got {value!r}")
-            object.__setattr__(self, name, float(value))
-        for name, known in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
-            chosen = getattr(self, name)
-            if not (isinstance(chosen, str) and chosen in known):
-                raise ValueError(f"{name} of fine-tuning must be one of {', '.join(known)}, got {chosen!r}")
-
-    def settings(self) -> dict[str, Any]:
-        """Return those that are set, as plain types."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @property
-    def arrays(self) -> int:
-        """Arrays of the size of the parameters that a training holds: gradients and the optimiser's state."""
-        return 3 if self.optimizer != "sgd" else 1 + (self.momentum > 0)
-
-    def share_of_teacher(self, loss_fn: LossFn, *, known: bool) -> float:
-        """Return the share of the dense network's outputs in a loss.
-
-        Args:
-            loss_fn: Per-sample loss.
-            known: Whether there is a dense network to ask.
-
-        Raises:
-            ValueError: If a share was asked for and cannot be had.
-        """
-        compares = isinstance(loss_fn, GaussNewtonLoss)
-        if self.distillation == "auto":
-            itself = getattr(loss_fn, "stationary", False)  # the loss is the distance from the dense network
-            return _DISTILLATION if known and compares and not itself else 0.0
-        if self.distillation > 0 and not known:
-            raise ValueError(f"distillation={self.distillation:g} needs the dense network to learn from: pass teacher=")
-        if self.distillation > 0 and not compares:
-            raise ValueError(
-                f"distillation={self.distillation:g} needs a loss that compares outputs "
-                f"(swap_prune.losses.GaussNewtonLoss), got {loss_fn!r}; use distillation=0"
-            )
-        return float(self.distillation)
+__all__ = ["FineTuneReport", "finetune", "train"]
 
 
 @dataclass(frozen=True)
@@ -176,6 +72,7 @@ def finetune(
     masks: Mapping[str, Tensor] | None = None,
     targets: Sequence[str] = DEFAULT_TARGETS,
     ignore: Sequence[str] = (),
+    recalibrate_batchnorm: bool = True,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -200,6 +97,8 @@ def finetune(
             is pruned.
         targets: Without ``masks``: where zeros are looked for, as for ``prune``.
         ignore: The same, where they are not.
+        recalibrate_batchnorm: Estimate BatchNorm's statistics anew at the end, as
+            :func:`swap_prune.recalibrate_batchnorm` does, unless ``data`` is an iterator, which is read only once.
         seed: Seed of the order and of dropout; PyTorch's own random state is the same afterwards.
         device: Where to compute; the model is moved there. By default where it is.
         progress: Show progress on standard error.
@@ -236,7 +135,10 @@ def finetune(
     ):
         dense = None if teacher is None or share == 0 else Teacher(teacher, None, cast(GaussNewtonLoss, loss))
         shown.train(settings.epochs)
-        return train(model, stream, settings, loss, kept, generator, shown.reach, dense)
+        report = train(model, stream, settings, loss, kept, generator, shown.reach, dense)
+        if recalibrate_batchnorm and batchnorm_layers(model) and not isinstance(data, Iterator):
+            recalibrate(model, stream.read(RECALIBRATION_SAMPLES), loss)
+    return report
 
 
 def train(
@@ -275,7 +177,7 @@ def train(
     losses: list[float] = []
     steps = 0
     with _training(model, trained, generator):
-        optimizer = _OPTIMIZERS[settings.optimizer](trained, settings)
+        optimizer = OPTIMIZERS[settings.optimizer](trained, settings)
         with MaskKeeper(pairs, [optimizer]):
             course = _Course(model, optimizer, settings, loss_fn, stream, generator, reach, teacher, share)
             for epoch in range(settings.epochs):
@@ -333,7 +235,7 @@ class _Course:
     def _step(self, done: float, batch: Any) -> float:
         """Take one step of the optimiser; returns the mean loss before it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * _SCHEDULES[self.settings.schedule](done)
+            group["lr"] = self.settings.lr * SCHEDULES[self.settings.schedule](done)
         self.optimizer.zero_grad(set_to_none=True)
         taught = Taught(batch) if self.teacher is None else self.teacher.teach([batch])[0]
         with failures_named("training batch", batch):
@@ -361,35 +263,3 @@ def _training(model: nn.Module, trained: Sequence[nn.Parameter], generator: torc
 
 def _diverged(what: str, settings: FineTune) -> str:
     return f"fine-tuning diverged: {what}; lower lr (now {settings.lr:g}), or check the data and the weights"
-
-
-def parse_finetune(spec: str | Mapping[str, Any]) -> FineTune:
-    """Make settings from text such as ``"epochs=2,lr=0.01"``, or from a table of them.
-
-    Raises:
-        ValueError: If a setting is not known or its value is refused.
-    """
-    known = {field.name: field.default for field in fields(FineTune)}
-    table: dict[str, Any] = {}
-    for name, value in spec.items() if isinstance(spec, Mapping) else map(_parse_item, spec.split(",")):
-        if name not in known:
-            raise ValueError(f"fine-tuning has no setting {name!r}; it has {', '.join(known)}")
-        if name in table:
-            raise ValueError(f"fine-tuning must have each setting once, got {name!r} twice in {spec!r}")
-        number = isinstance(spec, str) and name in (*_NUMBERS, *_WHOLE) and value != known[name]
-        table[name] = _parse_number(name, value, whole=name in _WHOLE) if number else value
-    return FineTune(**table)
-
-
-def _parse_item(item: str) -> tuple[str, str]:
-    name, separator, value = (part.strip() for part in item.partition("="))
-    if not (separator and name and value):
-        raise ValueError(f"fine-tuning needs name=value, joined with commas, got {item!r}")
-    return name, value
-
-
-def _parse_number(name: str, text: str, *, whole: bool) -> int | float:
-    try:
-        return int(text) if whole else float(text)
-    except ValueError:
-        raise ValueError(f"{name} of fine-tuning must be a {'whole ' * whole}number, got {text!r}") from None

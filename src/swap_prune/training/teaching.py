@@ -175,7 +175,7 @@ def output_slopes(loss_fn: LossFn, model: nn.Module, batches: Sequence[Taught]) 
             outputs = outputs.detach().requires_grad_()
             losses = _losses_of(outputs, loss_fn, own, _TEACHER_SHARE, 1.0)
             (gradient,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True, materialize_grads=True)
-        norms.append(torch.linalg.vector_norm(gradient.flatten(1), dim=1))
+        norms.append(torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1))
     sizes = torch.cat(norms)
     typical = float(sizes.double().square().mean().sqrt())
     return sizes.clamp_min(_LEAST_SLOPE * typical) if 0 < typical < math.inf else None

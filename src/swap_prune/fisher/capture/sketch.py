@@ -109,7 +109,7 @@ def sketch_curvature(
     source = draw_sketch(model, batches, loss, generator, in_batches=False)
     assert source.losses is not None, "found on the way"
     capture = capture_gradients(model, selection, source.batches, source.function, storage=storage, advance=advance)
-    sizes = torch.cat([torch.linalg.vector_norm(root.flatten(1), dim=1) for _, root in source.batches])
+    sizes = torch.cat([torch.linalg.vector_norm(root.reshape(len(root), -1), dim=1) for _, root in source.batches])
     tiny = torch.finfo(sizes.dtype).tiny
     return Capture(capture.factor, source.losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
 
@@ -146,7 +146,7 @@ def draw_sketch(
 
 def _products(outputs: Tensor, root: Tensor) -> Tensor:
     """Return ``<z, L xi>`` of each sample, (n,)."""
-    return (outputs * root).flatten(1).sum(1)
+    return (outputs * root).reshape(len(outputs), -1).sum(1)
 
 
 def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -153,7 +153,7 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
     """Return the ascent direction of unit norm, sample by sample; zero where the gradient is."""
     if norm == "linf":
         return gradient.sign()
-    flat = gradient.flatten(1)
+    flat = gradient.reshape(len(gradient), -1)
     if norm == "l1":
         top = max(1, round(_SPARSE * flat.shape[1]))
         index = flat.abs().topk(top, dim=1).indices
@@ -167,7 +167,7 @@ def _project(shift: Tensor, norm: str, budget: float) -> Tensor:
     """Return the nearest point of the ball, sample by sample (l1: J. Duchi et al., ICML 2008, figure 1)."""
     if norm == "linf":
         return shift.clamp(-budget, budget)
-    flat = shift.flatten(1)
+    flat = shift.reshape(len(shift), -1)
     if norm == "l2":
         return shift * _per_sample((budget / torch.linalg.vector_norm(flat, dim=1)).clamp(max=1), shift)
     sizes = flat.abs()
@@ -185,5 +185,5 @@ def _random_start(inputs: Tensor, norm: str, budget: float, generator: torch.Gen
         return budget * (2 * torch.rand(inputs.shape, generator=generator, device="cpu") - 1).to(inputs)
     drawn = torch.randn(inputs.shape, generator=generator, device="cpu")
     length = torch.rand(len(inputs), generator=generator, device="cpu")
-    sizes = torch.linalg.vector_norm(drawn.flatten(1), ord=1 if norm == "l1" else 2, dim=1)
+    sizes = torch.linalg.vector_norm(drawn.reshape(len(drawn), -1), ord=1 if norm == "l1" else 2, dim=1)
     return (drawn * _per_sample(budget * length / sizes, drawn)).to(inputs)

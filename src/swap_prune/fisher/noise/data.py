@@ -217,12 +217,12 @@ def _outputs(model: nn.Module, batch: Any) -> int:
 
 
 def _gaussian(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    deviation = x.flatten(1).std(1, correction=0).view(-1, *[1] * (x.ndim - 1))
+    deviation = x.reshape(len(x), -1).std(1, correction=0).view(-1, *[1] * (x.ndim - 1))
     return x + _STD[severity] * deviation * torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
 
 def _impulse(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    low, high = (bound.view(-1, *[1] * (x.ndim - 1)) for bound in x.flatten(1).aminmax(dim=1))
+    low, high = (bound.view(-1, *[1] * (x.ndim - 1)) for bound in x.reshape(len(x), -1).aminmax(dim=1))
     draw = torch.rand(x.shape, generator=generator, device="cpu").to(x.device)
     part = _IMPULSES[severity]
     return torch.where(draw < part / 2, low, torch.where(draw < part, high, x))

@@ -1,0 +1,84 @@
+"""BatchNorm's statistics after a training under masks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from swap_prune import FineTune, finetune, prune, recalibrate_batchnorm
+
+
+def pruned() -> tuple[nn.Module, nn.Module, TensorDataset]:
+    """Return a trained network, the same pruned to 0.95, where channels are all but constant, and its data."""
+    torch.manual_seed(1)
+    x = torch.randn(1500, 12)
+    y = (torch.tanh(x) @ torch.randn(12, 3) + 0.5 * torch.randn(1500, 3)).argmax(1)
+    hidden = [nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()]
+    model = nn.Sequential(nn.Linear(12, 32), *hidden, nn.Linear(32, 3))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        chosen = torch.randint(1500, (64,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimiser.step()
+    dense, data = copy.deepcopy(model.eval()), TensorDataset(x, y)
+    prune(model, data, 0.95, "lr", samples=300, progress=False)
+    return dense, model, data
+
+
+def loss(model: nn.Module, data: TensorDataset) -> float:
+    return float(nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).detach())
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+def test_statistics_are_estimated_anew_after_training() -> None:
+    dense, model, data = pruned()
+    settings, measured = FineTune(epochs=5, optimizer="adamw", lr=0.003), []
+    for recalibrate in (True, False):
+        for seed in range(3):
+            one = copy.deepcopy(model)
+            finetune(one, data, settings, teacher=dense, recalibrate_batchnorm=recalibrate, seed=seed, progress=False)
+            measured.append(loss(one, data))
+            assert recalibrate_batchnorm(one, data)
+            measured.append(loss(one, data))
+    assert max(measured[:6]) < 0.8
+    assert max(measured[6::2]) > max(measured[7::2]) + 0.01, "running statistics lag"
+
+
+def test_it_is_the_average_over_the_data_and_nothing_else_changes() -> None:
+    _, model, data = pruned()
+    before, state = copy.deepcopy(model), torch.random.get_rng_state()
+    model.train()
+    assert recalibrate_batchnorm(model, data, seed=3) and model.training
+    inputs = data.tensors[0] @ model[0].weight.T + model[0].bias
+    torch.testing.assert_close(model[1].running_mean, inputs.mean(0), rtol=1e-4, atol=1e-5)
+    own = zip(model.named_parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(one, other) for (_, one), other in own)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_data_that_can_be_read_once_are_trained_on_all_the_same() -> None:
+    _, model, data = pruned()
+    batches = iter(list(DataLoader(data, batch_size=100)))
+    assert finetune(model, batches, FineTune(epochs=1), progress=False).steps == 15
+
+
+def test_without_statistics_or_with_bad_data() -> None:
+    plain = nn.Sequential(nn.Linear(12, 3))
+    assert not recalibrate_batchnorm(plain, TensorDataset(torch.randn(8, 12), torch.zeros(8, dtype=torch.long)))
+    _, model, data = pruned()
+    before = statistics(model)
+    x = data.tensors[0].clone()
+    x[700] = torch.nan
+    with pytest.raises(ValueError, match="statistics of the data are not finite"):
+        recalibrate_batchnorm(model, TensorDataset(x, data.tensors[1]))
+    with pytest.raises(ValueError, match="samples must be"):
+        recalibrate_batchnorm(model, data, samples=0)
+    assert all(torch.equal(one, other) for one, other in zip(before, model.buffers(), strict=True))
