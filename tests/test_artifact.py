@@ -342,3 +342,23 @@ def test_the_digest_of_weights_tells_shapes_and_names_apart() -> None:
         second.weight.copy_(first.weight.view(2, 3))
     named = nn.ModuleDict({"x": second})
     assert len({weights_sha256(model) for model in (first, second, named)}) == 3
+
+
+def test_a_network_that_cannot_be_saved_says_so_in_the_report() -> None:
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: object) -> None:
+            pass
+
+    report = prune(Noting(), None, 0.5, "magnitude", progress=False)
+    (note,) = (note for note in report.notes if note.startswith("report.save cannot write this network"))
+    assert "_extra_state" in note

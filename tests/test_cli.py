@@ -644,3 +644,11 @@ def test_what_was_pruned_is_measured_as_it_is(call, tmp_path: Path, monkeypatch:
     for options, count in (("--pruned", out), 0), (PRUNE[-2:], 1), ((*PRUNE[-2:], "--no-recalibrate"), 1):
         assert call("eval", *PRUNE[1:5], *options)[0] == 0
         assert len(repaired) == count
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_it_is_pruned(call, tmp_path: Path) -> None:
+    named = ("--model", "tests.tiny:noting", "--data", "tests.tiny:data", "--method", "magnitude")
+    status, text, error = call("prune", *named, "--out", str(tmp_path / "out"))
+    assert (status, text) == (2, "") and "which cannot be saved (leave --out out)" in error
+    assert not (tmp_path / "out").exists()
+    assert call("prune", *named)[0] == 0

@@ -198,3 +198,11 @@ def test_the_default_targets_can_be_added_to() -> None:
     for targets in ((*DEFAULT_TARGETS, "GRU"), ("Linear", "Conv2d")):
         with pytest.raises(ValueError, match=r"GRU|Linear"):
             select_parameters(model, targets)
+
+
+def test_complex_weights_are_refused_and_not_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(4, 5, dtype=torch.complex64), nn.Linear(5, 3))
+    for targets in (DEFAULT_TARGETS, ("0.weight", "1.weight")):
+        with pytest.raises(ValueError, match=r"'0.weight' is complex, .*ignore= leaves it alone"):
+            select_parameters(model, targets)
+        assert select_parameters(model, targets, ignore=("0",)).names == ("1.weight",)

@@ -76,13 +76,15 @@ def check_dense(model: nn.Module, trouble: str) -> None:
     Raises:
         ValueError: If it holds more.
     """
-    odd = [
-        name
-        for name, value in model.state_dict().items()
-        if not (isinstance(value, Tensor) and value.layout is torch.strided)
-    ]
+    odd = not_dense(model)
     if odd:
         raise ValueError(f"the model's state_dict holds more than dense tensors, {trouble}: {_some(odd)}")
+
+
+def not_dense(model: nn.Module) -> list[str]:
+    """Return the names of what is no dense tensor in a model's state_dict."""
+    state = model.state_dict().items()
+    return [name for name, value in state if not (isinstance(value, Tensor) and value.layout is torch.strided)]
 
 
 def weights_sha256(model: nn.Module) -> str:

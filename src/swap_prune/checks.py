@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checked_seed", "first_line", "is_finite", "is_number", "positive_number", "user_path", "whole_number"]
+__all__ = [
+    "checked_seed",
+    "first_line",
+    "is_finite",
+    "is_number",
+    "positive_number",
+    "some_of",
+    "user_path",
+    "whole_number",
+]
 
 
 def is_number(value: object) -> bool:
@@ -94,3 +104,8 @@ def first_line(error: BaseException, *, typed: bool = False) -> str:
     text, name = str(error).strip(), type(error).__name__
     line = text.splitlines()[0] if text else name
     return f"{name}: {line}" if typed and text else line
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first three of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

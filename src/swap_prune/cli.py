@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from swap_prune.artifact import load_pruned, load_report, load_weights
+from swap_prune.artifact import check_dense, load_pruned, load_report, load_weights
 from swap_prune.checks import checked_seed
 from swap_prune.console import own_output, print_json, run, say, say_notes, show, show_plan, show_table
 from swap_prune.distributed import is_first, launched, own_device
@@ -164,6 +164,8 @@ def prune(
         training = None if finetune is None else parse_finetune(finetune)
         target = check_output_directory(out, checkpoint) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)
+        if target is not None:
+            check_dense(network, "which cannot be saved (leave --out out)")
         report = _go_on(
             checkpoint,
             network,

@@ -166,8 +166,7 @@ def select_parameters(
     for candidate in candidates:
         if candidate.name not in chosen:
             continue
-        if isinstance(candidate.parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter {candidate.name!r} is not initialised: run the model once, then prune")
+        _check_real(candidate)
         if candidate.parameter.is_floating_point() and candidate.parameter.numel() > 0:
             shapes[candidate.name] = candidate.parameter.shape
     if not shapes:
@@ -241,6 +240,14 @@ def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) ->
         looked_up = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
         if weight and not looked_up and not any(_matches(pattern, candidate) for pattern in ignore):
             yield candidate
+
+
+def _check_real(candidate: _Candidate) -> None:
+    """Refuse a parameter that is not there yet, or is complex."""
+    if isinstance(candidate.parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"parameter {candidate.name!r} is not initialised: run the model once, then prune")
+    if candidate.parameter.is_complex():
+        raise ValueError(f"{candidate.name!r} is complex, and real weights are pruned: ignore= leaves it alone")
 
 
 def layer_floors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -308,3 +309,40 @@ def test_a_causal_loss_needs_labels_of_tokens() -> None:
 class Named(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x), 4)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+@pytest.mark.parametrize("kind", ["object", "tuple", "nested"])
+def test_logits_are_found_or_said_where_they_are(kind: str) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            z = self.body(x)
+            return {"object": Output(z), "tuple": (z,), "nested": {"out": {"z": z}}}[kind]
+
+    model, batch = Wrapped(), {"x": torch.randn(6, 5, 4), "labels": torch.randint(3, (6, 5))}
+    find = {"tuple": lambda m, inputs: m(**inputs)[0], "nested": lambda m, inputs: m(**inputs)["out"]["z"]}
+    loss = TokenCrossEntropy(forward=find[kind]) if kind in find else TokenCrossEntropy()
+    expected = nn.functional.cross_entropy(model.body(batch["x"]).mT, batch["labels"], reduction="none").mean(1)
+    torch.testing.assert_close(loss(model, batch), expected)
+    prune(model, [batch], 0.5, "lr", loss_fn=loss, progress=False)
+    if kind == "tuple":
+        with pytest.raises(ValueError, match="forward=, a function"):
+            TokenCrossEntropy()(model, batch)
+
+
+PAIR = ((torch.zeros(3, 4), torch.zeros(3, 4)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.zeros(3, 4), "labels": torch.zeros(3)}, PAIR], ids=["dict", "pair"])
+def test_the_default_loss_names_what_takes_other_batches(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"loss_fn=swap_prune.TokenCrossEntropy\(\), which takes them"):
+        prune(nn.Linear(4, 3), [batch], 0.5, "lr", progress=False)

@@ -330,7 +330,16 @@ def test_batches_are_read_when_their_turn_comes_and_are_those_of_a_draw():
 
 @pytest.mark.parametrize(
     ("size", "shares"),
-    [(100, (20, 10)), (30, (20, 10)), (28, (20, 8)), (24, (20, 4)), (21, (17, 4)), (10, (8, 2)), (4, (4, 0))],
+    [
+        (100, (20, 10)),
+        (30, (20, 10)),
+        (28, (20, 8)),
+        (24, (20, 4)),
+        (21, (17, 4)),
+        (19, (19, 0)),
+        (10, (10, 0)),
+        (4, (4, 0)),
+    ],
 )
 def test_few_samples_are_shared_out(size, shares):
     assert share_out_samples(size, 20, 10) == shares

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -420,3 +421,30 @@ def test_floors_save_a_network_that_the_regression_would_cut() -> None:
         middle[floor] = report.layers["2.weight"].kept
     assert middle[0.0] < 40 < 60 < middle["auto"]
     assert accuracies["auto"] > accuracies[0.0] + 0.25, accuracies
+
+
+def test_a_handful_of_samples_does_not_send_the_weights_away() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4000, 12)
+    y = (torch.tanh(x) @ torch.randn(12, 3) + 0.5 * torch.randn(4000, 3)).argmax(1)
+    dense = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimiser = torch.optim.Adam(dense.parameters(), 3e-3)
+    for _ in range(400):
+        chosen = torch.randint(3000, (64,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(dense(x[chosen]), y[chosen]).backward()
+        optimiser.step()
+
+    def loss(model: nn.Module) -> float:
+        return float(nn.functional.cross_entropy(model(x[3000:]), y[3000:]).detach())
+
+    magnitude = copy.deepcopy(dense)
+    prune(magnitude, None, 0.8, "magnitude", progress=False)
+    for count, seed in itertools.product((5, 8, 10), range(6)):
+        few = torch.randperm(3000, generator=torch.Generator().manual_seed(seed))[:count]
+        model = copy.deepcopy(dense)
+        report = prune(model, TensorDataset(x[few], y[few]), 0.8, "lr", seed=seed, progress=False)
+        assert report.stages[0].samples == count and len(report.notes) == 2, (
+            "none is held out, and both notes are there"
+        )
+        assert loss(model) < 1.5 * loss(magnitude)

@@ -33,7 +33,7 @@ def test_one_target_that_stands_for_a_missing_one_is_said() -> None:
     for place in range(0, 300, 25):  # a fifth is held out
         bad = y.index_put((torch.tensor(place), torch.tensor(0)), torch.tensor(-9999.0))
         report = prune(network(), TensorDataset(x, bad), 0.5, "lr", loss_fn=SquaredError(), progress=False)
-        assert any("one calibration sample has 100 % of the loss" in note for note in report.notes), place
+        assert any("one calibration sample has 100 % of what the losses have" in note for note in report.notes), place
 
 
 @pytest.mark.parametrize("offset", [0.0, -50.0])
@@ -43,6 +43,46 @@ def test_it_is_a_share_of_what_is_above_the_median(offset: float) -> None:
     losses[3] = 100 + offset
     assert share_of_largest(losses) == pytest.approx(99.49 / 111.74, rel=1e-5)
     assert share_of_largest(losses[:10]) is None is share_of_largest(torch.ones(64))
+    losses[4] = 10 + offset
+    assert share_of_largest(losses) is None, "the next is not far behind"
+
+
+def test_a_well_trained_classifier_has_no_odd_sample() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2000, 10)
+    y = (x[:, 0] > 0).long()
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(400):
+        chosen = torch.randint(2000, (64,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimiser.step()
+    report = prune(model, TensorDataset(x, y), 0.5, "lr", samples=300, progress=False)
+    assert not any("one calibration sample" in note for note in report.notes)
+
+
+def behind_no_grad() -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.backbone(inputs).relu()
+            return self.head(hidden)
+
+    return Net()
+
+
+@pytest.mark.parametrize("method", ["lr", "obd"])
+def test_layers_that_no_gradient_reaches_are_named(method: str) -> None:
+    data = TensorDataset(torch.randn(60, 4), torch.randn(60, 1))
+    for model, named in ((behind_no_grad(), True), (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), False)):
+        report = prune(model, data, 0.5, method, samples=40, loss_fn=SquaredError(), stages=2, progress=False)
+        assert any(note.startswith("no gradient reaches backbone.weight: behind") for note in report.notes) == named
+        assert report.stages[0].evidence.get("without_gradient") == (["backbone.weight"] if named else None)
 
 
 @pytest.mark.parametrize("source", ["numpy", "python"])

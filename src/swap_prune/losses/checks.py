@@ -52,15 +52,19 @@ def check_pair(batch: Any) -> None:
             what = f"a {type(batch).__name__} of {len(batch)}"
         elif isinstance(batch, Tensor):
             what = f"a tensor of shape {tuple(batch.shape)}"
+        labelled = isinstance(batch, Mapping) and "labels" in batch
+        labelled = labelled or (is_pair and isinstance(batch[1], Tensor) and not isinstance(batch[0], Tensor))
+        own = "swap_prune.TokenCrossEntropy(), which takes them, or a function of your own" if labelled else ""
         raise ValueError(
-            f"the default loss needs batches (inputs, targets) of tensors, got {what}; pass loss_fn=, "
+            f"the default loss needs batches (inputs, targets) of tensors, got {what}; pass loss_fn={own}, "
             "or wrap tensors X, y as torch.utils.data.TensorDataset(X, y)"
         )
     inputs, targets = batch
     if inputs.ndim and targets.ndim and len(inputs) != len(targets):
         raise ValueError(
             "a batch (inputs, targets) must have a target for each input: "
-            f"there are {len(targets)} targets, and not as many inputs"
+            f"there are {len(targets)} targets and {len(inputs)} inputs. Samples are the first dimension: transpose "
+            "where it is another"
         )
 
 

@@ -8,7 +8,7 @@ Place in the pipeline: a loss, as :mod:`swap_prune.losses` describes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,17 +56,19 @@ class TokenCrossEntropy:
     """Cross-entropy of each sample, the mean over its labelled tokens; a ``GaussNewtonLoss``.
 
     A batch is a dict of the model's arguments and the labels, or a pair ``(what the model takes, labels)``. The model
-    returns logits with the classes last, or a mapping that has them under ``"logits"``.
+    returns logits with the classes last, or a mapping or an object that has them under the name ``logits``.
 
     Attributes:
         labels: Key of the labels, (n, T) or (n,), in a dict; all other entries are the model's arguments.
         causal: Whether logits at a token are for the label of the next one.
         temperature: As for :class:`swap_prune.losses.CrossEntropy`.
+        forward: ``(model, what the model takes) -> logits``; by default the model is called with what the batch holds.
     """
 
     labels: str = "labels"
     causal: bool = False
     temperature: float = 4.0
+    forward: Callable[[nn.Module, Any], Any] = call_model
 
     def __post_init__(self) -> None:
         CrossEntropy(self.temperature)  # checks it
@@ -82,9 +84,11 @@ class TokenCrossEntropy:
             ValueError: If the batch holds no labels, or the logits do not fit them.
         """
         inputs, labels = told_apart(batch, self.labels, self)
-        logits = call_model(model, inputs)
+        logits = self.forward(model, inputs)
         if isinstance(logits, Mapping):
             logits = logits["logits"]
+        elif not isinstance(logits, Tensor):
+            logits = getattr(logits, "logits", logits)
         wanted = labels.shape
         if self.causal and len(wanted) < 2:
             raise ValueError(
@@ -94,7 +98,8 @@ class TokenCrossEntropy:
         if not isinstance(logits, Tensor) or logits.shape[:-1] != wanted:
             raise ValueError(
                 f"TokenCrossEntropy needs logits {(*wanted, 'classes')} for labels {tuple(wanted)}, got "
-                f"{describe(logits)}; the classes come last"
+                f"{describe(logits)}; the classes come last, and forward=, a function (model, inputs) -> logits, says "
+                "where they are"
             )
         if self.causal:
             logits = logits[:, :-1]

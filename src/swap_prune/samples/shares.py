@@ -7,11 +7,14 @@ __all__ = ["HELD_OUT", "JUDGED", "share_out_samples"]
 HELD_OUT = 512  # samples held out for a method that chooses by them, at most as many as are captured
 JUDGED = 1024  # samples that numbers of stages are compared on, at the most; the fewer, the sooner the search ends
 
+_LEAST_HELD_OUT = 4  # fewer choose worse than nothing: steps run away along what one or two of them say
+
 
 def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]:
     """Return how many of the samples that there are get fitted, and how many are held out.
 
-    Where there are fewer than are asked for, a fifth is held out, or what is left beside ``samples``, if that is more.
+    Where there are fewer than are asked for, a fifth is held out, or what is left beside ``samples``, if that is more;
+    none, where that is less than four.
 
     Args:
         size: Samples that there are.
@@ -21,4 +24,4 @@ def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]
     if size >= samples + held_out:
         return samples, held_out
     spare = max(min(held_out, size // 5), size - samples)
-    return size - spare, spare
+    return (size - spare, spare) if spare >= _LEAST_HELD_OUT else (min(size, samples), 0)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from swap_prune.artifact import count_layers, save_artifact
+from swap_prune.artifact import count_layers, not_dense, save_artifact
+from swap_prune.checks import some_of
 from swap_prune.defences import name_of
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Request
@@ -45,7 +46,7 @@ def account(
     kept = sum(layer.kept for layer in layers.values())
     if kept != stages[-1].kept:
         notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
-    notes += _of_samples(request, settings, stages[-1]) + _held_against(request, stages)
+    notes += _of_samples(request, settings, stages) + _held_against(request, stages)
     notes += _of_layers(model, request, settings, [name for name, layer in layers.items() if layer.kept == 0])
     return PruningReport(
         method=request.solver.name,
@@ -62,12 +63,12 @@ def account(
     ).bind(save_artifact, model)
 
 
-def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -> list[str]:
-    """Say what there is to know of the calibration samples, by the last stage."""
-    notes = []
+def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageReport]) -> list[str]:
+    """Say what there is to know of the calibration samples, by the first and the last stage."""
+    notes, first, last = list[str](), stages[0], stages[-1]
     if 0 < last.samples < settings["samples"]:
         notes.append(f"samples used in a stage: {last.samples}, fewer than the {settings['samples']} asked for")
-    elif 0 < last.samples < _FEW and request.solver.needs_held_out:
+    if 0 < last.samples < _FEW and request.solver.needs_held_out:
         notes.append(f"{last.samples} calibration samples are too few to choose settings by: give some hundred")
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
@@ -75,6 +76,11 @@ def _of_samples(request: Request, settings: dict[str, Any], last: StageReport) -
         notes.append(
             "all gradients of the calibration samples are zero, so that they say nothing of any weight: check the "
             "labels and the loss"
+        )
+    elif "without_gradient" in first.evidence:
+        notes.append(
+            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), "
+            "or not used by the calibration samples? They say nothing of these weights: ignore= leaves them alone"
         )
     if "few_classes" in last.evidence:
         seen, classes, count = last.evidence["few_classes"]
@@ -118,8 +124,14 @@ def _of_layers(model: nn.Module, request: Request, settings: dict[str, Any], emp
         notes += _left_alone(request.selection.total, unnamed_weights(model, request.selection, settings["ignore"]))
     frozen = frozen_among(model, request.selection.names)
     if frozen:
-        shown = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
-        notes.append(f"parameters that require no gradient were pruned too ({shown}): ignore= leaves them alone")
+        notes.append(
+            f"parameters that require no gradient were pruned too ({some_of(frozen)}): ignore= leaves them alone"
+        )
+    if odd := not_dense(model):
+        notes.append(
+            f"report.save cannot write this network, whose state_dict holds more than dense tensors ({some_of(odd)}): "
+            "use torch.save(model.state_dict(), ...)"
+        )
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")
     return notes

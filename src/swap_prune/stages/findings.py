@@ -22,6 +22,7 @@ class StageFindings:
         few_classes: How many classes the labels are of, how many there are, and how many labels: data in order?
         one_sample_rules: Share of one sample in what losses have above their median.
         gradients_are_zero: Whether all of them are.
+        without_gradient: Layers whose gradients are all zero in the first stage, where others' are not.
         rows_clipped: Share of the rows that were scaled down.
         noise_seen: Share of noise in the energy of the gradients.
         noise_left: Why rows that should be cleaned are not.
@@ -37,6 +38,7 @@ class StageFindings:
     few_classes: list[int] | None = None
     one_sample_rules: float | None = None
     gradients_are_zero: bool = False
+    without_gradient: list[str] | None = None
     rows_clipped: float | None = None
     noise_seen: float | None = None
     noise_left: str | None = None

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import slice_batch
+from swap_prune.selection import Selection
 
-__all__ = ["WatchedLosses", "few_classes", "share_of_largest"]
+__all__ = ["WatchedLosses", "few_classes", "share_of_largest", "without_gradient"]
 
-_RULES = 0.5  # of what losses have above their median: as much for one sample alone
+_RULES = 0.5  # of what losses have above their median: as much for one sample alone,
+_AHEAD = 20.0  # and so many times as much as for the next: one that is merely hard is not far ahead
 _LEAST_SAMPLES = 32  # of which one is not to have that much
 
 
@@ -51,8 +54,15 @@ def share_of_largest(losses: Tensor) -> float | None:
     if len(losses) < _LEAST_SAMPLES:
         return None
     above = (losses.double() - losses.double().median()).clamp_min(0)
-    share = float(above.max() / above.sum().clamp_min(torch.finfo(above.dtype).tiny))
-    return share if share > _RULES else None
+    largest, second = above.topk(2).values.tolist()
+    share = largest / max(float(above.sum()), torch.finfo(above.dtype).tiny)
+    return share if share > _RULES and largest >= _AHEAD * second else None
+
+
+def without_gradient(factor: DenseFactor, selection: Selection) -> list[str]:
+    """Return the names of the layers whose gradients are zero in all rows of G (n, p)."""
+    places = selection.slices()
+    return [name for name, place in places.items() if not bool(factor.matrix[:, place].any())]
 
 
 class WatchedLosses:

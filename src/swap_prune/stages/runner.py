@@ -46,7 +46,7 @@ from swap_prune.stages.capturing import RowCapture, joins_rows
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defended, Defender
 from swap_prune.stages.findings import StageFindings
-from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest
+from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
@@ -200,19 +200,21 @@ class StageRunner:
         """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what was found."""
         rows = RowCapture(self.model, self.request, self.storage, number)
         capture, reused = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance)
-        are_zero = False
+        silent: list[str] = []
         if isinstance(capture.factor, DenseFactor):
-            are_zero = not bool(capture.factor.matrix.any())
+            silent = without_gradient(capture.factor, self.request.selection)
             noisy = self._noisy(capture.factor, self.noise_generator)
             capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
         defender = Defender(self.model, self.request, self.storage, number, joined=joins_rows(self.request, fitting))
         defended = defender.defend(capture, fitting)
+        all_silent = len(silent) == len(self.request.selection.names)
         findings = replace(
             findings,
             rows_reused=reused,
             few_classes=few_classes(self.model, self.request.loss, fitting),
             one_sample_rules=share_of_largest(capture.losses),
-            gradients_are_zero=are_zero,
+            gradients_are_zero=all_silent,
+            without_gradient=silent if silent and number == 1 and not all_silent else None,
             rows_clipped=defended.clipped or None,
             noise_seen=defended.noise or None,
             noise_left=defended.left,
