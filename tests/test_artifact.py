@@ -362,3 +362,19 @@ def test_a_network_that_cannot_be_saved_says_so_in_the_report() -> None:
     report = prune(Noting(), None, 0.5, "magnitude", progress=False)
     (note,) = (note for note in report.notes if note.startswith("report.save cannot write this network"))
     assert "_extra_state" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool])
+def test_whole_numbers_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")  # num_batches_tracked is one by right
+    torch.save({name: value.to(dtype) for name, value in model.state_dict().items()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"'0.weight' is (int|bool).* real number in .* were quantised"):
+        load_weights(model, tmp_path / "w.pt")
+
+
+def test_a_wrapped_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": nn.Linear(4, 3).state_dict(), "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="got keys model_state_dict, epoch; under 'state_dict' or 'model'"):
+        load_weights(nn.Linear(4, 3), tmp_path / "w.pt")

@@ -20,7 +20,7 @@ import torch
 
 from swap_prune import LR, FineTune
 from swap_prune.artifact import load_report
-from swap_prune.cli import app, run
+from swap_prune.cli import app, main, run
 from swap_prune.experiments.datasets import AugmentedImages, ImageData, ImageTensors
 from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.images import AugmentedBatches
@@ -652,3 +652,20 @@ def test_a_network_that_cannot_be_saved_is_refused_before_it_is_pruned(call, tmp
     assert (status, text) == (2, "") and "which cannot be saved (leave --out out)" in error
     assert not (tmp_path / "out").exists()
     assert call("prune", *named)[0] == 0
+
+
+@pytest.mark.parametrize("given", [("--out", ""), ("--out=",), ("",)])
+def test_an_empty_argument_is_no_path(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", "--model", "tests.tiny:network", "--data", "tests.tiny:data", *given])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "is empty: is a shell variable not set?" in error
+    assert ("--out" in error) == ("--out" in given[0])
+
+
+def test_settings_without_effect_are_noted(call) -> None:
+    named = ("--model", "tests.tiny:network", "--data", "tests.tiny:data", "--method", "magnitude", "--json")
+    _, text, _ = call("prune", *named, "--storage", "float16", "--noise", "gradient:std=1")
+    notes = json.loads(text)["notes"]
+    assert "magnitude takes no gradients: storage=, noise on gradients makes no difference" in notes
+    assert not any("makes no difference" in note for note in json.loads(call("prune", *named)[1])["notes"])

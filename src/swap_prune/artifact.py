@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from swap_prune.checks import first_line, user_path
+from swap_prune.checks import first_line, some_of, user_path
 from swap_prune.files import check_output_directory, write_directory
 from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
@@ -210,7 +210,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _check_state(path: Path, state: Any) -> None:
     """Refuse what is not a mapping of names to tensors that parameters can be copied from."""
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights file {path} must hold a state_dict of tensors, got a {type(state).__name__}")
+        raise ValueError(f"weights file {path} must hold a state_dict of tensors, got {_contents(state)}")
     odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
     if odd:
         raise ValueError(
@@ -219,6 +219,13 @@ def _check_state(path: Path, state: Any) -> None:
         )
     if not all(isinstance(name, str) for name in state):
         raise ValueError(f"weights file {path} must hold a state_dict of tensors by name; its keys are no names")
+
+
+def _contents(state: Any) -> str:
+    """Say what a file holds in place of a state_dict."""
+    if not isinstance(state, Mapping) or not state:
+        return f"an empty {type(state).__name__}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+    return f"keys {some_of(list(map(str, state)))}; under 'state_dict' or 'model' it would be found"
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -262,12 +269,22 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             f"the shapes of {path} do not match {type(model).__name__}: {name!r} is {tuple(state[name].shape)} "
             f"in the file and {tuple(own[name].shape)} in the model ({len(wrong)} differ)"
         )
+    whole = [n for n in state if n in own and own[n].is_floating_point() and not _is_inexact(state[n])]
+    if whole:
+        raise ValueError(
+            f"{whole[0]!r} is {_kind_of(state[whole[0]])} in {path}, and a real number in {type(model).__name__}: the "
+            "weights were quantised, or are those of another network; save them as floating-point numbers"
+        )
     if imaginary:
         raise ValueError(
             f"{imaginary[0]!r} is {_kind_of(state[imaginary[0]])} in {path}, and real in {type(model).__name__}: its "
             "imaginary part would be lost"
         )
     model.load_state_dict(dict(state), strict=False)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _some(names: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "checked_seed",
+    "counted",
     "first_line",
     "is_finite",
     "is_number",
@@ -109,3 +110,8 @@ def first_line(error: BaseException, *, typed: bool = False) -> str:
 def some_of(names: Sequence[str]) -> str:
     """Return the first three of some names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: ``1 run``, ``2 runs``."""
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -342,7 +342,20 @@ app.command()(own_output(commands.report))
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; every error that a user can mend is one line on standard error."""
-    sys.exit(run(lambda: app(args=arguments, standalone_mode=False)))
+    sys.exit(run(lambda: app(args=_given(arguments), standalone_mode=False)))
+
+
+def _given(arguments: list[str] | None) -> list[str]:
+    """Return the arguments, none of which may be empty: a path of no letters would be the working directory."""
+    given = sys.argv[1:] if arguments is None else arguments
+    before = ""
+    for argument in given:
+        option, equals, value = argument.partition("=")
+        if not argument or (option.startswith("--") and equals and not value):
+            named = (option if argument else before) or "an argument"
+            raise ValueError(f"{named} is empty: is a shell variable not set?")
+        before = argument
+    return given
 
 
 def _load(

@@ -72,7 +72,7 @@ def _ended_in_words() -> Iterator[None]:
     """Run a block that clears up, and says why it ended, where it is terminated."""
 
     def end(number: int, _frame: Any) -> None:
-        raise _Terminated(f"ended by {signal.Signals(number).name}; a file that was written is whole")
+        raise _Terminated(f"ended by {signal.Signals(number).name}; files that were written are complete")
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
@@ -147,7 +147,7 @@ def _own_descriptor() -> Iterator[TextIO]:
     own = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
     try:
-        with open(own, "w", buffering=1, encoding=sys.stdout.encoding, closefd=False) as results:
+        with open(own, "w", 1, sys.stdout.encoding, "backslashreplace", closefd=False) as results:
             yield results
     finally:
         os.dup2(own, _STDOUT)

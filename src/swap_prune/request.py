@@ -20,7 +20,7 @@ from swap_prune.distributed import process_count
 from swap_prune.fisher.noise import NoiseChain, parse_noise
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory.planning import check_storage
-from swap_prune.methods import Method, resolve_method
+from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.network.device import check_values
 from swap_prune.network.modes import check_no_inference
 from swap_prune.regression.pattern import GroupPattern, parse_pattern
@@ -29,7 +29,7 @@ from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery.batchnorm import batchnorm_layers
 from swap_prune.training.settings import FineTune
 
-__all__ = ["Request", "calibrating", "check_request", "limits_of"]
+__all__ = ["Request", "calibrating", "check_pattern", "check_request", "limits_of"]
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ def check_request(
     check_no_inference(model)
     check_values(model)
     _check_finite(model, selection)
-    if pattern is not None and not getattr(solver, "keeps_patterns", True):
-        raise ValueError(f"method {solver.name!r} does not support pattern={pattern!r}: use lr, ewr or sparsegpt")
+    check_pattern(solver, pattern)
     floors, grouped = limits_of(model, selection, keep_count(selection.total, sparsity), min_keep, pattern)
     return Request(
         solver=solver,
@@ -172,6 +171,17 @@ def check_request(
         | ({} if pattern is None else {"pattern": pattern})
         | ({} if finetune is None else {"finetune": finetune.settings()}),
     )
+
+
+def check_pattern(solver: Method, pattern: str | None) -> None:
+    """Refuse a pattern that a method takes no account of.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if pattern is not None and not getattr(solver, "keeps_patterns", True):
+        others = ", ".join(name for name, kind in METHODS.items() if getattr(kind, "keeps_patterns", True))
+        raise ValueError(f"method {solver.name!r} does not support pattern={pattern!r}: use one of {others}")
 
 
 def limits_of(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,3 +170,54 @@ def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, case: st
 def test_missing_files_are_one_line(call, arguments: tuple[str, ...], message: str) -> None:
     status, out, err = call(*arguments)
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "method", "words"),
+    [
+        ('pattern = "1:2"', 'name = "cbs"', "'cbs' does not support pattern='1:2': use one of .*magnitude"),
+        ('targets = ["Linear", "0.bias"]', 'storage = "low-rank"', "storage 'low-rank' holds those of Linear and Conv"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_first(call, tmp_path: Path, setting: str, method: str, words: str) -> None:
+    text = FILE.replace("[0.5, 0.8]", f"[0.5]\n{setting}").replace("{ damping = 1.0, first_order = 0.0 }", "{}")
+    named = text.replace('name = "lr"', method if method.startswith("name") else f'name = "lr"\n{method}')
+    (tmp_path / "grid.toml").write_text(named)
+    status, out, err = call("experiment", "grid.toml", "--out", "out")
+    assert (status, out) == (2, "") and re.search(words, err), err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_written_is_shown_all_the_same(call, tmp_path: Path) -> None:
+    assert call("experiment", "grid.toml", "--out", "out")[0] == 0
+    (tmp_path / "file").touch()
+    status, out, err = call("report", "out", "--out", "file")
+    assert status == 2 and "| lr |" in out and "cannot be written to file (" in err and "name another by --out" in err
+    status, out, _ = call("report", "out", "--out", "elsewhere/tables", "--json")
+    assert status == 0 and all(Path(path).parent == Path("elsewhere/tables") for path in json.loads(out)["files"])
+    assert not (tmp_path / "out" / "tables.md").exists()
+
+
+def test_rows_are_left_for_other_runs(call, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(FILE.replace('name = "lr"', 'name = "lr"\nstorage = "mapped"'))
+    (tmp_path / "rows").mkdir()
+    status, _, err = call("experiment", "grid.toml", "--out", "out", "--keep-rows")
+    assert status == 2 and "give --scratch DIR" in err
+    assert call("experiment", "grid.toml", "--out", "out", "--keep-rows", "--scratch", "rows")[0] == 0
+    assert call("experiment", "grid.toml", "--out", "plain")[0] == 0
+    kept, plain = (
+        [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        for name in ("out", "plain")
+    )
+    reused = [bool(line["evidence"] and line["evidence"][0].pop("rows_reused", None)) for line in kept]
+    assert sum(reused) == 2, "the second sparsity of each seed"
+    for one, other in zip(kept, plain, strict=True):
+        assert all(one[name] == other[name] for name in ("id", "accuracy", "loss", "kept", "layers", "evidence"))
+
+
+def test_results_are_shown_whatever_letters_the_output_takes(call, tmp_path: Path) -> None:
+    assert call("experiment", "grid.toml", "--out", "out")[0] == 0
+    command = [sys.executable, "-m", "swap_prune", "report", "out"]
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "\\xb1" in done.stdout, done.stderr

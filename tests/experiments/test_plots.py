@@ -83,3 +83,31 @@ def test_no_text_is_a_formula(tmp_path: Path) -> None:
         result(label, 0, 90.0, settings=settings, layers={r"a$\c$": 0.8, "$": 0.9}) for label in ("lr $x^$ y", "$")
     ]
     assert all(path.exists() for path in write_plots(summarise(results), tmp_path))
+
+
+def test_long_texts_stay_in_the_picture(drawn) -> None:
+    noise = "adversarial:attack=pgd,budget=0.1,norm=linf,steps=10+labels:fraction=0.2,kind=symmetric"
+    layers = {f"model.blocks.{number}.attention.query.weight": 0.9 for number in range(40)}
+    labels = ["a label of some eighty letters to see what becomes of it in the legends of pictures", "another" * 9]
+    figures = drawn(*(result(label, 0, 90.0, kind, layers=layers) for label in labels for kind in ("none", noise)))
+    for name, figure in figures.items():
+        texts = [*(axis.title for axis in figure.axes), *figure.legends[0].get_texts(), figure._suptitle]
+        for text in texts:
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, (name, text.get_text())
+        left, right = figure.axes
+        assert left.title.get_window_extent().x1 < right.title.get_window_extent().x0
+        assert left.get_window_extent().height > 0.3 * figure.bbox.height, name
+
+
+def test_times_that_are_near_have_more_than_one_tick(drawn) -> None:
+    for times, scale in (((1.0, 1.3), "linear"), ((1.0, 30.0), "log")):
+        runs = [result(name, 0, 90.0, seconds=one) for name, one in zip(("lr", "ewr"), times, strict=True)]
+        (axis,) = drawn(*runs)["seconds.png"].axes
+        low, high = axis.get_xlim()
+        assert axis.get_xscale() == scale and sum(low <= tick <= high for tick in axis.get_xticks()) > 1
+
+
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path: Path) -> None:
+    write_plots(summarise([result("\u5e45", 0, 90.0)]), tmp_path)  # warnings are errors here
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000

@@ -18,17 +18,19 @@ from swap_prune.experiments.datasets import ImageData, load_dataset, recalibrati
 from swap_prune.experiments.evaluate import Evaluation, evaluate
 from swap_prune.experiments.images import iterate
 from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.fisher.capture.layers import UnsupportedLayerError
+from swap_prune.fisher.capture.low_rank import numbers_of_a_row
 from swap_prune.losses import cross_entropy, errors_worded
 from swap_prune.network.device import check_values
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import exact_kernels
 from swap_prune.randomness import seeded
-from swap_prune.request import limits_of
+from swap_prune.request import check_pattern, limits_of
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.numbered import known_length
 from swap_prune.samples.peek import peek
 from swap_prune.schedule import keep_count
-from swap_prune.selection import select_parameters
+from swap_prune.selection import Selection, select_parameters
 from swap_prune.surgery.batchnorm import repair_batchnorm
 
 __all__ = ["Bench", "prepare", "repair"]
@@ -45,6 +47,8 @@ class Bench:
         device: Where to compute.
         images: The data set; None for a loader of the user's, which is called anew for each use, since its
             batches may be readable only once.
+        scratch: Directory of temporary files; None: the system's.
+        keep_rows: Whether G of first stages is left there for other runs, by methods that hold it in a file.
     """
 
     experiment: Experiment
@@ -52,6 +56,8 @@ class Bench:
     data_dir: Path | None
     device: torch.device
     images: ImageData | None
+    scratch: Path | None = None
+    keep_rows: bool = False
 
     @property
     def weights_sha256(self) -> str:
@@ -123,11 +129,25 @@ def prepare(
     for sparsity in experiment.sparsities:
         keep = keep_count(selection.total, sparsity)
         limits_of(network, selection, keep, experiment.min_keep, experiment.pattern)
+    _check_methods(experiment, network, selection)
     own = entry is not None and entry.dataset == experiment.data
     mean, std = (entry.mean, entry.std) if entry is not None and own else (None, None)
     with seeded(0):
         images = load_dataset(experiment.data, data_dir, mean=mean, std=std)
     return Bench(experiment, network.to(device), data_dir, device, None if ":" in experiment.data else images)
+
+
+def _check_methods(experiment: Experiment, network: nn.Module, selection: Selection) -> None:
+    """Refuse methods that cannot do what the experiment asks of all."""
+    for method in experiment.methods:
+        check_pattern(method.resolve(), experiment.pattern)
+        if method.storage == "low-rank":
+            try:
+                numbers_of_a_row(network, selection, joined=False)
+            except UnsupportedLayerError as error:
+                raise ValueError(
+                    f"method {method.label!r}: storage 'low-rank' holds those of Linear and Conv layers ({error})"
+                ) from error
 
 
 def _find_weights(name: str | None, folder: Path, data_dir: Path | None) -> Path | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from swap_prune.checks import user_path
+from swap_prune.checks import counted, user_path
 from swap_prune.console import print_json, say, show
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
@@ -29,43 +29,54 @@ def experiment(
         Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or the cache")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    scratch: Annotated[Path | None, typer.Option(help="directory of temporary files; default the system's")] = None,
+    keep_rows: Annotated[
+        bool, typer.Option("--keep-rows", help='share G of first stages in --scratch, with storage = "mapped"')
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Do every run of a grid of methods, sparsities and seeds; can be interrupted at any time."""
     from swap_prune.experiments.results import check_directory  # file locks: not on every system
     from swap_prune.experiments.run import run_experiment
 
+    if keep_rows and scratch is None:
+        raise ValueError("--keep-rows needs a directory that stays: give --scratch DIR")
     file = user_path(file)
     grid = read_experiment(file)
     check_directory(out, resume=resume)
     try:
         bench = prepare(grid, file.parent, weights, data_dir, usable_device(device))
+        bench = replace(bench, scratch=scratch, keep_rows=keep_rows)
         outcome = run_experiment(bench, out, resume=resume, say=say)
     except KeyboardInterrupt:
         options = {"--weights": weights, "--data-dir": data_dir, "--device": None if device == "cpu" else device}
+        options |= {"--scratch": scratch}
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+        given += ["--keep-rows"] if keep_rows else []
         command = ["swap-prune", "experiment", str(file), "--out", str(out), *given, "--resume"]
         raise InterruptedError(f"interrupted; finished runs are kept. Go on with: {shlex.join(command)}") from None
     result = {**asdict(outcome), "out": str(out)}
     if as_json:
         print_json(result)
     else:
-        show(f"{outcome.total} runs: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
+        runs = counted(outcome.total, "run")
+        show(f"{runs}: {outcome.done} done, {outcome.failed} failed, {outcome.skipped} were there")
         show(f"tables and plots: {shlex.join(['swap-prune', 'report', str(out)])}")
     if outcome.failed:
-        failed = "1 run" if outcome.failed == 1 else f"{outcome.failed} runs"
+        failed = counted(outcome.failed, "run")
         say(f"{failed} failed; errors are in {out / 'results.jsonl'}, and --resume tries them again")
         raise typer.Exit(1)
 
 
 def report(
     directory: Annotated[Path, typer.Argument(help="what experiment wrote")],
+    out: Annotated[Path | None, typer.Option(help="directory for tables and plots; default beside the results")] = None,
     reference: Annotated[
         str | None, typer.Option(help="label of the method to take differences from; default the first that ran")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write tables and plots of an experiment's results, finished or not, beside them."""
+    """Show an experiment's results, finished or not, and write tables and plots of them."""
     from swap_prune.experiments.plots import write_plots  # matplotlib is slow to import
     from swap_prune.experiments.results import read_results
     from swap_prune.experiments.tables import as_markdown, summarise, write_tables
@@ -73,14 +84,18 @@ def report(
     directory = user_path(directory)
     results = read_results(directory)
     summary = summarise(results, reference)
-    files = [*write_tables(summary, directory), *write_plots(summary, directory)]
-    if as_json:
-        content = {
-            "reference": summary.reference,
-            "notes": summary.notes,
-            "rows": [asdict(row) for row in summary.cells],
-        }
-        print_json(content | {"files": [str(path) for path in files]})
+    if not as_json:
+        show(as_markdown(summary))
+    target = directory if out is None else user_path(out)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        files = [*write_tables(summary, target), *write_plots(summary, target)]
+    except OSError as error:
+        raise ValueError(
+            f"tables and plots cannot be written to {target} ({error.strerror or error}): name another by --out"
+        ) from error
+    if not as_json:
+        show("written: " + ", ".join(map(str, files)))
         return
-    show(as_markdown(summary))
-    show("written: " + ", ".join(map(str, files)))
+    content = {"reference": summary.reference, "notes": summary.notes, "rows": [asdict(row) for row in summary.cells]}
+    print_json(content | {"files": [str(path) for path in files]})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ __all__ = ["write_plots"]
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 _MARKERS = "os^DvP*X"
 _WIDEST = 3  # panels side by side; more cannot be read on a page
+_WIDTH, _LINE = 5.2, 66  # of a panel, in inches and in letters of a title
+_LETTER, _SHORT = 0.06, 16  # inches of a letter in the name of a layer; letters that there is room for
+_MARK = 8  # letters that a line's sample and margins take
+_SHORT_RANGE = 4.0  # between the least and the most seconds: below it an axis is linear
 
 
 def write_plots(summary: Summary, directory: Path) -> list[Path]:
@@ -38,7 +45,8 @@ def write_plots(summary: Summary, directory: Path) -> list[Path]:
     paths = []
     for name, draw in drawings.items():
         paths.append(directory / name)
-        with replacing(paths[-1]) as scratch:
+        with replacing(paths[-1]) as scratch, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box is drawn in its place
             _panels(summary, draw).savefig(scratch, dpi=110, metadata={"Software": None})
     return paths
 
@@ -47,21 +55,32 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str
     panels = summary.panels()
     columns = min(_WIDEST, -(-len(panels) // len({stages for stages, _ in panels})))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.2 + 5.2 * columns, 4.2 * rows), layout="constrained")
+    names = [len(name) for cell in summary.cells for name in cell.layers] if draw is _layers else []
+    below = _LETTER * max(0, max(names, default=0) - _SHORT)  # names of layers stand upright
+    figure = Figure(figsize=(1.2 + _WIDTH * columns, (4.2 + below) * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         draw(axis, summary, panel)
-        axis.set_title(_plain(f"{panel[0]} stage{'s' * (panel[0] != 1)}, noise: {panel[1]}"), fontsize=10)
+        axis.set_title(_plain(_lines(f"{panel[0]} stage{'s' * (panel[0] != 1)}, noise: {panel[1]}", 1)), fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axis.set_axisbelow(True)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    labels = [_plain(label) for label in summary.labels()]  # a panel may lack one
+    texts = [_lines(label, columns) for label in summary.labels()]  # a panel may lack one
+    longest = max(len(line) for text in texts for line in text.split("\n"))
+    abreast = max(1, min(len(texts), 2 * columns, int(_LINE * columns / (longest + _MARK))))
+    labels = list(map(_plain, texts))
     handles = [Line2D([], [], **_style(number)) for number in range(len(labels))]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns), frameon=False)
-    figure.suptitle(_plain(summary.title), fontsize=12)
+    figure.legend(handles, labels, loc="outside lower center", ncols=abreast, frameon=False)
+    figure.suptitle(_plain(_lines(summary.title, columns)), fontsize=12)
     return figure
+
+
+def _lines(text: str, columns: int) -> str:
+    """Return a text in lines that fit so many panels side by side; settings of noise are parted where lines may end."""
+    parted = re.sub(r"(?<=[,+])(?=\S)", " ", text) if len(text) > _LINE * columns - _MARK else text
+    return "\n".join(textwrap.wrap(parted, _LINE * columns - _MARK))
 
 
 def _plain(text: str) -> str:
@@ -116,12 +135,15 @@ def _seconds(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:
         seconds = [cell.seconds for cell in cells]
         accuracy = [cell.accuracy.mean for cell in cells if cell.accuracy]
         axis.errorbar(seconds, accuracy, yerr=_errors(cells), **_style(number) | {"linestyle": "none"})
+    axis.set_xlabel("seconds a run; a point is a sparsity")
+    axis.set_ylabel("test accuracy, %")
+    low, high = axis.dataLim.intervalx
+    if not high > _SHORT_RANGE * low > 0:
+        return
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # the default labels of a short range run into each other
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("seconds a run; a point is a sparsity")
-    axis.set_ylabel("test accuracy, %")
 
 
 def _layers(axis: Any, summary: Summary, panel: tuple[int | str, str]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from swap_prune.experiments.bench import Bench
-from swap_prune.experiments.config import Experiment, Run, plan_runs
-from swap_prune.experiments.datasets import ImageData, calibration_data, recalibration_data
+from swap_prune.experiments.config import Run, plan_runs
+from swap_prune.experiments.datasets import calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import Results, RunResult, open_results, shortest
 from swap_prune.pipeline import prune
@@ -121,7 +121,7 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
     network = copy.deepcopy(start)
     return_free_memory()  # of earlier runs
     reset_peak_memory(bench.device)
-    report = _prune(bench.experiment, network, bench.data(), run)
+    report = _prune(bench, network, run)
     peak = peak_memory(bench.device)
     measured = bench.measure(network)
     before: Evaluation | None = None
@@ -145,9 +145,9 @@ def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]
     }
 
 
-def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: Run) -> PruningReport:
+def _prune(bench: Bench, network: nn.Module, run: Run) -> PruningReport:
     """Call ``prune`` as a user would."""
-    noise = run.settings["noise"]
+    experiment, images, noise = bench.experiment, bench.data(), run.settings["noise"]
     return prune(
         network,
         calibration_data(images, run.seed),
@@ -167,6 +167,8 @@ def _prune(experiment: Experiment, network: nn.Module, images: ImageData, run: R
         defence=run.method.defence,
         memory=experiment.memory,
         storage=run.method.storage,
+        scratch=bench.scratch,
+        keep_rows=bench.keep_rows and run.method.storage == "mapped",
         seed=run.seed,
     )
 

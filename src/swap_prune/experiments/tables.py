@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from swap_prune.checks import counted
 from swap_prune.experiments.results import RunResult, shortest
 from swap_prune.files import replacing
 from swap_prune.selection import DEFAULT_TARGETS
@@ -202,7 +203,7 @@ def _less(run: RunResult | None, other: RunResult | None) -> float | None:
 
 
 def _notes(results: Sequence[RunResult], first: RunResult) -> list[str]:
-    notes = [f"{len(results)} runs. Settings: " + _settings(first)]
+    notes = [f"{counted(len(results), 'run')}. Settings: " + _settings(first)]
     failed = [result for result in results if result.error is not None]
     if failed:
         left_out = "1 run failed and is" if len(failed) == 1 else f"{len(failed)} runs failed and are"

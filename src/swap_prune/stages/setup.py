@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swap_prune.checks import some_of
 from swap_prune.distributed import Team, local_count, team_of
 from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
@@ -50,7 +51,7 @@ def settle_storage(
     """Choose how G is held, and say what a reader should know of that."""
     limit = memory_limit(memory, local_count(), place)
     if not request.solver.needs_gradients:
-        return Storage(), []
+        return Storage(), _without_effect(request)
     delete_abandoned(scratch)  # it takes room that there might be
     chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
     held, notes = chosen.require().storage, []
@@ -61,6 +62,13 @@ def settle_storage(
     if held.spilled != "nothing":
         notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
     return held, notes
+
+
+def _without_effect(request: Request) -> list[str]:
+    """Say which settings make no difference to a method that takes no gradients."""
+    idle = ["storage="] if request.storage not in ("auto", "sharded") else []
+    idle += ["noise on gradients"] if request.noise.acts_on_rows else []
+    return [f"{request.solver.name} takes no gradients: {some_of(idle)} makes no difference"] if idle else []
 
 
 def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
