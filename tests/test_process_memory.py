@@ -271,7 +271,7 @@ def test_fewer_samples_run_at_once_where_that_makes_it_fit() -> None:
     """What ResNet50 keeps of an image, and 256 of them as sixteen rows of mini-batches."""
     work = Workload(
         rows=16, samples=256, weights=25_500_000, kept=2_550_000, method="lr", kept_bytes=88 * 10**6,
-        largest_bytes=3_200_000, mini_batches=True, held=500 * 2**20, row_numbers=1_300_000,
+        largest_bytes=3_200_000, in_batches=True, held=500 * 2**20, row_numbers=1_300_000,
     )  # fmt: skip
     plans = {budget: plan_memory(work, budget * GB, "low-rank") for budget in (100, 8, 5)}
     assert [plan.require().storage.at_once for plan in plans.values()] == [64, 32, 16]
@@ -295,7 +295,7 @@ def test_a_gpu_with_room_takes_large_chunks_before_anything_is_spared() -> None:
 
 
 def test_slopes_under_noise_hold_the_gradients_of_all_mini_batches() -> None:
-    work = Workload(rows=60, samples=960, weights=10**6, kept=10**5, method="lr", mini_batches=True)
+    work = Workload(rows=60, samples=960, weights=10**6, kept=10**5, method="lr", in_batches=True)
     quiet, noisy = (
         plan_memory(replace(work, row_noise=noise), None, "float32").require().phases for noise in (False, True)
     )
@@ -392,7 +392,7 @@ def test_outputs_are_counted_where_they_are_held() -> None:
     load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr", spare=200)
     without, single, joined = (
         plan_memory(one, None).require().phases
-        for one in (load, replace(load, output_bytes=10**6), replace(load, output_bytes=10**6, mini_batches=True))
+        for one in (load, replace(load, output_bytes=10**6), replace(load, output_bytes=10**6, in_batches=True))
     )
     compared = 8 * 10**6  # a sample that runs forwards
     assert single["capture"] - without["capture"] == pytest.approx(1000 * 10**6 + 128 * compared, rel=0.05)

@@ -211,7 +211,7 @@ def prune(
             check_dense(model, "which a checkpoint cannot keep (leave checkpoint out)")
             same = identity(model, request, data, recalibration_data, recorded, place)
             kept = Checkpoint(checkpoint, same, placed.team)
-        notes += repair_batchnorm(model, runner.recalibration, request.loss) if request.normalised else []
+        notes += repair_batchnorm(model, runner.recalibration, request.loss) if request.recalibrates else []
         runner = taught(replace(runner, storage=placed), changing, before)
         if kept is not None:
             runner = checkpointed(runner, kept, place)

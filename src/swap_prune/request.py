@@ -45,7 +45,7 @@ class Request:
         pattern: What groups of neighbouring weights are held to.
         loss: Per-sample loss.
         curvature: The same loss, where G is a sketch of its Gauss-Newton matrix; else None.
-        normalised: Whether BatchNorm is recalibrated.
+        recalibrates: Whether BatchNorm is recalibrated.
         defences: Where noise is looked for, gradients, labels, inputs; or what is done to gradients.
         finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
@@ -62,7 +62,7 @@ class Request:
     pattern: GroupPattern | None
     loss: LossFn
     curvature: GaussNewtonLoss | None
-    normalised: bool
+    recalibrates: bool
     defences: frozenset[str]
     finetune: FineTune | None
     samples: int
@@ -71,9 +71,9 @@ class Request:
     settings: dict[str, Any]
 
     @property
-    def joined(self) -> bool:
+    def in_batches(self) -> bool:
         """Whether a mini-batch makes one row of G, with its own statistics."""
-        return self.normalised and self.curvature is not None
+        return self.recalibrates and self.curvature is not None
 
     @property
     def clips(self) -> bool:
@@ -149,7 +149,7 @@ def check_request(
         pattern=grouped,
         loss=loss,
         curvature=_curvature(solver, loss),
-        normalised=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
+        recalibrates=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
         defences=defences,
         finetune=finetune,
         samples=samples,
@@ -215,7 +215,7 @@ def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
         return data
     users = {
         f"method {request.solver.name!r}": request.solver.needs_gradients or request.solver.needs_inputs,
-        "recalibrate_batchnorm": request.normalised and recalibration_data is None,
+        "recalibrate_batchnorm": request.recalibrates and recalibration_data is None,
         "finetune": request.finetune is not None and recalibration_data is None,
         "stages='auto'": len(request.schedules) > 1,
     }

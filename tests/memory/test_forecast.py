@@ -39,7 +39,7 @@ def test_woodfisher_says_how_large_its_blocks_are(block, p, columns):
 @pytest.mark.parametrize("mini_batches", [False, True])
 def test_signs_that_are_held_count(kind, mini_batches):
     """Those of rows of mini-batches are drawn one by one; a matrix-free factor keeps all of them."""
-    work = replace(load(100, 10**5), samples=1600, row_numbers=9, mini_batches=mini_batches)
+    work = replace(load(100, 10**5), samples=1600, row_numbers=9, in_batches=mini_batches)
     with_outputs = replace(work, output_bytes=4000)
     plain, more = (memory_phases(one, Storage(kind)) for one in (work, with_outputs))
     signs, taught = 1600 * 4000, 1600 * 4000
@@ -66,7 +66,7 @@ def test_a_row_of_gradients_for_each_batch_counts_in_trials():
 
 def test_a_capture_of_mini_batches_holds_one_of_them():
     work = replace(load(2000, 1000), kept_bytes=10**6)
-    assert phases(replace(work, mini_batches=True))["capture"] < phases(work)["capture"] - 50 * 2 * 10**6
+    assert phases(replace(work, in_batches=True))["capture"] < phases(work)["capture"] - 50 * 2 * 10**6
 
 
 def test_processes_share_what_is_held():
@@ -80,7 +80,7 @@ def test_the_file_has_all_of_g_and_sharing_is_never_taken_by_itself(tmp_path):
 
 
 def test_samples_that_are_offered_make_whole_rows_of_mini_batches():
-    work = replace(load(10**5, 2_600_000), samples=16 * 10**5, mini_batches=True)
+    work = replace(load(10**5, 2_600_000), samples=16 * 10**5, in_batches=True)
     refused = plan_memory(work, 4 * GB, "float32")
     fits = int(re.search(r"samples=(\d+)", refused.why)[1])
     assert fits % 16 == 0

@@ -112,8 +112,10 @@ def test_algorithm_1_is_the_papers_steps_one_plan_each(gradient, anchor):
         x = pairing.factor.matvec(w)
         plan = transport_plan(x, pairing.target, 0.1 * mean_cost(x, pairing.target), anchor=anchor).plan
         objective = replace(pairing, target=barycentric_target(plan, pairing.target))
-        paper = pairing.factor.rmatvec(30 * plan @ (x - pairing.target)) + pairing.penalty * (w - problem.reference)
-        step = two_regime_step(objective, w, support, paper if gradient == "paper" else None)
+        if gradient == "paper":
+            values, vectors = torch.linalg.eigh(15 * (plan + plan.T))
+            objective = replace(pairing, smoothing=vectors @ values.clamp(min=0).diag() @ vectors.T)
+        step = two_regime_step(objective, w, support)
         w, support = step.weights, step.support
     method = EWR(solver="algorithm1", epsilon=0.1, anchor=anchor, ridge=0.05, gradient=gradient, couplings=3)
     solution = method.solve(problem, generator())

@@ -143,7 +143,7 @@ def _check_methods(experiment: Experiment, network: nn.Module, selection: Select
         check_pattern(method.resolve(), experiment.pattern)
         if method.storage == "low-rank":
             try:
-                numbers_of_a_row(network, selection, joined=False)
+                numbers_of_a_row(network, selection, in_batches=False)
             except UnsupportedLayerError as error:
                 raise ValueError(
                     f"method {method.label!r}: storage 'low-rank' holds those of Linear and Conv layers ({error})"

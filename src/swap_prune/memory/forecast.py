@@ -59,7 +59,7 @@ class Workload:
         kept_bytes: Bytes that one sample keeps for its backward pass; 0: none was run.
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
         row_bytes: Bytes that a row takes while it is made, where that is more than what a sample keeps; else 0.
-        mini_batches: Whether a row is the gradient of a mini-batch.
+        in_batches: Whether a row is the gradient of a mini-batch.
         row_noise: Whether a noise model changes the rows of G.
         slopes_held: Whether slopes are averaged over gradients that are held together, whatever is in them.
         sample_bytes: Bytes of a sample itself.
@@ -101,7 +101,7 @@ class Workload:
     training: int = 0
     largest_parameter: int = 0
     copies: int = 0
-    mini_batches: bool = False
+    in_batches: bool = False
     row_noise: bool = False
     slopes_held: bool = False
     held: int = 0
@@ -126,10 +126,10 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     rest = load.held + load.copies + libraries + 2 * vector  # copies of the weights: to restore, and those asked of
     rest += load.judged * load.sample_bytes if in_memory else 0
     forwards = storage.forwards
-    drawn_at_once = max(forwards, MINI_BATCH) if load.mini_batches else forwards
+    drawn_at_once = max(forwards, MINI_BATCH) if load.in_batches else forwards
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
-    signs = 0 if load.mini_batches and storage.holds_rows else load.samples * load.output_bytes
+    signs = 0 if load.in_batches and storage.holds_rows else load.samples * load.output_bytes
     lasting = signs if kind == "matrix-free" else 0
     common = rest + factor + drawn * load.sample_bytes + lasting
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
@@ -146,12 +146,12 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     known = _PASS_VECTORS * vector if kind == "matrix-free" else 0
     passes = known + _passes(load, storage) if kind == "matrix-free" else 0
     compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
-    drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.mini_batches else compared
+    drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.in_batches else compared
     shifted = 0
     if load.doubted:  # before G is there; shifted samples lie beside those that they were
         shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
-    if (load.row_noise or load.slopes_held) and not load.mini_batches:  # as rows of G
+    if (load.row_noise or load.slopes_held) and not load.in_batches:  # as rows of G
         again = factor + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
@@ -170,7 +170,7 @@ def _defence(load: Workload, kind: StorageKind) -> int:
     """Return what looking for noise in the rows holds: two looks at a few at once, and what is made of them."""
     if kind in HOLDING_NO_ROWS:
         return 0
-    looked_at = 2 if load.mini_batches else min(PIECE, load.rows)
+    looked_at = 2 if load.in_batches else min(PIECE, load.rows)
     if load.row_noise and kind == "float32":
         looked_at = max(looked_at, min(LOOKED_CLOSELY_AT, load.rows))
     return _SEEN * looked_at * load.itemsize * load.weights
@@ -179,7 +179,7 @@ def _defence(load: Workload, kind: StorageKind) -> int:
 def _slopes(load: Workload, storage: Storage) -> int:
     """Return what gradients of batches take: all of them together in float32, or sums that they are added to."""
     vector = load.itemsize * load.weights
-    if (load.row_noise or load.slopes_held) and load.mini_batches:  # those of mini-batches, and their mean
+    if (load.row_noise or load.slopes_held) and load.in_batches:  # those of mini-batches, and their mean
         return (load.rows + 1) * vector
     if storage.kind == "float32":
         return -(-load.samples // storage.at_once) * vector
@@ -233,9 +233,9 @@ def _capture(load: Workload, storage: Storage) -> int:
     piece = piece_bytes(load.device)
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
         chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)
-        chunk = MINI_BATCH if load.mini_batches else chunk
+        chunk = MINI_BATCH if load.in_batches else chunk
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
-    if load.mini_batches:
+    if load.in_batches:
         return MINI_BATCH * _backward_bytes(load, storage.spilled) + 3 * vector
     chunk = max(1, min(2 * at_once, load.rows, budget // (max(load.kept_bytes, load.row_bytes) + vector)))
     buffered = 1 if kind != "float32" else 0

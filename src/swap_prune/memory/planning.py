@@ -188,7 +188,7 @@ def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, 
         for n, spilled in _SPARING
         if spilled == "nothing" or (load.can_spill and kind != "sharded")
     ]
-    if load.device.type == "cuda" and kind not in HOLDING_NO_ROWS and not load.mini_batches:
+    if load.device.type == "cuda" and kind not in HOLDING_NO_ROWS and not load.in_batches:
         ways.insert(0, replace(ways[0], roomy=True))
     tried = [_attempt(load, way, limit, directory) for way in ways]
     fitting = [one for one in tried if limit is None or one.need <= limit]

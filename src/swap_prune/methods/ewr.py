@@ -37,7 +37,7 @@ from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost, plans_of
 from swap_prune.regression.two_regime import two_regime_step
-from swap_prune.transport import barycentric_target, transport_plan
+from swap_prune.transport import transport_plan
 
 __all__ = ["EWR"]
 
@@ -212,9 +212,10 @@ class EWR:
     def _algorithm_1(self, problem: PruningProblem) -> PruningSolution:
         """The paper's Algorithm 1, one stage.
 
-        Departure from the paper's text: its stage starts at ``w = w_bar``, where its gradient is zero; here it
-        starts at the hard-thresholded ``w_bar``. The objective that the step size looks at is that of the
-        fixed plan, whichever gradient gives the direction.
+        Departures from the paper's text: its stage starts at ``w = w_bar``, where its gradient is zero; here it
+        starts at the hard-thresholded ``w_bar``. And its gradient ``G^T nP (G w - y)`` is that of no function, unless P
+        is symmetric: here nP is replaced by its symmetric positive part (:func:`couple`), so that direction and step
+        size belong to one function. With a step size of another the direction leads uphill in some stages.
         """
         diagonal = problem.fisher().diagonal()
         plain = candidates_of(replace(self, metric="identity"), diagonal)[0]
@@ -228,15 +229,11 @@ class EWR:
             x = pairing.factor.matvec(fit.weights)
             epsilon = (1.0 if self.epsilon == "auto" else float(self.epsilon)) * self._unit(x, pairing.target)
             transport = transport_plan(x, pairing.target, epsilon, anchor=anchor)
-            plan, evidence["epsilon"] = transport.plan, epsilon
+            evidence["epsilon"] = epsilon
             if not transport.converged:
                 evidence["plan_converged"] = False
-            objective = replace(pairing, target=barycentric_target(plan, pairing.target))
-            direction = None
-            if self.gradient == "paper":
-                smoothing = (plan * len(x)).to(x.dtype)
-                direction = replace(pairing, smoothing=smoothing).gradient(fit.weights, x)
-            step = two_regime_step(objective, fit.weights, fit.support, direction)
+            coupling = Coupling(anchor, epsilon, self.gradient, debias=False)
+            step = two_regime_step(couple(pairing, x, coupling, [transport]), fit.weights, fit.support)
             if step.iterations == 0:
                 fit = replace(fit, iterations=taken, converged=True)
                 break

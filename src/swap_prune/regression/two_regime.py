@@ -7,6 +7,8 @@ thresholded objective falls.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
 
 __all__ = ["critical_step", "two_regime_step"]
+
+_FIRST = 1e-3  # of tau_m: where tau starts if tau_c is 0, since a kept weight is exactly zero
 
 
 def critical_step(w: Tensor, gradient: Tensor, support: Tensor) -> float:
@@ -46,7 +50,6 @@ def two_regime_step(
     problem: WeightedRidge,
     w: Tensor,
     support: Tensor,
-    gradient: Tensor | None = None,
     *,
     growth: float = 1.05,
     max_growths: int = 500,
@@ -58,7 +61,6 @@ def two_regime_step(
             used for the step (Euclidean, as in the paper).
         w: Weights, (p,), zero outside ``support``.
         support: Indices of the kept weights, (k,).
-        gradient: Direction of descent, (p,); by default the gradient of the objective.
         growth: Factor by which tau grows in the second regime, > 1.
         max_growths: Bound on the number of growths.
 
@@ -67,7 +69,9 @@ def two_regime_step(
     """
     keep = len(support)
     descent = problem.gradient(w)
-    gradient = descent if gradient is None else gradient
+    largest = float(descent.abs().max())
+    unit = 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+    gradient = descent / unit  # whose squares are numbers; steps are longer by as much
     before = SparseFit(w, support, problem.value(w), 0, converged=True)
     inside = hard_threshold(gradient, support)
     moved = problem.factor.matvec(inside)
@@ -79,15 +83,15 @@ def two_regime_step(
     tau_m = slope / curvature if curvature > 0 else float("inf")
     if 0 <= tau_m <= tau_c:
         return _better(before, _at(problem, w - tau_m * inside, keep))
-    if tau_m < 0 or tau_c == float("inf"):  # no descent on the support, or nothing that could change it
-        return before
+    if tau_m < 0 or tau_c == float("inf") or (tau_c == 0 and tau_m == float("inf")):
+        return before  # no descent on the support, or nothing that could change it, or no length to begin with
     tau = tau_c
     edge = w - tau * inside  # the last point on the old support, where one entry ties with its rival
     best = _better(
         SparseFit(edge, support, problem.value(edge), 1, converged=False), _at(problem, w - tau * gradient, keep)
     )
     for _ in range(max_growths):
-        tau = tau * growth if tau > 0 else torch.finfo(w.dtype).eps
+        tau = tau * growth if tau > 0 else _FIRST * tau_m
         tried = _at(problem, w - tau * gradient, keep)
         if not tried.value < best.value:
             break

@@ -31,12 +31,12 @@ from swap_prune.stages.kept_rows import KeptRows
 from swap_prune.surgery.weights import temporary_weights
 from swap_prune.training.teaching import Taught, output_slopes
 
-__all__ = ["RowCapture", "joins_rows"]
+__all__ = ["RowCapture", "rows_in_batches"]
 
 
-def joins_rows(request: Request, batches: list[Any]) -> bool:
+def rows_in_batches(request: Request, batches: list[Any]) -> bool:
     """Whether rows of G are those of mini-batches, with their statistics; one sample alone has none."""
-    return request.joined and not all(map(is_single, batches))
+    return request.in_batches and not all(map(is_single, batches))
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,16 @@ class RowCapture:
 
     def _first_row(self, weights: Tensor, batches: list[Any]) -> Tensor:
         """Return the first row of G, (p,), taken alone."""
-        joined = joins_rows(self.request, batches)
-        alone = (mini_batches(batches[:1]) if joined else split_batches(batches[:1], 1))[:1]
+        in_batches = rows_in_batches(self.request, batches)
+        alone = (mini_batches(batches[:1]) if in_batches else split_batches(batches[:1], 1))[:1]
         once = replace(self, storage=Storage(at_once=self.storage.at_once))
         return once._rows(weights, alone, lambda _count: None).factor.row_span(0, 1)[0]
 
     def _losses(self, batches: list[Any]) -> Tensor:
         """Return the losses of all samples, as capture finds them, (n,)."""
-        joined = joins_rows(self.request, batches)
-        parts = mini_batches(batches) if joined else batches
-        with (batch_statistics if joined else eval_mode)(self.model), torch.no_grad():
+        in_batches = rows_in_batches(self.request, batches)
+        parts = mini_batches(batches) if in_batches else batches
+        with (batch_statistics if in_batches else eval_mode)(self.model), torch.no_grad():
             return torch.cat([run_loss(self.model, part, self.request.loss) for part in parts])
 
     def _rows(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
@@ -99,14 +99,14 @@ class RowCapture:
             return self._products(weights, batches, signs, advance)
         selection, curvature = self.request.selection, self.request.curvature
         if curvature is not None:
-            joined = joins_rows(self.request, batches)
+            in_batches = rows_in_batches(self.request, batches)
             return sketch_curvature(
                 self.model,
                 selection,
                 batches,
                 curvature,
                 signs,
-                in_batches=joined,
+                in_batches=in_batches,
                 storage=self.storage,
                 advance=advance,
             )
@@ -123,8 +123,8 @@ class RowCapture:
         """Return G as a storage without rows holds it: the function that rows are gradients of is settled first."""
         source = RowSource(self.request.loss, batches)
         if self.request.curvature is not None:
-            joined = joins_rows(self.request, batches)
-            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=joined)
+            in_batches = rows_in_batches(self.request, batches)
+            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=in_batches)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
             return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)

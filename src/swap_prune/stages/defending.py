@@ -68,14 +68,14 @@ class Defender:
         request: What is asked for.
         storage: How G is held.
         number: Of the stage, from 1.
-        joined: Whether rows are those of mini-batches.
+        in_batches: Whether rows are those of mini-batches.
     """
 
     model: nn.Module
     request: Request
     storage: Storage
     number: int
-    joined: bool
+    in_batches: bool
 
     def defend(self, capture: Capture, fitting: list[Any]) -> Defended:
         """Clean G where that is called for.
@@ -105,7 +105,7 @@ class Defender:
 
     def _exact(self, fitting: list[Any]) -> tuple[str, ...]:
         """Return the layers whose rows have rank 1, which those of mini-batches have not."""
-        if self.joined:
+        if self.in_batches:
             return ()
         return outer_product_layers(self.model, self.request.selection, self.request.loss, fitting[0])
 
@@ -120,7 +120,7 @@ class Defender:
         if not isinstance(factor, DenseFactor):  # which is not cleaned
             return GradientDefence(layers, noise)
         closely = self._looks(factor, fitting, LOOKED_CLOSELY_AT)
-        defence = GradientDefence.by_looks(layers, *closely, beyond, joined=self.joined)
+        defence = GradientDefence.by_looks(layers, *closely, beyond, in_batches=self.in_batches)
         return defence if defence.noise > 0 else None
 
     def _looks(self, factor: FisherFactor, fitting: list[Any], count: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class Defender:
     def _source(self, fitting: list[Any], count: int, generator: torch.Generator) -> RowSource:
         """Return what such rows are gradients of."""
         curvature = self.request.curvature
-        if self.joined and curvature is not None:
+        if self.in_batches and curvature is not None:
             return draw_sketch(self.model, mini_batches(fitting)[:count], curvature, generator, in_batches=True)
         alone = chain.from_iterable(split_batches([batch], 1) for batch in fitting)
         singles = list(islice(filter(is_single, alone), count))

@@ -42,7 +42,7 @@ from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
-from swap_prune.stages.capturing import RowCapture, joins_rows
+from swap_prune.stages.capturing import RowCapture, rows_in_batches
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defended, Defender
 from swap_prune.stages.findings import StageFindings
@@ -117,7 +117,7 @@ class StageRunner:
         if request.finetune is not None:
             losses = self._finetune(request.finetune, solution.kept, shown, number)
             findings = replace(findings, finetune_loss=losses)
-        if request.normalised:
+        if request.recalibrates:
             batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else request.samples)
             if not recalibrate_batchnorm(self.model, batches, self._paced(request.loss)):
                 findings = replace(findings, not_recalibrated="no batch of the data holds two samples")
@@ -205,7 +205,9 @@ class StageRunner:
             silent = without_gradient(capture.factor, self.request.selection)
             noisy = self._noisy(capture.factor, self.noise_generator)
             capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
-        defender = Defender(self.model, self.request, self.storage, number, joined=joins_rows(self.request, fitting))
+        defender = Defender(
+            self.model, self.request, self.storage, number, in_batches=rows_in_batches(self.request, fitting)
+        )
         defended = defender.defend(capture, fitting)
         all_silent = len(silent) == len(self.request.selection.names)
         findings = replace(
@@ -305,12 +307,12 @@ class StageRunner:
             spare = split_batches(spare, self.storage.forwards)
         defence, rate = defended.defence, None
         slopes_cleaned = defence is not None and defence.cleans_slopes
-        in_batches = slopes_cleaned and joins_rows(self.request, fitting)
+        in_batches = slopes_cleaned and rows_in_batches(self.request, fitting)
         at_once = self.storage.at_once
         if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
         parts = mini_batches(fitting) if in_batches else split_batches(fitting, at_once)
-        parts, spare = map(without_singles if self.request.normalised else list, (parts, spare))
+        parts, spare = map(without_singles if self.request.recalibrates else list, (parts, spare))
         taught, held_out = self.taught(parts), self.judges(spare)
         if self.sample_defence is not None:
             taught, held_out, rate = self.sample_defence.weigh(taught, held_out)
@@ -320,7 +322,7 @@ class StageRunner:
             loss_fn=self.request.loss,
             fitting=taught,
             held_out=held_out,
-            normalised=self.request.normalised,
+            recalibrates=self.request.recalibrates,
             disturb=partial(self._disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             defence=defence if slopes_cleaned else None,

@@ -100,7 +100,7 @@ def stage_runner(
 ) -> StageRunner:
     """Return what runs the stages, without a teacher: that is made once BatchNorm's statistics are right."""
     generator = torch.Generator().manual_seed(request.seed)
-    rows_of = MINI_BATCH if request.joined else 1
+    rows_of = MINI_BATCH if request.in_batches else 1
     keep = None if spill is None else spill.keep
     calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
     return StageRunner(

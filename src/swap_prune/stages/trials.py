@@ -45,7 +45,7 @@ class Trials:
         loss_fn: Per-sample loss.
         fitting: The samples that G was captured on, in batches that run backwards at once.
         held_out: Batches that were not.
-        normalised: Whether BatchNorm will be recalibrated.
+        recalibrates: Whether BatchNorm will be recalibrated.
         disturb: What noise does to the weights (p,) that gradients are taken at.
         noisy: What it does to gradients, the rows of a factor.
         defence: What averages noisy gradients; None where there is no need.
@@ -61,7 +61,7 @@ class Trials:
     loss_fn: LossFn
     fitting: Sequence[Taught]
     held_out: Sequence[Taught]
-    normalised: bool
+    recalibrates: bool
     disturb: Callable[[Tensor], Tensor]
     noisy: Callable[[DenseFactor], DenseFactor]
     defence: GradientDefence | None = None
@@ -163,7 +163,7 @@ class Trials:
     def _mode(self) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked, always the same: one sample alone has no variance."""
         alone = any(is_single(one.batch) for one in (*self.fitting, *self.held_out))
-        return batch_statistics(self.model) if self.normalised and not alone else eval_mode(self.model)
+        return batch_statistics(self.model) if self.recalibrates and not alone else eval_mode(self.model)
 
     def _objective(self, model: nn.Module, taught: Taught) -> Tensor:
         return taught_losses(self.loss_fn, model, taught)

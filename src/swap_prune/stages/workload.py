@@ -64,7 +64,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         training=0 if finetune is None else finetune.arrays * sum(trainable),
         largest_parameter=max(trainable, default=0),
         copies=0 if finetune is None else (4 if len(request.schedules) > 1 else 2) * _bytes(model),
-        mini_batches=request.joined,
+        in_batches=request.in_batches,
         row_noise=noise.acts_on_rows,
         slopes_held=asked and not request.defences.isdisjoint(("trimmed-mean", "median-of-means")),
         held=held_memory(place) + (_bytes(model) if place != own else 0),
@@ -83,18 +83,21 @@ def _count_samples(data: Any, request: Request) -> dict[str, Any]:
     held_out = min(request.samples, HELD_OUT) if request.solver.needs_held_out else 0
     drawn, spare = share_out_samples(size - judged, request.samples, held_out)
     return {
-        "rows": max(1, sketch_rows(drawn, in_batches=request.joined)),
+        "rows": max(1, sketch_rows(drawn, in_batches=request.in_batches)),
         "samples": max(1, drawn),
         "spare": spare,
         "judged": judged,
-        "recalibrated": min(RECALIBRATION_SAMPLES, size) if request.normalised else 0,
+        "recalibrated": min(RECALIBRATION_SAMPLES, size) if request.recalibrates else 0,
     }
 
 
 def _count_row_numbers(model: nn.Module, request: Request) -> dict[str, Any]:
     """Return how many numbers a row of low rank takes, or why there are none."""
     try:
-        return {"row_numbers": numbers_of_a_row(model, request.selection, joined=request.joined), "unsuited": ""}
+        return {
+            "row_numbers": numbers_of_a_row(model, request.selection, in_batches=request.in_batches),
+            "unsuited": "",
+        }
     except UnsupportedLayerError as error:
         reason = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
         return {"row_numbers": 0, "unsuited": reason}
@@ -126,7 +129,7 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     found = {
         "kept_bytes": kept.total,
         "largest_bytes": kept.largest,
-        "row_bytes": 0 if request.joined else _measured(row, 0, model),
+        "row_bytes": 0 if request.in_batches else _measured(row, 0, model),
         "output_bytes": 0 if curvature is None else _measured(outputs, 0, model),
         "sample_bytes": sum(own_bytes),
     }

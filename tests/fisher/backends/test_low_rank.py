@@ -257,7 +257,7 @@ def test_rows_of_mini_batches_are_the_best_of_their_rank(rank: int | None) -> No
 def test_no_row_takes_more_numbers_than_predicted(together: bool) -> None:
     model = build(Normalised)
     selection = select_parameters(model)
-    most = numbers_of_a_row(model, selection, joined=together)
+    most = numbers_of_a_row(model, selection, in_batches=together)
     if together:
         _, capture, _ = joined(model)
     else:
@@ -266,7 +266,7 @@ def test_no_row_takes_more_numbers_than_predicted(together: bool) -> None:
     assert held <= most <= selection.total
     assert held == most or together, "every layer has as many positions as its rank"
     with pytest.raises(UnsupportedLayerError, match=r"'head.bias'"):
-        numbers_of_a_row(model, select_parameters(model, ("head.bias",)), joined=together)
+        numbers_of_a_row(model, select_parameters(model, ("head.bias",)), in_batches=together)
 
 
 def test_a_weight_used_outside_its_layer_is_seen_in_mini_batches() -> None:

@@ -17,7 +17,9 @@ from swap_prune.fisher.capture import layers as layers_module
 from swap_prune.fisher.capture import rows as capture_module
 from swap_prune.fisher.capture.hooks import OutputGradients, check_against
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
+from swap_prune.fisher.capture.low_rank import capture_low_rank
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
+from swap_prune.fisher.capture.source import RowSource
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import Selection, select_parameters
@@ -436,3 +438,69 @@ def test_a_layer_of_small_gradients_is_checked_as_closely_as_one_of_large_ones()
     losses = torch.ones(1)
     with pytest.raises(UnsupportedLayerError, match="'small'"):
         check_against((found, losses), (expected, losses), selection, torch.float32)
+
+
+class Unpadded(nn.Module):
+    """Only tokens that are there go through the layers, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.out = nn.Embedding(50, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        there = tokens != 0
+        hidden = self.inner(self.embedding(tokens[there])).relu()
+        padded = hidden.new_zeros(*tokens.shape, 6).masked_scatter(there.unsqueeze(-1), hidden)
+        return self.out(padded.sum(1) / there.sum(1, keepdim=True))
+
+
+class Routed(nn.Module):
+    """Each token goes to one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.out = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 6)
+        chosen = (flat[:, 0] > 0).long()
+        hidden = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            own = (chosen == number).nonzero().squeeze(1)
+            if len(own):
+                hidden = hidden.index_put((own,), expert(flat[own]).relu())
+        return self.out(hidden.view(x.shape).mean(1))
+
+
+def ragged(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(1, 50, (len(lengths), 12))
+    tokens[torch.arange(12) >= torch.tensor(lengths).unsqueeze(1)] = 0
+    return tokens, torch.randint(3, (len(lengths),))
+
+
+def routed(share: float) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 4, 6)
+    x[..., 0] = torch.where(torch.rand(8, 4) < share, 1.0, -1.0)
+    return x, torch.randint(3, (8,))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["lengths", "routes"])
+def test_items_that_do_not_lie_sample_by_sample_are_noticed(kind: str, seed: int) -> None:
+    """A first batch in which each sample has as many, and others whose items are a multiple of the samples."""
+    torch.manual_seed(seed)
+    if kind == "lengths":
+        model = Unpadded().double().eval()
+        batches = [ragged([12] * 8), ragged([12, 3, 9, 5, 12, 7, 4, 12]), ragged(torch.randint(3, 13, (8,)).tolist())]
+    else:
+        model = Routed().double().eval()
+        parts = [routed(1.0), *(routed(0.5) for _ in range(3))]
+        batches = [(x.double(), y) for x, y in parts]
+    selection = select_parameters(model)
+    found, expected = (
+        capture_gradients(model, selection, batches, cross_entropy, backend=kind) for kind in ("auto", "loop")
+    )
+    torch.testing.assert_close(found.factor.matrix, expected.factor.matrix)
+    source = RowSource(cross_entropy, batches)
+    with pytest.raises(ValueError, match=r"low-rank rows do not suit the network: .*items a sample"):
+        capture_low_rank(model, selection, source, lambda _: None, 64)

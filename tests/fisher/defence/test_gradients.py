@@ -104,7 +104,7 @@ def test_clean_looks_are_clean_and_noise_that_stays_is_seen_by_rank_alone() -> N
 def test_slopes_of_mini_batches_are_averaged_by_the_trimmed_mean() -> None:
     rows, layers = rows_and_layers()
     looks = noisy(rows[:16], 3), noisy(rows[:16], 4)
-    defence = GradientDefence.by_looks(layers, *looks, {}, joined=True)
+    defence = GradientDefence.by_looks(layers, *looks, {}, in_batches=True)
     assert not defence.open and {done["slopes"] for done in defence.said().values()} == {"trimmed mean"}
     assert defence.treatments == GradientDefence.by_looks(layers, *looks, {}).treatments
 

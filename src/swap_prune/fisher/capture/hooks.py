@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.fisher.capture.bound import Bound, functional_call
-from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported, put_weight_gradients
+from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported, items_of, put_weight_gradients
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.network.calls import layer_input
 from swap_prune.samples.batches import batch_size, map_tensors
@@ -79,57 +79,91 @@ class OutputGradients:
         self._starts: list[Tensor] = []  # where the backward pass ends
         self._sink: Sink | None = None
         self._recording = False
+        self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
+        self._items: dict[str, set[float]] | None = None  # the same for each sample, in the first pass
 
-    def run(self, batch: Any, sink: Sink) -> Tensor:
+    @property
+    def has_run(self) -> bool:
+        """Whether there was a pass whose samples were to be told apart."""
+        return self._items is not None
+
+    @property
+    def flattened(self) -> bool:
+        """Whether a layer sees several items of a sample side by side, which cannot be told from those of others."""
+        return self._items is not None and any(items != {1.0} for items in self._items.values())
+
+    def run(self, batch: Any, sink: Sink, size: int | None = None) -> Tensor:
         """Run a batch through the network.
 
         Args:
             batch: Samples that ``loss_fn`` takes.
             sink: Called during the backward pass, once for each call of each selected layer that the losses depend on.
+            size: How many samples there are, where those of a layer's inputs are to be told apart: each must then have
+                as many items as in the first such pass, best one of a single sample. None: they are summed.
 
         Returns:
             The losses, (n,).
 
         Raises:
-            UnsupportedLayerError: If the losses do not depend on a selected layer, or an input was changed in place.
+            UnsupportedLayerError: If the losses do not depend on a selected layer, an input was changed in place, or
+                the items that a layer sees of a sample vary.
             ValueError: If a loss is not finite or not per sample.
         """
-        self._sink, self._recording = sink, True
+        self._sink, self._recording, self._counts = sink, True, {}
         try:
             with ExitStack() as hooks:
                 for layer in self._layers:
                     hooks.callback(layer.register_forward_hook(self._see, prepend=True, with_kwargs=True).remove)
                 losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
+            if size is not None:
+                self._check_items(size)
             return losses
         finally:
             self._sink, self._recording, self._starts = None, False, []
 
-    def fill_rows(self, batch: Any, rows: Tensor, *, joined: bool = False) -> Tensor:
+    def fill_rows(self, batch: Any, rows: Tensor, *, in_batches: bool = False) -> Tensor:
         """Write the gradients of a batch to the first rows of G, (n or more, p), and return the losses, (n,).
 
         Args:
             batch: Samples that ``loss_fn`` takes.
             rows: Where the gradients go.
-            joined: Whether the samples make one row together, the gradient of the sum of their losses.
+            in_batches: Whether the samples make one row together, the gradient of the sum of their losses.
 
         Raises:
             UnsupportedLayerError: As for :meth:`run`, or if a layer's inputs do not have the samples in front.
             ValueError: As for :meth:`run`.
         """
-        size = 1 if joined else batch_size(batch)
+        count = None if in_batches else batch_size(batch)
+        size = count or 1
         written: set[str] = set()
 
         def put(name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
             put_weight_gradients(layer, inputs, gradient, rows[:size, self._places[name]], add=name in written)
             written.add(name)
 
-        losses = self.run(batch, put)
-        if len(losses) != size and not joined:
+        losses = self.run(batch, put, count)
+        if len(losses) != size and not in_batches:
             raise UnsupportedLayerError(f"{len(losses)} losses for {size} samples")
         for name, place in self._places.items():
             if name not in written:
                 rows[:size, place] = 0
         return losses
+
+    def _check_items(self, size: int) -> None:
+        """Compare the items that layers saw of each sample with those of the first pass.
+
+        Where their number depends on the data, as of tokens without padding or of those that a router sends to an
+        expert, a batch of them may be as many as a multiple of the samples and lie otherwise.
+        """
+        items = {name: {count / size for count in counts} for name, counts in self._counts.items()}
+        self._items = items if self._items is None else self._items
+        for name, own in items.items():
+            if own != self._items.get(name):
+                before, now = (sorted(one) for one in (self._items.get(name, set()), own))
+                raise UnsupportedLayerError(
+                    f"the layer of {name!r} saw {now} items a sample, and {before} before: the samples cannot be told "
+                    "apart where their number depends on the data"
+                )
 
     def _forth_and_back(self, model: nn.Module, batch: Any) -> Tensor:
         """Do both passes while the stand-ins are in place: a checkpointed block runs forwards once more in between."""
@@ -164,8 +198,10 @@ class OutputGradients:
             if inputs._version != version:
                 raise UnsupportedLayerError(f"the input of a {type(layer).__name__} was changed in place")
             assert self._sink is not None
+            name = self._layers[layer]
+            self._counts.setdefault(name, set()).add(items_of(layer, inputs))
             with torch.no_grad():
-                self._sink(self._layers[layer], layer, inputs, gradient)
+                self._sink(name, layer, inputs, gradient)
 
         return receive
 

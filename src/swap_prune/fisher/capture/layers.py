@@ -29,6 +29,7 @@ __all__ = [
     "UnsupportedLayerError",
     "as_samples",
     "is_supported",
+    "items_of",
     "piece_bytes",
     "put_weight_gradients",
     "unfold_inputs",
@@ -65,6 +66,12 @@ def is_supported(module: nn.Module) -> bool:
     return False
 
 
+def items_of(layer: nn.Module, inputs: Tensor) -> int:
+    """Return the leading dimension of what a layer was called with: one item, where it has no such dimension."""
+    own = len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1
+    return inputs.shape[0] if inputs.ndim > own else 1
+
+
 def as_samples(layer: nn.Module, inputs: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Give a layer's inputs and output gradients the shapes of their batch, in at least float32.
 
@@ -83,8 +90,7 @@ def as_samples(layer: nn.Module, inputs: Tensor, gradient: Tensor, size: int) ->
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     inputs, gradient = inputs.to(dtype), gradient.to(dtype)
-    batched = inputs.ndim - (len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1)
-    if batched == 0:
+    if inputs.ndim == (len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1):
         inputs, gradient = inputs.unsqueeze(0), gradient.unsqueeze(0)
     if inputs.shape[0] == 0 or inputs.shape[0] % size:
         raise UnsupportedLayerError(

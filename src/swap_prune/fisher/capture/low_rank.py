@@ -37,10 +37,10 @@ from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_sliceable, slice_batch, split_batches
 from swap_prune.selection import Selection
 
-__all__ = ["JOINED_RANK", "RANK", "capture_low_rank", "numbers_of_a_row"]
+__all__ = ["BATCH_RANK", "RANK", "capture_low_rank", "numbers_of_a_row"]
 
 RANK = 3  # outer products that are kept of a row
-JOINED_RANK = 16  # of the row of a mini-batch
+BATCH_RANK = 16  # of the row of a mini-batch
 _CHECKED = 2  # samples
 _OTHERWISE = "use another storage, such as 'matrix-free', or select other weights with targets= and ignore="
 
@@ -72,7 +72,7 @@ def capture_low_rank(
             Linear or Conv layers, or as for ``capture_gradients``.
     """
     batches, loss_fn = source.batches, source.function
-    kept = whole_number("rank", rank if rank is not None else JOINED_RANK if source.joined else RANK)
+    kept = whole_number("rank", rank if rank is not None else BATCH_RANK if source.in_batches else RANK)
     if not batches or not all(map(is_sliceable, batches)):
         raise ValueError(
             f"batches must be at least one, of tensors with samples in front, for low-rank rows; {_OTHERWISE}"
@@ -80,7 +80,7 @@ def capture_low_rank(
     try:
         hooked_layers(model, selection)
         collector = Collector({name: LayerCalls(kept) for name in selection.names})
-        if source.joined:
+        if source.in_batches:
             losses, chunk = _capture_joined(model, selection, batches, loss_fn, collector, advance)
         else:
             losses, chunk = _capture_samples(model, selection, batches, loss_fn, collector, advance, at_once)
@@ -90,18 +90,18 @@ def capture_low_rank(
         raise ValueError(f"low-rank rows do not suit the network: {error}; {_OTHERWISE}") from error
 
 
-def numbers_of_a_row(model: nn.Module, selection: Selection, *, joined: bool) -> int:
+def numbers_of_a_row(model: nn.Module, selection: Selection, *, in_batches: bool) -> int:
     """Return how many numbers a row takes at the most.
 
     Args:
         model: The network.
         selection: The selected weights.
-        joined: Whether a mini-batch makes one row.
+        in_batches: Whether a mini-batch makes one row.
 
     Raises:
         UnsupportedLayerError: If a selected weight is not that of Linear or Conv layers.
     """
-    rank, total = JOINED_RANK if joined else RANK, 0
+    rank, total = BATCH_RANK if in_batches else RANK, 0
     layers = {name: layer for layer, name in hooked_layers(model, selection).items()}
     for name, shape in selection.shapes.items():
         layer = layers[name]
@@ -134,8 +134,10 @@ def _capture_samples(
     with eval_mode(model):
         check_calibration(model, loss_fn, batches)
         gradients = OutputGradients(model, selection, loss_fn)
+        gradients.run(slice_batch(first, 0, 1), lambda *_: None, 1)  # what layers see of one sample alone
         for part in split_batches(batches, chunk):
-            losses.append(check_losses(gradients.run(part, collector.see), batch_size(part)))
+            count = batch_size(part)
+            losses.append(check_losses(gradients.run(part, collector.see, count), count))
             collector.finish(batch_size(part), dict(model.named_parameters()))
             advance(batch_size(part))
     return torch.cat(losses), chunk
@@ -160,7 +162,7 @@ def _capture_joined(
     with batch_statistics(model):
         gradients = OutputGradients(model, selection, scaled)
         found, expected = weights.new_empty(2, 1, len(weights))
-        values = gradients.fill_rows(batches[0], found, joined=True)
+        values = gradients.fill_rows(batches[0], found, in_batches=True)
         write_joined_gradient(expected[0], model, selection, batches[0], loss_fn)
         check_against((found, values), (expected, values), selection, least_precise(model.parameters()))
         for batch in batches:

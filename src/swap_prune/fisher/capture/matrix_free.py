@@ -234,8 +234,8 @@ def capture_matrix_free(
     Raises:
         ValueError: As for ``capture_gradients``.
     """
-    batches = list(source.batches) if source.joined else split_batches(source.batches, at_once)
-    if source.joined:
+    batches = list(source.batches) if source.in_batches else split_batches(source.batches, at_once)
+    if source.in_batches:
         counts = [1] * len(batches)
     else:
         with source.mode(model):

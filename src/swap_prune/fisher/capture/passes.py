@@ -76,13 +76,13 @@ class NetworkPasses:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels can be differentiated once, and backwards
             moved = (self._forwards if self.way == "forward" else self._twice_back)(batch, direction)
         moved = moved.detach().to(self.weights.dtype)
-        return moved.sum(0, keepdim=True) / batch_size(batch) ** 0.5 if self.source.joined else moved
+        return moved.sum(0, keepdim=True) / batch_size(batch) ** 0.5 if self.source.in_batches else moved
 
     def back(self, batch: Any, v: Tensor, total: Tensor) -> None:
         """Add ``J^T v`` to a total, (p,), for v (m,)."""
         with torch.enable_grad():
             values, leaves = self._bound().with_leaves(self.selection, batch, self.weights)
-            if self.source.joined:
+            if self.source.in_batches:
                 v = (v / batch_size(batch) ** 0.5).expand(len(values))
             gradients = torch.autograd.grad(values, leaves, v.to(values), allow_unused=True)
         add_gradient(total, gradients, self.selection)
@@ -110,7 +110,7 @@ class NetworkPasses:
         """
         model, selection, function = self.model, self.selection, self.source.function
         sink = RowStream(selection, self.weights.dtype, self.weights.device, see)
-        if not self.source.joined:
+        if not self.source.in_batches:
             with temporary_weights(model, selection, self.weights):
                 chunk = chunk_bytes(self.weights.device, self.at_once, lean=True)
                 return pass_rows(model, selection, batches, sizes, function, sink, self.backend, chunk, advance)
@@ -123,7 +123,7 @@ class NetworkPasses:
 
     def count(self, batch: Any) -> int:
         """Return how many rows a batch makes."""
-        if self.source.joined:
+        if self.source.in_batches:
             return 1
         if is_sliceable(batch):
             return batch_size(batch)

@@ -49,6 +49,7 @@ _MAX_CHUNK = 256
 _HEAP = 6  # measured: bytes that the heap holds for many short-lived pieces, in units of those in use
 _UNCOUNTED_CHUNK = 8  # samples, where what one keeps cannot be counted
 _CHECKED = 2  # gradients, zeros apart, with backward passes of their own; one cannot show a loss that mixes samples
+_CHECKED_OF_MANY = 8  # the same where a layer sees several items of a sample, which may not lie side by side
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,13 @@ class _Capturer:
 
     def _fill_hooks(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         size = batch_size(batch)
+        if not self._hooks.has_run:  # what layers see of one sample alone
+            self._hooks.fill_rows(slice_batch(batch, 0, 1), rows)
         values = self._hooks.fill_rows(batch, rows)
         losses[:size] = values
         if self._checked < _CHECKED:
-            chosen = losses[:size].topk(min(size, _CHECKED)).indices  # those of no loss may have no gradient either
+            count = min(size, _CHECKED_OF_MANY if self._hooks.flattened else _CHECKED)
+            chosen = losses[:size].topk(count).indices  # those of no loss may have no gradient either
             found = rows[chosen], losses[chosen]
             singles, expected = map(torch.empty_like, found)
             for i, place in enumerate(chosen.tolist()):

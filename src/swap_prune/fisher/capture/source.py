@@ -34,18 +34,18 @@ class RowSource:
     Attributes:
         function: ``(model, batch) -> (m,)``.
         batches: What it is called with, on the model's device.
-        joined: Whether a batch makes one row, with BatchNorm on its own statistics.
+        in_batches: Whether a batch makes one row, with BatchNorm on its own statistics.
         losses: Loss of each sample, where that was found on the way; None: the values of the function are losses.
     """
 
     function: LossFn
     batches: Sequence[Any]
-    joined: bool = False
+    in_batches: bool = False
     losses: Tensor | None = None
 
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked."""
-        return batch_statistics(model) if self.joined else eval_mode(model)
+        return batch_statistics(model) if self.in_batches else eval_mode(model)
 
 
 def write_joined_gradient(

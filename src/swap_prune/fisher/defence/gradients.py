@@ -110,7 +110,7 @@ class GradientDefence:
         second: Tensor,
         beyond: Mapping[str, float],
         *,
-        joined: bool = False,
+        in_batches: bool = False,
     ) -> GradientDefence:
         """Choose by two looks at the same rows.
 
@@ -120,7 +120,7 @@ class GradientDefence:
             second: The same, taken again.
             beyond: :func:`rank_noise` of G. Noise that is the same in both looks shows in it alone. Rows are then cut
                 to the rank of their kind, and slopes are averaged over cleaned rows where the rank is exact.
-            joined: Whether rows and gradients are those of mini-batches, of which no rank is low: slopes are then
+            in_batches: Whether rows and gradients are those of mini-batches, of which no rank is low: slopes are then
                 averaged by the trimmed mean.
         """
         shares = look_noise(layers, first, second)
@@ -130,13 +130,13 @@ class GradientDefence:
             for name in shares
         }
         helped = [name for name in shares if treatments[name] != AS_THEY_ARE]
-        averages = dict.fromkeys(helped, Average(kind="trimmed mean")) if joined else {}
+        averages = dict.fromkeys(helped, Average(kind="trimmed mean")) if in_batches else {}
         if hidden > CLEAN:
             quiet = {name: layer for name, layer in layers.items() if name not in shares}
             treatments |= {name: Treatment(rank=layer.fixed_rank) for name, layer in quiet.items()}
             averages |= {name: Average(treatments[name]) for name, layer in quiet.items() if layer.exact}
         noise = max([*shares.values(), hidden if hidden > CLEAN else 0.0])
-        return cls(layers, noise, treatments, averages, {n for n in helped if layers[n].exact and not joined})
+        return cls(layers, noise, treatments, averages, {n for n in helped if layers[n].exact and not in_batches})
 
     @classmethod
     def as_asked(cls, layers: Mapping[str, DefendedLayer], asked: Collection[str]) -> GradientDefence:
