@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +180,8 @@ def prune(
         seed=seed,
     )
     if keep_rows:
-        check_keepable(request, scratch)
+        with suppress(OSError):  # which the plan will word
+            check_keepable(request, scratch).mkdir(parents=True, exist_ok=True)
     place, data = _place(model, device), calibrating(data, recalibration_data, request)
     earlier = None if checkpoint is None else kept_storage(checkpoint)
     with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):

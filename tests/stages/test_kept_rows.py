@@ -233,3 +233,8 @@ def test_a_run_that_fails_after_capture_leaves_whole_rows(tmp_path: Path) -> Non
         run(tmp_path, model, data, method=Failing())
     assert len(list(tmp_path.iterdir())) == 2
     assert "rows_reused" in run(tmp_path, model, data)[1]
+
+
+def test_a_directory_that_is_not_there_is_made(tmp_path: Path) -> None:
+    run(tmp_path / "new" / "rows", small_network(), small_data(80))
+    assert len(list((tmp_path / "new" / "rows").glob("G-*.fisher"))) == 1

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.artifact import weights_sha256
+from swap_prune.checks import user_path
 from swap_prune.files import replacing
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.rows import Capture
@@ -37,8 +38,8 @@ __all__ = ["KeptRows", "check_keepable"]
 _ALIKE = 1e-3  # of a norm: two ways to compute a row, or losses, may differ by so much
 
 
-def check_keepable(request: Request, scratch: str | Path | None) -> None:
-    """Refuse to keep rows that would lie in no file, or be others each time.
+def check_keepable(request: Request, scratch: str | Path | None) -> Path:
+    """Return the directory that rows are kept in; refuse those that would lie in no file, or be others each time.
 
     Raises:
         ValueError: If they would, or there is nowhere to keep them.
@@ -49,6 +50,7 @@ def check_keepable(request: Request, scratch: str | Path | None) -> None:
         raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {request.storage!r}")
     if request.noise.models:
         raise ValueError("keep_rows keeps the gradients of the network as it is, and noise= makes others of them")
+    return user_path(scratch)
 
 
 @dataclass(frozen=True)
