@@ -122,14 +122,14 @@ def _draw(rows: list[dict[str, Any]], pixels: dict[str, Tensor]) -> bytes:
             x = place + (i - (len(shown) - 1) / 2) * 0.38
             colour = _COLOURS["dense" if row["method"] == "dense" else condition]
             bars.bar(x, value, 0.36, color=colour)
-            bars.text(x, value + 0.8, f"{value:.1f}", ha="center", va="bottom", fontsize=10)
+            bars.text(x, value + 0.8, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
     for condition, label in (("clean", "clean gradients"), ("noisy", "noisy gradients (4 sigma on 25 % of entries)")):
         bars.bar(0, 0, color=_COLOURS[condition], label=label)
     bars.set_xticks(range(len(rows)), [row["method"] for row in rows])
     bars.set_ylim(0, 114)
     bars.set_yticks(range(0, 101, 20))
     bars.set_ylabel("test accuracy, %")
-    bars.set_title(f"MLPNet on MNIST with {SPARSITY:.0%} of its weights removed, no fine-tuning", fontsize=12)
+    bars.set_title(f"MLPNet on MNIST with {100 * SPARSITY:.0f} % of its weights removed, no fine-tuning", fontsize=12)
     bars.spines[["top", "right"]].set_visible(False)
     bars.legend(frameon=False, loc="upper right", ncols=2)
     maps = bottom.subplots(1, len(pixels))
