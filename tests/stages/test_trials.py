@@ -41,7 +41,7 @@ def untaught(plain: list) -> list[Taught]:
 def trials_on(model: nn.Module, selection: Selection, fitting: list, norm: bool, **changes: object) -> Trials:
     settings = {
         "held_out": untaught(batches(9)),
-        "normalised": norm,
+        "recalibrates": norm,
         "noisy": lambda factor: factor,
         "disturb": lambda weights: weights,
     }

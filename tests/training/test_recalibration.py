@@ -38,18 +38,19 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
 
-def test_statistics_are_estimated_anew_after_training() -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_statistics_are_estimated_anew_after_training(optimizer: str) -> None:
     dense, model, data = pruned()
-    settings, measured = FineTune(epochs=5, optimizer="adamw", lr=0.003), []
+    settings, found = FineTune(epochs=2, optimizer=optimizer, lr=0.003), []
     for recalibrate in (True, False):
-        for seed in range(3):
-            one = copy.deepcopy(model)
-            finetune(one, data, settings, teacher=dense, recalibrate_batchnorm=recalibrate, seed=seed, progress=False)
-            measured.append(loss(one, data))
-            assert recalibrate_batchnorm(one, data)
-            measured.append(loss(one, data))
-    assert max(measured[:6]) < 0.8
-    assert max(measured[6::2]) > max(measured[7::2]) + 0.01, "running statistics lag"
+        one = copy.deepcopy(model)
+        finetune(one, data, settings, teacher=dense, recalibrate_batchnorm=recalibrate, progress=False)
+        inputs = (data.tensors[0] @ one[0].weight.T + one[0].bias).detach()
+        found.append(one)
+        assert torch.allclose(one[1].running_mean, inputs.mean(0), rtol=1e-4, atol=1e-5) == recalibrate
+    own = zip(*(one.parameters() for one in found), strict=True)
+    assert all(torch.equal(one, other) for one, other in own)
+    assert loss(found[0], data) < 0.8
 
 
 def test_it_is_the_average_over_the_data_and_nothing_else_changes() -> None:
