@@ -27,6 +27,7 @@ _MARKERS = "os^DvP*X"
 _WIDEST = 3  # panels side by side; more cannot be read on a page
 _WIDTH, _LINE = 5.2, 66  # of a panel, in inches and in letters of a title
 _LETTER, _SHORT = 0.06, 16  # inches of a letter in the name of a layer; letters that there is room for
+_ROW = 0.24  # inches of a row of the legend
 _MARK = 8  # letters that a line's sample and margins take
 _SHORT_RANGE = 4.0  # between the least and the most seconds: below it an axis is linear
 
@@ -57,7 +58,11 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str
     rows = -(-len(panels) // columns)
     names = [len(name) for cell in summary.cells for name in cell.layers] if draw is _layers else []
     below = _LETTER * max(0, max(names, default=0) - _SHORT)  # names of layers stand upright
-    figure = Figure(figsize=(1.2 + _WIDTH * columns, (4.2 + below) * rows), layout="constrained")
+    texts = [_lines(label, columns) for label in summary.labels()]  # a panel may lack one
+    longest = max(len(line) for text in texts for line in text.split("\n"))
+    abreast = max(1, min(len(texts), 2 * columns, int(_LINE * columns / (longest + _MARK))))
+    legend = _ROW * -(-len(texts) // abreast)
+    figure = Figure(figsize=(1.2 + _WIDTH * columns, (3.7 + below) * rows + legend), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         draw(axis, summary, panel)
@@ -67,9 +72,6 @@ def _panels(summary: Summary, draw: Callable[[Any, Summary, tuple[int | str, str
         axis.set_axisbelow(True)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    texts = [_lines(label, columns) for label in summary.labels()]  # a panel may lack one
-    longest = max(len(line) for text in texts for line in text.split("\n"))
-    abreast = max(1, min(len(texts), 2 * columns, int(_LINE * columns / (longest + _MARK))))
     labels = list(map(_plain, texts))
     handles = [Line2D([], [], **_style(number)) for number in range(len(labels))]
     figure.legend(handles, labels, loc="outside lower center", ncols=abreast, frameon=False)
