@@ -25,6 +25,7 @@ from swap_prune.experiments.datasets import AugmentedImages, ImageData, ImageTen
 from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.images import AugmentedBatches
 from swap_prune.stages.runner import StageRunner
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -669,3 +670,22 @@ def test_settings_without_effect_are_noted(call) -> None:
     notes = json.loads(text)["notes"]
     assert "magnitude takes no gradients: storage=, noise on gradients makes no difference" in notes
     assert not any("makes no difference" in note for note in json.loads(call("prune", *named)[1])["notes"])
+
+
+def test_a_dense_network_that_cannot_be_measured_costs_no_result(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[int] = []
+    own = tiny.data
+
+    def once() -> Any:
+        loads.append(1)
+        if len(loads) > 1:
+            raise RuntimeError("gone")
+        return own()
+
+    monkeypatch.setattr(tiny, "data", once)
+    status, text, _ = call(
+        "prune", "--model", "tests.tiny:network", "--data", "tests.tiny:data", "--method", "magnitude", "--json"
+    )
+    result = json.loads(text)
+    assert status == 0 and result["dense_accuracy"] is None and result["accuracy"] >= 0
+    assert any("the dense network could not be measured" in note and "gone" in note for note in result["notes"])

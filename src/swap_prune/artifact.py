@@ -269,7 +269,8 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             f"the shapes of {path} do not match {type(model).__name__}: {name!r} is {tuple(state[name].shape)} "
             f"in the file and {tuple(own[name].shape)} in the model ({len(wrong)} differ)"
         )
-    whole = [n for n in state if n in own and own[n].is_floating_point() and not _is_inexact(state[n])]
+    trained = {name for name, _ in model.named_parameters()}
+    whole = [n for n in state if n in trained and own[n].is_floating_point() and not _is_inexact(state[n])]
     if whole:
         raise ValueError(
             f"{whole[0]!r} is {_kind_of(state[whole[0]])} in {path}, and a real number in {type(model).__name__}: the "

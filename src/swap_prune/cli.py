@@ -17,8 +17,19 @@ from rich.table import Table
 from torch import nn
 
 from swap_prune.artifact import check_dense, load_pruned, load_report, load_weights
-from swap_prune.checks import checked_seed
-from swap_prune.console import own_output, print_json, run, say, say_notes, show, show_plan, show_table
+from swap_prune.checks import checked_seed, first_line
+from swap_prune.console import (
+    given_arguments,
+    own_output,
+    print_json,
+    print_result,
+    run,
+    say,
+    say_notes,
+    show,
+    show_plan,
+    show_table,
+)
 from swap_prune.distributed import is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
@@ -199,22 +210,18 @@ def prune(
         report.save(target)
     try:
         measured = evaluate(network, images.test)
-        dense, images = _load(model, weights, data, data_dir, width)  # anew, for data may be readable only once
-        dense.to(next(network.parameters()).device)
-        if recalibrate:
-            repair(dense, images, seed)
-        before = evaluate(dense, images.test)
     except ValueError as error:
         raise ValueError(
             f"{error} (the pruned network is in {target})" if target is not None else str(error)
         ) from error
-    say_notes(measured.notes)
+    before, why_not = _measure_dense(network, (model, weights, data, data_dir, width), seed if recalibrate else None)
+    say_notes([*measured.notes, *why_not])
     result = {
         "model": model,
         "data": data,
         "method": report.method,
         "accuracy": measured.accuracy,
-        "dense_accuracy": before.accuracy,
+        "dense_accuracy": before,
         "loss": measured.loss,
         "test_samples": measured.samples,
         "sparsity": report.sparsity,
@@ -223,12 +230,30 @@ def prune(
         "seconds": report.seconds,
         "seed": report.seed,
         "stages": len(report.stages),
-        "notes": [*notes, *measured.notes],
+        "notes": [*notes, *measured.notes, *why_not],
         "layers": {name: layer.kept for name, layer in report.layers.items()},
     }
     if target is not None:
         result["out"] = str(target)
-    _print_result(result, as_json)
+    print_result(result, as_json)
+
+
+def _measure_dense(pruned: nn.Module, source: tuple[Any, ...], seed: int | None) -> tuple[float | None, list[str]]:
+    """Return the accuracy of the network before pruning, loaded anew like its data, or say why there is none.
+
+    Args:
+        pruned: Where it lies, the other is measured.
+        source: What :func:`_load` takes.
+        seed: Of BatchNorm's statistics, repaired where they do not fit; None: they are left.
+    """
+    try:
+        dense, images = _load(*source)
+        dense.to(next(pruned.parameters()).device)
+        if seed is not None:
+            repair(dense, images, seed)
+        return evaluate(dense, images.test).accuracy, []
+    except Exception as error:  # of the caller's factory or data, the second time
+        return None, [f"the dense network could not be measured: {first_line(error)}"]
 
 
 def _go_on(checkpoint: Path | None, *arguments: Any, **options: Any) -> PruningReport:
@@ -333,7 +358,7 @@ def evaluate_model(
             "total": report.total,
             "seed": report.seed,
         }
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 app.command()(own_output(commands.experiment))
@@ -342,20 +367,7 @@ app.command()(own_output(commands.report))
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; every error that a user can mend is one line on standard error."""
-    sys.exit(run(lambda: app(args=_given(arguments), standalone_mode=False)))
-
-
-def _given(arguments: list[str] | None) -> list[str]:
-    """Return the arguments, none of which may be empty: a path of no letters would be the working directory."""
-    given = sys.argv[1:] if arguments is None else arguments
-    before = ""
-    for argument in given:
-        option, equals, value = argument.partition("=")
-        if not argument or (option.startswith("--") and equals and not value):
-            named = (option if argument else before) or "an argument"
-            raise ValueError(f"{named} is empty: is a shell variable not set?")
-        before = argument
-    return given
+    sys.exit(run(lambda: app(args=given_arguments(arguments), standalone_mode=False)))
 
 
 def _load(
@@ -382,19 +394,6 @@ def _load(
 
 def _device(name: str | None) -> torch.device | None:
     return None if name is None else usable_device(own_device(name))
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(result)
-        return
-    for name, value in result.items():
-        if name == "layers":
-            value = ", ".join(f"{layer} {kept}" for layer, kept in value.items())
-        if name == "loss" and value is None:
-            value = "not finite"
-        if value not in (None, []):
-            show(f"{name:>14}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,18 @@ from swap_prune.distributed import EndedByAnother, is_first
 from swap_prune.memory.planning import MemoryPlan
 from swap_prune.process_memory import is_out_of_memory
 
-__all__ = ["own_output", "print_json", "run", "say", "say_notes", "show", "show_plan", "show_table"]
+__all__ = [
+    "given_arguments",
+    "own_output",
+    "print_json",
+    "print_result",
+    "run",
+    "say",
+    "say_notes",
+    "show",
+    "show_plan",
+    "show_table",
+]
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -187,3 +198,30 @@ def show_plan(forecast: MemoryPlan) -> None:
     for one in forecast.forecasts:
         if one.obstacle and one.obstacle not in forecast.why:
             show(f"{one.name}: {one.obstacle}")
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result, for programs or for people."""
+    if as_json:
+        print_json(result)
+        return
+    for name, value in result.items():
+        if name == "layers":
+            value = ", ".join(f"{layer} {kept}" for layer, kept in value.items())
+        if name == "loss" and value is None:
+            value = "not finite"
+        if value not in (None, []):
+            show(f"{name:>14}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def given_arguments(arguments: list[str] | None) -> list[str]:
+    """Return the arguments, none of which may be empty: a path of no letters would be the working directory."""
+    given = sys.argv[1:] if arguments is None else arguments
+    before = ""
+    for argument in given:
+        option, equals, value = argument.partition("=")
+        if not argument or (option.startswith("--") and equals and not value):
+            named = option if argument else before if before.startswith("-") else "an argument"
+            raise ValueError(f"{named} is empty: is a shell variable not set?")
+        before = argument
+    return given

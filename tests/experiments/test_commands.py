@@ -200,6 +200,7 @@ def test_a_report_that_cannot_be_written_is_shown_all_the_same(call, tmp_path: P
 
 def test_rows_are_left_for_other_runs(call, tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(FILE.replace('name = "lr"', 'name = "lr"\nstorage = "mapped"'))
+    assert "does not exist" in call("experiment", "grid.toml", "--out", "out", "--scratch", "rows")[2]
     (tmp_path / "rows").mkdir()
     status, _, err = call("experiment", "grid.toml", "--out", "out", "--keep-rows")
     assert status == 2 and "give --scratch DIR" in err

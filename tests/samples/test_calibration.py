@@ -348,6 +348,14 @@ def test_few_samples_are_shared_out(size, shares):
         assert (fitting, apart) == shares
 
 
+def test_a_few_samples_are_not_held_out_whatever_was_asked_for():
+    assert [share_out_samples(1000, samples, samples) for samples in (2, 3, 4)] == [(2, 0), (3, 0), (4, 4)]
+    assert share_out_samples(12, 10, 10) == (10, 0)
+    for data in (TensorDataset(*batches_of(12)[0]), batches_of(12)):
+        fitting, apart = stream(data).draw_apart(10, 10)
+        assert sum(len(part[1]) for part in fitting) == 10 and apart == []
+
+
 def test_passes_over_a_generator_repeat_it_without_knowing_its_length():
     source = stream(batch for batch in batches_of(4, 6))
     assert passed(source, 6) == passed(source, 6) == ([0.0, 0.0], [4, 6], list(range(10)))

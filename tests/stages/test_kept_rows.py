@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import LR, prune
+from swap_prune import LR, plan, prune
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.stages import capturing
 from tests.fisher.defence.test_gradients import perceptron
@@ -238,3 +238,6 @@ def test_a_run_that_fails_after_capture_leaves_whole_rows(tmp_path: Path) -> Non
 def test_a_directory_that_is_not_there_is_made(tmp_path: Path) -> None:
     run(tmp_path / "new" / "rows", small_network(), small_data(80))
     assert len(list((tmp_path / "new" / "rows").glob("G-*.fisher"))) == 1
+    missing = tmp_path / "other" / "rows"
+    forecast = plan(small_network(), small_data(80), 0.6, samples=40, scratch=missing, keep_rows=True)
+    assert forecast.chosen is not None and not missing.exists()

@@ -83,3 +83,19 @@ def test_without_statistics_or_with_bad_data() -> None:
     with pytest.raises(ValueError, match="samples must be"):
         recalibrate_batchnorm(model, data, samples=0)
     assert all(torch.equal(one, other) for one, other in zip(before, model.buffers(), strict=True))
+
+
+def test_other_buffers_are_given_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.BatchNorm1d(12), nn.Linear(12, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc(self.norm(x))
+
+    model = Counting()
+    assert recalibrate_batchnorm(model, TensorDataset(torch.randn(64, 12), torch.zeros(64, dtype=torch.long)))
+    assert int(model.calls) == 0 and float(model.norm.running_mean.abs().max()) > 0

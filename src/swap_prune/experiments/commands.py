@@ -43,6 +43,10 @@ def experiment(
         raise ValueError("--keep-rows needs a directory that stays: give --scratch DIR")
     file = user_path(file)
     grid = read_experiment(file)
+    if keep_rows and not any(method.storage == "mapped" for method in grid.methods):
+        raise ValueError('--keep-rows is for methods with storage = "mapped", and the experiment has none')
+    if scratch is not None and not user_path(scratch).is_dir():
+        raise ValueError(f"scratch directory {scratch} does not exist: make it, or name another")
     check_directory(out, resume=resume)
     try:
         bench = prepare(grid, file.parent, weights, data_dir, usable_device(device))

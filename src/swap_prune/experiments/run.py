@@ -168,7 +168,7 @@ def _prune(bench: Bench, network: nn.Module, run: Run) -> PruningReport:
         memory=experiment.memory,
         storage=run.method.storage,
         scratch=bench.scratch,
-        keep_rows=bench.keep_rows and run.method.storage == "mapped",
+        keep_rows=bench.keep_rows and run.method.storage == "mapped" and noise == "none",
         seed=run.seed,
     )
 

@@ -14,6 +14,9 @@ like it:
   output or input of a layer is seen by it.
 - ``identity``: m = 1, the paper's.
 
+No b_j is less than a small share of the mean over all weights: a layer further from the others than that loses the
+invariance, and a layer without influence on the outputs is not blown up.
+
 Place in the pipeline: before the regression.
 """
 
@@ -32,7 +35,7 @@ __all__ = ["Metric", "damped_metric", "diagonal_metric"]
 
 Metric = Literal["diagonal", "layer", "factored", "identity"]
 
-_LEAST = 1e-4  # of the mean over all weights, or the layer's own mean, where that is less: no b_j is less than both
+_LEAST = 1e-4  # of the mean over all weights: no b_j is less, so that weights without influence have a price too
 _LAYER_SHARE = 0.01  # of the layer's mean in the factored b_j: an output or input without gradients may get some
 
 
@@ -61,9 +64,7 @@ def damped_metric(
     for layer in layers:
         own = fisher_diagonal[layer.place]
         alike = own.mean() if metric == "layer" else _factored(own, layer.shape, groups.get(layer.name, 1))
-        typical = float(own.mean())
-        least = min(_LEAST * mean, typical) if typical > 0 else _LEAST * mean  # in the unit of a layer of another one
-        m[layer.place] = own + damping * alike.clamp_min(least)
+        m[layer.place] = own + damping * alike.clamp_min(_LEAST * mean)
     return m
 
 

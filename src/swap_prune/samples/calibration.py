@@ -216,7 +216,7 @@ class CalibrationStream:
         if self._samples is not None and held_out > 0 and self._left() < draws * (samples + held_out):
             return self._draw_reserving(samples, held_out)
         drawn = self.draw(samples + held_out)
-        missing, _ = share_out_samples(sum(map(batch_size, drawn)), samples, held_out)
+        missing, spare = share_out_samples(sum(map(batch_size, drawn)), samples, held_out)
         fitting: list[Any] = []
         apart: list[Any] = []
         for batch in drawn:
@@ -227,6 +227,7 @@ class CalibrationStream:
                 fitting += [slice_batch(batch, 0, missing)] if missing > 0 else []
                 apart.append(slice_batch(batch, max(missing, 0), size))
             missing -= size
+        apart = apart if spare > 0 else []  # a few that are left over are too few
         return self.kept(join_batches(fitting, self._size)), self.kept(join_batches(apart, self._size))
 
     def _draw_reserving(self, samples: int, held_out: int) -> tuple[list[Any], list[Any]]:

@@ -21,7 +21,5 @@ def share_out_samples(size: int, samples: int, held_out: int) -> tuple[int, int]
         samples: To fit, at the most.
         held_out: To hold out, at the most.
     """
-    if size >= samples + held_out:
-        return samples, held_out
-    spare = max(min(held_out, size // 5), size - samples)
-    return (size - spare, spare) if spare >= _LEAST_HELD_OUT else (min(size, samples), 0)
+    spare = held_out if size >= samples + held_out else max(min(held_out, size // 5), size - samples)
+    return (min(samples, size - spare), spare) if spare >= _LEAST_HELD_OUT else (min(size, samples), 0)

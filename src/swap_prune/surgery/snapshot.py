@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swap_prune.selection import Selection
 from swap_prune.surgery.batchnorm import batchnorm_layers
 
-__all__ = ["Snapshot", "bystanders_given_back", "restored_on_error", "unexpanded"]
+__all__ = ["Snapshot", "bystanders_given_back", "restored_on_error", "statistics_restored_on_error", "unexpanded"]
 
 
 def unexpanded(tensor: Tensor) -> Tensor:
@@ -101,6 +101,17 @@ def bystanders_given_back(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def statistics_restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a network BatchNorm's statistics back if the block does not end well."""
+    before = _Buffers(batchnorm_layers(model))
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
 
 
 @contextmanager

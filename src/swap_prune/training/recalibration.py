@@ -18,7 +18,7 @@ from swap_prune.randomness import forked_generator, seeded
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, batchnorm_layers
 from swap_prune.surgery.batchnorm import recalibrate_batchnorm as recalibrate
-from swap_prune.surgery.snapshot import restored_on_error
+from swap_prune.surgery.snapshot import bystanders_given_back, statistics_restored_on_error
 
 __all__ = ["recalibrate_batchnorm"]
 
@@ -57,5 +57,5 @@ def recalibrate_batchnorm(
         return False
     loss, place = cross_entropy if loss_fn is None else loss_fn, next(model.parameters()).device
     stream = CalibrationStream(data, generator, place)
-    with isolated(place), seeded(seed, place), restored_on_error(model):
+    with isolated(place), seeded(seed, place), bystanders_given_back(model), statistics_restored_on_error(model):
         return recalibrate(model, stream.read(samples), loss)

@@ -502,5 +502,30 @@ def test_items_that_do_not_lie_sample_by_sample_are_noticed(kind: str, seed: int
     )
     torch.testing.assert_close(found.factor.matrix, expected.factor.matrix)
     source = RowSource(cross_entropy, batches)
-    with pytest.raises(ValueError, match=r"low-rank rows do not suit the network: .*items a sample"):
+    with pytest.raises(ValueError, match=r"low-rank rows do not suit the network: .*items of each sample"):
         capture_low_rank(model, selection, source, lambda _: None, 64)
+
+
+def test_batches_of_other_lengths_stay_with_the_hooks() -> None:
+    """Tokens are flattened, as many of each sample of a batch: they lie sample by sample."""
+
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.inner(x.reshape(-1, 6)).relu().view(len(x), -1, 6).mean(1))
+
+    torch.manual_seed(0)
+    model = Flattened().double().eval()
+    batches = [(torch.randn(8, length, 6).double(), torch.randint(3, (8,))) for length in (5, 7, 5, 9)]
+    selection = select_parameters(model)
+    found, expected = (
+        capture_gradients(model, selection, batches, cross_entropy, backend=kind) for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, expected.factor.matrix)
+    low_rank = capture_low_rank(model, selection, RowSource(cross_entropy, batches), lambda _: None, 64).factor
+    w = torch.randn(selection.total, dtype=torch.float64)
+    assert low_rank.matvec(w).shape == (32,)

@@ -5,7 +5,7 @@ no further: autograd forms no weight gradient, which it would sum over the sampl
 input make the gradients of the single samples (:mod:`swap_prune.fisher.capture.layers`), while the pass is under way.
 
 This holds if every selected weight is used by Linear and Conv layers alone, and if the loss of one sample does not
-depend on the others. Neither can be seen from outside, so :func:`check_against` compares two samples with backward
+depend on the others. Neither can be seen from outside, so :func:`check_against` compares some samples with backward
 passes of their own.
 
 Place in the pipeline: a back end of capture.
@@ -24,7 +24,7 @@ from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported, items_of, put_weight_gradients
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.network.calls import layer_input
-from swap_prune.samples.batches import batch_size, map_tensors
+from swap_prune.samples.batches import batch_size, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
 __all__ = ["OutputGradients", "check_against", "hooked_layers", "without_gradient"]
@@ -80,17 +80,13 @@ class OutputGradients:
         self._sink: Sink | None = None
         self._recording = False
         self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
-        self._items: dict[str, set[float]] | None = None  # the same for each sample, in the first pass
-
-    @property
-    def has_run(self) -> bool:
-        """Whether there was a pass whose samples were to be told apart."""
-        return self._items is not None
+        self._items: dict[str, set[float]] = {}  # the same for each sample, where they were last told apart
+        self.changed = False  # whether they were others than before, in the last pass whose samples are told apart
 
     @property
     def flattened(self) -> bool:
         """Whether a layer sees several items of a sample side by side, which cannot be told from those of others."""
-        return self._items is not None and any(items != {1.0} for items in self._items.values())
+        return any(items != {1.0} for items in self._items.values())
 
     def run(self, batch: Any, sink: Sink, size: int | None = None) -> Tensor:
         """Run a batch through the network.
@@ -98,8 +94,8 @@ class OutputGradients:
         Args:
             batch: Samples that ``loss_fn`` takes.
             sink: Called during the backward pass, once for each call of each selected layer that the losses depend on.
-            size: How many samples there are, where those of a layer's inputs are to be told apart: each must then have
-                as many items as in the first such pass, best one of a single sample. None: they are summed.
+            size: How many samples there are, where those of a layer's inputs are to be told apart: a layer must then
+                see as many items of each as of single samples. None: they are summed.
 
         Returns:
             The losses, (n,).
@@ -115,11 +111,11 @@ class OutputGradients:
                 for layer in self._layers:
                     hooks.callback(layer.register_forward_hook(self._see, prepend=True, with_kwargs=True).remove)
                 losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
-            if size is not None:
-                self._check_items(size)
-            return losses
         finally:
             self._sink, self._recording, self._starts = None, False, []
+        if size is not None:
+            self._check_items(batch, size)
+        return losses
 
     def fill_rows(self, batch: Any, rows: Tensor, *, in_batches: bool = False) -> Tensor:
         """Write the gradients of a batch to the first rows of G, (n or more, p), and return the losses, (n,).
@@ -149,21 +145,28 @@ class OutputGradients:
                 rows[:size, place] = 0
         return losses
 
-    def _check_items(self, size: int) -> None:
-        """Compare the items that layers saw of each sample with those of the first pass.
+    def _check_items(self, batch: Any, size: int) -> None:
+        """Compare the items that layers saw of each sample with those of single samples, where they are new.
 
         Where their number depends on the data, as of tokens without padding or of those that a router sends to an
         expert, a batch of them may be as many as a multiple of the samples and lie otherwise.
         """
-        items = {name: {count / size for count in counts} for name, counts in self._counts.items()}
-        self._items = items if self._items is None else self._items
-        for name, own in items.items():
-            if own != self._items.get(name):
-                before, now = (sorted(one) for one in (self._items.get(name, set()), own))
+        items = self._items_of(size)
+        self.changed = items != self._items
+        if not self.changed:
+            return
+        for place in sorted({0, size // 2, size - 1}):
+            self.run(slice_batch(batch, place, place + 1), lambda *_: None)
+            if self._items_of(1) != items:
                 raise UnsupportedLayerError(
-                    f"the layer of {name!r} saw {now} items a sample, and {before} before: the samples cannot be told "
-                    "apart where their number depends on the data"
+                    "the layers do not see as many items of each sample: they cannot be told apart where their number "
+                    "depends on the data"
                 )
+        self._items = items
+
+    def _items_of(self, size: int) -> dict[str, set[float]]:
+        """Return the items of a sample that each layer saw in the last pass."""
+        return {name: {count / size for count in counts} for name, counts in self._counts.items()}
 
     def _forth_and_back(self, model: nn.Module, batch: Any) -> Tensor:
         """Do both passes while the stand-ins are in place: a checkpointed block runs forwards once more in between."""

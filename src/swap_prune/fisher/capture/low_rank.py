@@ -134,7 +134,6 @@ def _capture_samples(
     with eval_mode(model):
         check_calibration(model, loss_fn, batches)
         gradients = OutputGradients(model, selection, loss_fn)
-        gradients.run(slice_batch(first, 0, 1), lambda *_: None, 1)  # what layers see of one sample alone
         for part in split_batches(batches, chunk):
             count = batch_size(part)
             losses.append(check_losses(gradients.run(part, collector.see, count), count))

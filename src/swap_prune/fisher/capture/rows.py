@@ -242,11 +242,9 @@ class _Capturer:
 
     def _fill_hooks(self, batch: Any, rows: Tensor, losses: Tensor) -> int:
         size = batch_size(batch)
-        if not self._hooks.has_run:  # what layers see of one sample alone
-            self._hooks.fill_rows(slice_batch(batch, 0, 1), rows)
         values = self._hooks.fill_rows(batch, rows)
         losses[:size] = values
-        if self._checked < _CHECKED:
+        if self._checked < _CHECKED or self._hooks.changed:
             count = min(size, _CHECKED_OF_MANY if self._hooks.flattened else _CHECKED)
             chosen = losses[:size].topk(count).indices  # those of no loss may have no gradient either
             found = rows[chosen], losses[chosen]
