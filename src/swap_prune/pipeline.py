@@ -296,8 +296,8 @@ def plan(
     if not request.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
     earlier = None if checkpoint is None else kept_storage(checkpoint)
-    if keep_rows:  # prune would make the directory
-        wanted = check_keepable(request, scratch).absolute()
+    if keep_rows and scratch is not None:  # prune would make it
+        wanted = user_path(scratch).absolute()
         scratch = next(path for path in (wanted, *wanted.parents) if path.is_dir())
     return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
 
