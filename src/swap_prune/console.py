@@ -208,9 +208,11 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     for name, value in result.items():
         if name == "layers":
             value = ", ".join(f"{layer} {kept}" for layer, kept in value.items())
+        if isinstance(value, list):
+            value = "; ".join(value)
         if name == "loss" and value is None:
             value = "not finite"
-        if value not in (None, []):
+        if value not in (None, ""):
             show(f"{name:>14}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
