@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.problem import PruningProblem
@@ -129,3 +130,20 @@ def batches_of(*sizes):
     """Batches (inputs, targets) whose targets number the samples."""
     numbers = torch.arange(sum(sizes))
     return [(part[:, None].float() * 10, part) for part in numbers.split(list(sizes))]
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float = 3e-3) -> nn.Module:
+    """Train a classifier for some steps of Adam, on 64 random samples each; return it in eval mode."""
+    optimiser = torch.optim.Adam(model.parameters(), lr)
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (64,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def blurred_classes(count: int) -> tuple[Tensor, Tensor]:
+    """Return inputs (n, 12) and one of three classes each, which noise makes hard to tell near their borders."""
+    x = torch.randn(count, 12)
+    return x, (torch.tanh(x) @ torch.randn(12, 3) + 0.5 * torch.randn(count, 3)).argmax(1)

@@ -25,6 +25,7 @@ from swap_prune.regression.tuning import Coupling
 from swap_prune.samples.batches import batch_size
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.selection import select_parameters
+from tests.cases import blurred_classes, trained
 
 
 def problem_with(held_out: object, n: int = 12, p: int = 40, keep: int = 15) -> PruningProblem:
@@ -425,15 +426,9 @@ def test_floors_save_a_network_that_the_regression_would_cut() -> None:
 
 def test_a_handful_of_samples_does_not_send_the_weights_away() -> None:
     torch.manual_seed(0)
-    x = torch.randn(4000, 12)
-    y = (torch.tanh(x) @ torch.randn(12, 3) + 0.5 * torch.randn(4000, 3)).argmax(1)
-    dense = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
-    optimiser = torch.optim.Adam(dense.parameters(), 3e-3)
-    for _ in range(400):
-        chosen = torch.randint(3000, (64,))
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(dense(x[chosen]), y[chosen]).backward()
-        optimiser.step()
+    x, y = blurred_classes(4000)
+    layers = [nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)]
+    dense = trained(nn.Sequential(*layers), x[:3000], y[:3000], 400)
 
     def loss(model: nn.Module) -> float:
         return float(nn.functional.cross_entropy(model(x[3000:]), y[3000:]).detach())

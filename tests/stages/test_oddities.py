@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import SquaredError, prune
 from swap_prune.stages.oddities import share_of_largest
+from tests.cases import trained
 
 
 def network() -> nn.Module:
@@ -51,13 +52,7 @@ def test_a_well_trained_classifier_has_no_odd_sample() -> None:
     torch.manual_seed(0)
     x = torch.randn(2000, 10)
     y = (x[:, 0] > 0).long()
-    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
-    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(400):
-        chosen = torch.randint(2000, (64,))
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
-        optimiser.step()
+    model = trained(nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2)), x, y, 400, lr=1e-2)
     report = prune(model, TensorDataset(x, y), 0.5, "lr", samples=300, progress=False)
     assert not any("one calibration sample" in note for note in report.notes)
 

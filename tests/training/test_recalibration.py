@@ -10,22 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swap_prune import FineTune, finetune, prune, recalibrate_batchnorm
+from tests.cases import blurred_classes, trained
 
 
 def pruned() -> tuple[nn.Module, nn.Module, TensorDataset]:
     """Return a trained network, the same pruned to 0.95, where channels are all but constant, and its data."""
     torch.manual_seed(1)
-    x = torch.randn(1500, 12)
-    y = (torch.tanh(x) @ torch.randn(12, 3) + 0.5 * torch.randn(1500, 3)).argmax(1)
+    x, y = blurred_classes(1500)
     hidden = [nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()]
-    model = nn.Sequential(nn.Linear(12, 32), *hidden, nn.Linear(32, 3))
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(150):
-        chosen = torch.randint(1500, (64,))
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
-        optimiser.step()
-    dense, data = copy.deepcopy(model.eval()), TensorDataset(x, y)
+    model = trained(nn.Sequential(nn.Linear(12, 32), *hidden, nn.Linear(32, 3)), x, y, 150)
+    dense, data = copy.deepcopy(model), TensorDataset(x, y)
     prune(model, data, 0.95, "lr", samples=300, progress=False)
     return dense, model, data
 

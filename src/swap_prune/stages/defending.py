@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swap_prune.defences import FIXED_DEFENCES
 from swap_prune.fisher.capture.rows import Capture
 from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches
-from swap_prune.fisher.capture.source import RowSource, write_joined_gradient
+from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.defence.exact import CLEAN, outer_product_layers
 from swap_prune.fisher.defence.gradients import (
     LOOKED_CLOSELY_AT,
@@ -157,5 +157,5 @@ class Defender:
         rows = weights.new_empty(len(source.batches), len(weights))
         with temporary_weights(self.model, selection, weights), source.mode(self.model):
             for row, batch in zip(rows, source.batches, strict=True):
-                write_joined_gradient(row, self.model, selection, batch, source.function)
+                write_batch_gradient(row, self.model, selection, batch, source.function)
         return noise.apply_(DenseFactor(rows), generator, selection.slices()).matrix

@@ -528,4 +528,4 @@ def test_batches_of_other_lengths_stay_with_the_hooks() -> None:
     torch.testing.assert_close(found.factor.matrix, expected.factor.matrix)
     low_rank = capture_low_rank(model, selection, RowSource(cross_entropy, batches), lambda _: None, 64).factor
     w = torch.randn(selection.total, dtype=torch.float64)
-    assert low_rank.matvec(w).shape == (32,)
+    torch.testing.assert_close(low_rank.matvec(w), expected.factor.matrix @ w)  # layers too small for fewer numbers

@@ -30,7 +30,7 @@ from swap_prune.fisher.capture.hooks import OutputGradients, check_against, hook
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.outer_products import Collector, LayerCalls, is_outer
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
-from swap_prune.fisher.capture.source import RowSource, write_joined_gradient
+from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
 from swap_prune.network.modes import batch_statistics, eval_mode
@@ -81,7 +81,7 @@ def capture_low_rank(
         hooked_layers(model, selection)
         collector = Collector({name: LayerCalls(kept) for name in selection.names})
         if source.in_batches:
-            losses, chunk = _capture_joined(model, selection, batches, loss_fn, collector, advance)
+            losses, chunk = _capture_batches(model, selection, batches, loss_fn, collector, advance)
         else:
             losses, chunk = _capture_samples(model, selection, batches, loss_fn, collector, advance, at_once)
         losses = losses if source.losses is None else source.losses
@@ -142,7 +142,7 @@ def _capture_samples(
     return torch.cat(losses), chunk
 
 
-def _capture_joined(
+def _capture_batches(
     model: nn.Module,
     selection: Selection,
     batches: Sequence[Any],
@@ -162,7 +162,7 @@ def _capture_joined(
         gradients = OutputGradients(model, selection, scaled)
         found, expected = weights.new_empty(2, 1, len(weights))
         values = gradients.fill_rows(batches[0], found, in_batches=True)
-        write_joined_gradient(expected[0], model, selection, batches[0], loss_fn)
+        write_batch_gradient(expected[0], model, selection, batches[0], loss_fn)
         check_against((found, values), (expected, values), selection, least_precise(model.parameters()))
         for batch in batches:
             losses.append(gradients.run(batch, collector.see) * batch_size(batch) ** 0.5)

@@ -31,7 +31,7 @@ from swap_prune.fisher.capture.bound import Bound, add_gradient, functional_call
 from swap_prune.fisher.capture.hooks import without_gradient
 from swap_prune.fisher.capture.row_buffer import RowStream
 from swap_prune.fisher.capture.rows import Backend, Passed, pass_rows
-from swap_prune.fisher.capture.source import RowSource, write_joined_gradient
+from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.storage import AT_ONCE, chunk_bytes
 from swap_prune.losses import check_losses
 from swap_prune.process_memory import pass_on_shortage
@@ -116,7 +116,7 @@ class NetworkPasses:
                 return pass_rows(model, selection, batches, sizes, function, sink, self.backend, chunk, advance)
         with self.source.mode(model):
             for batch in batches:
-                write_joined_gradient(sink.room(1)[0], model, selection, batch, function, self.weights)
+                write_batch_gradient(sink.room(1)[0], model, selection, batch, function, self.weights)
                 sink.keep(1)
                 advance(batch_size(batch))
         return None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from swap_prune.fisher.capture.row_buffer import RowStore
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
 from swap_prune.fisher.capture.shared_rows import SharedStore
-from swap_prune.fisher.capture.source import RowSource, write_joined_gradient
+from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.capture.stores import open_store
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses, failures_named
@@ -192,7 +192,7 @@ def _mini_batch_rows(
         for part in parts:
             with failures_named("calibration batch", part):
                 if shared is None or shared.is_next:
-                    write_joined_gradient(store.room(1)[0], model, selection, part, product)
+                    write_batch_gradient(store.room(1)[0], model, selection, part, product)
                 else:  # every process draws the signs, and sees the losses
                     with torch.no_grad():
                         product(model, part)

@@ -24,7 +24,7 @@ from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size
 from swap_prune.selection import Selection
 
-__all__ = ["RowSource", "write_joined_gradient"]
+__all__ = ["RowSource", "write_batch_gradient"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RowSource:
         return batch_statistics(model) if self.in_batches else eval_mode(model)
 
 
-def write_joined_gradient(
+def write_batch_gradient(
     row: Tensor,
     model: nn.Module,
     selection: Selection,
