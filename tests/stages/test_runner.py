@@ -236,23 +236,34 @@ def test_gradients_that_slopes_are_averaged_over_are_clipped_for_their_size():
     w = selection.read(model)
     kept = torch.ones_like(w, dtype=torch.bool)
     plain = trials_on(model, selection, untaught(fitting), False).slope(w, kept)
-    seen = []
+    seen, gaps = [], []
 
-    def clip(factor, sizes):
+    def clip(factor, sizes, **options):
         seen.append(sizes)
+        gaps.append(options.get("gaps", True))
         factor.matrix.mul_(2)
+
+    def by_hand(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    slope = trials_on(model, selection, untaught(fitting), False, clip=clip, loss_fn=by_hand).slope(w, kept)
+    torch.testing.assert_close(slope, 2 * plain)
+    torch.testing.assert_close(seen.pop(), torch.tensor([0.5, 0.25], dtype=w.dtype))
+    assert gaps == [False]
 
     slope = trials_on(model, selection, untaught(fitting), False, clip=clip).slope(w, kept)
     torch.testing.assert_close(slope, 2 * plain)
-    torch.testing.assert_close(seen[0], torch.tensor([0.5, 0.25], dtype=w.dtype))
+    with torch.no_grad():
+        outputs = torch.cat([model(x) for x, _ in fitting]).softmax(1)
+    outputs[range(20), torch.cat([y for _, y in fitting])] -= 1
+    of_means = [part.norm() / len(part) for part in (outputs[:4], outputs[4:])]
+    torch.testing.assert_close(seen[0], torch.stack(of_means))
+    assert gaps == [False, True]
 
     plainly = GradientDefence(layers_of(selection, ()))
     slope = trials_on(model, selection, untaught(fitting), False, clip=clip, defence=plainly).slope(w, kept)
     torch.testing.assert_close(slope, 2 * plain)
-    with torch.no_grad():
-        residual = model(torch.cat([x for x, _ in fitting])).softmax(1)
-    residual[range(20), torch.cat([y for _, y in fitting])] -= 1
-    torch.testing.assert_close(seen[1], residual.norm(dim=1))
+    torch.testing.assert_close(seen[1], outputs.norm(dim=1))
 
 
 def test_label_gradients_of_unequal_sizes_that_were_scaled_are_clipped_for_every_method():
@@ -265,6 +276,19 @@ def test_label_gradients_of_unequal_sizes_that_were_scaled_are_clipped_for_every
     assert "rows_clipped" not in clean.stages[0].evidence
     assert seen.stages[0].evidence["rows_clipped"] == pytest.approx(0.1)
     assert "rows_clipped" not in told.stages[0].evidence
+
+
+def test_poison_is_seen_among_few_rows_of_mini_batches_that_differ_by_orders_of_magnitude():
+    model = sure_network()
+    model.append(nn.BatchNorm1d(4))
+    model[3].weight.data.fill_(40)
+    labels = own_labels()
+    model.train()(labels.tensors[0])
+    labels = TensorDataset(labels.tensors[0], model.eval()(labels.tensors[0]).argmax(1))
+    for noise, share in ((None, 0.0), (POISON, 0.1)):
+        report = prune(copy.deepcopy(model), labels, 0.6, "lr", samples=320, stages=3, noise=noise, progress=False)
+        seen = [stage.evidence.get("rows_clipped", 0.0) for stage in report.stages]
+        assert seen == pytest.approx([share] * 3)
 
 
 def test_poison_is_seen_beside_noise_on_gradients():

@@ -40,12 +40,13 @@ def untaught(plain: list) -> list[Taught]:
 
 def trials_on(model: nn.Module, selection: Selection, fitting: list, norm: bool, **changes: object) -> Trials:
     settings = {
+        "loss_fn": cross_entropy,
         "held_out": untaught(batches(9)),
         "recalibrates": norm,
         "noisy": lambda factor: factor,
         "disturb": lambda weights: weights,
     }
-    return Trials(model, selection, cross_entropy, fitting, **(settings | changes))
+    return Trials(model, selection, fitting=fitting, **(settings | changes))
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -30,7 +30,7 @@ from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single
 from swap_prune.selection import Selection
 from swap_prune.surgery.weights import temporary_weights, write_weights
-from swap_prune.training.teaching import Taught, output_slopes, taught_losses
+from swap_prune.training.teaching import Taught, output_slopes, sizes_of, taught_losses, taught_outputs
 
 __all__ = ["Trials"]
 
@@ -66,7 +66,7 @@ class Trials:
     noisy: Callable[[DenseFactor], DenseFactor]
     defence: GradientDefence | None = None
     per_sample: bool = True
-    clip: Callable[[DenseFactor, Tensor | None], object] | None = None
+    clip: Callable[..., object] | None = None
     lean: bool = False
     team: Team | None = None
 
@@ -120,20 +120,29 @@ class Trials:
 
     def _of_batches(self, weights: Tensor) -> Tensor:
         """Return the gradient of the mean of each batch at weights (p,), from a backward pass each."""
-        rows = weights.new_empty(len(self.fitting), len(weights))
+        rows, norms = weights.new_empty(len(self.fitting), len(weights)), []
         with self._mode(), torch.enable_grad():
             for row, one in zip(rows, self.fitting, strict=True):
-                flat_gradient(row, self._gradients(one, weights), self.selection)
+                gradients, at_outputs = self._gradients(one, weights)
+                flat_gradient(row, gradients, self.selection)
+                norms += [] if at_outputs is None else [torch.linalg.vector_norm(at_outputs)]
         factor = self.noisy(DenseFactor(rows))
         if self.clip is not None:
-            sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
-            self.clip(factor, sizes.rsqrt())  # sampling noise falls with the size of a batch
+            sizes = sizes_of(torch.stack(norms)) if len(norms) == len(rows) else None
+            if sizes is None:  # sampling noise falls with the size of a batch
+                self.clip(factor, self._counts(weights).rsqrt(), gaps=False)
+            else:
+                self.clip(factor, sizes)
         return factor.matrix
+
+    def _counts(self, weights: Tensor) -> Tensor:
+        """Return the sizes of the batches, like weights."""
+        return torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
 
     def _mean_of_batches(self, weights: Tensor) -> Tensor:
         """Average these over all samples, (p,)."""
-        sizes = torch.tensor(_sizes(self.fitting), dtype=weights.dtype, device=weights.device)
-        shares = sizes / sizes.sum()
+        counts = self._counts(weights)
+        shares = counts / counts.sum()
         return self._added_up(weights, shares) if self.lean else DenseFactor(self._of_batches(weights)).rmatvec(shares)
 
     def _added_up(self, weights: Tensor, shares: Tensor) -> Tensor:
@@ -147,18 +156,29 @@ class Trials:
             for turn in range(most):
                 part = own[turn] if turn < len(own) else parts  # nothing is left
                 for number in range(part * count // parts, min(part + 1, parts) * count // parts):
-                    gradients = self._gradients(self.fitting[number], weights)
+                    gradients, _ = self._gradients(self.fitting[number], weights)
                     add_gradient(totals[turn], gradients, self.selection, share_of[number])
                     del gradients  # before the next ones are there
                 if self.team is not None:
                     self.team.wait()
         return totals[0] if self.team is None else self.team.add_up(totals, parts)
 
-    def _gradients(self, taught: Taught, weights: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of a batch's mean at weights (p,), one for each selected parameter."""
+    def _gradients(self, taught: Taught, weights: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """Return the gradients of a batch's mean at weights (p,), one for each selected parameter, and at the outputs.
+
+        To the size of the latter the former are about proportional; it is None where the loss knows no outputs.
+        """
+        reached: list[Tensor] = []
+
+        def objective(model: nn.Module, taught: Taught) -> Tensor:
+            losses, outputs = taught_outputs(self.loss_fn, model, taught)
+            reached.extend([] if outputs is None else [outputs])
+            return losses
+
         with _candidate_named():
-            losses, leaves = Bound(self.model, self._objective).with_leaves(self.selection, taught, weights)
-            return torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+            losses, leaves = Bound(self.model, objective).with_leaves(self.selection, taught, weights)
+            gradients = torch.autograd.grad(losses.mean(), [*leaves, *reached], allow_unused=True)
+        return gradients[: len(leaves)], gradients[-1] if reached else None
 
     def _mode(self) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked, always the same: one sample alone has no variance."""

@@ -27,7 +27,7 @@ from swap_prune.selection import Selection
 from swap_prune.surgery.batchnorm import batchnorm_layers
 from swap_prune.surgery.snapshot import Snapshot
 
-__all__ = ["Taught", "Teacher", "losses_beside_own", "output_slopes", "taught_losses"]
+__all__ = ["Taught", "Teacher", "losses_beside_own", "output_slopes", "sizes_of", "taught_losses", "taught_outputs"]
 
 _LEAST_SLOPE = 1e-6  # of the root mean square: smaller values are mostly rounding
 _TEACHER_SHARE = 0.75  # of the divergence from the dense network, in trials: slopes and held-out losses
@@ -133,11 +133,19 @@ def taught_losses(
         share: Of the divergence, which has that of what is not trusted too.
         temperature: T, that outputs are divided by before they are compared.
     """
+    return taught_outputs(loss_fn, model, taught, share, temperature)[0]
+
+
+def taught_outputs(
+    loss_fn: LossFn, model: nn.Module, taught: Taught, share: float = _TEACHER_SHARE, temperature: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Return :func:`taught_losses`, (n,), and the network's outputs, or None where the loss does not know them."""
     batch = in_own_containers(taught.batch)
-    if taught.teacher is None:
-        return loss_fn(model, batch)
-    assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
-    return _losses_of(loss_fn.outputs(model, batch), loss_fn, taught._replace(batch=batch), share, temperature)
+    if not isinstance(loss_fn, GaussNewtonLoss):
+        assert taught.teacher is None, "only a loss that compares outputs has a teacher"
+        return loss_fn(model, batch), None
+    outputs = loss_fn.outputs(model, batch)
+    return _losses_of(outputs, loss_fn, taught._replace(batch=batch), share, temperature), outputs
 
 
 def _losses_of(outputs: Tensor, loss: GaussNewtonLoss, taught: Taught, share: float, temperature: float) -> Tensor:
@@ -176,6 +184,10 @@ def output_slopes(loss_fn: LossFn, model: nn.Module, batches: Sequence[Taught]) 
             losses = _losses_of(outputs, loss_fn, own, _TEACHER_SHARE, 1.0)
             (gradient,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True, materialize_grads=True)
         norms.append(torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1))
-    sizes = torch.cat(norms)
-    typical = float(sizes.double().square().mean().sqrt())
-    return sizes.clamp_min(_LEAST_SLOPE * typical) if 0 < typical < math.inf else None
+    return sizes_of(torch.cat(norms))
+
+
+def sizes_of(norms: Tensor) -> Tensor | None:
+    """Return norms, (n,), made positive, so that others may be divided by them; None where they are all zero."""
+    typical = float(norms.double().square().mean().sqrt())
+    return norms.clamp_min(_LEAST_SLOPE * typical) if 0 < typical < math.inf else None

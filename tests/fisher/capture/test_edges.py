@@ -20,7 +20,7 @@ from swap_prune.selection import select_parameters
 from swap_prune.surgery.weights import write_weights
 from tests.cases import generator, normal
 from tests.fisher.backends.test_storage import mapped
-from tests.fisher.capture.test_sketch import labelled, normalised
+from tests.fisher.capture.test_sketch import labelled
 from tests.fisher.capture.test_sketch import perceptron as double_perceptron
 from tests.fisher.defence.test_gradients import perceptron
 from tests.fisher.defence.test_outliers import rows
@@ -33,11 +33,6 @@ def test_the_size_expected_of_a_row_is_that_of_its_root():
     z = model(batch[0]).detach()
     root = cross_entropy.curvature_root(z, batch, sketch.draw_signs(z, generator(5)))
     torch.testing.assert_close(capture.sizes, root.flatten(1).norm(dim=1))
-    whole = labelled(32, 1, 6, 6, classes=4, dtype=torch.float32)
-    network = normalised()
-    selection = select_parameters(network, ("Linear",), ())
-    joined = sketch_curvature(network, selection, [whole], cross_entropy, generator(5), in_batches=True)
-    assert joined.sizes is None
 
 
 def test_a_batch_of_one_sample_is_left_out_where_there_are_others():

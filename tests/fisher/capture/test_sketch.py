@@ -144,6 +144,8 @@ def test_mini_batch_rows_go_through_the_statistics_of_their_batch(n: int, parts:
     gradients = torch.autograd.grad(product / batch_size(first) ** 0.5, parameters)
     torch.testing.assert_close(rows[0], torch.cat([g.flatten() for g in gradients]), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(capture.losses[: len(first[1])], cross_entropy.losses(outputs, first).detach())
+    assert len(capture.sizes) == parts
+    torch.testing.assert_close(capture.sizes[0], root.square().sum(1).mean().sqrt())
 
 
 def test_weights_without_gradients_are_left_without() -> None:

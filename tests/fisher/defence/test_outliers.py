@@ -57,3 +57,29 @@ def test_of_few_rows_the_upper_quartile_cannot_tell() -> None:
         rows[-1:] = 900.0
         assert clip_rows_(DenseFactor(rows)) == seen
     assert clip_rows_(DenseFactor(torch.zeros(5, 2))) == 0
+
+
+def test_beyond_a_gap_rows_stand_out_where_sizes_are_known_however_wide_the_spread_and_many_they_are() -> None:
+    sizes, spread = torch.logspace(-3, 3, 40), torch.logspace(-0.6, 0.6, 40).roll(11)
+    honest = rows() * (sizes * spread).unsqueeze(1)
+    poisoned = honest.clone()
+    poisoned[::4] *= 100
+    for matrix, share in ((honest, 0.0), (poisoned, 0.25)):
+        assert clip_rows_(DenseFactor(matrix.clone()), sizes) == share
+        assert clip_rows_(DenseFactor(matrix.clone()), sizes, gaps=False) == 0
+        assert clip_rows_(DenseFactor(matrix / sizes.unsqueeze(1))) == 0
+    matrix = poisoned.clone()
+    clip_rows_(DenseFactor(matrix), sizes)
+    assert float((matrix.norm(dim=1) / sizes).max()) < 5 * float((honest.norm(dim=1) / sizes).median())
+    untouched = torch.ones(40, dtype=torch.bool)
+    untouched[::4] = False
+    assert torch.equal(matrix[untouched], honest[untouched])
+
+
+def test_rows_of_two_kinds_do_not_stand_out() -> None:
+    """As of a layer that is one branch of many: a good third of the rows beyond the gap is the most."""
+    matrix = rows(60)
+    for count, seen in ((22, 0.0), (21, 0.35)):
+        two = matrix.clone()
+        two[:count] *= 100
+        assert clip_rows_(DenseFactor(two), torch.ones(60)) == pytest.approx(seen)

@@ -104,14 +104,13 @@ def sketch_curvature(
         parts = mini_batches(batches)
         device = next(model.parameters()).device
         store = open_store(storage or Storage(), len(parts), selection, selection.dtype(model), device)
-        losses = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
-        return Capture(store.finish(), losses, "mini-batch", MINI_BATCH)
+        losses, sizes = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
+        return Capture(store.finish(), losses, "mini-batch", MINI_BATCH, sizes)
     source = draw_sketch(model, batches, loss, generator, in_batches=False)
     assert source.losses is not None, "found on the way"
     capture = capture_gradients(model, selection, source.batches, source.function, storage=storage, advance=advance)
     sizes = torch.cat([torch.linalg.vector_norm(root.reshape(len(root), -1), dim=1) for _, root in source.batches])
-    tiny = torch.finfo(sizes.dtype).tiny
-    return Capture(capture.factor, source.losses, capture.backend, capture.chunk, sizes.clamp_min(tiny))
+    return Capture(capture.factor, source.losses, capture.backend, capture.chunk, _positive(sizes))
 
 
 def draw_sketch(
@@ -177,14 +176,19 @@ def _mini_batch_rows(
     generator: torch.Generator,
     store: RowStore,
     advance: Callable[[int], None],
-) -> Tensor:
-    """Store a row ``sum_i J_i^T L_i xi_i / sqrt(size)`` for each mini-batch; return the losses of all samples."""
-    losses = []
+) -> tuple[Tensor, Tensor]:
+    """Store a row ``sum_i J_i^T L_i xi_i / sqrt(size)`` for each mini-batch.
+
+    Returns:
+        The losses of all samples, and the norm of ``L xi / sqrt(size)`` of each mini-batch.
+    """
+    losses, sizes = [], []
 
     def product(network: nn.Module, part: Any) -> Tensor:
         outputs = loss.outputs(network, part)
         losses.append(check_losses(loss.losses(outputs.detach(), part), None))
         root = loss.curvature_root(outputs.detach(), part, draw_signs(outputs, generator))
+        sizes.append(torch.linalg.vector_norm(root) / batch_size(part) ** 0.5)
         return _products(outputs, root)
 
     shared = store if isinstance(store, SharedStore) else None
@@ -201,4 +205,8 @@ def _mini_batch_rows(
             else:
                 shared.pass_on(1)
             advance(batch_size(part))
-    return torch.cat(losses)
+    return torch.cat(losses), _positive(torch.stack(sizes))
+
+
+def _positive(sizes: Tensor) -> Tensor:
+    return sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
