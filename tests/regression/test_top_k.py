@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,45 @@ def test_a_large_vector() -> None:
     assert len(found) == 90_000 and bool((found.diff() > 0).all())
     rest = torch.ones(300_000, dtype=torch.bool).index_fill(0, found, False)
     assert float(scores[found].min()) >= float(scores[rest].max())
+
+
+def unlike_its_sample() -> torch.Tensor:
+    scores = torch.randn(300_000, generator=torch.Generator().manual_seed(3))
+    scores[:: module._STRIDE] += 100
+    return scores
+
+
+LARGE = {
+    "random": lambda: torch.randn(300_000, generator=torch.Generator().manual_seed(2)).square(),
+    "mostly zero": lambda: torch.randn(300_000, generator=torch.Generator().manual_seed(2)).sub_(1.5).relu_(),
+    "layers": lambda: torch.arange(300_000).sin().abs() * torch.logspace(-20, 20, 300_000),
+    "in order": lambda: torch.arange(300_000.0),
+    "one value": lambda: torch.ones(300_000),
+    "infinite": lambda: torch.ones(300_000).index_fill_(0, torch.arange(0, 300_000, 7), torch.inf),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("keep", [1, 15, 3_000, 30_000, 150_000, 299_990, 300_000])
+def test_between_two_values_of_the_sample_lies_the_one_that_is_looked_for(kind: str, keep: int) -> None:
+    scores = LARGE[kind]()
+    found = top_k(scores, keep)
+    assert torch.equal(found, scores.sort(descending=True, stable=True).indices[:keep].sort().values)
+
+
+@pytest.mark.parametrize("keep", [4_000, 150_000, 297_000])
+def test_scores_that_are_unlike_the_sample_are_all_looked_at(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    partition, sizes = np.partition, []
+    monkeypatch.setattr(
+        module.np, "partition", lambda values, at: (sizes.append(len(values)), partition(values, at))[1]
+    )
+    for scores, most in ((LARGE["random"](), 20_000), (unlike_its_sample(), 300_000)):
+        sizes.clear()
+        expected = scores.sort(descending=True, stable=True).indices[:keep].sort().values
+        assert torch.equal(top_k(scores, keep), expected)
+        sampled, left = sizes
+        assert sampled == -(-300_000 // module._STRIDE) and left <= most
+        assert left == 300_000 or most < 300_000
 
 
 def test_layers_keep_their_share_and_the_sum_is_the_largest() -> None:

@@ -44,6 +44,11 @@ class DualFit:
     system: SquareSystem | None = None
 
     @property
+    def support(self) -> Tensor:
+        """Indices of the kept weights, (k,)."""
+        return self.gram.support
+
+    @property
     def value(self) -> float:
         """Q; infinite where the system cannot be told from a singular one."""
         if self.system is not None and self.system.kind == "inverse":
@@ -74,7 +79,7 @@ class DualFit:
         system = problem.dual_system(matrix)
         return replace(
             self,
-            gram=ScaledGram(support.index_copy(0, leaving, entering).sort().values, matrix),
+            gram=ScaledGram(exchanged_support(support, leaving, entering), matrix),
             residual=residual,
             dual=system.solve(smoothed(problem, residual)),
             dropped=self.dropped - torch.dot(kept.double(), metric.double() * reference),
@@ -108,12 +113,27 @@ class DirectFit:
     def exchanged(self, leaving: Tensor, entering: Tensor, columns: Tensor | None = None) -> DirectFit:
         """Return the fit after an exchange."""
         del columns  # all of the support are needed
-        support = self.support.index_copy(0, leaving, entering).sort().values
+        support = exchanged_support(self.support, leaving, entering)
         return DirectFit(self.problem, support, self.problem.refit(support, self.known.gram))
 
     def refit(self) -> Refit:
         """Return the refit."""
         return self.known
+
+
+def exchanged_support(support: Tensor, leaving: Tensor, entering: Tensor) -> Tensor:
+    """Return a support, (k,), after an exchange, in increasing order as it was before; few are sorted.
+
+    Args:
+        support: Indices in increasing order, (k,).
+        leaving: Positions in it, (t,).
+        entering: Indices that are not in it, (t,).
+    """
+    stays = torch.ones_like(support, dtype=torch.bool).index_fill_(0, leaving, False)
+    staying, entering = support[stays], entering.sort().values
+    places = torch.searchsorted(staying, entering) + torch.arange(len(entering), device=support.device)
+    is_old = stays.fill_(True).index_fill_(0, places, False)
+    return torch.empty_like(support).index_copy_(0, places, entering).masked_scatter_(is_old, staying)
 
 
 def smoothed(problem: WeightedRidge, residual: Tensor) -> Tensor:

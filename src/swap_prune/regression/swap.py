@@ -30,7 +30,7 @@ from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.square import SquareSystem
-from swap_prune.regression.top_k import Floors
+from swap_prune.regression.top_k import Floors, top_k
 
 __all__ = ["Exchange", "Swaps", "can_swap", "exchange_of", "propose_swaps", "swap_weights"]
 
@@ -76,11 +76,9 @@ def swap_weights(
             break
         tried, count = better
         batch = max(1, min(batch, 2 * count))
-        support, refit = fit.support.index_copy(0, swaps.leaving[:count], swaps.entering[:count]), tried.refit()
-        fit = replace(
-            fit, weights=refit.weights, support=support.sort().values, value=tried.value, swaps=fit.swaps + count
-        )
         del swaps, better  # the columns
+        refit = tried.refit()
+        fit = replace(fit, weights=refit.weights, support=tried.support, value=tried.value, swaps=fit.swaps + count)
     else:
         fit = replace(fit, converged=False)
     return replace(fit, refit=refit.lighter())
@@ -255,12 +253,13 @@ def _anywhere(exchange: Exchange, scale: Tensor, batch: int) -> Swaps:
     """Pair weights wherever they are."""
     problem, support = exchange.problem, exchange.support
     wanted = SHORTLIST * batch
-    cheap = (exchange.weights[support].square() * scale[support]).topk(min(wanted, len(support)), largest=False).indices
+    worth = exchange.weights[support].square().mul_(scale[support])
+    cheap = top_k(worth.neg_(), min(wanted, len(support)))
     promise = _promises(exchange, scale)
     if problem.pattern is not None:
         promise.masked_fill_(problem.pattern.spread(problem.pattern.room(support) == 0), -1)
-    best = promise.topk(min(wanted, len(promise) - len(support)))
-    eager = best.indices[best.values >= 0]
+    eager = top_k(promise, min(wanted, len(promise) - len(support)))
+    eager = eager[promise[eager] >= 0]
     del promise
     columns, out, into = _copied(exchange, support[cheap], eager)
     cost, order = exchange.leave(cheap, out).sort()

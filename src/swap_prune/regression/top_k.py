@@ -1,16 +1,20 @@
 """The k largest scores, exactly: the k-th largest value, and what lies above it.
 
-Nothing is sorted: many scores on a CPU are left to ``numpy.partition``, which works on a copy of them; few, and those
-on a GPU, to ``torch.topk``. Of either the k-th value alone is used. Of scores equal to that, those of lowest index are
-taken, everywhere.
+Nothing is sorted. Of many scores on a CPU a sample says between which two values the k-th must lie (Floyd and Rivest,
+1975); those between them, which are few, are left to ``numpy.partition``. Few scores, and those on a GPU, are left to
+``torch.topk``. Of either the k-th value alone is used. Of scores equal to that, those of lowest index are taken,
+everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from swap_prune.regression.pattern import GroupPattern
@@ -22,6 +26,8 @@ Floors = Sequence[tuple[slice, int]]  # places of layers, and how many of each a
 _SMALL = 2**18  # so many scores torch selects from as fast
 _KNOWN = (torch.float32, torch.float64)  # to numpy, and in the order of the scores
 _CHUNK = 2**20  # scores looked at together
+_STRIDE = 61  # every so many of them is in the sample; prime, so that it is in step with no layer
+_DEVIATIONS = 4.0  # of the sample's rank, in which the k-th value must lie
 
 
 def top_k(scores: Tensor, keep: int, floors: Floors = (), pattern: GroupPattern | None = None) -> Tensor:
@@ -61,25 +67,54 @@ def _with_floors(scores: Tensor, keep: int, floors: Floors) -> Tensor:
 def _kth_largest(scores: Tensor, keep: int) -> Tensor:
     """Return the ``keep``-th largest score, a scalar."""
     values = scores.detach().numpy() if scores.dtype in _KNOWN else scores.detach().float().numpy()
-    place = len(values) - keep
-    return torch.from_numpy(np.partition(values, place)[place : place + 1].copy())[0]
+    low, high = _bracket(values[::_STRIDE], keep / len(values))
+    above, between = 0, []
+    for start in range(0, len(values), _CHUNK):
+        chunk = values[start : start + _CHUNK]
+        higher = chunk > high
+        above += int(np.count_nonzero(higher))
+        between.append(chunk[(chunk >= low) & ~higher])
+    left = np.concatenate(between)
+    if not 0 < keep - above <= len(left):  # the sample was unlike the others
+        above, left = 0, values
+    place = len(left) - (keep - above)
+    return torch.from_numpy(np.partition(left, place)[place : place + 1].copy())[0]
+
+
+def _bracket(sample: NDArray[Any], share: float) -> tuple[float, float]:
+    """Return two values between which that lies which a share of all values reaches, but for bad luck."""
+    count = len(sample)
+    spread = _DEVIATIONS * math.sqrt(count * share * (1 - share)) + 1
+    first, last = math.floor(count * (1 - share) - spread), math.ceil(count * (1 - share) + spread)
+    ordered = np.partition(sample, [max(first, 0), min(last, count - 1)])
+    return ordered[first] if first >= 0 else -math.inf, ordered[last] if last < count else math.inf
 
 
 def _take(scores: Tensor, least: Tensor, keep: int) -> Tensor:
     """Return the indices of all scores above the ``keep``-th largest, and of the first that equal it."""
-    if scores.device.type != "cpu":
-        reached: Tensor = (scores >= least).nonzero().squeeze(1)
-        if len(reached) == keep:  # nothing else equals the last of them: one pass instead of three
-            return reached
     chunks = scores.split(_CHUNK) if scores.device.type == "cpu" else (scores,)  # type: ignore[no-untyped-call]
-    equal = keep - int(torch.stack([(chunk > least).sum() for chunk in chunks]).sum())
+    reached = int(torch.stack([(chunk >= least).count_nonzero() for chunk in chunks]).sum())
+    if reached == keep:  # nothing else equals the last of them
+        return _indices(chunk >= least for chunk in chunks)
+    equal = keep - int(torch.stack([(chunk > least).count_nonzero() for chunk in chunks]).sum())
+
+    def chosen() -> Iterator[Tensor]:
+        wanted = equal
+        for chunk in chunks:
+            found = chunk > least
+            if wanted > 0:
+                ties = (chunk == least).nonzero().squeeze(1)[:wanted]
+                found[ties] = True
+                wanted -= len(ties)
+            yield found
+
+    return _indices(chosen())
+
+
+def _indices(masks: Iterable[Tensor]) -> Tensor:
+    """Return where a boolean vector is true that is given in parts."""
     parts, start = [], 0
-    for chunk in chunks:
-        chosen = chunk > least
-        if equal > 0:
-            ties = (chunk == least).nonzero().squeeze(1)[:equal]
-            chosen[ties] = True
-            equal -= len(ties)
-        parts.append(chosen.nonzero().squeeze(1) + start)
-        start += len(chunk)
+    for mask in masks:
+        parts.append(mask.nonzero().squeeze(1).add_(start))
+        start += len(mask)
     return torch.cat(parts)
