@@ -29,9 +29,9 @@ from tests.cases import generator
 _CLASSES, _SIZE = 6, 40
 
 
-def task(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def task(count: int, seed: int, apart: float = 1.5) -> tuple[Tensor, Tensor]:
     """Inputs around the centre of their class."""
-    centres = 1.5 * torch.nn.functional.one_hot(torch.arange(_SIZE) % _CLASSES).float().T
+    centres = apart * torch.nn.functional.one_hot(torch.arange(_SIZE) % _CLASSES).float().T
     labels = torch.randint(_CLASSES, (count,), generator=generator(seed))
     return centres[labels] + torch.randn(count, _SIZE, generator=generator(seed + 1)), labels
 
@@ -63,10 +63,10 @@ def seen(network: nn.Module, noise: str | None) -> float | None:
     return shift_seen(network, cross_entropy, disturbed(network, noise, samples()), generator(4))
 
 
-@pytest.mark.parametrize("attack", ["attack=pgd", "attack=fgsm"])
+@pytest.mark.parametrize("attack", ["attack=pgd,budget=0.5", "attack=fgsm,budget=0.7"])
 def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
     batches = samples()
-    attacked = disturbed(network, f"adversarial:{attack},budget=0.5", batches)
+    attacked = disturbed(network, f"adversarial:{attack}", batches)
     radius = shift_seen(network, cross_entropy, attacked, generator(4))
     assert radius is not None and 0.25 < radius < 1.0
     back = list(shift_back(network, attacked, radius))
@@ -82,6 +82,25 @@ def test_an_attack_is_seen_and_undone(network: nn.Module, attack: str) -> None:
 @pytest.mark.parametrize("noise", [None, "labels:fraction=0.05", "labels:fraction=0.25", "labels:fraction=0.6"])
 def test_clean_samples_and_wrong_labels_are_no_attack(network: nn.Module, noise: str | None) -> None:
     assert seen(network, noise) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_errors_of_a_network_that_learned_its_samples_by_heart_are_no_attack(seed: int) -> None:
+    """They are near: labels are the likeliest classes beside those predicted."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(_SIZE, 64), nn.ReLU(), nn.Linear(64, _CLASSES))
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+        inputs, labels = task(150, 30, 0.6)
+        for _ in range(200):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimiser.step()
+    batch = task(500, 50, 0.6)
+    with torch.no_grad():
+        outputs = model(batch[0])
+    assert labels_contradicted(cross_entropy, [outputs], [batch])
+    assert shift_seen(model, cross_entropy, [batch], generator(4)) is None
 
 
 def test_labels_that_are_predicted_less_often_than_by_chance_need_not_be_near(
@@ -106,9 +125,7 @@ def test_rarer_than_chance(right: int, classes: int, rare: bool) -> None:
 def test_an_attack_is_looked_for_until_something_was_seen(
     network: nn.Module, taken_for_wrong_labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "swap_prune.sample_defence.labels._TEMPERATURES", (1.0,)
-    )  # it would pass for one unlike in training
+    monkeypatch.setattr("swap_prune.sample_defence.labels.TEMPERATURES", (1.0,))  # it would pass for one too sure
     model = copy.deepcopy(network)
     selection = select_parameters(model)
     doubts = SampleDefence(Teacher(model, selection, cross_entropy), cross_entropy)

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.sample_defence import record as module
-from swap_prune.sample_defence.inputs import _is_nearer, _other_classes, labels_contradicted, shift_seen
+from swap_prune.sample_defence.inputs import _is_nearer, _likely_errors, labels_contradicted, shift_seen
 from swap_prune.sample_defence.labels import doubt_labels
 from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.calibration import CalibrationStream
@@ -31,8 +31,8 @@ def doubts():
 
 def test_a_doubt_is_remembered_and_holds_for_what_is_fitted_and_what_is_held_out():
     own = doubts()
-    one, apart = mixed(0.0), mixed(0.5, seed=2)
-    assert own.weigh([one], [apart]) == ([one], [apart], None)
+    one, other, apart = mixed(0.0), mixed(0.0, seed=2), mixed(0.5, seed=2)
+    assert own.weigh([one], [other]) == ([one], [other], None)
     fitting, held_out, first = own.weigh([mixed(0.5)], [apart])
     assert first == pytest.approx(0.5 * 4 / 5, abs=0.05), "one in five of those replaced at random is right again"
     assert all(taught.trust is not None for taught in [*fitting, *held_out])
@@ -160,7 +160,7 @@ def doubts_of(model):
 
 def test_little_evidence_and_low_rates_are_left_alone(monkeypatch):
     """Of a calibrated network: one that is as sure of all could as well be too sure of itself."""
-    monkeypatch.setattr("swap_prune.sample_defence.labels._TEMPERATURES", (1.0,))
+    monkeypatch.setattr("swap_prune.sample_defence.labels.TEMPERATURES", (1.0,))
 
     def evidence(count):  # one label in ten is wrong, and each costs log(0.9/0.1 ...) of likelihood
         logits = torch.tensor([5.0, 0.0, 0.0]).expand(count, 3)
@@ -201,10 +201,32 @@ def test_a_shift_must_lead_to_labels_and_to_them_more_than_to_others():
     assert not _is_nearer(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
 
 
-def test_the_class_compared_with_is_neither_the_label_nor_the_prediction():
-    outputs, labels = torch.randn(500, 4, generator=generator(1)), torch.randint(4, (500,), generator=generator(2))
-    others = _other_classes(outputs, labels, generator(3))
-    assert not bool((others == labels).any()) and not bool((others == outputs.argmax(1)).any())
+@pytest.mark.parametrize("sureness", [1.0, 4.0])
+def test_the_class_compared_with_is_as_likely_as_an_error_of_a_network_that_is_too_sure_of_itself(sureness):
+    logits, labels = drawn(20_000, 3)
+    others = _likely_errors(sureness * logits, labels, generator(3))
+    predicted = logits.argmax(1)
+    assert not bool((others == predicted).any())
+    wrong = labels != predicted
+    rank = (
+        (logits.unsqueeze(1) <= logits.gather(1, torch.stack([others, labels], 1)).unsqueeze(2)).sum(2)[wrong].double()
+    )
+    error = float((rank[:, 0] - rank[:, 1]).std()) / len(rank) ** 0.5
+    assert abs(float((rank[:, 0] - rank[:, 1]).mean())) < 4 * error < 0.1, "labels that it gets wrong are such draws"
+
+
+def test_where_nothing_else_is_possible_any_class_is_compared_with():
+    outputs = torch.tensor([[0.0, torch.inf, 0.0]]).nan_to_num(posinf=1e30).expand(300, 3)
+    others = _likely_errors(outputs, torch.ones(300).long(), generator(1))
+    assert set(others.tolist()) == {0, 2}
+
+
+def test_evidence_is_that_of_all_samples_but_those_that_judge_all_stages():
+    few, apart, own = mixed(0.5, 40), mixed(0.5, 40, seed=2), doubts()
+    assert doubts().weigh([few], [])[2] is doubts().weigh([apart], [])[2] is None
+    assert own.weigh([few], [apart])[2] is not None and own.judges == [apart.batch]
+    own.weigh([mixed(0.0)], [mixed(1.0)])
+    assert own._labels.rate < 0.7, "judges are old samples, which have been asked"
 
 
 def test_statistics_that_fit_are_left_as_they_are():

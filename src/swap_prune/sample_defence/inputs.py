@@ -13,8 +13,8 @@ is low, and the network would no longer be told what it gets wrong: there inputs
 radius that was seen when that was attacked.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
-is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
-is as far as to any other.
+is: an attack's way back is short, and the same shift leads to fewer of the classes that the network itself would mistake
+for the one predicted; to a label drawn at random it is as far as to any other.
 
 Place in the pipeline: a defence, before capture, where the dense network contradicts the labels.
 """
@@ -32,6 +32,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
+from swap_prune.sample_defence.labels import TEMPERATURES
 from swap_prune.samples.batches import split_batches
 
 __all__ = [
@@ -52,6 +53,7 @@ _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than ex
 _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
+_TEMPERATURES = (*TEMPERATURES, 32.0, math.inf)  # at which the network may be calibrated
 _LEAST_STRAIGHT = 0.5  # mean cosine between slopes at both ends of a way back
 _LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
 
@@ -107,7 +109,7 @@ def shift_seen(
     if _is_rarer_than_chance(wrong, outputs.shape[1]):
         return radius
     reached = (_outputs(network, moved, at_once).argmax(1) == labels)[wrong]
-    others = _other_classes(outputs, labels, generator)[wrong]
+    others = _likely_errors(outputs, labels, generator)[wrong]
     elsewhere = _shifted(network, inputs[wrong], others, radius, at_once)
     led = _outputs(network, elsewhere, at_once).argmax(1) == others
     return radius if _is_nearer(reached, led) else None
@@ -218,11 +220,18 @@ def _shifted(network: Network, inputs: Tensor, classes: Tensor, radius: float, a
     return torch.cat(parts)
 
 
-def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
-    drawn = torch.rand(outputs.shape, generator=generator, device="cpu").to(outputs.device)
-    barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
-    return drawn.scatter(1, barred, -1.0).argmax(1)
+def _likely_errors(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw for each sample a class that is not predicted, (n,), as likely as the network is wrong about it.
+
+    How likely that is, its predictions say at the temperature at which they fit the labels best. Of a network that is
+    too sure of itself, and no more, labels that it gets wrong are such draws.
+    """
+    scaled = [outputs.double() / temperature for temperature in _TEMPERATURES]
+    shares = min(scaled, key=lambda z: float(cross_entropy(z, labels.long()))).softmax(1)
+    rest = shares.scatter(1, outputs.argmax(1, keepdim=True), 0.0)
+    if bool((rest.sum(1) == 0).any()):  # nothing else is possible: any class
+        rest = rest.add_(torch.finfo(rest.dtype).tiny).scatter_(1, outputs.argmax(1, keepdim=True), 0.0)
+    return torch.multinomial(rest.cpu(), 1, generator=generator).squeeze(1).to(outputs.device)
 
 
 def _is_rarer_than_chance(wrong: Tensor, classes: int) -> bool:

@@ -26,12 +26,12 @@ from torch.nn import functional
 
 from swap_prune.losses import CrossEntropy, LossFn
 
-__all__ = ["LabelDoubt", "doubt_labels"]
+__all__ = ["TEMPERATURES", "LabelDoubt", "doubt_labels"]
 
 _LEAST_RATE = 0.02  # of rho: less is left alone
 _LEAST_EVIDENCE = 10.0  # log-likelihood ratio against rho = 0; chance exceeds it once in 10^5 times
 _RATES = 100  # the grid of rho
-_TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # the grid of T
+TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # the grid of T
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[A
     evidence = torch.stack(
         [
             ((1 - rates) * _likelihood(logits / temperature, targets) + rates / logits.shape[1]).log().sum(1)
-            for temperature in _TEMPERATURES
+            for temperature in TEMPERATURES
         ]
     )  # (temperatures, rates)
     number, best = divmod(int(evidence.argmax()), _RATES)
     rate, gain = best / _RATES, evidence[number, best] - evidence[:, 0].max()
     if rate < _LEAST_RATE or not float(gain) > _LEAST_EVIDENCE:
         return None
-    return LabelDoubt(rate, _TEMPERATURES[number])
+    return LabelDoubt(rate, TEMPERATURES[number])
 
 
 def _likelihood(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -144,13 +144,19 @@ class SampleDefence:
             return batches
         return self._keep(shift_back(network, batches, radius, self._at_once))
 
+    def _doubt(self, samples: Sequence[Taught]) -> LabelDoubt | None:
+        """Compare labels with what the dense network predicts."""
+        asked = [(one.teacher, one.batch) for one in samples if one.teacher is not None]
+        return doubt_labels(self._loss_fn, [outputs for outputs, _ in asked], [batch for _, batch in asked])
+
     def weigh(
         self, fitting: Sequence[Taught], held_out: Sequence[Taught]
     ) -> tuple[list[Taught], list[Taught], float | None]:
         """Return batches whose labels have the trust that they deserve, and the share of labels that are wrong."""
         if self._doubts_labels:
-            outputs = [one.teacher for one in fitting if one.teacher is not None]
-            seen = doubt_labels(self._loss_fn, outputs, [one.batch for one in fitting])
+            seen = self._doubt(
+                fitting if self.judges is not None else (*fitting, *held_out)
+            )  # judges were asked before
             if seen is not None and (self._labels is None or seen.rate > self._labels.rate):
                 self._labels = seen
         doubt = self._labels
