@@ -7,7 +7,14 @@ from torch.utils.data import TensorDataset
 
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.sample_defence import record as module
-from swap_prune.sample_defence.inputs import _is_nearer, _likely_errors, labels_contradicted, shift_seen
+from swap_prune.sample_defence.inputs import (
+    _is_nearer,
+    _lie_along_slopes,
+    _likely_labels,
+    _other_classes,
+    labels_contradicted,
+    shift_seen,
+)
 from swap_prune.sample_defence.labels import doubt_labels
 from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.calibration import CalibrationStream
@@ -201,24 +208,45 @@ def test_a_shift_must_lead_to_labels_and_to_them_more_than_to_others():
     assert not _is_nearer(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
 
 
+def test_the_class_compared_with_is_neither_the_label_nor_the_prediction():
+    outputs, labels = torch.randn(500, 4, generator=generator(1)), torch.randint(4, (500,), generator=generator(2))
+    others = _other_classes(outputs, labels, generator(3))
+    assert not bool((others == labels).any()) and not bool((others == outputs.argmax(1)).any())
+
+
 @pytest.mark.parametrize("sureness", [1.0, 4.0])
-def test_the_class_compared_with_is_as_likely_as_an_error_of_a_network_that_is_too_sure_of_itself(sureness):
+def test_labels_of_a_network_that_is_too_sure_of_itself_are_like_the_likely_ones_that_are_drawn(sureness):
     logits, labels = drawn(20_000, 3)
-    others = _likely_errors(sureness * logits, labels, generator(3))
-    predicted = logits.argmax(1)
-    assert not bool((others == predicted).any())
-    wrong = labels != predicted
-    rank = (
-        (logits.unsqueeze(1) <= logits.gather(1, torch.stack([others, labels], 1)).unsqueeze(2)).sum(2)[wrong].double()
+    likely = _likely_labels(sureness * logits, labels, generator(3))
+    q = logits.log_softmax(1)
+    gap = (q.gather(1, labels.unsqueeze(1)) - q.gather(1, likely.unsqueeze(1))).squeeze(1)
+    error = float(gap.std()) / len(gap) ** 0.5
+    assert abs(float(gap.mean())) < 4 * error < 0.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inputs_lie_along_slopes_where_they_were_shifted_and_not_where_labels_are_wrong(seed):
+    network = nn.Linear(50, 6)
+    nn.init.normal_(network.weight, generator=generator(seed))
+    x = torch.randn(400, 50, generator=generator(seed + 10))
+    with torch.no_grad():
+        honest = torch.multinomial((network(x) / 3).softmax(1), 1, generator=generator(seed + 20)).squeeze(1)
+    random = torch.where(
+        torch.rand(400, generator=generator(seed)) < 0.3, torch.randint(6, (400,), generator=generator(seed)), honest
     )
-    error = float((rank[:, 0] - rank[:, 1]).std()) / len(rank) ** 0.5
-    assert abs(float((rank[:, 0] - rank[:, 1]).mean())) < 4 * error < 0.1, "labels that it gets wrong are such draws"
-
-
-def test_where_nothing_else_is_possible_any_class_is_compared_with():
-    outputs = torch.tensor([[0.0, torch.inf, 0.0]]).nan_to_num(posinf=1e30).expand(300, 3)
-    others = _likely_errors(outputs, torch.ones(300).long(), generator(1))
-    assert set(others.tolist()) == {0, 2}
+    variable = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(nn.functional.cross_entropy(network(variable), honest), variable)
+    told = [
+        _lie_along_slopes(network, inputs, labels, generator(1), 64)
+        for inputs, labels in (
+            (x, honest),
+            (x, random),
+            (x + 0.3 * slope.sign(), honest),
+            (x - 0.3 * slope.sign(), honest),
+        )
+    ]
+    assert told == [False, False, True, False]
+    assert not _lie_along_slopes(network, x[:1], honest[:1], generator(1), 64)
 
 
 def test_evidence_is_that_of_all_samples_but_those_that_judge_all_stages():

@@ -291,6 +291,26 @@ def test_poison_is_seen_among_few_rows_of_mini_batches_that_differ_by_orders_of_
         assert seen == pytest.approx([share] * 3)
 
 
+@pytest.mark.parametrize("kind", ["omniscient", "gaussian"])
+def test_rows_that_an_attacker_wrote_count_for_nothing_whatever_their_size(kind):
+    model, _, batch = perceptron()
+    noise = f"poison:kind={kind},fraction=0.2,strength=2"
+    reports, slopes = [], []
+    for one in (None, noise):
+        method = asking()
+        reports.append(
+            prune(copy.deepcopy(model), TensorDataset(*batch), 0.7, method, samples=40, noise=one, progress=False)
+        )
+        problem = method.problems[0]
+        slopes.append(problem.slope(problem.reference, torch.ones_like(problem.reference, dtype=torch.bool)))
+    found = reports[1].stages[0].evidence
+    assert found["rows_left_out"] == pytest.approx(0.2, abs=0.03) and "gradients_cleaned" not in found
+    assert not {"rows_left_out", "noise_seen"} & set(reports[0].stages[0].evidence)
+    zero = (problem.factor.matrix == 0).all(1)
+    assert float(zero.double().mean()) == pytest.approx(found["rows_left_out"])
+    assert float((slopes[1] - slopes[0]).norm()) < 0.6 * float(slopes[0].norm()), "of four samples in five"
+
+
 def test_poison_is_seen_beside_noise_on_gradients():
     method, model = asking(), sure_network()
     noise = ["gradient:std=4,fraction=0.25", POISON]

@@ -129,7 +129,7 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     drawn_at_once = max(forwards, MINI_BATCH) if load.in_batches else forwards
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
-    signs = 0 if load.in_batches and storage.holds_rows else load.samples * load.output_bytes
+    signs = 0 if load.in_batches and storage.holds_rows else max(load.rows, load.samples) * load.output_bytes
     lasting = signs if kind == "matrix-free" else 0
     common = rest + factor + drawn * load.sample_bytes + lasting
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)

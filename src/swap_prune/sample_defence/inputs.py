@@ -13,8 +13,9 @@ is low, and the network would no longer be told what it gets wrong: there inputs
 radius that was seen when that was attacked.
 
 Labels that are wrong look like attacked inputs, and must not be made true. What tells them apart is how near a label
-is: an attack's way back is short, and the same shift leads to fewer of the classes that the network itself would mistake
-for the one predicted; to a label drawn at random it is as far as to any other.
+is: an attack's way back is short, and the same shift leads to fewer of the other classes; to a label drawn at random it
+is as far as to any other. Errors of a network that is too sure of itself are near as well. What tells these apart is
+the mark that an attack leaves on the inputs: a part along the slope that it went up.
 
 Place in the pipeline: a defence, before capture, where the dense network contradicts the labels.
 """
@@ -49,10 +50,12 @@ Network = Callable[[Tensor], Tensor]  # in eval mode: inputs (n, ...) to logits 
 _RADII = (0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.33, 0.5)  # in standard deviations of the inputs
 _STEPS = 10  # down the loss, of a quarter of the radius each (Madry et al., ICLR 2018)
 _LOOKED_AT = 256  # samples that the radius is found on
+_ASKED, _DRAWS = 512, 4  # samples that are asked whether they lie along slopes; labels drawn for each
 _LEAST_EVIDENCE = 5.0  # standard errors that labels must be less likely than expected
 _LEAST_REACHED = 0.5  # of contradicted samples that must be led to their label: errors of the network's own stay
 _LEAST_GAP = 0.1  # of contradicted samples, between those led to their label and those led to another class
 _LEAST_ERRORS = 3.0  # standard errors that this gap must be above zero
+_LEAST_ALONG = 3.0  # standard errors that inputs must lie further along the slopes at their labels than at others
 _TEMPERATURES = (*TEMPERATURES, 32.0, math.inf)  # at which the network may be calibrated
 _LEAST_STRAIGHT = 0.5  # mean cosine between slopes at both ends of a way back
 _LEAST_RARITY = 4.0  # standard errors that labels must be predicted less often than by chance
@@ -108,8 +111,10 @@ def shift_seen(
     radius, moved = found
     if _is_rarer_than_chance(wrong, outputs.shape[1]):
         return radius
+    if not _lie_along_slopes(network, *_first_samples(batches, _ASKED), generator, at_once):
+        return None
     reached = (_outputs(network, moved, at_once).argmax(1) == labels)[wrong]
-    others = _likely_errors(outputs, labels, generator)[wrong]
+    others = _other_classes(outputs, labels, generator)[wrong]
     elsewhere = _shifted(network, inputs[wrong], others, radius, at_once)
     led = _outputs(network, elsewhere, at_once).argmax(1) == others
     return radius if _is_nearer(reached, led) else None
@@ -220,18 +225,37 @@ def _shifted(network: Network, inputs: Tensor, classes: Tensor, radius: float, a
     return torch.cat(parts)
 
 
-def _likely_errors(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw for each sample a class that is not predicted, (n,), as likely as the network is wrong about it.
+def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
+    drawn = torch.rand(outputs.shape, generator=generator, device="cpu").to(outputs.device)
+    barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
+    return drawn.scatter(1, barred, -1.0).argmax(1)
 
-    How likely that is, its predictions say at the temperature at which they fit the labels best. Of a network that is
-    too sure of itself, and no more, labels that it gets wrong are such draws.
-    """
+
+def _likely_labels(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class for each sample, (n,), by the predictions at the temperature at which they fit the labels best."""
     scaled = [outputs.double() / temperature for temperature in _TEMPERATURES]
     shares = min(scaled, key=lambda z: float(cross_entropy(z, labels.long()))).softmax(1)
-    rest = shares.scatter(1, outputs.argmax(1, keepdim=True), 0.0)
-    if bool((rest.sum(1) == 0).any()):  # nothing else is possible: any class
-        rest = rest.add_(torch.finfo(rest.dtype).tiny).scatter_(1, outputs.argmax(1, keepdim=True), 0.0)
-    return torch.multinomial(rest.cpu(), 1, generator=generator).squeeze(1).to(outputs.device)
+    return torch.multinomial(shares.cpu(), 1, generator=generator).squeeze(1).to(outputs.device)
+
+
+def _lie_along_slopes(
+    network: Network, inputs: Tensor, labels: Tensor, generator: torch.Generator, at_once: int
+) -> bool:
+    """Whether inputs have a part along the signs of the slopes at their labels, as an attack leaves it.
+
+    Against it stands the same at labels that are as likely. Were the network only too sure of itself, its own labels
+    would be such draws, and neither would be further along than the other.
+    """
+    own, outputs = inputs - inputs.mean(0), _outputs(network, inputs, at_once)
+
+    def along(classes: Tensor) -> Tensor:
+        signs = _slopes(network, inputs, classes, at_once).sign()
+        return (signs * own).reshape(len(own), -1).mean(1).double()
+
+    others = [along(_likely_labels(outputs, labels, generator)) for _ in range(_DRAWS)]
+    further = along(labels) - torch.stack(others).mean(0)
+    return float(further.mean()) > _LEAST_ALONG * float(further.std(correction=0)) / math.sqrt(len(further))
 
 
 def _is_rarer_than_chance(wrong: Tensor, classes: int) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from swap_prune.fisher.capture.low_rank import capture_low_rank
 from swap_prune.fisher.capture.matrix_free import capture_matrix_free
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
-from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches, sketch_curvature
+from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches, sketch_curvature, sketch_draws
 from swap_prune.fisher.capture.source import RowSource
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
@@ -26,7 +26,7 @@ from swap_prune.losses import run_loss
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.randomness import forked_generator
 from swap_prune.request import Request
-from swap_prune.samples.batches import is_single, split_batches
+from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.stages.kept_rows import KeptRows
 from swap_prune.surgery.weights import temporary_weights
 from swap_prune.training.teaching import Taught, output_slopes
@@ -99,7 +99,7 @@ class RowCapture:
             return self._products(weights, batches, signs, advance)
         selection, curvature = self.request.selection, self.request.curvature
         if curvature is not None:
-            in_batches = rows_in_batches(self.request, batches)
+            in_batches, draws = rows_in_batches(self.request, batches), self._draws(batches)
             return sketch_curvature(
                 self.model,
                 selection,
@@ -107,8 +107,9 @@ class RowCapture:
                 curvature,
                 signs,
                 in_batches=in_batches,
+                draws=draws,
                 storage=self.storage,
-                advance=advance,
+                advance=_once_each(advance, draws),
             )
         loss = self.request.loss
         capture = capture_gradients(self.model, selection, batches, loss, storage=self.storage, advance=advance)
@@ -117,15 +118,34 @@ class RowCapture:
         with eval_mode(self.model):
             return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
 
+    def _draws(self, batches: list[Any]) -> int:
+        """Return how often signs are drawn for each sample."""
+        if rows_in_batches(self.request, batches):
+            return 1
+        return sketch_draws(sum(map(batch_size, batches)), self.request.selection.total)
+
     def _products(
         self, weights: Tensor, batches: list[Any], signs: torch.Generator, advance: Callable[[int], None]
     ) -> Capture:
         """Return G as a storage without rows holds it: the function that rows are gradients of is settled first."""
         source = RowSource(self.request.loss, batches)
         if self.request.curvature is not None:
-            in_batches = rows_in_batches(self.request, batches)
-            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=in_batches)
+            in_batches, draws = rows_in_batches(self.request, batches), self._draws(batches)
+            advance = _once_each(advance, draws)
+            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=in_batches, draws=draws)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
             return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)
         return capture_low_rank(self.model, self.request.selection, source, advance, self.storage.at_once)
+
+
+def _once_each(advance: Callable[[int], None], draws: int) -> Callable[[int], None]:
+    """Return a function that counts samples of which each comes so many times."""
+    seen = 0
+
+    def count(number: int) -> None:
+        nonlocal seen
+        advance((seen + number) // draws - seen // draws)
+        seen += number
+
+    return count

@@ -24,6 +24,7 @@ from swap_prune.fisher.defence.gradients import (
     GradientDefence,
     layers_of,
     look_noise,
+    overwritten,
     rank_noise,
 )
 from swap_prune.fisher.defence.outliers import clip_rows_
@@ -38,6 +39,7 @@ from swap_prune.surgery.weights import temporary_weights
 __all__ = ["Defended", "Defender"]
 
 _LOOKED_AT = 2  # rows that are taken twice, to see whether there is noise
+_MOST_OVERWRITTEN = 0.5  # of the rows: where more have a wrong rank, noise is in all of them
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,10 @@ class Defender:
         if not isinstance(factor, DenseFactor):  # which is not cleaned
             return GradientDefence(layers, noise)
         closely = self._looks(factor, fitting, LOOKED_CLOSELY_AT)
+        if not look_noise(layers, *closely):
+            share = float(overwritten(factor.matrix, layers).double().mean())
+            if 0 < share < _MOST_OVERWRITTEN:
+                return GradientDefence(layers, noise, left_out=share)
         defence = GradientDefence.by_looks(layers, *closely, beyond, in_batches=self.in_batches)
         return defence if defence.noise > 0 else None
 

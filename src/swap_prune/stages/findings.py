@@ -24,6 +24,7 @@ class StageFindings:
         gradients_are_zero: Whether all of them are.
         without_gradient: Layers whose gradients are all zero in the first stage, where others' are not.
         rows_clipped: Share of the rows that were scaled down.
+        rows_left_out: Share of the rows that were overwritten, as their rank shows.
         noise_seen: Share of noise in the energy of the gradients.
         noise_left: Why rows that should be cleaned are not.
         label_noise: Share of labels that seem wrong.
@@ -40,6 +41,7 @@ class StageFindings:
     gradients_are_zero: bool = False
     without_gradient: list[str] | None = None
     rows_clipped: float | None = None
+    rows_left_out: float | None = None
     noise_seen: float | None = None
     noise_left: str | None = None
     label_noise: float | None = None

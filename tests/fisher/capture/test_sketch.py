@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional
 
 from swap_prune.fisher.capture import sketch
-from swap_prune.fisher.capture.sketch import CurvatureSketch, sketch_curvature, sketch_rows
+from swap_prune.fisher.capture.sketch import CurvatureSketch, sketch_curvature, sketch_draws, sketch_rows
 from swap_prune.losses import CrossEntropy, GaussNewtonLoss, cross_entropy
 from swap_prune.samples.batches import batch_size, slice_batch
 from swap_prune.selection import select_parameters
@@ -166,3 +166,35 @@ def test_temperature_out_of_range(temperature: float) -> None:
 def test_what_counts_as_a_loss_that_knows_its_curvature() -> None:
     assert isinstance(cross_entropy, GaussNewtonLoss)
     assert not isinstance(lambda model, batch: model(batch), GaussNewtonLoss)
+
+
+def test_samples_give_several_rows_of_draws_of_their_own_where_they_are_few() -> None:
+    model, batches = perceptron(), [labelled(4, 5), labelled(3, 5)]
+    selection = select_parameters(model, ("Linear",), ())
+    capture = sketch_curvature(model, selection, batches, cross_entropy, generator(5), in_batches=False, draws=3)
+    assert capture.factor.shape[0] == len(capture.sizes) == 21 and len(capture.losses) == 7
+    state, expected, sizes = generator(5), [], []
+    for batch in batches:
+        z = model(batch[0])
+        for _ in range(3):
+            root = cross_entropy.curvature_root(z.detach(), batch, sketch.draw_signs(z, state))
+            for i in range(len(root)):
+                gradients = torch.autograd.grad((z[i] * root[i]).sum(), [*model.parameters()], retain_graph=True)
+                by_name = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+                expected.append(torch.cat([by_name[name].flatten() for name in selection.names]))
+            sizes.append(root.norm(dim=1))
+    torch.testing.assert_close(capture.factor.matrix, torch.stack(expected))
+    torch.testing.assert_close(capture.sizes, torch.cat(sizes))
+    losses = [cross_entropy.losses(model(batch[0]), batch).detach() for batch in batches]
+    torch.testing.assert_close(capture.losses, torch.cat(losses))
+
+
+@pytest.mark.parametrize(
+    ("samples", "weights", "draws"),
+    [(1, 100, 8), (50, 100, 8), (100, 100, 5), (256, 100, 2), (257, 100, 1), (1000, 100, 1), (50, 1_000_000, 2)],
+)
+def test_signs_are_drawn_more_often_for_few_samples_while_rows_take_little(
+    samples: int, weights: int, draws: int
+) -> None:
+    assert sketch_draws(samples, weights) == draws
+    assert sketch_draws(samples, 2**31) == 1

@@ -14,7 +14,14 @@ from swap_prune import LR, prune
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.defence import gradients as gradients_module
 from swap_prune.fisher.defence.exact import outer_product_layers
-from swap_prune.fisher.defence.gradients import DefendedLayer, GradientDefence, layers_of, look_noise, rank_noise
+from swap_prune.fisher.defence.gradients import (
+    DefendedLayer,
+    GradientDefence,
+    layers_of,
+    look_noise,
+    overwritten,
+    rank_noise,
+)
 from swap_prune.fisher.defence.looks import choose_average
 from swap_prune.fisher.defence.treatment import Treatment
 from swap_prune.fisher.factor import DenseFactor
@@ -317,6 +324,25 @@ def test_poisoned_rows_alone_are_no_noise() -> None:
     report = prune(model, TensorDataset(*batch), 0.5, LR(first_order=0), **settings)
     assert not any("noise_seen" in stage.evidence for stage in report.stages)
     assert any("rows_clipped" in stage.evidence for stage in report.stages)
+
+
+def test_rows_of_a_wrong_rank_are_those_that_somebody_has_written() -> None:
+    rows, layers = rows_and_layers()
+    assert not bool(overwritten(rows, layers).any())
+    mixed, other = rows.clone(), rows.mean(0)
+    mixed[5] = 0
+    mixed[[3, 17]] = other
+    mixed[30, layers["3.weight"].place] += 0.1 * rows[31, layers["3.weight"].place]
+    mixed[8] *= -100
+    assert overwritten(mixed, layers).nonzero().squeeze(1).tolist() == [3, 17, 30]
+    inexact = {name: layer._replace(exact=False) for name, layer in layers.items()}
+    assert not bool(overwritten(mixed, inexact).any())
+    defence = GradientDefence(layers, 0.1, left_out=3 / 40)
+    honest = torch.ones(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 17, 30]), False)
+    torch.testing.assert_close(defence.mean(mixed), mixed[honest].mean(0))
+    cleaned = defence.clean_rows_(DenseFactor(mixed.clone())).matrix
+    assert torch.equal(cleaned[honest], mixed[honest]) and not bool(cleaned[~honest].any())
+    assert torch.equal(defence.mean(mixed[[3, 17]]), mixed[[3, 17]].mean(0)), "nothing else is there"
 
 
 def test_noise_in_weights_is_seen() -> None:

@@ -7,7 +7,8 @@ taken as constant, and xi random signs::
 
     g = J^T L xi,        E[g g^T] = J^T L E[xi xi^T] L^T J = J^T H J
 
-so that ``G^T G / n`` is an unbiased estimate of it (Rademacher sketch; docs/method.md).
+so that ``G^T G / n`` is an unbiased estimate of it (Rademacher sketch; docs/method.md). A draw of signs sees one of the
+directions in which the loss of a sample is curved. Where samples are few, each gives several rows, of draws of its own.
 
 When BatchNorm will be recalibrated after pruning, what matters is the network on the statistics of its own batches.
 Rows then are gradients through whole mini-batches, over the root of their size.
@@ -41,11 +42,15 @@ __all__ = [
     "draw_sketch",
     "mini_batches",
     "sketch_curvature",
+    "sketch_draws",
     "sketch_rows",
     "without_singles",
 ]
 
 MINI_BATCH = 16  # samples that share their statistics
+_ENOUGH_ROWS = 512  # signs are drawn more than once for samples that give fewer,
+_MOST_DRAWS = 8  # so often at the most,
+_MOST_NUMBERS = 134_217_728  # where G has no more entries than that
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,14 @@ class CurvatureSketch:
         return _products(self.loss.outputs(model, batch), root)
 
 
-def sketch_rows(samples: int, *, in_batches: bool) -> int:
+def sketch_draws(samples: int, weights: int) -> int:
+    """Return how often signs are drawn for each of some samples, where each of them gives rows of so many weights."""
+    return max(1, min(_MOST_DRAWS, _ENOUGH_ROWS // samples, _MOST_NUMBERS // (samples * weights)))
+
+
+def sketch_rows(samples: int, *, in_batches: bool, draws: int = 1) -> int:
     """Return how many rows a number of samples gives; batches that cannot be joined or split give a row each."""
-    return math.ceil(samples / MINI_BATCH) if in_batches else samples
+    return math.ceil(samples / MINI_BATCH) if in_batches else samples * draws
 
 
 def sketch_curvature(
@@ -77,6 +87,7 @@ def sketch_curvature(
     generator: torch.Generator,
     *,
     in_batches: bool,
+    draws: int = 1,
     storage: Storage | None = None,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Capture:
@@ -89,8 +100,9 @@ def sketch_curvature(
         loss: A loss that knows its curvature.
         generator: Draws the signs.
         in_batches: Whether BatchNorm sees mini-batches, as after recalibration, rather than single samples.
+        draws: Rows of each sample, of signs of their own; mini-batches give one each.
         storage: How G is held; by default dense.
-        advance: Called with the number of samples that were done, for progress.
+        advance: Called with the number of rows' samples that were done, for progress.
 
     Returns:
         G, and the loss of each sample, with BatchNorm as for the rows.
@@ -106,7 +118,7 @@ def sketch_curvature(
         store = open_store(storage or Storage(), len(parts), selection, selection.dtype(model), device)
         losses, sizes = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH, sizes)
-    source = draw_sketch(model, batches, loss, generator, in_batches=False)
+    source = draw_sketch(model, batches, loss, generator, in_batches=False, draws=draws)
     assert source.losses is not None, "found on the way"
     capture = capture_gradients(model, selection, source.batches, source.function, storage=storage, advance=advance)
     sizes = torch.cat([torch.linalg.vector_norm(root.reshape(len(root), -1), dim=1) for _, root in source.batches])
@@ -120,10 +132,11 @@ def draw_sketch(
     generator: torch.Generator,
     *,
     in_batches: bool,
+    draws: int = 1,
 ) -> RowSource:
     """Draw the signs, once: what :func:`sketch_curvature` takes gradients of, with the same random numbers.
 
-    One pass without gradients finds ``L xi``, of the size of the outputs, which is kept.
+    One pass without gradients finds ``L xi`` of each draw, of the size of the outputs, which is kept.
 
     Raises:
         ValueError: If a batch does not fit the loss or the model, or a loss is not finite.
@@ -137,9 +150,9 @@ def draw_sketch(
             with failures_named("calibration batch", part):
                 outputs = loss.outputs(model, part)
                 found = loss.losses(outputs, part)
-                root = loss.curvature_root(outputs, part, draw_signs(outputs, generator))
+                roots = [loss.curvature_root(outputs, part, draw_signs(outputs, generator)) for _ in range(draws)]
             losses.append(check_losses(found, None))
-            drawn.append((part, root))
+            drawn += [(part, root) for root in roots]
     return RowSource(CurvatureSketch(loss), drawn, in_batches, torch.cat(losses))
 
 

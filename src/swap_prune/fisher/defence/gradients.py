@@ -12,12 +12,21 @@ from torch import Tensor
 
 from swap_prune.fisher.defence.exact import CLEAN
 from swap_prune.fisher.defence.looks import choose_average, choose_treatment, noise_between
-from swap_prune.fisher.defence.rank import energies
+from swap_prune.fisher.defence.rank import energies, shares_beyond
 from swap_prune.fisher.defence.treatment import AS_THEY_ARE, Average, Treatment
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.selection import Selection
 
-__all__ = ["LOOKED_CLOSELY_AT", "PIECE", "DefendedLayer", "GradientDefence", "layers_of", "look_noise", "rank_noise"]
+__all__ = [
+    "LOOKED_CLOSELY_AT",
+    "PIECE",
+    "DefendedLayer",
+    "GradientDefence",
+    "layers_of",
+    "look_noise",
+    "overwritten",
+    "rank_noise",
+]
 
 LOOKED_CLOSELY_AT = 16  # rows that are taken twice, to see what helps
 _PROBE = 32  # rows whose rank is looked at
@@ -81,6 +90,16 @@ def look_noise(layers: Mapping[str, DefendedLayer], first: Tensor, second: Tenso
     return {name: share for name, share in shares.items() if share > CLEAN}
 
 
+def overwritten(rows: Tensor, layers: Mapping[str, DefendedLayer]) -> Tensor:
+    """Return which gradients (n, p) have a higher rank than 1 in a layer where each should have that, boolean, (n,)."""
+    found = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for layer in layers.values():
+        if layer.exact and min(layer.shape) > 1:
+            parts = (part[:, layer.place].reshape(-1, *layer.shape) for part in torch.split(rows, PIECE))
+            found |= torch.cat([shares_beyond(part) for part in parts]) > CLEAN
+    return found
+
+
 @dataclass
 class GradientDefence:
     """What is done in a stage where noise was seen, or where it was asked for; the first slope settles what is open.
@@ -94,6 +113,8 @@ class GradientDefence:
         open: Layers whose average two looks at the first slope settle: those of rank 1 whose rows come nearer to the
             truth by what is made of them. What a low rank cuts off the others adds up in a mean, more so when slopes
             have become small; and noise that all rows share, as of weights in analog memory, no average takes out.
+        left_out: Share of the rows of G whose rank says that somebody else has written them. Where there are some they
+            count for nothing, and nor do such gradients in slopes.
     """
 
     layers: Mapping[str, DefendedLayer]
@@ -101,6 +122,7 @@ class GradientDefence:
     treatments: Mapping[str, Treatment] = field(default_factory=dict)
     averages: dict[str, Average] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)
+    left_out: float = 0.0
 
     @classmethod
     def by_looks(
@@ -159,10 +181,12 @@ class GradientDefence:
     @property
     def cleans_slopes(self) -> bool:
         """Whether slopes are averaged over gradients one by one."""
-        return bool(self.averages or self.open)
+        return bool(self.averages or self.open or self.left_out)
 
     def clean_rows_(self, factor: DenseFactor) -> DenseFactor:
         """Overwrite the rows of G by what is made of them; return it."""
+        if self.left_out:
+            factor.matrix[overwritten(factor.matrix, self.layers)] = 0
         for name, treatment in self.treatments.items():
             if treatment != AS_THEY_ARE:
                 rows = factor.matrix[:, self.layers[name].place]
@@ -178,6 +202,9 @@ class GradientDefence:
             again: The plain mean of a second look at the same, (p,), by which averages are settled that are open.
         """
         result = torch.empty_like(rows[0])
+        if self.left_out:
+            honest = ~overwritten(rows, self.layers)
+            rows = rows[honest] if bool(honest.any()) else rows
         for name, layer in self.layers.items():
             own = rows[:, layer.place]
             if name in self.open and again is not None:

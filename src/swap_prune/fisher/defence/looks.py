@@ -115,10 +115,10 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _share_between(one: Tensor, other: Tensor) -> float:
-    """Return the energy of the difference of two vectors in units of both energies together."""
+    """Return the energy of the difference of two vectors in units of both energies together, 1 at the most."""
     one, other = one.double(), other.double()
     energy = float(one.square().sum() + other.square().sum())
-    return float((one - other).square().sum()) / energy if energy > 0 else 0.0
+    return min(1.0, float((one - other).square().sum()) / energy) if energy > 0 else 0.0
 
 
 def _excess(rows: Tensor, second: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["energies", "leading_singular_triples", "low_rank_rows"]
+__all__ = ["energies", "leading_singular_triples", "low_rank_rows", "shares_beyond"]
 
 _ITERATIONS = 3  # of the subspace iteration
 _EXPONENT = 126  # powers of two that float32 has, both ways
@@ -55,6 +55,13 @@ def energies(matrices: Tensor) -> tuple[float, float]:
     matrices = matrices / scale  # or squares of small gradients would be zero
     rest = (matrices - low_rank_rows(matrices, 1)).double().square_().sum()
     return float(matrices.double().square_().sum()) * scale**2, float(rest) * scale**2
+
+
+def shares_beyond(matrices: Tensor) -> Tensor:
+    """Return the share of the energy of each matrix (m, a, b) outside the best one of rank 1, (m,)."""
+    scaled, _ = _scaled(matrices)
+    rest = (scaled - low_rank_rows(scaled, 1)).double().square_().sum((1, 2))
+    return rest / scaled.double().square_().sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
