@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import SquaredError, prune
+from swap_prune.losses import cross_entropy
 from swap_prune.stages.oddities import share_of_largest
 from tests.cases import trained
 
@@ -39,13 +40,21 @@ def test_one_target_that_stands_for_a_missing_one_is_said() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, -50.0])
 def test_it_is_a_share_of_what_is_above_the_median(offset: float) -> None:
-    losses = torch.linspace(0, 1, 101) + offset
-    assert share_of_largest(losses) is None
+    losses, loss_fn = torch.linspace(0, 1, 101) + offset, SquaredError()
+    assert share_of_largest(losses, loss_fn) is None
     losses[3] = 100 + offset
-    assert share_of_largest(losses) == pytest.approx(99.49 / 111.74, rel=1e-5)
-    assert share_of_largest(losses[:10]) is None is share_of_largest(torch.ones(64))
+    assert share_of_largest(losses, loss_fn) == pytest.approx(99.49 / 111.74, rel=1e-5)
+    assert share_of_largest(losses[:10], loss_fn) is None is share_of_largest(torch.ones(64), loss_fn)
     losses[4] = 10 + offset
-    assert share_of_largest(losses) is None, "the next is not far behind"
+    assert share_of_largest(losses, loss_fn) is None, "the next is not far behind"
+
+
+def test_the_one_error_of_a_sound_classifier_is_not_odd() -> None:
+    losses = torch.full((100,), 1e-4).index_fill_(0, torch.tensor(7), 12.0)
+    assert share_of_largest(losses, cross_entropy) is None
+    assert share_of_largest(losses, SquaredError()) == pytest.approx(1.0)
+    losses[7] = 400.0  # inputs in another unit
+    assert share_of_largest(losses, cross_entropy) == pytest.approx(1.0)
 
 
 def test_a_well_trained_classifier_has_no_odd_sample() -> None:

@@ -22,6 +22,7 @@ __all__ = ["WatchedLosses", "few_classes", "share_of_largest", "without_gradient
 _RULES = 0.5  # of what losses have above their median: as much for one sample alone,
 _AHEAD = 20.0  # and so many times as much as for the next: one that is merely hard is not far ahead
 _LEAST_SAMPLES = 32  # of which one is not to have that much
+_WRONG_CLASS = 50.0  # nats: a network that is wrong about a class loses less, however seldom it is wrong
 
 
 def few_classes(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> list[int] | None:
@@ -42,11 +43,12 @@ def few_classes(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> li
     return [seen, classes, count] if 2 * seen < min(classes, count) else None
 
 
-def share_of_largest(losses: Tensor) -> float | None:
+def share_of_largest(losses: Tensor, loss_fn: LossFn) -> float | None:
     """Look for one sample that has most of the loss, as a number that stands for a missing target gives it.
 
     Args:
         losses: Of the samples, (n,).
+        loss_fn: What they were computed by.
 
     Returns:
         Its share of what losses have above their median, where that is most of it; else None.
@@ -56,7 +58,8 @@ def share_of_largest(losses: Tensor) -> float | None:
     above = (losses.double() - losses.double().median()).clamp_min(0)
     largest, second = above.topk(2).values.tolist()
     share = largest / max(float(above.sum()), torch.finfo(above.dtype).tiny)
-    return share if share > _RULES and largest >= _AHEAD * second else None
+    least = max(_AHEAD * second, _WRONG_CLASS if isinstance(loss_fn, CrossEntropy) else 0)
+    return share if share > _RULES and largest >= least else None
 
 
 def without_gradient(factor: DenseFactor, selection: Selection) -> list[str]:
@@ -70,17 +73,18 @@ class WatchedLosses:
 
     Args:
         losses: Maps weights w (p,) and a kept set (p,) to losses, (n_v,).
+        loss_fn: What they are computed by.
 
     Attributes:
         share_of_largest: Its share, the last time; None: it never was.
     """
 
-    def __init__(self, losses: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._losses = losses
+    def __init__(self, losses: Callable[[Tensor, Tensor], Tensor], loss_fn: LossFn) -> None:
+        self._losses, self._loss_fn = losses, loss_fn
         self.share_of_largest: float | None = None
 
     def __call__(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate."""
         found = self._losses(weights, kept)
-        self.share_of_largest = share_of_largest(found) or self.share_of_largest
+        self.share_of_largest = share_of_largest(found, self._loss_fn) or self.share_of_largest
         return found

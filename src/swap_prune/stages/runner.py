@@ -152,7 +152,7 @@ class StageRunner:
             samples, loss, defence = len(losses), float(losses.double().mean()), defended.defence
             slopes = forked_generator(self.request.seed, f"slopes {number}")
             trials, rate = self._trials(fitting, spare, defended, slopes)
-            watched = WatchedLosses(trials.losses)
+            watched = WatchedLosses(trials.losses, self.request.loss)
             problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
             findings = replace(findings, label_noise=rate)
         if solver.needs_inputs:
@@ -214,7 +214,7 @@ class StageRunner:
             findings,
             rows_reused=reused,
             few_classes=few_classes(self.model, self.request.loss, fitting),
-            one_sample_rules=share_of_largest(capture.losses),
+            one_sample_rules=share_of_largest(capture.losses, self.request.loss),
             gradients_are_zero=all_silent,
             without_gradient=silent if silent and number == 1 and not all_silent else None,
             rows_clipped=defended.clipped or None,
