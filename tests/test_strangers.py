@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections import UserDict
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.selection import select_parameters
+from tests.cases import blurred_classes, trained
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -1149,3 +1151,25 @@ def test_gradients_that_are_all_zero_are_noted() -> None:
 
 def vanishing(model: nn.Module, batch: Any) -> Tensor:
     return model(batch[0]).sum(1) * 0
+
+
+def test_layers_may_be_in_any_unit() -> None:
+    """The same network, its first layer in thousandths and its last in thousands, is pruned about as well."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, y = blurred_classes(1200)
+        model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+        trained(model, x, y, 300)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight *= 1e-3
+        other[0].bias *= 1e-3
+        other[2].bias *= 1e-3
+        other[4].weight *= 1e3
+        torch.testing.assert_close(other(x), model(x), rtol=1e-3, atol=1e-3)
+    losses = []
+    for network in (model, other):
+        prune(network, TensorDataset(x[:600], y[:600]), 0.9, "lr", samples=300, progress=False)
+        with torch.no_grad():
+            losses.append(float(functional.cross_entropy(network(x[600:]), y[600:])))
+    assert losses[1] < losses[0] + 0.03

@@ -49,6 +49,40 @@ def test_every_metric_is_what_a_loop_over_weights_says() -> None:
     assert torch.equal(damped_metric(f, 3.0, "identity", layers()), torch.ones_like(f))
 
 
+def usual_weights() -> Tensor:
+    """Weights of layers with a gain of 2 each; that of a vector tells nothing."""
+    parts = []
+    for layer in layers():
+        part = torch.randn(layer.shape.numel(), generator=generator(3), dtype=torch.float64)
+        parts.append(part / part.norm() * 2 * layer.shape[0] ** 0.5)
+    parts[2] *= 1e5
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "layer", "factored"])
+@pytest.mark.parametrize("unit", [1e-6, 0.04, 25.0, 1e6])
+def test_a_layer_in_a_unit_of_its_own_is_measured_as_if_it_were_in_the_usual_one(metric: str, unit: float) -> None:
+    f, w = fisher(), usual_weights()
+    expected = damped_metric(f, 1.0, metric, layers())
+    assert torch.equal(damped_metric(f, 1.0, metric, layers(), reference=w), expected)
+    place = layers()[1].place
+    f[place] /= unit**2
+    w[place] *= unit
+    expected[place] /= unit**2
+    torch.testing.assert_close(damped_metric(f, 1.0, metric, layers(), reference=w), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "layer", "factored"])
+def test_units_that_differ_a_little_are_left_and_so_are_layers_without_weights(metric: str) -> None:
+    f, w = fisher(), usual_weights()
+    w[layers()[0].place] *= 19
+    w[layers()[1].place] = 0
+    assert torch.equal(damped_metric(f, 1.0, metric, layers(), reference=w), damped_metric(f, 1.0, metric, layers()))
+    assert torch.equal(
+        damped_metric(f, 1.0, metric, layers(), reference=0 * w), damped_metric(f, 1.0, metric, layers())
+    )
+
+
 @pytest.mark.parametrize("metric", ["layer", "factored"])
 def test_scaling_a_layer_scales_its_own_metric_alone(metric: str) -> None:
     f = fisher()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
-from swap_prune.regression.metric import diagonal_metric
+from swap_prune.regression.metric import damped_metric
 from swap_prune.regression.natural_gradient import NaturalGradient
 from swap_prune.regression.objective import WeightedRidge
 
@@ -150,7 +150,9 @@ def take_steps(
     walk.arrive(losses)
     walk.descend(model)
     if not walk.is_behind:
-        metric = diagonal_metric(regression.factor.diagonal(), _STEP_METRIC)
+        f = regression.factor.diagonal()
+        metric = damped_metric(f, _STEP_METRIC, "diagonal", problem.layers(), reference=problem.reference)
+        del f
         if ridge != _STEP_RIDGE or not torch.equal(metric, regression.metric):
             del model
             regression = replace(regression, metric=metric)

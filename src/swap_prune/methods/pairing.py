@@ -186,7 +186,7 @@ def pairing_regression(
     factor = problem.fisher()
     f = factor.diagonal() if diagonal is None else diagonal
     y = factor.matvec(problem.reference) if target is None else target
-    m = damped_metric(f, damping, metric, problem.layers(), problem.groups())
+    m = damped_metric(f, damping, metric, problem.layers(), problem.groups(), problem.reference)
     floors = fair_floors(problem, floor)
     return WeightedRidge(factor, y, problem.reference, ridge, m, floors=floors, pattern=problem.pattern)
 

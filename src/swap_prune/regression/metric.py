@@ -14,6 +14,11 @@ like it:
   output or input of a layer is seen by it.
 - ``identity``: m = 1, the paper's.
 
+Means over all weights compare layers in the units that they are in. These are alike in most networks, and tell
+something. A layer whose gain, the root of its squared weights over its number of outputs, is far from that of the
+others is in a unit of its own, such as a last layer whose targets are thousandths. It is measured as if its gain were
+the usual one.
+
 No b_j is less than a small share of the mean over all weights: a layer further from the others than that loses the
 invariance, and a layer without influence on the outputs is not blown up.
 
@@ -22,7 +27,8 @@ Place in the pipeline: before the regression.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from types import MappingProxyType
 from typing import Literal
 
@@ -36,6 +42,7 @@ __all__ = ["Metric", "damped_metric", "diagonal_metric"]
 Metric = Literal["diagonal", "layer", "factored", "identity"]
 
 _LEAST = 1e-4  # of the mean over all weights: no b_j is less, so that weights without influence have a price too
+_UNUSUAL = 20.0  # times the usual gain, or that part of it: further away a layer is in a unit of its own
 _LAYER_SHARE = 0.01  # of the layer's mean in the factored b_j: an output or input without gradients may get some
 
 
@@ -45,6 +52,7 @@ def damped_metric(
     metric: Metric,
     layers: Iterable[Layer],
     groups: Mapping[str, int] = MappingProxyType({}),
+    reference: Tensor | None = None,
 ) -> Tensor:
     """Return m, (p,).
 
@@ -54,9 +62,20 @@ def damped_metric(
         metric: What b is.
         layers: Where the p weights lie.
         groups: Number of groups of those that are of grouped convolutions, by name.
+        reference: w_bar, (p,), which tells the units of layers; None: these are alike.
     """
     if metric == "identity":
         return torch.ones_like(fisher_diagonal)
+    layers = list(layers)
+    units = [] if reference is None else _units_of_their_own(layers, reference)
+    if units:
+        in_usual_units = fisher_diagonal.clone()
+        for place, unit in units:
+            in_usual_units[place] *= unit**2
+        m = damped_metric(in_usual_units, damping, metric, layers, groups)
+        for place, unit in units:
+            m[place] /= unit**2
+        return m
     mean = float(fisher_diagonal.mean())
     if metric == "diagonal" or mean == 0:
         return diagonal_metric(fisher_diagonal, damping)
@@ -74,6 +93,17 @@ def diagonal_metric(fisher_diagonal: Tensor, damping: float) -> Tensor:
     if float(mean) == 0:
         return torch.ones_like(fisher_diagonal)
     return fisher_diagonal + damping * mean
+
+
+def _units_of_their_own(layers: Sequence[Layer], reference: Tensor) -> list[tuple[slice, float]]:
+    """Return where layers of unusual gain lie, and how many times the usual one theirs is."""
+    matrices = [layer for layer in layers if len(layer.shape) > 1]
+    norms = [float(torch.linalg.vector_norm(reference[layer.place].double())) for layer in matrices]
+    gains = [norm / max(1, layer.shape[0]) ** 0.5 for norm, layer in zip(norms, matrices, strict=True)]
+    usual = median([gain for gain in gains if gain > 0] or [1.0])
+    ratios = [gain / usual if gain > 0 else 1.0 for gain in gains]
+    found = zip(matrices, ratios, strict=True)
+    return [(layer.place, ratio) for layer, ratio in found if not 1 / _UNUSUAL <= ratio <= _UNUSUAL]
 
 
 def _factored(f: Tensor, shape: torch.Size, groups: int) -> Tensor:
