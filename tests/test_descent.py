@@ -119,8 +119,26 @@ def test_of_a_plain_function_the_first_length_is_that_of_the_whole_way_to_its_fl
         return losses + len(asked)
 
     _, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
-    assert lengths == [] and asked[0] == 0
-    assert asked[1:8] == pytest.approx([first / 3**i for i in range(7)], rel=1e-4)
+    assert lengths == [] and asked[0] == 0, "and then at the weights before the stage"
+    assert asked[2:9] == pytest.approx([first / 3**i for i in range(7)], rel=1e-4)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("before", [0.5, 2.0])
+@pytest.mark.parametrize("gain", [[0.1, 0.1, 0.1, 0.1], [0.5, -0.2, 0.0, 0.0]])
+def test_of_a_plain_function_steps_below_the_loss_before_the_stage_need_a_significant_gain(gain, before, known):
+    """The network comes to 1; it was at 0.5, or 2, before."""
+    base = known_loss() if known else problem_with(None)
+    regression, fit = start_of(base)
+
+    def held_out(w, kept):
+        if torch.equal(w, base.reference):
+            return torch.full((4,), before)
+        return torch.ones(4) if torch.equal(w, fit.weights) else 1 - torch.tensor(gain)
+
+    _, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
+    allowed = known or before == 0.5 or gain[0] == 0.1
+    assert bool(lengths) == allowed
 
 
 def test_a_gain_must_exceed_its_standard_error():

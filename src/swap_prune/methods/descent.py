@@ -146,6 +146,7 @@ def take_steps(
     ridge = damping_of(regression)
     model = NaturalGradient.on(regression, fit.support, ridge, fit.refit)
     walk, support = _Walk(problem, replace(fit, refit=None), race, blank, loss_floor(problem, losses)), fit.support
+    walk.aim = level_before(problem)
     del fit
     walk.arrive(losses)
     walk.descend(model)
@@ -161,6 +162,16 @@ def take_steps(
         walk.descend(model)
     values = walk.fit.weights.index_select(0, support)
     return Steps(values, walk.lengths, walk.losses, walk.levels, walk.is_behind)
+
+
+def level_before(problem: PruningProblem) -> float:
+    """Return the mean held-out loss before the stage, where a plain function is all that there is to learn from.
+
+    Steps make good what pruning has done. Further down they train, on a few labels that nothing else bears out.
+    """
+    if problem.held_out is None or problem.blank is not None:
+        return -math.inf
+    return mean_loss(problem.held_out(problem.reference, torch.ones_like(problem.reference, dtype=torch.bool)))
 
 
 def damping_of(regression: WeightedRidge) -> float:
@@ -180,6 +191,8 @@ class _Walk:
         race: What to keep up with.
         blank: Held-out losses without any weight, (n_v,), where they are known.
         floor: What losses are taken not to fall below.
+        aim: A mean held-out loss, of no more than which only steps lead on whose gain is above its standard error.
+        found: Held-out losses of where they have come to, (n_v,).
         losses: Mean held-out losses, before the first step and after each.
         levels: The same, no sample counting for more than without any weight.
         lengths: Of the steps.
@@ -191,6 +204,8 @@ class _Walk:
     race: Race
     blank: Tensor | None
     floor: float
+    aim: float = -math.inf
+    found: Tensor | None = None
     losses: list[float] = field(default_factory=list)
     levels: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
@@ -203,13 +218,13 @@ class _Walk:
 
     def arrive(self, losses: Tensor) -> None:
         """Note the held-out losses, (n_v,), of where the steps have come to."""
-        self.floor = min(self.floor, loss_floor(self.problem, losses))
+        self.floor, self.found = min(self.floor, loss_floor(self.problem, losses)), losses
         self.losses.append(mean_loss(losses))
         self.levels.append(self.losses[-1] if self.blank is None else mean_loss(torch.fmin(losses, self.blank)))
 
     def descend(self, descent: NaturalGradient) -> None:
         """Go on where a model says, a number of steps at the most."""
-        assert self.problem.slope is not None, "the caller checks"
+        assert self.problem.slope is not None and self.found is not None, "the caller checks, and has arrived"
         plain = self.problem.blank is None
         length, shrinks = (math.inf, _PLAIN_SHRINKS) if plain else (_FIRST_LENGTH, _SHRINKS)
         for _ in range(_STEPS):
@@ -219,7 +234,7 @@ class _Walk:
             start = min(length, polyak_length(self.slope, direction, least - self.floor))
             start = start if start < math.inf else _FIRST_LENGTH
             step, reached = line_search(self.problem, self.fit, direction, start, least, shrinks)
-            if reached is None:
+            if reached is None or (least <= self.aim and not is_significant(gains(self.found, reached))):
                 break
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
             del direction  # before the next one is there
