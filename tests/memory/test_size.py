@@ -34,7 +34,7 @@ def doubled(n: int) -> TensorDataset:
 @pytest.mark.parametrize("storage", AGREES)
 def test_the_kept_set_is_that_of_float32(storage: str, tmp_path: Path) -> None:
     """In one metric: which of two that end alike is chosen, rounding can decide."""
-    models, method = [], LR(metric="diagonal", damping=30.0)
+    models, method = [], LR(fisher="empirical", metric="diagonal", damping=30.0)
     for kind in ("float32", storage):
         model = embedded_network()
         report = prune(

@@ -91,12 +91,12 @@ def test_the_errors_of_a_network_that_learned_its_samples_by_heart_are_no_attack
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(_SIZE, 64), nn.ReLU(), nn.Linear(64, _CLASSES))
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-        inputs, labels = task(150, 30, 0.6)
+        inputs, labels = task(80, 30, 0.8)
         for _ in range(200):
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(inputs), labels).backward()
             optimiser.step()
-    batch = task(500, 50, 0.6)
+    batch = task(500, 50, 0.8)
     with torch.no_grad():
         outputs = model(batch[0])
     assert labels_contradicted(cross_entropy, [outputs], [batch])

@@ -46,8 +46,8 @@ def test_a_later_run_takes_what_an_earlier_one_left(kind: str, tmp_path: Path, m
     taken: list[int] = []
     rows = capturing.RowCapture._rows
 
-    def watched(self: Any, weights: Tensor, batches: list[Any], advance: Any) -> Any:
-        capture = rows(self, weights, batches, advance)
+    def watched(self: Any, weights: Tensor, batches: list[Any], advance: Any, **options: Any) -> Any:
+        capture = rows(self, weights, batches, advance, **options)
         taken.append(capture.factor.shape[0])
         return capture
 

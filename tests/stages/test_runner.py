@@ -20,6 +20,7 @@ from swap_prune.methods import Magnitude
 from swap_prune.selection import select_parameters
 from swap_prune.stages import runner as runner_module
 from swap_prune.stages import search as staging
+from swap_prune.training.teaching import Teacher
 from tests.cases import generator
 from tests.fisher.defence.test_gradients import perceptron
 from tests.stages.test_search import QUIET, net, scripted
@@ -243,20 +244,18 @@ def test_gradients_that_slopes_are_averaged_over_are_clipped_for_their_size():
         gaps.append(options.get("gaps", True))
         factor.matrix.mul_(2)
 
-    def by_hand(model, batch):
-        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    slope = trials_on(model, selection, untaught(fitting), False, clip=clip, loss_fn=by_hand).slope(w, kept)
-    torch.testing.assert_close(slope, 2 * plain)
-    torch.testing.assert_close(seen.pop(), torch.tensor([0.5, 0.25], dtype=w.dtype))
-    assert gaps == [False]
-
     slope = trials_on(model, selection, untaught(fitting), False, clip=clip).slope(w, kept)
     torch.testing.assert_close(slope, 2 * plain)
+    torch.testing.assert_close(seen.pop(), torch.tensor([0.5, 0.25], dtype=w.dtype))
+    assert gaps == [False], "nothing tells the sizes"
+
+    taught = Teacher(model, selection, cross_entropy).teach(fitting)
+    slope = trials_on(model, selection, taught, False, clip=clip).slope(w, kept)
+    torch.testing.assert_close(slope, 2 * 0.25 * plain)
     with torch.no_grad():
         outputs = torch.cat([model(x) for x, _ in fitting]).softmax(1)
     outputs[range(20), torch.cat([y for _, y in fitting])] -= 1
-    of_means = [part.norm() / len(part) for part in (outputs[:4], outputs[4:])]
+    of_means = [0.25 * part.norm() / len(part) for part in (outputs[:4], outputs[4:])]
     torch.testing.assert_close(seen[0], torch.stack(of_means))
     assert gaps == [False, True]
 

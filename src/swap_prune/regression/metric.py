@@ -17,7 +17,7 @@ like it:
 Means over all weights compare layers in the units that they are in. These are alike in most networks, and tell
 something. A layer whose gain, the root of its squared weights over its number of outputs, is far from that of the
 others is in a unit of its own, such as a last layer whose targets are thousandths. It is measured as if its gain were
-the usual one.
+the usual one. (Outputs are the first dimension of a weight.)
 
 No b_j is less than a small share of the mean over all weights: a layer further from the others than that loses the
 invariance, and a layer without influence on the outputs is not blown up.

@@ -234,8 +234,9 @@ def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) 
 
 def _likely_labels(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a class for each sample, (n,), by the predictions at the temperature at which they fit the labels best."""
-    scaled = [outputs.double() / temperature for temperature in _TEMPERATURES]
-    shares = min(scaled, key=lambda z: float(cross_entropy(z, labels.long()))).softmax(1)
+    outputs = outputs.double()
+    best = min(_TEMPERATURES, key=lambda temperature: float(cross_entropy(outputs / temperature, labels.long())))
+    shares = (outputs / best).softmax(1)
     return torch.multinomial(shares.cpu(), 1, generator=generator).squeeze(1).to(outputs.device)
 
 
@@ -247,11 +248,14 @@ def _lie_along_slopes(
     Against it stands the same at labels that are as likely. Were the network only too sure of itself, its own labels
     would be such draws, and neither would be further along than the other.
     """
-    own, outputs = inputs - inputs.mean(0), _outputs(network, inputs, at_once)
+    centre, outputs = inputs.mean(0), _outputs(network, inputs, at_once)
 
     def along(classes: Tensor) -> Tensor:
-        signs = _slopes(network, inputs, classes, at_once).sign()
-        return (signs * own).reshape(len(own), -1).mean(1).double()
+        parts = []
+        for part, goal in split_batches([(inputs, classes)], at_once):
+            signs = _slopes(network, part, goal, at_once).sign()
+            parts.append((signs * (part - centre)).reshape(len(part), -1).mean(1).double())
+        return torch.cat(parts)
 
     others = [along(_likely_labels(outputs, labels, generator)) for _ in range(_DRAWS)]
     further = along(labels) - torch.stack(others).mean(0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from swap_prune.fisher.capture.low_rank import capture_low_rank
 from swap_prune.fisher.capture.matrix_free import capture_matrix_free
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
-from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches, sketch_curvature, sketch_draws
+from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches, once_each, sketch_curvature, sketch_draws
 from swap_prune.fisher.capture.source import RowSource
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
@@ -83,7 +83,7 @@ class RowCapture:
         in_batches = rows_in_batches(self.request, batches)
         alone = (mini_batches(batches[:1]) if in_batches else split_batches(batches[:1], 1))[:1]
         once = replace(self, storage=Storage(at_once=self.storage.at_once))
-        return once._rows(weights, alone, lambda _count: None).factor.row_span(0, 1)[0]
+        return once._rows(weights, alone, lambda _count: None, draws=1).factor.row_span(0, 1)[0]
 
     def _losses(self, batches: list[Any]) -> Tensor:
         """Return the losses of all samples, as capture finds them, (n,)."""
@@ -92,14 +92,16 @@ class RowCapture:
         with (batch_statistics if in_batches else eval_mode)(self.model), torch.no_grad():
             return torch.cat([run_loss(self.model, part, self.request.loss) for part in parts])
 
-    def _rows(self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]) -> Capture:
-        """Return G at the network's weights (p,)."""
+    def _rows(
+        self, weights: Tensor, batches: list[Any], advance: Callable[[int], None], draws: int | None = None
+    ) -> Capture:
+        """Return G at the network's weights (p,); signs are drawn as often as there should be rows of each sample."""
         signs = forked_generator(self.request.seed, f"signs {self.number}")
         if not self.storage.holds_rows:
             return self._products(weights, batches, signs, advance)
         selection, curvature = self.request.selection, self.request.curvature
         if curvature is not None:
-            in_batches, draws = rows_in_batches(self.request, batches), self._draws(batches)
+            in_batches = rows_in_batches(self.request, batches)
             return sketch_curvature(
                 self.model,
                 selection,
@@ -107,9 +109,9 @@ class RowCapture:
                 curvature,
                 signs,
                 in_batches=in_batches,
-                draws=draws,
+                draws=self._draws(batches) if draws is None else draws,
                 storage=self.storage,
-                advance=_once_each(advance, draws),
+                advance=advance,
             )
         loss = self.request.loss
         capture = capture_gradients(self.model, selection, batches, loss, storage=self.storage, advance=advance)
@@ -119,8 +121,8 @@ class RowCapture:
             return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
 
     def _draws(self, batches: list[Any]) -> int:
-        """Return how often signs are drawn for each sample."""
-        if rows_in_batches(self.request, batches):
+        """Return how often signs are drawn for each sample, at the most."""
+        if self.request.in_batches:  # also where there are none, and a plan has counted one row for many samples
             return 1
         return sketch_draws(sum(map(batch_size, batches)), self.request.selection.total)
 
@@ -131,21 +133,9 @@ class RowCapture:
         source = RowSource(self.request.loss, batches)
         if self.request.curvature is not None:
             in_batches, draws = rows_in_batches(self.request, batches), self._draws(batches)
-            advance = _once_each(advance, draws)
             source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=in_batches, draws=draws)
+        advance = once_each(advance, source.draws)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors
             return capture_matrix_free(self.model, self.request.selection, source, advance, few, wide, weights)
         return capture_low_rank(self.model, self.request.selection, source, advance, self.storage.at_once)
-
-
-def _once_each(advance: Callable[[int], None], draws: int) -> Callable[[int], None]:
-    """Return a function that counts samples of which each comes so many times."""
-    seen = 0
-
-    def count(number: int) -> None:
-        nonlocal seen
-        advance((seen + number) // draws - seen // draws)
-        seen += number
-
-    return count

@@ -91,7 +91,7 @@ class KeptRows:
             "network": type(model).__qualname__,
             "selected": {name: list(shape) for name, shape in request.selection.shapes.items()},
             "loss": described(request.loss),
-            "rows": [described(request.curvature), request.in_batches, request.seed],
+            "rows": [described(request.curvature), request.in_batches, request.seed, "several draws of few samples"],
             "samples": samples.hexdigest(),
             "device": device.type,
             "versions": versions(),

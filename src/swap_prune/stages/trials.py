@@ -166,7 +166,7 @@ class Trials:
     def _gradients(self, taught: Taught, weights: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         """Return the gradients of a batch's mean at weights (p,), one for each selected parameter, and at the outputs.
 
-        To the size of the latter the former are about proportional; it is None where the loss knows no outputs.
+        To the size of the latter the former are about proportional; it is None where there is no teacher.
         """
         reached: list[Tensor] = []
 

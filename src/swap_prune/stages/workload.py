@@ -18,7 +18,7 @@ from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
 from swap_prune.fisher.capture.rows import bytes_of_a_row
-from swap_prune.fisher.capture.sketch import sketch_draws, sketch_rows
+from swap_prune.fisher.capture.sketch import most_rows, sketch_draws, sketch_rows
 from swap_prune.fisher.noise import NoiseModel
 from swap_prune.losses import CrossEntropy
 from swap_prune.memory.forecast import Workload
@@ -83,9 +83,10 @@ def _count_samples(data: Any, request: Request) -> dict[str, Any]:
     held_out = min(request.samples, HELD_OUT) if request.solver.needs_held_out else 0
     drawn, spare = share_out_samples(size - judged, request.samples, held_out)
     sketched = request.curvature is not None and not request.in_batches
-    draws = sketch_draws(max(1, drawn), request.selection.total) if sketched else 1
+    draws = sketch_draws(drawn, request.selection.total) if sketched else 1
+    unforeseen = most_rows(request.selection.total) if sketched and known is None else 1  # there may be few
     return {
-        "rows": max(1, sketch_rows(drawn, in_batches=request.in_batches, draws=draws)),
+        "rows": max(unforeseen, 1, sketch_rows(drawn, in_batches=request.in_batches, draws=draws)),
         "samples": max(1, drawn),
         "spare": spare,
         "judged": judged,

@@ -139,11 +139,11 @@ def taught_losses(
 def taught_outputs(
     loss_fn: LossFn, model: nn.Module, taught: Taught, share: float = _TEACHER_SHARE, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Return :func:`taught_losses`, (n,), and the network's outputs, or None where the loss does not know them."""
+    """Return :func:`taught_losses`, (n,), and the network's outputs; None of the latter where there is no teacher."""
     batch = in_own_containers(taught.batch)
-    if not isinstance(loss_fn, GaussNewtonLoss):
-        assert taught.teacher is None, "only a loss that compares outputs has a teacher"
+    if taught.teacher is None:
         return loss_fn(model, batch), None
+    assert isinstance(loss_fn, GaussNewtonLoss), "only such a loss has a teacher"
     outputs = loss_fn.outputs(model, batch)
     return _losses_of(outputs, loss_fn, taught._replace(batch=batch), share, temperature), outputs
 

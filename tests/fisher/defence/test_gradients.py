@@ -326,6 +326,14 @@ def test_poisoned_rows_alone_are_no_noise() -> None:
     assert any("rows_clipped" in stage.evidence for stage in report.stages)
 
 
+def test_ranks_are_looked_at_in_rows_from_all_of_the_factor() -> None:
+    rows, layers = rows_and_layers()
+    many = rows.repeat(5, 1)
+    assert max(rank_noise(DenseFactor(many), layers).values()) < 1e-6
+    many[150:] += 0.1 * rows.norm() / rows.numel() ** 0.5 * torch.randn(50, rows.shape[1], generator=generator(5))
+    assert min(rank_noise(DenseFactor(many), layers).values()) > 1e-4
+
+
 def test_rows_of_a_wrong_rank_are_those_that_somebody_has_written() -> None:
     rows, layers = rows_and_layers()
     assert not bool(overwritten(rows, layers).any())

@@ -76,6 +76,13 @@ def test_beyond_a_gap_rows_stand_out_where_sizes_are_known_however_wide_the_spre
     assert torch.equal(matrix[untouched], honest[untouched])
 
 
+def test_a_gap_among_a_few_rows_says_nothing() -> None:
+    spread = torch.tensor([0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 11.0, 12.0])
+    for count, seen in ((7, 0.0), (8, 2 / 8)):
+        matrix = torch.nn.functional.normalize(rows(count)) * spread[-count:].unsqueeze(1)
+        assert clip_rows_(DenseFactor(matrix), torch.ones(count)) == pytest.approx(seen)
+
+
 def test_rows_of_two_kinds_do_not_stand_out() -> None:
     """As of a layer that is one branch of many: a good third of the rows beyond the gap is the most."""
     matrix = rows(60)

@@ -30,7 +30,7 @@ from swap_prune.fisher.capture.shared_rows import SharedStore
 from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.capture.stores import open_store
 from swap_prune.fisher.storage import Storage
-from swap_prune.losses import GaussNewtonLoss, check_calibration, check_losses, failures_named
+from swap_prune.losses import CrossEntropy, GaussNewtonLoss, check_calibration, check_losses, failures_named
 from swap_prune.network.modes import batch_statistics, eval_mode
 from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.selection import Selection
@@ -41,6 +41,8 @@ __all__ = [
     "draw_signs",
     "draw_sketch",
     "mini_batches",
+    "most_rows",
+    "once_each",
     "sketch_curvature",
     "sketch_draws",
     "sketch_rows",
@@ -70,8 +72,14 @@ class CurvatureSketch:
 
 
 def sketch_draws(samples: int, weights: int) -> int:
-    """Return how often signs are drawn for each of some samples, where each of them gives rows of so many weights."""
+    """Return how often signs are drawn at the most for each of some samples, where rows are of so many weights."""
+    samples = max(1, samples)
     return max(1, min(_MOST_DRAWS, _ENOUGH_ROWS // samples, _MOST_NUMBERS // (samples * weights)))
+
+
+def most_rows(weights: int) -> int:
+    """Return how many rows few samples give at the most, however few they turn out to be."""
+    return min(_ENOUGH_ROWS, _MOST_NUMBERS // weights)
 
 
 def sketch_rows(samples: int, *, in_batches: bool, draws: int = 1) -> int:
@@ -100,9 +108,9 @@ def sketch_curvature(
         loss: A loss that knows its curvature.
         generator: Draws the signs.
         in_batches: Whether BatchNorm sees mini-batches, as after recalibration, rather than single samples.
-        draws: Rows of each sample, of signs of their own; mini-batches give one each.
+        draws: Rows of each sample, of signs of their own, at the most; mini-batches give one each.
         storage: How G is held; by default dense.
-        advance: Called with the number of rows' samples that were done, for progress.
+        advance: Called with the number of samples that were done, for progress.
 
     Returns:
         G, and the loss of each sample, with BatchNorm as for the rows.
@@ -120,7 +128,8 @@ def sketch_curvature(
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH, sizes)
     source = draw_sketch(model, batches, loss, generator, in_batches=False, draws=draws)
     assert source.losses is not None, "found on the way"
-    capture = capture_gradients(model, selection, source.batches, source.function, storage=storage, advance=advance)
+    counted = once_each(advance, source.draws)
+    capture = capture_gradients(model, selection, source.batches, source.function, storage=storage, advance=counted)
     sizes = torch.cat([torch.linalg.vector_norm(root.reshape(len(root), -1), dim=1) for _, root in source.batches])
     return Capture(capture.factor, source.losses, capture.backend, capture.chunk, _positive(sizes))
 
@@ -136,7 +145,8 @@ def draw_sketch(
 ) -> RowSource:
     """Draw the signs, once: what :func:`sketch_curvature` takes gradients of, with the same random numbers.
 
-    One pass without gradients finds ``L xi`` of each draw, of the size of the outputs, which is kept.
+    One pass without gradients finds ``L xi`` of each draw, of the size of the outputs, which is kept. There are no more
+    draws than directions in which a loss can be curved: as many as outputs, one less of the cross-entropy of a class.
 
     Raises:
         ValueError: If a batch does not fit the loss or the model, or a loss is not finite.
@@ -150,10 +160,29 @@ def draw_sketch(
             with failures_named("calibration batch", part):
                 outputs = loss.outputs(model, part)
                 found = loss.losses(outputs, part)
-                roots = [loss.curvature_root(outputs, part, draw_signs(outputs, generator)) for _ in range(draws)]
+                count = max(1, min(draws, _directions(loss, outputs)))
+                roots = [loss.curvature_root(outputs, part, draw_signs(outputs, generator)) for _ in range(count)]
             losses.append(check_losses(found, None))
             drawn += [(part, root) for root in roots]
-    return RowSource(CurvatureSketch(loss), drawn, in_batches, torch.cat(losses))
+    return RowSource(CurvatureSketch(loss), drawn, in_batches, torch.cat(losses), len(drawn) // len(parts))
+
+
+def once_each(advance: Callable[[int], None], draws: int) -> Callable[[int], None]:
+    """Return a function that counts samples of which each comes so many times."""
+    seen = 0
+
+    def count(number: int) -> None:
+        nonlocal seen
+        advance((seen + number) // draws - seen // draws)
+        seen += number
+
+    return count
+
+
+def _directions(loss: GaussNewtonLoss, outputs: Tensor) -> int:
+    """Return in how many directions the loss of a sample can be curved."""
+    each = outputs.numel() // max(1, len(outputs))
+    return each - 1 if isinstance(loss, CrossEntropy) and outputs.ndim == 2 else each
 
 
 def _products(outputs: Tensor, root: Tensor) -> Tensor:

@@ -36,12 +36,14 @@ class RowSource:
         batches: What it is called with, on the model's device.
         in_batches: Whether a batch makes one row, with BatchNorm on its own statistics.
         losses: Loss of each sample, where that was found on the way; None: the values of the function are losses.
+        draws: How often each sample is among the batches.
     """
 
     function: LossFn
     batches: Sequence[Any]
     in_batches: bool = False
     losses: Tensor | None = None
+    draws: int = 1
 
     def mode(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return the mode in which the network is asked."""

@@ -72,12 +72,13 @@ def layers_of(selection: Selection, exact: Collection[str]) -> dict[str, Defende
 
 
 def rank_noise(factor: FisherFactor, layers: Mapping[str, DefendedLayer]) -> dict[str, float]:
-    """Return the share of energy outside rank 1 in the first rows of G, for each layer where there should be none."""
+    """Return the share of energy outside rank 1 in some rows of G, for each layer where there should be none."""
     exact = {name: layer for name, layer in layers.items() if layer.exact}
     totals = {name: [0.0, 0.0] for name in exact}
-    seen = min(_PROBE, factor.shape[0])
-    for start in range(0, seen if exact else 0, PIECE):
-        rows = factor.row_span(start, min(start + PIECE, seen))
+    n = factor.shape[0]
+    pieces = min(_PROBE // PIECE, -(-n // PIECE))  # from all of G: a few rows may be the noisy ones
+    for start in {number * n // pieces for number in range(pieces)} if exact else ():
+        rows = factor.row_span(start, min(start + PIECE, n))
         for name, layer in exact.items():
             energy, rest = energies(rows[:, layer.place].reshape(-1, *layer.shape))
             totals[name] = [totals[name][0] + energy, totals[name][1] + rest]
@@ -202,11 +203,10 @@ class GradientDefence:
             again: The plain mean of a second look at the same, (p,), by which averages are settled that are open.
         """
         result = torch.empty_like(rows[0])
-        if self.left_out:
-            honest = ~overwritten(rows, self.layers)
-            rows = rows[honest] if bool(honest.any()) else rows
+        honest = ~overwritten(rows, self.layers) if self.left_out else rows.new_ones(len(rows), dtype=torch.bool)
+        whole = bool(honest.all()) or not bool(honest.any())
         for name, layer in self.layers.items():
-            own = rows[:, layer.place]
+            own = rows[:, layer.place] if whole else rows[honest, layer.place]
             if name in self.open and again is not None:
                 self.averages[name], result[layer.place] = choose_average(own, again[layer.place], layer.shape)
                 self.open.discard(name)

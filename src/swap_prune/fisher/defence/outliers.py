@@ -21,6 +21,7 @@ __all__ = ["clip_rows_"]
 
 _LEAST_FACTOR = 5.0  # above the median; and the gap between honest rows and others
 _MOST_BEYOND = 0.35  # of the rows, beyond a gap; honest ones may be of two kinds
+_LEAST_ROWS = 8  # among which a gap says something
 _SPREADS = 8.0  # distances from the median to the upper quartile, in logarithms: 5.4 standard deviations
 
 
@@ -42,7 +43,7 @@ def clip_rows_(factor: DenseFactor, sizes: Tensor | None = None, *, gaps: bool =
         return 0.0
     median, quartile = torch.quantile(there, there.new_tensor([0.5, 0.75]))
     limit = float(median + max(math.log(_LEAST_FACTOR), _SPREADS * float(quartile - median)))
-    if sizes is not None and gaps:
+    if sizes is not None and gaps and len(there) >= _LEAST_ROWS:
         limit = min(limit, _below_gap(there))
     loud = (relative.log() > limit).nonzero().squeeze(1)
     for i in loud.tolist():
