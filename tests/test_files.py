@@ -53,3 +53,19 @@ def test_files_of_a_directory_appear_in_their_order(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="No space left"):
         files.write_directory(tmp_path, {"weights": b"1", "report": b"2"})
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_what_a_writer_has_beside_its_file_goes_with_it(tmp_path: Path) -> None:
+    """As of libraries that write to a temporary name themselves."""
+    with files.replacing(tmp_path / "a.txt") as scratch:
+        scratch.write_text("new")
+        scratch.with_name(".tmpX").write_text("torn")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    gone, own = 2**22 + 1, os.getpid()  # no process has such a number
+    for process in (gone, own):
+        left = tmp_path / f".{platform.node()}-{process}-{'0' * 32}.b.txt"
+        left.mkdir()
+        (left / ".tmpX").write_text("torn")
+    (tmp_path / f".{platform.node()}-{gone}-{'1' * 32}.b.txt").write_text("of an earlier version")
+    files.delete_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{platform.node()}-{own}-{'0' * 32}.b.txt", "a.txt"]

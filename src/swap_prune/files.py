@@ -18,6 +18,7 @@ from swap_prune.checks import user_path
 
 __all__ = [
     "check_output_directory",
+    "delete_abandoned",
     "force_to_disk",
     "is_abandoned",
     "replaced_name",
@@ -31,13 +32,17 @@ _SCRATCH = re.compile(r"\.(?P<machine>.+)-(?P<process>\d+)-[0-9a-f]{32}\.(?P<nam
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Give a file beside another one to write to, which takes its place when the block ends well.
+    """Give a file to write to, which takes another one's place when the block ends well.
+
+    It lies in a directory of its own beside the other: what writes it may have temporary files too.
 
     Args:
         path: The file that is replaced, or made.
         durable: Whether it is forced to the disk before it takes its place, and its name after that.
     """
-    scratch = path.with_name(_scratch_name(path.name))
+    own = path.with_name(_scratch_name(path.name))
+    own.mkdir()
+    scratch = own / path.name
     try:
         yield scratch
         if durable:
@@ -46,7 +51,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             force_to_disk(path.parent)
     finally:
-        scratch.unlink(missing_ok=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _scratch_name(name: str) -> str:
@@ -64,13 +69,13 @@ def force_to_disk(path: Path) -> None:
 
 
 def replaced_name(path: Path) -> str | None:
-    """Return the name of the file that a file of :func:`replacing` would have replaced; None for any other file."""
+    """Return the name of the file that a directory of :func:`replacing` is for; None of any other."""
     match = _SCRATCH.fullmatch(path.name)
     return None if match is None else match["name"]
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a file is one of :func:`replacing` whose process, on this machine, is gone."""
+    """Whether a directory is one of :func:`replacing` whose process, on this machine, is gone."""
     match = _SCRATCH.fullmatch(path.name)
     if match is None or match["machine"] != platform.node():
         return False
@@ -81,6 +86,15 @@ def is_abandoned(path: Path) -> bool:
     except (OSError, OverflowError):  # it is somebody else's, or no process at all
         return False
     return False
+
+
+def delete_abandoned(directory: Path) -> None:
+    """Delete what processes that are gone have left of :func:`replacing` in a directory."""
+    for entry in filter(is_abandoned, directory.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:  # of a version that wrote files
+            entry.unlink(missing_ok=True)
 
 
 def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from swap_prune.checks import user_path
 from swap_prune.distributed import Team
-from swap_prune.files import is_abandoned, replaced_name, replacing
+from swap_prune.files import delete_abandoned, replaced_name, replacing
 from swap_prune.fisher.storage import Storage
 from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
@@ -138,8 +138,7 @@ class Checkpoint:
             team.wait()
         self._compare(wanted)
         if self._writes:
-            for left in filter(is_abandoned, self._directory.iterdir()):
-                left.unlink(missing_ok=True)
+            delete_abandoned(self._directory)
 
     def of(self, **parts: Remembering) -> Checkpoint:
         """Say what is kept, by names."""
