@@ -123,9 +123,9 @@ class Defender:
             return GradientDefence(layers, noise)
         closely = self._looks(factor, fitting, LOOKED_CLOSELY_AT)
         if not look_noise(layers, *closely):
-            share = float(overwritten(factor.matrix, layers).double().mean())
-            if 0 < share < _MOST_OVERWRITTEN:
-                return GradientDefence(layers, noise, left_out=share)
+            written = overwritten(factor.matrix, layers)
+            if 0 < float(written.double().mean()) < _MOST_OVERWRITTEN:
+                return GradientDefence(layers, noise, written=written)
         defence = GradientDefence.by_looks(layers, *closely, beyond, in_batches=self.in_batches)
         return defence if defence.noise > 0 else None
 

@@ -218,7 +218,7 @@ class StageRunner:
             gradients_are_zero=all_silent,
             without_gradient=silent if silent and number == 1 and not all_silent else None,
             rows_clipped=defended.clipped or None,
-            rows_left_out=None if defended.defence is None else defended.defence.left_out or None,
+            rows_left_out=None if defended.defence is None else defended.defence.left_out,
             noise_seen=defended.noise or None,
             noise_left=defended.left,
         )

@@ -345,7 +345,8 @@ def test_rows_of_a_wrong_rank_are_those_that_somebody_has_written() -> None:
     assert overwritten(mixed, layers).nonzero().squeeze(1).tolist() == [3, 17, 30]
     inexact = {name: layer._replace(exact=False) for name, layer in layers.items()}
     assert not bool(overwritten(mixed, inexact).any())
-    defence = GradientDefence(layers, 0.1, left_out=3 / 40)
+    defence = GradientDefence(layers, 0.1, written=overwritten(mixed, layers))
+    assert defence.left_out == 3 / 40
     honest = torch.ones(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 17, 30]), False)
     torch.testing.assert_close(defence.mean(mixed), mixed[honest].mean(0))
     cleaned = defence.clean_rows_(DenseFactor(mixed.clone())).matrix

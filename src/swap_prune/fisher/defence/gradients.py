@@ -114,8 +114,8 @@ class GradientDefence:
         open: Layers whose average two looks at the first slope settle: those of rank 1 whose rows come nearer to the
             truth by what is made of them. What a low rank cuts off the others adds up in a mean, more so when slopes
             have become small; and noise that all rows share, as of weights in analog memory, no average takes out.
-        left_out: Share of the rows of G whose rank says that somebody else has written them. Where there are some they
-            count for nothing, and nor do such gradients in slopes.
+        written: Which rows of G somebody else has written, as their rank says, boolean, (n,); None: nobody has.
+            They count for nothing, and nor do such gradients in slopes.
     """
 
     layers: Mapping[str, DefendedLayer]
@@ -123,7 +123,7 @@ class GradientDefence:
     treatments: Mapping[str, Treatment] = field(default_factory=dict)
     averages: dict[str, Average] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)
-    left_out: float = 0.0
+    written: Tensor | None = None
 
     @classmethod
     def by_looks(
@@ -180,14 +180,19 @@ class GradientDefence:
         return cls(layers, 0.0, treatments, averages)
 
     @property
+    def left_out(self) -> float | None:
+        """Share of the rows of G that count for nothing; None: all count."""
+        return None if self.written is None else float(self.written.double().mean())
+
+    @property
     def cleans_slopes(self) -> bool:
         """Whether slopes are averaged over gradients one by one."""
-        return bool(self.averages or self.open or self.left_out)
+        return bool(self.averages or self.open or self.written is not None)
 
     def clean_rows_(self, factor: DenseFactor) -> DenseFactor:
         """Overwrite the rows of G by what is made of them; return it."""
-        if self.left_out:
-            factor.matrix[overwritten(factor.matrix, self.layers)] = 0
+        if self.written is not None:
+            factor.matrix[self.written] = 0
         for name, treatment in self.treatments.items():
             if treatment != AS_THEY_ARE:
                 rows = factor.matrix[:, self.layers[name].place]
@@ -203,10 +208,10 @@ class GradientDefence:
             again: The plain mean of a second look at the same, (p,), by which averages are settled that are open.
         """
         result = torch.empty_like(rows[0])
-        honest = ~overwritten(rows, self.layers) if self.left_out else rows.new_ones(len(rows), dtype=torch.bool)
-        whole = bool(honest.all()) or not bool(honest.any())
+        honest = None if self.written is None else ~overwritten(rows, self.layers)
+        honest = None if honest is None or not bool(honest.any()) else honest
         for name, layer in self.layers.items():
-            own = rows[:, layer.place] if whole else rows[honest, layer.place]
+            own = rows[:, layer.place] if honest is None else rows[honest, layer.place]
             if name in self.open and again is not None:
                 self.averages[name], result[layer.place] = choose_average(own, again[layer.place], layer.shape)
                 self.open.discard(name)
