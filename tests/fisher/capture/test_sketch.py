@@ -193,7 +193,7 @@ def test_samples_give_several_rows_of_draws_of_their_own_where_they_are_few() ->
 
 @pytest.mark.parametrize(
     ("samples", "weights", "draws"),
-    [(1, 100, 8), (50, 100, 8), (100, 100, 5), (256, 100, 2), (257, 100, 1), (1000, 100, 1), (50, 1_000_000, 2)],
+    [(1, 100, 8), (50, 100, 8), (200, 100, 5), (512, 100, 2), (513, 100, 1), (1024, 100, 1), (50, 1_000_000, 2)],
 )
 def test_signs_are_drawn_more_often_for_few_samples_while_rows_take_little(
     samples: int, weights: int, draws: int

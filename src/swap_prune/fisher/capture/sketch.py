@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 MINI_BATCH = 16  # samples that share their statistics
-_ENOUGH_ROWS = 512  # signs are drawn more than once for samples that give fewer,
+_ENOUGH_ROWS = 1024  # signs are drawn more than once for samples that give fewer,
 _MOST_DRAWS = 8  # so often at the most,
 _MOST_NUMBERS = 134_217_728  # where G has no more entries than that
 
