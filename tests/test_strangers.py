@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from swap_prune import LR, FineTune, finetune, load_pruned, masks_of, plan, prune
+from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.selection import select_parameters
 from tests.cases import blurred_classes, trained
@@ -1173,3 +1173,116 @@ def test_layers_may_be_in_any_unit() -> None:
         with torch.no_grad():
             losses.append(float(functional.cross_entropy(network(x[600:]), y[600:])))
     assert losses[1] < losses[0] + 0.03
+
+
+class Watched(nn.Module):
+    """Has a layer that the loss does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.unused, self.last = nn.Linear(8, 16), nn.Linear(16, 32), nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(inputs))
+        self.unused(hidden.detach())
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("method", ["lr", "ewr", "obd"])
+@pytest.mark.parametrize("sparsity", [0.9, 0.95])
+def test_zeros_are_as_many_as_asked_for_where_no_gradient_reaches_a_layer(method: str, sparsity: float) -> None:
+    """What an earlier stage has removed of such a layer stays zero, and is not kept in the place of other weights."""
+    report = prune(drawn(Watched), DATA, sparsity, method, samples=60, stages=4, progress=False)
+    total = 8 * 16 + 16 * 32 + 16 * 3
+    assert (report.total, report.kept) == (total, int(total * (1 - sparsity)))
+    assert [note for note in report.notes if "zero" in note] == []
+
+
+class UnitRows(nn.Linear):
+    """Divides each row of its weight by its length, which may be none."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+@pytest.mark.parametrize(("method", "noted"), [("magnitude", True), ("lr", True), ("lr", False)])
+def test_a_network_that_gives_no_number_any_more_is_noted(method: str, *, noted: bool) -> None:
+    model = drawn(lambda: nn.Sequential(UnitRows(8, 16), nn.ReLU(), nn.Linear(16, 3)))
+    targets, sparsity = (["UnitRows"], 0.9) if noted else (["2"], 0.5)
+    notes = prune(model, DATA, sparsity, method, targets=targets, samples=60, progress=False).notes
+    said = [note for note in notes if note.startswith("the pruned network gives no finite loss")]
+    assert len(said) == noted
+    assert bool(model(INPUTS).isfinite().all()) != noted
+
+
+class Graph:
+    """A sample whose length is that of its fields, as a record is indexed by name."""
+
+    def __init__(self, values: Tensor, label: Tensor) -> None:
+        self.values, self.label = values, label
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, name: str) -> Tensor:
+        return {"values": self.values, "label": self.label}[name]
+
+
+def test_objects_that_are_indexed_by_name_are_one_sample_each() -> None:
+    def loss(model: nn.Module, graph: Graph) -> Tensor:
+        return functional.cross_entropy(model(graph["values"])[None], graph["label"][None], reduction="none")
+
+    graphs = [Graph(*DATA[i]) for i in range(80)]
+    report = prune(perceptron(), graphs, 0.5, "obd", loss_fn=loss, samples=50, progress=False)
+    assert report.stages[0].samples == 50 and report.notes == []
+
+
+def test_what_fails_on_a_whole_batch_is_not_laid_to_its_cutting() -> None:
+    def mistyped(model: nn.Module, batch: Any) -> Tensor:
+        return functional.cross_entropy(model(batch[0]).loggits, batch[1], reduction="none")
+
+    words = r"^the loss failed on a calibration batch .*: AttributeError: 'Tensor' object has no attribute 'loggits'"
+    with pytest.raises(ValueError, match=words) as refused:
+        prune(perceptron(), DATA, 0.5, loss_fn=mistyped, samples=32, progress=False)
+    assert "cut" not in str(refused.value)
+
+
+class Experts(nn.Module):
+    """A stack of matrices, (experts, outputs, inputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.last = nn.Parameter(torch.randn(2, 16, 8)), nn.Linear(16, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.relu(inputs @ self.stack.sum(0).T))
+
+
+def test_a_pattern_in_a_stack_of_matrices_is_noted() -> None:
+    notes = {
+        targets: prune(drawn(Experts), DATA, 0.5, "magnitude", targets=targets, pattern="2:4", progress=False).notes
+        for targets in (("Experts",), ("last",))
+    }
+    assert notes["last",] == []
+    assert [note.partition(":")[0] for note in notes["Experts",]] == ["pattern 2"]
+    assert "runs along the second of three dimensions of stack: leave them out" in notes["Experts",][0]
+
+
+def test_parameters_of_one_dimension_have_to_be_named() -> None:
+    words = "targets pattern '1' matches parameters of one dimension alone: name them, such as '1.bias'"
+    with pytest.raises(ValueError, match=words):
+        prune(nn.Sequential(nn.Linear(8, 3), nn.LayerNorm(3)), DATA, 0.5, targets="1", progress=False)
+
+
+def test_a_model_that_wraps_its_logits_is_told_the_loss_that_takes_them() -> None:
+    @dataclass
+    class Wrapped:
+        logits: Tensor
+
+    class Wrapping(nn.Linear):
+        def forward(self, inputs: Tensor) -> Any:
+            return Wrapped(super().forward(inputs))
+
+    with pytest.raises(ValueError, match=r"got a Wrapped: pass loss_fn=swap_prune.TokenCrossEntropy\(\)"):
+        prune(Wrapping(8, 3), DATA, 0.5, samples=32, progress=False)
+    assert prune(Wrapping(8, 3), DATA, 0.5, loss_fn=TokenCrossEntropy(), samples=32, progress=False).kept == 12

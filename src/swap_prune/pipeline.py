@@ -42,6 +42,7 @@ from swap_prune.stages.accounting import account
 from swap_prune.stages.checkpoint import Checkpoint, kept_storage
 from swap_prune.stages.identity import identity
 from swap_prune.stages.kept_rows import check_keepable
+from swap_prune.stages.oddities import no_number
 from swap_prune.stages.search import search_stages
 from swap_prune.stages.setup import (
     agree,
@@ -200,7 +201,7 @@ def prune(
         scratch_directory(shared) as placed,
         restored_on_error(model, changing) as before,
         seeded(request.seed, place),  # for a network that draws from it
-        images_laid_out(model, laid := takes_channels_last(model, request.loss, peek(data, place), backwards)),
+        images_laid_out(model, laid := takes_channels_last(model, request.loss, first := peek(data, place), backwards)),
         nullcontext() if spill is None else spill.around(),
         StageProgress(progress and is_first()) as shown,
     ):
@@ -220,6 +221,7 @@ def prune(
             records = search_stages(runner, request.schedules, shown)
         else:
             records = runner.run_all(request.schedules[0], shown)
+        notes += no_number(model, request.loss, first)
         if finetune is None:
             before.restore_bystanders()
     budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON

@@ -154,7 +154,8 @@ def select_parameters(
     for pattern in targets:
         hits = {c.name for c in candidates if _matches(pattern, c) and _prunable(pattern, c)}
         if not hits and pattern not in may_miss:
-            raise ValueError(_unmatched("targets", pattern, model))
+            flat = sorted(c.name for c in candidates if _matches(pattern, c))
+            raise ValueError(_unmatched("targets", pattern, model, flat))
         chosen |= hits
     for pattern in ignore:
         hits = {c.name for c in candidates if _matches(pattern, c)}
@@ -386,7 +387,11 @@ def _prunable(pattern: str, candidate: _Candidate) -> bool:
     return pattern in candidate.aliases or lazy or candidate.parameter.ndim >= 2
 
 
-def _unmatched(parameter: str, pattern: str, model: nn.Module) -> str:
+def _unmatched(parameter: str, pattern: str, model: nn.Module, flat: Sequence[str] = ()) -> str:
+    if flat:
+        return (
+            f"{parameter} pattern {pattern!r} matches parameters of one dimension alone: name them, such as {flat[0]!r}"
+        )
     names = [name for name, _ in model.named_parameters()]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     return (

@@ -173,3 +173,13 @@ def test_methods_without_gradients_take_it(method: str) -> None:
 def test_data_without_the_dense_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pairs \(what the model takes, outputs of the dense network\).*loss.label"):
         prune(network(), [normal(20, 4)], 0.5, loss_fn=SelfDistillation(), progress=False)
+
+
+def test_a_model_that_is_called_in_another_way_is_refused_with_a_way_out() -> None:
+    batches = [{"x": normal(4, 4)}]
+    with pytest.raises(
+        ValueError, match=r"the model failed on \{x: .*\}: TypeError: .*'x' \(a dict is passed .*; embed="
+    ):
+        SelfDistillation().label(network(), batches)
+    by_key = SelfDistillation(embed=lambda model, inputs: model(inputs["x"]))
+    assert by_key.label(network(), batches)[0][1].shape == (4, 3)

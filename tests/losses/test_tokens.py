@@ -109,7 +109,10 @@ def test_tied_embeddings_are_pruned_once(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_layer_wise_methods_say_what_to_do_about_tied_embeddings(method: str) -> None:
-    with pytest.raises(ValueError, match=r"'embed.weight' is .* of a Embedding, not .*; leave it out with ignore="):
+    with pytest.raises(
+        ValueError,
+        match=r"'embed.weight' is .* of a torch.nn.modules.sparse.Embedding, not .*; leave it out with ignore=",
+    ):
         prune(transformer(), [batch(20)], 0.5, method, loss_fn=TokenCrossEntropy())
 
 
@@ -346,3 +349,48 @@ PAIR = ((torch.zeros(3, 4), torch.zeros(3, 4)), torch.zeros(3))
 def test_the_default_loss_names_what_takes_other_batches(batch: Any) -> None:
     with pytest.raises(ValueError, match=r"loss_fn=swap_prune.TokenCrossEntropy\(\), which takes them"):
         prune(nn.Linear(4, 3), [batch], 0.5, "lr", progress=False)
+
+
+class Translator(nn.Module):
+    """Adds a source to the tokens before; where it gets none of them it makes them of the source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return functional.pad(labels.clamp_min(0)[:, :-1], (1, 0), value=1)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> dict[str, Tensor]:
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(input_ids)
+        seen = self.mix(self.embed(input_ids)).mean(1, keepdim=True) + self.embed(decoder_input_ids)
+        return {"logits": self.head(torch.tanh(seen))}
+
+
+def test_a_decoder_gets_what_the_model_would_make_of_the_labels() -> None:
+    torch.manual_seed(0)
+    model, loss = Translator(), TokenCrossEntropy()
+    sources = {"input_ids": torch.randint(1, WORDS, (40, 5)), "labels": torch.randint(1, WORDS, (40, 7))}
+    inputs = model.prepare_decoder_input_ids_from_labels(sources["labels"])
+    logits = model(sources["input_ids"], inputs)["logits"]
+    wanted = functional.cross_entropy(logits.movedim(2, 1), sources["labels"], reduction="none").mean(1)
+    torch.testing.assert_close(loss(model, sources), wanted)
+    own = sources | {"decoder_input_ids": torch.ones_like(inputs)}
+    assert not torch.allclose(loss(model, own), wanted), "those of a batch are left as they are"
+    report = prune(model, [sources], 0.5, loss_fn=loss, samples=32, progress=False)
+    assert report.kept == report.total // 2 and not report.notes
+
+
+def test_labels_that_are_no_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs classes, whole numbers, got labels tensor \(30, 6\) float32: "):
+        TokenCrossEntropy()(transformer(), {name: part.float() for name, part in batch(30).items() if name == "labels"})
+
+
+def test_a_model_without_logits_says_what_it_gave() -> None:
+    class Spans(TinyTransformer):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            return {"start": self.hidden(input_ids, attention_mask)[..., 0]}
+
+    with pytest.raises(ValueError, match=r"TokenCrossEntropy needs logits .*, got \{start: tensor \(4, 6\) float32\}"):
+        TokenCrossEntropy()(Spans(), batch(4))

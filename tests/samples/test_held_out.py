@@ -171,7 +171,8 @@ def test_ridges_share_a_path(floor: object, fits: int, paths: int, monkeypatch: 
 def test_a_layer_with_as_many_weights_as_its_floor_is_not_starved() -> None:
     problem = starving(None)
     support = torch.cat([torch.arange(14), torch.arange(200, 226)])
-    assert not _is_starved(problem, support, 0.5) and _is_starved(problem, support[1:], 0.5)
+    floors = fair_floors(problem, 0.5)
+    assert not _is_starved(support, floors) and _is_starved(support[1:], floors)
 
 
 def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
@@ -194,6 +195,15 @@ def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
 def test_fair_floors_that_are_whole_are_not_rounded_up() -> None:
     problem = PruningProblem(torch.ones(20_000), 1000, DenseFactor(torch.ones(1, 20_000)))
     assert [least for _, least in fair_floors(problem, 0.75)] == [750]
+
+
+def test_fair_floors_do_not_count_weights_that_stay_zero() -> None:
+    problem = starving(None)
+    reference, diagonal = problem.reference.clone(), torch.ones_like(problem.reference)
+    reference[195:], diagonal[205:] = 0, 0  # of the second layer five could still become something
+    zeroed = replace(problem, reference=reference)
+    assert [least for _, least in fair_floors(zeroed, 0.5, diagonal)] == [14, 5]
+    assert [least for _, least in fair_floors(zeroed, 0.5)] == [14, 7]
 
 
 def test_fair_floors_are_shares_of_what_layers_would_keep_if_all_kept_alike() -> None:

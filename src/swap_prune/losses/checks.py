@@ -223,14 +223,28 @@ def check_calibration(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any])
             if known is None:
                 known = len(check_losses(loss_fn(model, batch), None))
             elif not sizes:  # a few samples speak for their like
-                few = min(known, _FEW)
-                part = map_tensors(torch.clone, slice_batch(batch, 0, few))
-                kind = "calibration batch" if few == known else f"cut of {few} of the {known} samples of a batch,"
-                with failures_named(kind, part), _unchanged(part):
-                    check_losses(loss_fn(model, part), few)
+                _check_cut(model, loss_fn, batch, known)
         assert known is not None, "just counted"
         sizes.append(known)
     return sizes
+
+
+def _check_cut(model: nn.Module, loss_fn: LossFn, batch: Any, size: int) -> None:
+    """Run the loss on a few of the samples of a batch; where it fails on all of them as well, that is what is said.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    few = min(size, _FEW)
+    part = map_tensors(torch.clone, slice_batch(batch, 0, few))
+    kind = "calibration batch" if few == size else f"cut of {few} of the {size} samples of a batch,"
+    try:
+        with failures_named(kind, part), _unchanged(part):
+            check_losses(loss_fn(model, part), few)
+    except ValueError:
+        if few < size:
+            run_loss(model, map_tensors(torch.clone, batch), loss_fn)
+        raise
 
 
 @contextmanager
@@ -258,6 +272,7 @@ def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
         return logits
     raise ValueError(
         f"the default loss needs a model that returns logits (n, classes), got a {type(logits).__name__}: pass loss_fn="
+        + ("swap_prune.TokenCrossEntropy(), which takes them" if hasattr(logits, "logits") else "")
     )
 
 

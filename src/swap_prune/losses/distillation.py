@@ -16,18 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.losses import describe
+from swap_prune.losses import describe, errors_worded
 from swap_prune.losses.tokens import call_model
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import map_tensors
 
 __all__ = ["SelfDistillation"]
+
+
+def _not_embedded(batch: Any, reason: str) -> str:
+    """Say that a model failed on what a batch holds."""
+    return (
+        f"the model failed on {describe(batch)}: {reason} (a dict is passed by name, a pair or list in order; embed=, "
+        "a function (model, inputs) -> (n, d), calls it in another way)"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class SelfDistillation:
             Pairs, on the devices where the batches are: calibration data for ``prune``.
 
         Raises:
-            ValueError: If the outputs are not one vector a sample.
+            ValueError: If the model cannot be called, or the outputs are not one vector a sample.
         """
         place = next(model.parameters()).device
         pairs = []
@@ -66,7 +75,8 @@ class SelfDistillation:
             for batch in batches:
                 devices: list[torch.device] = []
                 map_tensors(lambda t: devices.append(t.device), batch)  # noqa: B023 (called here and now)
-                dense = self._vectors(model, map_tensors(lambda t: t.to(place), batch))
+                with errors_worded(partial(_not_embedded, batch)):
+                    dense = self._vectors(model, map_tensors(lambda t: t.to(place), batch))
                 pairs.append((batch, dense.to(devices[0]) if devices else dense))
         return pairs
 

@@ -19,6 +19,8 @@ from swap_prune.losses.base import IGNORE_INDEX
 
 __all__ = ["TokenCrossEntropy", "call_model", "told_apart"]
 
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on its arguments: by name in a dict, in order in a pair or list, or the only one."""
@@ -51,12 +53,22 @@ def told_apart(batch: Any, key: str, loss: object) -> tuple[Any, Tensor]:
     return inputs, targets
 
 
+def _with_decoder_inputs(model: nn.Module, inputs: Any, labels: Tensor) -> Any:
+    """Return what a model takes, with what it would have made of the labels for its decoder, as in transformers."""
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    given = isinstance(inputs, Mapping) and not inputs.keys().isdisjoint(_DECODER_INPUTS)
+    if make is None or given or labels.ndim != 2 or not isinstance(inputs, Mapping):
+        return inputs
+    return {**inputs, _DECODER_INPUTS[0]: make(labels=labels)}
+
+
 @dataclass(frozen=True)
 class TokenCrossEntropy:
     """Cross-entropy of each sample, the mean over its labelled tokens; a ``GaussNewtonLoss``.
 
     A batch is a dict of the model's arguments and the labels, or a pair ``(what the model takes, labels)``. The model
-    returns logits with the classes last, or a mapping or an object that has them under the name ``logits``.
+    returns logits with the classes last, or a mapping or an object that has them under the name ``logits``. One that
+    makes its decoder's inputs from labels, which are kept from it here, gets them in a dict as ``decoder_input_ids``.
 
     Attributes:
         labels: Key of the labels, (n, T) or (n,), in a dict; all other entries are the model's arguments.
@@ -84,9 +96,14 @@ class TokenCrossEntropy:
             ValueError: If the batch holds no labels, or the logits do not fit them.
         """
         inputs, labels = told_apart(batch, self.labels, self)
-        logits = self.forward(model, inputs)
+        if labels.is_floating_point():
+            raise ValueError(
+                f"TokenCrossEntropy needs classes, whole numbers, got labels {describe(labels)}: labels.long(), or "
+                "loss_fn=swap_prune.SquaredError() for numbers"
+            )
+        logits = self.forward(model, _with_decoder_inputs(model, inputs, labels))
         if isinstance(logits, Mapping):
-            logits = logits["logits"]
+            logits = logits.get("logits", logits)
         elif not isinstance(logits, Tensor):
             logits = getattr(logits, "logits", logits)
         wanted = labels.shape

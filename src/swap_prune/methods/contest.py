@@ -32,6 +32,7 @@ from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import ScaledGram, WeightedRidge
 from swap_prune.regression.swap import can_swap, swap_weights
+from swap_prune.regression.top_k import Floors
 
 __all__ = ["Paired", "finite_entries", "fit_pairing"]
 
@@ -238,7 +239,7 @@ class _Contest:
         """
         fits = [self._fit(candidate)]
         for floor in floors:
-            if not _is_starved(self._problem, fits[-1].packed.support, floor):
+            if not _is_starved(fits[-1].packed.support, fair_floors(self._problem, floor, self._diagonal)):
                 continue
             raised = self._fit(candidate._replace(floor=floor))
             if self._has_lost(fits[-1].loss):
@@ -346,9 +347,8 @@ def _losses_of(fitted: _Fitted) -> Tensor:
     return fitted.losses
 
 
-def _is_starved(problem: PruningProblem, support: Tensor, share: float) -> bool:
-    """Whether a support, in increasing order, leaves a layer fewer weights than its fair floor."""
-    floors = fair_floors(problem, share)
+def _is_starved(support: Tensor, floors: Floors) -> bool:
+    """Whether a support, in increasing order, leaves a layer fewer weights than its floor."""
     if not floors:
         return False
     places, least = zip(*floors, strict=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
+import torch
 from torch import Tensor
 
 from swap_prune.checks import is_finite, whole_number
@@ -123,20 +124,35 @@ def candidates_of(
     return list(dict.fromkeys(found))
 
 
-def fair_floors(problem: PruningProblem, share: float) -> Floors:
+def fair_floors(problem: PruningProblem, share: float, diagonal: Tensor | None = None) -> Floors:
     """Return the floors of a problem, raised to a share of what each layer would keep if all kept alike.
 
-    Floors that would use up all k weights are not raised.
+    Floors that would use up all k weights are not raised, nor is one above the number of weights that count.
+
+    Args:
+        problem: The pruning problem.
+        share: In [0, 1).
+        diagonal: f, (p,), where it is known: a weight that is zero, and of which no row says anything, stays zero, and
+            does not count.
     """
     if share == 0:
         return problem.floors
     given = {place.start: least for place, least in problem.floors}
     density = Fraction(str(share)) * problem.keep / problem.reference.numel()  # a float's ceiling may be one above
+    sizes = [layer.shape.numel() for layer in problem.layers()]
+    counting = sizes if diagonal is None else _counting(problem, diagonal)
     floors = [
-        (layer.place, max(given.get(layer.place.start, 0), math.ceil(density * layer.shape.numel())))
-        for layer in problem.layers()
+        (layer.place, max(given.get(layer.place.start, 0), min(count, math.ceil(density * size))))
+        for layer, size, count in zip(problem.layers(), sizes, counting, strict=True)
     ]
     return floors if sum(least for _, least in floors) < problem.keep else problem.floors
+
+
+def _counting(problem: PruningProblem, diagonal: Tensor) -> list[int]:
+    """Return how many weights of each layer are something, or could become so."""
+    places = [layer.place for layer in problem.layers()]
+    counts = [((problem.reference[place] != 0) | (diagonal[place] > 0)).count_nonzero() for place in places]
+    return [int(count) for count in torch.stack(counts).tolist()]
 
 
 def check_regression_settings(settings: RegressionSettings) -> None:
@@ -187,7 +203,7 @@ def pairing_regression(
     f = factor.diagonal() if diagonal is None else diagonal
     y = factor.matvec(problem.reference) if target is None else target
     m = damped_metric(f, damping, metric, problem.layers(), problem.groups(), problem.reference)
-    floors = fair_floors(problem, floor)
+    floors = fair_floors(problem, floor, f)
     return WeightedRidge(factor, y, problem.reference, ridge, m, floors=floors, pattern=problem.pattern)
 
 

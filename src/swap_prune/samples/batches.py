@@ -281,13 +281,26 @@ def _concatenated(parts: Sequence[Any], sizes: list[int], *, inside: bool = Fals
 def batch_size(batch: Any) -> int:
     """Return the number of samples of a batch: the leading dimension of its first tensor.
 
-    An object without tensors in sight counts as its ``len``, or as one sample.
+    An object without tensors in sight counts as its ``len``, where that is of what can be numbered, or as one sample.
     """
     sizes: list[int] = []
     map_tensors(lambda t: sizes.append(t.shape[0]) if t.ndim else None, batch)
     if sizes:
         return sizes[0]
-    return len(batch) if hasattr(batch, "__len__") else 1
+    return len(batch) if hasattr(batch, "__len__") and _is_numbered(batch) else 1
+
+
+def _is_numbered(batch: Any) -> bool:
+    """Whether an object may hold samples by number; one that does not has its length of something else."""
+    if not hasattr(batch, "__getitem__"):
+        return True
+    try:
+        batch[0]
+    except IndexError:  # none are left
+        return True
+    except Exception:  # a mapping, or a record that is indexed by names
+        return False
+    return True
 
 
 def is_sliceable(batch: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.artifact import count_layers, not_dense, save_artifact
 from swap_prune.checks import some_of
@@ -132,9 +133,21 @@ def _of_layers(model: nn.Module, request: Request, settings: dict[str, Any], emp
             f"report.save cannot write this network, whose state_dict holds more than dense tensors ({some_of(odd)}): "
             "use torch.save(model.state_dict(), ...)"
         )
+    if request.pattern is not None and (stacks := _stacks(model, request)):
+        notes.append(
+            f"pattern {request.pattern} runs along the second of three dimensions of {some_of(stacks)}: leave them out "
+            "by ignore= if their inputs are another"
+        )
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")
     return notes
+
+
+def _stacks(model: nn.Module, request: Request) -> list[str]:
+    """Return the selected parameters of three dimensions that are no convolution's, such as those of experts."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in request.selection.names}
+    shapes = request.selection.shapes
+    return [name for name, owner in owners.items() if len(shapes[name]) == 3 and not isinstance(owner, _ConvNd)]
 
 
 def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:

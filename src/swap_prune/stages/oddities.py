@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.network.modes import eval_mode
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import Selection
 
-__all__ = ["WatchedLosses", "few_classes", "share_of_largest", "without_gradient"]
+__all__ = ["WatchedLosses", "few_classes", "no_number", "share_of_largest", "without_gradient"]
 
 _RULES = 0.5  # of what losses have above their median: as much for one sample alone,
 _AHEAD = 20.0  # and so many times as much as for the next: one that is merely hard is not far ahead
@@ -66,6 +67,18 @@ def without_gradient(factor: DenseFactor, selection: Selection) -> list[str]:
     """Return the names of the layers whose gradients are zero in all rows of G (n, p)."""
     places = selection.slices()
     return [name for name, place in places.items() if not bool(factor.matrix[:, place].any())]
+
+
+def no_number(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:
+    """Return a note where the loss of the pruned network is not finite on a batch; None is no batch."""
+    try:
+        with eval_mode(model), torch.no_grad():
+            if batch is None or bool(loss_fn(model, batch).isfinite().all()):
+                return []
+    except Exception as error:  # a look at one sample, which the caller's loss may not bear
+        pass_on_shortage(error)
+        return []
+    return ["the pruned network gives no finite loss: min_keep=, ignore= or a lower sparsity may help"]
 
 
 class WatchedLosses:

@@ -111,14 +111,23 @@ class Loud(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "targets", "message"),
     [
-        (nn.Sequential(Loud(5, 3)), ["Linear"], "'0.weight' is 'weight' of a Loud"),
+        (
+            nn.Sequential(Loud(5, 3)),
+            ["Linear"],
+            "'0.weight' is 'weight' of a tests.fisher.capture.test_layer_inputs.Loud, not",
+        ),
         (
             nn.Sequential(nn.ConvTranspose1d(2, 3, 3)),
             ["ConvTranspose1d"],
-            "'0.weight' is 'weight' of a ConvTranspose1d",
+            "'0.weight' is 'weight' of a torch.nn.modules.conv.ConvTranspose1d, not",
         ),
-        (nn.Sequential(nn.Conv1d(2, 3, 3)), ["0.bias"], "'0.bias' is 'bias' of a Conv1d"),
+        (nn.Sequential(nn.Conv1d(2, 3, 3)), ["0.bias"], "'0.bias' is 'bias' of a torch.nn.modules.conv.Conv1d, not"),
         (Attention(), ["inner.in_proj_weight"], "in_proj_weight"),
+        (
+            nn.Sequential(Loud(5, 3), nn.Linear(3, 3), Loud(3, 3)),
+            ["Linear"],
+            r"'0.weight' is .*, and neither are \['2.weight'\]",
+        ),
         (Attention(), ["inner.out_proj.weight"], "no inputs of 'inner.out_proj.weight' were seen"),
     ],
 )

@@ -45,17 +45,21 @@ def hooked_layers(model: nn.Module, selection: Selection) -> dict[nn.Module, str
     parameters = dict(model.named_parameters())
     names = {id(parameters[name]): name for name in selection.names}
     layers: dict[nn.Module, str] = {}
+    others: dict[str, str] = {}
     for module in model.modules():
         for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names.get(id(parameter))
             if name is None:
                 continue
             if own != "weight" or not is_supported(module):
-                raise UnsupportedLayerError(
-                    f"{name!r} is {own!r} of a {type(module).__name__}, not the weight of a Linear or Conv layer that "
-                    "computes as torch's own"
-                )
+                others[name] = f"{name!r} is {own!r} of a {type(module).__module__}.{type(module).__name__}"
             layers[module] = name
+    if others:
+        first, *more = others
+        raise UnsupportedLayerError(
+            f"{others[first]}, not the weight of a Linear or Conv layer that computes as torch's own"
+            + (f", and neither are {more}" if more else "")
+        )
     return layers
 
 

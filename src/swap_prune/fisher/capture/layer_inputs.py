@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from swap_prune.checks import some_of
 from swap_prune.fisher.capture.hooks import hooked_layers
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, unfold_inputs
 from swap_prune.losses import LossFn, check_calibration, run_loss
@@ -86,12 +87,13 @@ class LayerInputs:
                 hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
             for batch in self.batches:
                 run_loss(self.model, batch, self.loss_fn)
+        if unseen := [name for name, total in sums.items() if total.count == 0]:
+            raise ValueError(
+                f"no inputs of {some_of(list(map(repr, unseen)))} were seen: such a layer does not run as a module of "
+                f"its own, or no sample reached it; leave them out with ignore={unseen}, or use a method that works on "
+                "gradients"
+            )
         for name, total in sums.items():
-            if total.count == 0:
-                raise ValueError(
-                    f"no inputs of {name!r} were seen: its layer does not run as a module of its own, or no sample "
-                    "reached it; leave it out with ignore=, or use a method that works on gradients"
-                )
             if not bool(total.value.isfinite().all()):
                 raise ValueError(
                     f"the inputs of {name!r} are not finite: check the calibration data and the weights before it"
