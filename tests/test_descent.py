@@ -83,6 +83,18 @@ def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothin
     assert len(lengths) == 2 * steps
 
 
+def test_steps_go_on_with_the_slope_of_larger_batches_where_the_first_leads_no_further():
+    base = known_loss()
+    regression, fit = start_of(base)
+    goal = fit.weights + 1.0
+    astray = replace(base, slope=lambda w, kept: goal - w, held_out=lambda w, kept: (w - goal).square())
+    moved, lengths = step_down(astray, regression, fit, "auto")
+    assert lengths == [] and torch.equal(moved.weights, fit.weights)
+    moved, lengths = step_down(replace(astray, whole_slope=lambda w, kept: w - goal), regression, fit, "auto")
+    assert len(lengths) > 1
+    assert float((moved.weights - goal).square().mean()) < float((fit.weights - goal).square().mean())
+
+
 def test_a_length_is_divided_until_it_gains():
     """0.3 / 27 is the third that is tried."""
     base = known_loss()

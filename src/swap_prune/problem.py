@@ -61,6 +61,8 @@ class PruningProblem:
             loss can compare outputs; None where no samples were held out, or no gradients are taken.
         slope: Maps w and a kept set to gamma (p,), the mean gradient of the same over the samples of G; None where
             there are no gradients.
+        whole_slope: The same over larger batches and as it is, for where those of ``slope`` are small, so that noise
+            can be told in them, and BatchNorm's statistics are those of a batch; else None.
         blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the
             loss may not bear such a network.
         selection: The parameters that w is made of; None for a problem without layers.
@@ -74,6 +76,7 @@ class PruningProblem:
     factor: FisherFactor | None = None
     held_out: Callable[[Tensor, Tensor], Tensor] | None = None
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    whole_slope: Callable[[Tensor, Tensor], Tensor] | None = None
     blank: Callable[[], Tensor] | None = None
     selection: Selection | None = None
     inputs: LayerInputs | None = None

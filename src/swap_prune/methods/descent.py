@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -129,6 +130,9 @@ def take_steps(
 ) -> Steps:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
 
+    Where slopes are over small batches, so that noise can be left out of them, steps go on from there with slopes over
+    larger ones, whose statistics are nearer to what recalibration makes of the network.
+
     What is as large as p is dropped as soon as it was used, where the caller does not hold it either.
 
     Args:
@@ -160,6 +164,9 @@ def take_steps(
             model = NaturalGradient.on(regression, support, _STEP_RIDGE)
         del metric
         walk.descend(model)
+        if problem.whole_slope is not None and not walk.is_behind:
+            walk.follow(problem.whole_slope)
+            walk.descend(model)
     values = walk.fit.weights.index_select(0, support)
     return Steps(values, walk.lengths, walk.losses, walk.levels, walk.is_behind)
 
@@ -221,6 +228,10 @@ class _Walk:
         self.floor, self.found = min(self.floor, loss_floor(self.problem, losses)), losses
         self.losses.append(mean_loss(losses))
         self.levels.append(self.losses[-1] if self.blank is None else mean_loss(torch.fmin(losses, self.blank)))
+
+    def follow(self, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Go on with another slope."""
+        self.problem, self.slope = replace(self.problem, slope=slope), None
 
     def descend(self, descent: NaturalGradient) -> None:
         """Go on where a model says, a number of steps at the most."""

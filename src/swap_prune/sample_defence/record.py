@@ -164,9 +164,15 @@ class SampleDefence:
             self.judges = [one.batch for one in held_out]
         if doubt is None:
             return list(fitting), list(held_out), None
-
-        def weighed(one: Taught) -> Taught:
-            return one if one.teacher is None else one._replace(trust=doubt.trust(one.teacher, one.batch[1]))
-
         classes = max((one.teacher.shape[1] for one in (*fitting, *held_out) if one.teacher is not None), default=1)
-        return list(map(weighed, fitting)), list(map(weighed, held_out)), doubt.wrong(classes)
+        return self.trusted(fitting), self.trusted(held_out), doubt.wrong(classes)
+
+    def trusted(self, batches: Sequence[Taught]) -> list[Taught]:
+        """Return batches whose labels have the trust that they deserve by what has been seen."""
+        doubt = self._labels
+        if doubt is None:
+            return list(batches)
+        return [
+            one if one.teacher is None else one._replace(trust=doubt.trust(one.teacher, one.batch[1]))
+            for one in batches
+        ]

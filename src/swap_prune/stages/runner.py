@@ -226,7 +226,7 @@ class StageRunner:
 
     def _asking(self, problem: PruningProblem, trials: Trials, watched: WatchedLosses) -> PruningProblem:
         """Return a problem whose method may ask the network."""
-        problem = replace(problem, slope=trials.slope)
+        problem = replace(problem, slope=trials.slope, whole_slope=trials.whole_slope if trials.whole else None)
         if not trials.held_out:
             return problem
         bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
@@ -308,7 +308,8 @@ class StageRunner:
             spare = split_batches(spare, self.storage.forwards)
         defence, rate = defended.defence, None
         slopes_cleaned = defence is not None and defence.cleans_slopes
-        in_batches = slopes_cleaned and rows_in_batches(self.request, fitting)
+        in_parts = rows_in_batches(self.request, fitting) and (slopes_cleaned or defended.clipped > 0)
+        in_batches = in_parts and slopes_cleaned
         at_once = self.storage.at_once
         if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
@@ -328,8 +329,14 @@ class StageRunner:
             noisy=partial(self._noisy, generator=generator),
             defence=defence if slopes_cleaned else None,
             per_sample=not in_batches,
+            whole=self._whole(fitting) if in_parts else (),
             clip=clip_rows_ if self.request.clips else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
         return trials, rate
+
+    def _whole(self, fitting: list[Any]) -> list[Taught]:
+        """Return samples in batches as large as run at once, with what is known of them."""
+        whole = self.taught(without_singles(split_batches(fitting, self.storage.at_once)))
+        return whole if self.sample_defence is None else self.sample_defence.trusted(whole)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class Trials:
         noisy: What it does to gradients, the rows of a factor.
         defence: What averages noisy gradients; None where there is no need.
         per_sample: Whether it takes those of single samples, or those of the batches.
+        whole: The samples of ``fitting`` in larger batches, where those are small so that noise can be told in their
+            gradients, and each has statistics of its own; else none.
         clip: What it does to gradients, in place, that are too large for their expected sizes; None: nothing.
         lean: Whether the gradients of batches are added up one by one, where memory is short, instead of being held
             together; then no noise acts on them.
@@ -66,6 +68,7 @@ class Trials:
     noisy: Callable[[DenseFactor], DenseFactor]
     defence: GradientDefence | None = None
     per_sample: bool = True
+    whole: Sequence[Taught] = ()
     clip: Callable[..., object] | None = None
     lean: bool = False
     team: Team | None = None
@@ -104,6 +107,10 @@ class Trials:
         gradients = self._of_samples if self.per_sample else self._of_batches
         again = gradients(self.disturb(weights)).mean(0) if self.defence.open else None  # with noise drawn anew
         return self.defence.mean(gradients(self.disturb(weights)), again)
+
+    def whole_slope(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Return the same over the larger batches, whose gradients are taken as they are, (p,)."""
+        return replace(self, fitting=self.whole, defence=None, clip=None).slope(weights, kept)
 
     def _of_samples(self, weights: Tensor) -> Tensor:
         """Return the gradient of each sample at weights (p,), (n, p)."""

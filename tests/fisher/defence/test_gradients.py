@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from swap_prune.fisher.defence.treatment import Treatment
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.noise import GradientNoise
 from swap_prune.losses import CrossEntropy, LossFn, cross_entropy
+from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.selection import Selection, select_parameters
 from swap_prune.stages.trials import Trials
 from tests.cases import generator
@@ -184,6 +186,43 @@ def test_noise_on_gradients_of_mini_batches_is_seen_in_those_of_samples_and_left
         assert ("noise_seen" in report.stages[0].evidence) == (name == "held")
     cosine = {name: float(torch.cosine_similarity(first[name], first["clean"], dim=0)) for name in ("held", "left")}
     assert cosine["held"] > 0.9 > 0.7 > cosine["left"], cosine
+
+
+@pytest.mark.parametrize(
+    ("noise", "normalised", "defence", "sizes"),
+    [
+        ("gradient:std=8,fraction=0.25", True, "auto", [64] * 8),
+        ("poison:fraction=0.2,strength=100", True, "auto", [64] * 8),
+        ("gradient:std=8,fraction=0.25", True, None, []),
+        ("gradient:std=8,fraction=0.25", False, "auto", []),
+        (None, True, "auto", []),
+    ],
+)
+def test_steps_have_slopes_over_whole_batches_too_where_those_that_are_cleaned_have_statistics_of_a_few(
+    noise: str | None, *, normalised: bool, defence: str | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems, trials = [], []
+
+    def solve(self: LR, problem: PruningProblem, state: torch.Generator) -> PruningSolution:
+        problems.append(problem)
+        trials.append(problem.slope.__self__)  # type: ignore[union-attr]
+        return real(self, problem, state)
+
+    real = LR.solve
+    monkeypatch.setattr(LR, "solve", solve)
+    settings = {"samples": 512, "noise": noise, "defence": defence, "progress": False}
+    method = LR(ridge=0.025, damping=1.0, metric="diagonal", swaps=0, floor=0)
+    plain = nn.Sequential(*(layer for layer in small_network() if not isinstance(layer, nn.BatchNorm2d)))
+    prune(small_network() if normalised else plain, small_data(700), 0.5, method, **settings)
+    (problem,), (asked,) = problems, trials
+    assert [len(one.batch[1]) for one in asked.whole] == sizes
+    assert (problem.whole_slope is None) == (sizes == [])
+    if sizes:
+        assert max(len(one.batch[1]) for one in asked.fitting) <= 32
+        plain = replace(asked, fitting=asked.whole, defence=None, clip=None, noisy=lambda factor: factor)
+        kept = torch.ones_like(problem.reference, dtype=torch.bool)
+        quiet = replace(asked, noisy=lambda factor: factor).whole_slope(problem.reference, kept)
+        torch.testing.assert_close(quiet, plain.slope(problem.reference, kept))
 
 
 class Squeezed(nn.Module):
