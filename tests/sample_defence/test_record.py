@@ -78,6 +78,19 @@ def test_inputs_are_shifted_back_in_both_parts_and_in_later_stages(monkeypatch):
     assert len(asked) == 1
 
 
+def test_labels_of_samples_held_out_are_asked_too_whether_they_are_contradicted(monkeypatch):
+    model = nn.Linear(CLASSES, CLASSES)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(CLASSES)), model.bias.zero_()
+    fitting, apart = mixed(0.12, 300).batch, mixed(0.12, 300, seed=2).batch
+    assert [labels_contradicted(cross_entropy, [x], [(x, y)]) for x, y in (fitting, apart)] == [False, False]
+    monkeypatch.setattr(module, "shift_seen", lambda *_: 0.1)
+    assert doubts_of(model).restore(model, [fitting], [], generator())[2] is None
+    assert doubts_of(model).restore(model, [fitting], [apart], generator())[2] is not None
+    odd = (apart[0][:, :5].repeat(1, 2)[:, :CLASSES].reshape(300, 1, CLASSES), apart[1])
+    assert doubts_of(model)._look([fitting], [odd], generator()) is None, "of another shape: they are left out"
+
+
 def test_labels_that_are_doubted_are_not_taken_for_those_of_attacked_inputs_later(monkeypatch):
     """A pruned network's attacks are weak on the dense one, and may then look so by chance."""
     own = doubts_of(nn.Linear(10, CLASSES))

@@ -101,16 +101,17 @@ class SampleDefence:
         Args:
             model: The network as the stages so far have left it.
             fitting: Batches that gradients will be taken of; they are asked.
-            held_out: Others; ``judges``, where there are any, which have been shifted back already.
+            held_out: Others, asked too whether labels are contradicted; ``judges``, where there are any, which were
+                shifted back already.
             generator: Draws the classes that labels are compared with.
 
         Raises:
             ValueError: If the loss cannot be used.
         """
         with eval_mode(model):
-            check_calibration(model, self._loss_fn, fitting)
+            check_calibration(model, self._loss_fn, [*fitting, *held_out])
         if self._radius is None and self._labels is None and self._doubts_inputs:
-            self._look(fitting, generator)
+            self._look(fitting, held_out, generator)
         if self._radius is None or not can_be_asked(self._loss_fn, fitting):
             return fitting, held_out, None
 
@@ -124,9 +125,11 @@ class SampleDefence:
         with self._teacher.asked() as dense:
             return *self._both_back(dense, fitting, held_out, self._radius), self._radius
 
-    def _look(self, fitting: list[Any], generator: torch.Generator) -> None:
-        """Look for a shift where labels are contradicted, and remember it."""
-        if not labels_contradicted(self._loss_fn, self._teacher.outputs(fitting), fitting):
+    def _look(self, fitting: list[Any], held_out: list[Any], generator: torch.Generator) -> None:
+        """Look for a shift where labels are contradicted, of those held out as well, and remember it."""
+        asked = [*fitting, *held_out]
+        asked = asked if can_be_asked(self._loss_fn, asked) else fitting
+        if not labels_contradicted(self._loss_fn, self._teacher.outputs(asked), asked):
             return
         with self._teacher.asked() as dense:
             self._radius = shift_seen(dense, self._loss_fn, fitting, generator, self._at_once)
