@@ -95,6 +95,22 @@ def test_steps_go_on_with_the_slope_of_larger_batches_where_the_first_leads_no_f
     assert float((moved.weights - goal).square().mean()) < float((fit.weights - goal).square().mean())
 
 
+def test_steps_of_larger_batches_that_one_sample_alone_gains_by_are_left():
+    """Where one of n gains g, the mean gain is g / n, and so is its standard error."""
+    base = known_loss()
+    regression, fit = start_of(base)
+    goal = fit.weights + 1.0
+
+    def losses(w, kept):
+        return torch.cat([(w - goal).square().mean().view(1), torch.zeros(9)])
+
+    problem = replace(base, slope=lambda w, kept: goal - w, held_out=losses, blank=lambda: torch.full((10,), math.inf))
+    own, lengths = step_down(replace(problem, slope=lambda w, kept: w - goal), regression, fit, "auto")
+    assert lengths and not torch.equal(own.weights, fit.weights), "steps of their own need no such gain"
+    moved, lengths = step_down(replace(problem, whole_slope=lambda w, kept: w - goal), regression, fit, "auto")
+    assert lengths == [] and torch.equal(moved.weights, fit.weights)
+
+
 def test_a_length_is_divided_until_it_gains():
     """0.3 / 27 is the third that is tried."""
     base = known_loss()

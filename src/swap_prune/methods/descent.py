@@ -131,7 +131,8 @@ def take_steps(
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
 
     Where slopes are over small batches, so that noise can be left out of them, steps go on from there with slopes over
-    larger ones, whose statistics are nearer to what recalibration makes of the network.
+    larger ones, whose statistics are nearer to what recalibration makes of the network. All of them together must gain
+    more than their standard error.
 
     What is as large as p is dropped as soon as it was used, where the caller does not hold it either.
 
@@ -165,10 +166,13 @@ def take_steps(
         del metric
         walk.descend(model)
         if problem.whole_slope is not None and not walk.is_behind:
+            there, before = walk.steps(support), walk.found
             walk.follow(problem.whole_slope)
             walk.descend(model)
-    values = walk.fit.weights.index_select(0, support)
-    return Steps(values, walk.lengths, walk.losses, walk.levels, walk.is_behind)
+            assert before is not None and walk.found is not None, "it had arrived"
+            if not is_significant(gains(before, walk.found)):
+                return there
+    return walk.steps(support)
 
 
 def level_before(problem: PruningProblem) -> float:
@@ -228,6 +232,11 @@ class _Walk:
         self.floor, self.found = min(self.floor, loss_floor(self.problem, losses)), losses
         self.losses.append(mean_loss(losses))
         self.levels.append(self.losses[-1] if self.blank is None else mean_loss(torch.fmin(losses, self.blank)))
+
+    def steps(self, support: Tensor) -> Steps:
+        """Return the steps so far, on a support (k,)."""
+        values = self.fit.weights.index_select(0, support)
+        return Steps(values, [*self.lengths], [*self.losses], [*self.levels], self.is_behind)
 
     def follow(self, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Go on with another slope."""
