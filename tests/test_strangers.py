@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections import UserDict
+from collections import UserDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
+from swap_prune.samples.batches import batch_size
 from swap_prune.selection import select_parameters
 from tests.cases import blurred_classes, trained
 
@@ -1205,7 +1206,7 @@ class UnitRows(nn.Linear):
         return functional.linear(inputs, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
 
-@pytest.mark.parametrize(("method", "noted"), [("magnitude", True), ("lr", True), ("lr", False)])
+@pytest.mark.parametrize(("method", "noted"), [("obd", True), ("lr", True), ("lr", False)])
 def test_a_network_that_gives_no_number_any_more_is_noted(method: str, *, noted: bool) -> None:
     model = drawn(lambda: nn.Sequential(UnitRows(8, 16), nn.ReLU(), nn.Linear(16, 3)))
     targets, sparsity = (["UnitRows"], 0.9) if noted else (["2"], 0.5)
@@ -1224,8 +1225,32 @@ class Graph:
     def __len__(self) -> int:
         return 3
 
+    def keys(self) -> list[str]:
+        return ["values", "label", "edges"]
+
     def __getitem__(self, name: str) -> Tensor:
         return {"values": self.values, "label": self.label}[name]
+
+
+class Frame(Graph):
+    """A table, whose length is that of its rows."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def test_a_table_counts_as_its_rows() -> None:
+    def loss(model: nn.Module, frame: Frame) -> Tensor:
+        return functional.cross_entropy(model(frame["values"]), frame["label"], reduction="none")
+
+    frames = [Frame(INPUTS[i : i + 8], LABELS[i : i + 8]) for i in range(0, 80, 8)]
+    report = prune(perceptron(), frames, 0.5, "obd", loss_fn=loss, samples=40, progress=False)
+    assert report.stages[0].samples == 40
+
+
+def test_a_length_that_is_that_of_fields_is_not_counted() -> None:
+    words = defaultdict(list, text=["a", "b", "c"], label=[0, 1, 2])
+    assert batch_size(words) == 1 and set(words) == {"text", "label"}
 
 
 def test_objects_that_are_indexed_by_name_are_one_sample_each() -> None:
@@ -1269,7 +1294,7 @@ def test_a_pattern_in_a_stack_of_matrices_is_noted() -> None:
 
 
 def test_parameters_of_one_dimension_have_to_be_named() -> None:
-    words = "targets pattern '1' matches parameters of one dimension alone: name them, such as '1.bias'"
+    words = "targets pattern '1' matches no parameter of two dimensions: name others, such as '1.bias'"
     with pytest.raises(ValueError, match=words):
         prune(nn.Sequential(nn.Linear(8, 3), nn.LayerNorm(3)), DATA, 0.5, targets="1", progress=False)
 

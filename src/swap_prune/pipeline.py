@@ -214,6 +214,8 @@ def prune(
             same = identity(model, request, data, recalibration_data, recorded, place)
             kept = Checkpoint(checkpoint, same, placed.team)
         notes += repair_batchnorm(model, runner.recalibration, request.loss) if request.recalibrates else []
+        known = request.solver.needs_gradients or request.solver.needs_inputs  # samples are checked before they are run
+        sound = known and not no_number(model, request.loss, first)
         runner = taught(replace(runner, storage=placed), changing, before)
         if kept is not None:
             runner = checkpointed(runner, kept, place)
@@ -221,7 +223,7 @@ def prune(
             records = search_stages(runner, request.schedules, shown)
         else:
             records = runner.run_all(request.schedules[0], shown)
-        notes += no_number(model, request.loss, first)
+        notes += no_number(model, request.loss, first if sound else None)
         if finetune is None:
             before.restore_bystanders()
     budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON

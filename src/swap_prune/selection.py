@@ -390,7 +390,7 @@ def _prunable(pattern: str, candidate: _Candidate) -> bool:
 def _unmatched(parameter: str, pattern: str, model: nn.Module, flat: Sequence[str] = ()) -> str:
     if flat:
         return (
-            f"{parameter} pattern {pattern!r} matches parameters of one dimension alone: name them, such as {flat[0]!r}"
+            f"{parameter} pattern {pattern!r} matches no parameter of two dimensions: name others, such as {flat[0]!r}"
         )
     names = [name for name, _ in model.named_parameters()]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -111,7 +111,7 @@ def test_tied_embeddings_are_pruned_once(method: str) -> None:
 def test_layer_wise_methods_say_what_to_do_about_tied_embeddings(method: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"'embed.weight' is .* of a torch.nn.modules.sparse.Embedding, not .*; leave it out with ignore=",
+        match=r"'embed.weight' is .* of a torch.nn.modules.sparse.Embedding, not .*; leave out what is not by ignore=",
     ):
         prune(transformer(), [batch(20)], 0.5, method, loss_fn=TokenCrossEntropy())
 
@@ -352,7 +352,7 @@ def test_the_default_loss_names_what_takes_other_batches(batch: Any) -> None:
 
 
 class Translator(nn.Module):
-    """Adds a source to the tokens before; where it gets none of them it makes them of the source."""
+    """Adds a source to the tokens before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,9 +361,7 @@ class Translator(nn.Module):
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         return functional.pad(labels.clamp_min(0)[:, :-1], (1, 0), value=1)
 
-    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> dict[str, Tensor]:
-        if decoder_input_ids is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(input_ids)
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> dict[str, Tensor]:
         seen = self.mix(self.embed(input_ids)).mean(1, keepdim=True) + self.embed(decoder_input_ids)
         return {"logits": self.head(torch.tanh(seen))}
 
@@ -378,6 +376,11 @@ def test_a_decoder_gets_what_the_model_would_make_of_the_labels() -> None:
     torch.testing.assert_close(loss(model, sources), wanted)
     own = sources | {"decoder_input_ids": torch.ones_like(inputs)}
     assert not torch.allclose(loss(model, own), wanted), "those of a batch are left as they are"
+    alone = TokenCrossEntropy(forward=lambda model, inputs: model.head(model.embed(inputs["input_ids"])))
+    assert alone(model, sources | {"labels": sources["input_ids"]}).shape == (40,)
+    keys = []
+    TokenCrossEntropy(forward=lambda model, inputs: keys.append([*inputs]) or logits)(model, sources)
+    assert keys == [["input_ids"]], "a function of one's own gets what the batch holds"
     report = prune(model, [sources], 0.5, loss_fn=loss, samples=32, progress=False)
     assert report.kept == report.total // 2 and not report.notes
 

@@ -88,7 +88,9 @@ def test_labels_of_samples_held_out_are_asked_too_whether_they_are_contradicted(
     assert doubts_of(model).restore(model, [fitting], [], generator())[2] is None
     assert doubts_of(model).restore(model, [fitting], [apart], generator())[2] is not None
     odd = (apart[0][:, :5].repeat(1, 2)[:, :CLASSES].reshape(300, 1, CLASSES), apart[1])
-    assert doubts_of(model)._look([fitting], [odd], generator()) is None, "of another shape: they are left out"
+    other = doubts_of(model)
+    other._look([fitting], [odd], generator())
+    assert other._radius is None, "those of another shape are left out"
 
 
 def test_labels_that_are_doubted_are_not_taken_for_those_of_attacked_inputs_later(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -243,7 +243,8 @@ def _check_cut(model: nn.Module, loss_fn: LossFn, batch: Any, size: int) -> None
             check_losses(loss_fn(model, part), few)
     except ValueError:
         if few < size:
-            run_loss(model, map_tensors(torch.clone, batch), loss_fn)
+            with suppress(MemoryError):
+                run_loss(model, map_tensors(torch.clone, batch), loss_fn)
         raise
 
 
@@ -265,6 +266,10 @@ def _unchanged(batch: Any) -> Iterator[None]:
         )
 
 
+def _are_wrapped(logits: Any) -> bool:
+    return hasattr(logits, "logits") or (isinstance(logits, Mapping) and "logits" in logits)
+
+
 def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the logits of a sample or two; refuse a model that gives others than those."""
     logits = model(inputs[:_FEW].clone())
@@ -272,7 +277,7 @@ def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
         return logits
     raise ValueError(
         f"the default loss needs a model that returns logits (n, classes), got a {type(logits).__name__}: pass loss_fn="
-        + ("swap_prune.TokenCrossEntropy(), which takes them" if hasattr(logits, "logits") else "")
+        + ("swap_prune.TokenCrossEntropy(), which takes them" if _are_wrapped(logits) else "a function of your own")
     )
 
 

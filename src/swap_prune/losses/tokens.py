@@ -101,7 +101,9 @@ class TokenCrossEntropy:
                 f"TokenCrossEntropy needs classes, whole numbers, got labels {describe(labels)}: labels.long(), or "
                 "loss_fn=swap_prune.SquaredError() for numbers"
             )
-        logits = self.forward(model, _with_decoder_inputs(model, inputs, labels))
+        if self.forward is call_model:
+            inputs = _with_decoder_inputs(model, inputs, labels)
+        logits = self.forward(model, inputs)
         if isinstance(logits, Mapping):
             logits = logits.get("logits", logits)
         elif not isinstance(logits, Tensor):

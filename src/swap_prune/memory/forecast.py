@@ -154,7 +154,8 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     if (load.row_noise or load.slopes_held) and not load.in_batches:  # as rows of G
         again = factor + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
-    taught = (load.samples + load.spare) * load.output_bytes  # outputs of the dense network
+    looks = 2 if load.in_batches else 1  # in small batches, where there is noise, and in whole ones
+    taught = (looks * load.samples + load.spare) * load.output_bytes  # outputs of the dense network
     trial = max(forward + compared, max(backward, again) + _slopes(load, storage), passes)
     phases = {
         "capture": common + known + signs - lasting + max(_capture(load, storage), asking + drawing),

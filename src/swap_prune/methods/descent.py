@@ -29,7 +29,7 @@ __all__ = [
     "take_steps",
 ]
 
-_STEPS = 12  # natural-gradient steps a stage in each metric, at the most
+_STEPS = 12  # natural-gradient steps a stage in each metric, and with each slope, at the most
 LEAST_GAIN = 0.001  # of the held-out loss above its floor; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of single weights, and the fit's ends early

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from swap_prune.process_memory import pass_on_shortage
+
 __all__ = [
     "batch_size",
     "digest_whole",
@@ -281,26 +283,28 @@ def _concatenated(parts: Sequence[Any], sizes: list[int], *, inside: bool = Fals
 def batch_size(batch: Any) -> int:
     """Return the number of samples of a batch: the leading dimension of its first tensor.
 
-    An object without tensors in sight counts as its ``len``, where that is of what can be numbered, or as one sample.
+    An object without tensors in sight counts as its ``len``, where that is not the number of its fields, or as one
+    sample.
     """
     sizes: list[int] = []
     map_tensors(lambda t: sizes.append(t.shape[0]) if t.ndim else None, batch)
     if sizes:
         return sizes[0]
-    return len(batch) if hasattr(batch, "__len__") and _is_numbered(batch) else 1
+    return len(batch) if hasattr(batch, "__len__") and not _counts_fields(batch) else 1
 
 
-def _is_numbered(batch: Any) -> bool:
-    """Whether an object may hold samples by number; one that does not has its length of something else."""
-    if not hasattr(batch, "__getitem__"):
+def _counts_fields(batch: Any) -> bool:
+    """Whether the length of an object is that of its fields, as of a mapping or a graph, and not of samples."""
+    if isinstance(batch, Mapping):
         return True
-    try:
-        batch[0]
-    except IndexError:  # none are left
-        return True
-    except Exception:  # a mapping, or a record that is indexed by names
+    names = getattr(batch, "keys", None)
+    if names is None:
         return False
-    return True
+    try:
+        return len(list(names() if callable(names) else names)) == len(batch)
+    except Exception as error:  # whatever the caller's object does
+        pass_on_shortage(error)
+        return False
 
 
 def is_sliceable(batch: Any) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.network.modes import eval_mode
-from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import Selection
 
@@ -70,13 +69,12 @@ def without_gradient(factor: DenseFactor, selection: Selection) -> list[str]:
 
 
 def no_number(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:
-    """Return a note where the loss of the pruned network is not finite on a batch; None is no batch."""
+    """Return a note where the loss of a network that was pruned is not finite on a batch; None is no batch."""
     try:
         with eval_mode(model), torch.no_grad():
             if batch is None or bool(loss_fn(model, batch).isfinite().all()):
                 return []
-    except Exception as error:  # a look at one sample, which the caller's loss may not bear
-        pass_on_shortage(error)
+    except Exception:  # a look at one sample, which the caller's loss, or the memory, may not bear
         return []
     return ["the pruned network gives no finite loss: min_keep=, ignore= or a lower sparsity may help"]
 

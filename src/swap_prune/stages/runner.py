@@ -49,7 +49,7 @@ from swap_prune.stages.findings import StageFindings
 from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.trials import Trials
-from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
+from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, normalises_vectors, recalibrate_batchnorm
 from swap_prune.surgery.weights import write_weights
 from swap_prune.training.finetune import train
 from swap_prune.training.settings import FineTune
@@ -329,14 +329,17 @@ class StageRunner:
             noisy=partial(self._noisy, generator=generator),
             defence=defence if slopes_cleaned else None,
             per_sample=not in_batches,
-            whole=self._whole(fitting) if in_parts else (),
+            whole=self._whole(fitting, parts) if in_parts and held_out else (),
             clip=clip_rows_ if self.request.clips else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
         return trials, rate
 
-    def _whole(self, fitting: list[Any]) -> list[Taught]:
-        """Return samples in batches as large as run at once, with what is known of them."""
-        whole = self.taught(without_singles(split_batches(fitting, self.storage.at_once)))
+    def _whole(self, fitting: list[Any], parts: list[Any]) -> list[Taught]:
+        """Return samples in batches as large as run at once, with what is known of them, where that may help."""
+        batches = without_singles(split_batches(fitting, self.storage.at_once))
+        if not normalises_vectors(self.model) or max(map(batch_size, batches)) <= max(map(batch_size, parts)):
+            return []
+        whole = self.taught(batches)
         return whole if self.sample_defence is None else self.sample_defence.trusted(whole)

@@ -21,7 +21,13 @@ from swap_prune.network.modes import batch_statistics, eval_mode, is_frozen
 from swap_prune.samples.batches import is_single
 from swap_prune.samples.calibration import CalibrationStream
 
-__all__ = ["batchnorm_layers", "batchnorm_misfit", "recalibrate_batchnorm", "repair_batchnorm"]
+__all__ = [
+    "batchnorm_layers",
+    "batchnorm_misfit",
+    "normalises_vectors",
+    "recalibrate_batchnorm",
+    "repair_batchnorm",
+]
 
 RECALIBRATION_SAMPLES = 10_000  # at the end of a run; all the data, if it holds fewer
 MISFIT_SAMPLES = 512
@@ -33,6 +39,11 @@ def batchnorm_layers(model: nn.Module) -> list[nn.Module]:
     """Return the BatchNorm layers that keep running statistics, and are not frozen by ``track_running_stats=False``."""
     layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
     return [layer for layer in layers if layer.running_mean is not None and not is_frozen(layer)]
+
+
+def normalises_vectors(model: nn.Module) -> bool:
+    """Whether a BatchNorm layer has a number or few of each sample, and not one for each position of an image."""
+    return any(isinstance(layer, nn.BatchNorm1d) for layer in batchnorm_layers(model))
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> bool:

@@ -126,7 +126,7 @@ class Loud(nn.Linear):
         (
             nn.Sequential(Loud(5, 3), nn.Linear(3, 3), Loud(3, 3)),
             ["Linear"],
-            r"'0.weight' is .*, and neither are \['2.weight'\]",
+            r"'0.weight' is .*, and no more is '2.weight'; leave out .* ignore=\['0.weight', '2.weight'\]",
         ),
         (Attention(), ["inner.out_proj.weight"], "no inputs of 'inner.out_proj.weight' were seen"),
     ],

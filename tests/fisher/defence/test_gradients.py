@@ -189,17 +189,23 @@ def test_noise_on_gradients_of_mini_batches_is_seen_in_those_of_samples_and_left
 
 
 @pytest.mark.parametrize(
-    ("noise", "normalised", "defence", "sizes"),
+    ("noise", "layer", "samples", "defence", "sizes"),
     [
-        ("gradient:std=8,fraction=0.25", True, "auto", [64] * 8),
-        ("poison:fraction=0.2,strength=100", True, "auto", [64] * 8),
-        ("gradient:std=8,fraction=0.25", True, None, []),
-        ("gradient:std=8,fraction=0.25", False, "auto", []),
-        (None, True, "auto", []),
+        ("gradient:std=8,fraction=0.25", nn.BatchNorm1d(144), 512, "auto", [64] * 8),
+        ("poison:fraction=0.2,strength=100", nn.BatchNorm1d(144), 512, "auto", [64] * 8),
+        ("gradient:std=8,fraction=0.25", nn.BatchNorm1d(144), 512, None, []),  # no noise is looked for
+        ("poison:fraction=0.2,strength=100", nn.BatchNorm1d(144), 1024, "auto", []),  # sixteenths are as large
+        ("gradient:std=8,fraction=0.25", nn.Identity(), 512, "auto", []),
+        (None, nn.BatchNorm1d(144), 512, "auto", []),
     ],
 )
 def test_steps_have_slopes_over_whole_batches_too_where_those_that_are_cleaned_have_statistics_of_a_few(
-    noise: str | None, *, normalised: bool, defence: str | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    noise: str | None,
+    layer: nn.Module,
+    samples: int,
+    defence: str | None,
+    sizes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     problems, trials = [], []
 
@@ -210,10 +216,11 @@ def test_steps_have_slopes_over_whole_batches_too_where_those_that_are_cleaned_h
 
     real = LR.solve
     monkeypatch.setattr(LR, "solve", solve)
-    settings = {"samples": 512, "noise": noise, "defence": defence, "progress": False}
+    settings = {"samples": samples, "noise": noise, "defence": defence, "progress": False}
     method = LR(ridge=0.025, damping=1.0, metric="diagonal", swaps=0, floor=0)
-    plain = nn.Sequential(*(layer for layer in small_network() if not isinstance(layer, nn.BatchNorm2d)))
-    prune(small_network() if normalised else plain, small_data(700), 0.5, method, **settings)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 144), copy.deepcopy(layer), nn.ReLU(), nn.Linear(144, 3))
+    prune(model, small_data(1300), 0.5, method, **settings)
     (problem,), (asked,) = problems, trials
     assert [len(one.batch[1]) for one in asked.whole] == sizes
     assert (problem.whole_slope is None) == (sizes == [])

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.checks import some_of
 from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported, items_of, put_weight_gradients
 from swap_prune.losses import LossFn, check_losses
@@ -58,7 +59,8 @@ def hooked_layers(model: nn.Module, selection: Selection) -> dict[nn.Module, str
         first, *more = others
         raise UnsupportedLayerError(
             f"{others[first]}, not the weight of a Linear or Conv layer that computes as torch's own"
-            + (f", and neither are {more}" if more else "")
+            + (f", and no more {'is' if len(more) == 1 else 'are'} {some_of(list(map(repr, more)))}" if more else ""),
+            tuple(others),
         )
     return layers
 

@@ -106,8 +106,8 @@ class LayerInputs:
             return hooked_layers(self.model, self.selection)
         except UnsupportedLayerError as error:
             raise ValueError(
-                f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave it out with ignore=, "
-                "or use a method that works on gradients"
+                f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave out what is "
+                f"not by ignore={list(error.names)}, or use a method that works on gradients"
             ) from error
 
 

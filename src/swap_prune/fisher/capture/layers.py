@@ -47,7 +47,15 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
 
 
 class UnsupportedLayerError(RuntimeError):
-    """A network that gradients cannot be taken of from the outputs of its layers."""
+    """A network that gradients cannot be taken of from the outputs of its layers.
+
+    Attributes:
+        names: The parameters that they cannot be taken of, where it is for them.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 def piece_bytes(device: torch.device) -> int:
