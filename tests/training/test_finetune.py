@@ -449,7 +449,7 @@ def test_a_message_on_a_batch_of_many_names_is_short() -> None:
         raise RuntimeError("no such file")
 
     for count, words in (
-        (100, r"a cut of 2 of the 100 samples of a batch, .*\(str, str\)\)"),
+        (100, r"a calibration batch .*\(str, str, .*\.\.\. 100 in all\)\)"),
         (2, r"a calibration batch .*"),
     ):
         batch = [INPUTS[:count], [f"{i}.png" for i in range(count)]]
