@@ -18,12 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from swap_prune import LR, FineTune
+from swap_prune import LR, METHODS, FineTune
 from swap_prune.artifact import load_report
 from swap_prune.cli import app, main, run
 from swap_prune.experiments.datasets import AugmentedImages, ImageData, ImageTensors
 from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.images import AugmentedBatches
+from swap_prune.fisher.noise import NOISE_MODELS
 from swap_prune.stages.runner import StageRunner
 from tests import tiny
 
@@ -391,6 +392,42 @@ def test_a_model_and_a_loader_of_ones_own(
         assert (status, text) == (2, "") and message in err and "Traceback" not in err
     figures = [call(*command, "mine_for_cli:split")[1] for _ in range(3)]
     assert len({json.loads(text)["loss"] for text in figures}) == 1, "the seed decides what is split off"
+
+
+def test_what_the_users_module_registers_has_a_name(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_registering.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "from swap_prune import METHODS\n"
+        "from swap_prune.fisher.noise import NOISE_MODELS, GradientNoise\n"
+        "from swap_prune.methods import Magnitude\n"
+        "METHODS['mine'] = type('Mine', (Magnitude,), {'name': 'mine'})\n"
+        "@dataclass(frozen=True)\n"
+        "class Loud(GradientNoise):\n"
+        "    on: bool = False\n"
+        "NOISE_MODELS['loud'] = Loud\n"
+        "def net(): return torch.nn.Linear(6, 3)\n"
+        "def data():\n"
+        "    g = torch.Generator().manual_seed(0)\n"
+        "    batch = (torch.randn(40, 6, generator=g), torch.randint(3, (40,), generator=g))\n"
+        "    return [batch], [batch]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    source = ("--model", "mine_registering:net", "--data", "mine_registering:data")
+    try:
+        status, text, _ = call("prune", *source, "--method", "mine", "--json")
+        assert status == 0 and json.loads(text)["method"] == "mine"
+        status, text, _ = call("prune", *source, "--method", "lr", "--noise", "loud:on=true", "--json")
+        assert status == 0
+        assert "must be true or false, got 'yes'" in call("prune", *source, "--noise", "loud:on=yes")[2]
+        assert call("plan", *source, "--method", "mine")[0] == 0
+        table = f"model = '{source[1]}'\ndata = '{source[3]}'\nnoise = ['none', 'loud:on=true']\nsparsities = 0.5\n"
+        (tmp_path / "mine.toml").write_text(table + "[[methods]]\nname = 'mine'\n[[methods]]\nname = 'lr'\n")
+        status, _, error = call("experiment", "mine.toml", "--out", "runs")
+        assert status == 0, error
+    finally:
+        METHODS.pop("mine", None)
+        NOISE_MODELS.pop("loud", None)
 
 
 def test_demo_needs_nothing_and_writes_a_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,37 @@ def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothin
     assert len(lengths) == 2 * steps
 
 
+@pytest.mark.parametrize("turned", [0, 1, 6, 7])
+def test_a_slope_that_leads_nowhere_is_taken_again_as_noise_may_have_turned_it(turned):
+    base = known_loss()
+    regression, fit = start_of(base)
+    goal, asked = fit.weights + 1.0, itertools.count()
+
+    def slope(w, kept):
+        number = next(asked)
+        return (goal - w) * (1 + number) if number < turned else w - goal
+
+    problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
+    moved, lengths = step_down(problem, regression, fit, "auto")
+    gained = float((moved.weights - goal).square().mean()) < float((fit.weights - goal).square().mean())
+    assert gained == (len(lengths) > 0) == (turned <= 6), "three times in each metric"
+
+
+def test_a_slope_that_is_the_same_again_has_no_noise():
+    base = known_loss()
+    regression, fit = start_of(base)
+    goal, asked = fit.weights + 1.0, []
+
+    def slope(w, kept):
+        asked.append(w.clone())
+        return goal - w
+
+    problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
+    moved, lengths = step_down(problem, regression, fit, "auto")
+    assert lengths == [] and torch.equal(moved.weights, fit.weights)
+    assert len(asked) == 2, "once more, and not in the second metric"
+
+
 def test_steps_go_on_with_the_slope_of_larger_batches_where_the_first_leads_no_further():
     base = known_loss()
     regression, fit = start_of(base)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, load_pruned, masks_of, plan, prune
+from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, keep_masks, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.samples.batches import batch_size
 from swap_prune.selection import select_parameters
@@ -1028,6 +1028,10 @@ class Squared:
         (lambda divergence: -divergence, "must grow as outputs leave the teacher's, .* check its sign"),
         (lambda divergence: divergence.mean(), r"must return one value a sample, \(n,\), got \(\)"),
         (lambda divergence: 1.0, r"must return one value a sample, \(n,\), got float"),
+        (
+            lambda divergence: divergence / divergence,
+            "not finite on 32 of 32 samples, .*: take differences of log_softmax",
+        ),
     ],
 )
 def test_a_divergence_that_is_none_is_refused(wrong: Callable[[Tensor], Tensor], words: str) -> None:
@@ -1311,3 +1315,80 @@ def test_a_model_that_wraps_its_logits_is_told_the_loss_that_takes_them() -> Non
     with pytest.raises(ValueError, match=r"got a Wrapped: pass loss_fn=swap_prune.TokenCrossEntropy\(\)"):
         prune(Wrapping(8, 3), DATA, 0.5, samples=32, progress=False)
     assert prune(Wrapping(8, 3), DATA, 0.5, loss_fn=TokenCrossEntropy(), samples=32, progress=False).kept == 12
+
+
+def test_what_was_pruned_by_another_call_stays_zero_in_fine_tuning() -> None:
+    model = drawn(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3)))
+    prune(model, DATA, 0.8, "magnitude", targets=["0", "2"], progress=False)
+    before = masks_of(model, targets=["0", "2"])
+    prune(model, DATA, 0.5, "magnitude", targets=["4"], finetune=FineTune(epochs=1, lr=0.1), progress=False)
+    after = masks_of(model)
+    assert all(torch.equal(after[name], mask) for name, mask in before.items())
+    assert int(after["4.weight"].sum()) == 24
+
+
+def test_new_layers_that_begin_at_zero_are_pointed_out() -> None:
+    model = perceptron()
+    prune(model, DATA, 0.5, "magnitude", progress=False)
+    model.append(nn.Linear(3, 3, bias=False))
+    nn.init.zeros_(model[3].weight)
+    with pytest.warns(UserWarning, match=r"^zero throughout, and kept so, .*: 3\.weight; .* ignore= names them$"):
+        finetune(model, DATA, FineTune(epochs=1), progress=False)
+    assert not bool(model[3].weight.any())
+    with warnings.catch_warnings(action="error"):
+        finetune(model, DATA, FineTune(epochs=1, lr=0.1), ignore=["3"], progress=False)
+    assert bool(model[3].weight.any())
+
+
+def test_masks_of_frozen_layers_hold_by_themselves() -> None:
+    model = perceptron()
+    prune(model, DATA, 0.5, "magnitude", progress=False)
+    model.requires_grad_(False).append(nn.Linear(3, 3))
+    keep_masks(model, torch.optim.SGD(model[3].parameters(), 0.1), ignore=["3"]).remove()
+    with pytest.raises(ValueError, match="the optimizer holds none of the 2 masked parameters"):
+        keep_masks(model.requires_grad_(True), torch.optim.SGD(model[3].parameters(), 0.1), ignore=["3"])
+
+
+class Handful:
+    """Some samples; nobody knows how many."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
+
+
+class Counted(Handful):
+    """The same, counted."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@pytest.mark.parametrize(("kind", "noted"), [(Handful, True), (Counted, False)])
+def test_it_is_noted_where_nothing_is_held_out(kind: type[Handful], noted: bool) -> None:
+    def loss(model: nn.Module, batch: Handful) -> Tensor:
+        return functional.cross_entropy(model(batch.inputs), batch.labels, reduction="none")
+
+    data = [kind(*DATA[i : i + 8]) for i in range(0, 80, 8)]
+    report = prune(perceptron(), data, 0.5, "lr", loss_fn=loss, progress=False)
+    assert any(note.startswith("no sample was held out to choose settings by") for note in report.notes) == noted
+    assert report.stages[0].evidence.get("nothing_held_out", False) == noted
+
+
+def test_outputs_are_a_tensor() -> None:
+    class Named(Squared):
+        def outputs(self, model: nn.Module, batch: Any) -> Any:
+            return {"logits": model(batch[0])}
+
+        def losses(self, outputs: Any, batch: Any) -> Tensor:
+            return (outputs["logits"] - batch[1][:, None]).square().sum(1)
+
+    with pytest.raises(ValueError, match=r"outputs of Named must return one tensor, \(n, \.\.\.\), got a dict"):
+        prune(perceptron(), DATA, 0.5, "lr", samples=32, loss_fn=Named(), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("call", [prune, plan])
+def test_lazy_normalisation_is_told_apart_from_inference_mode(call: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match="is not initialised: run the model once"):
+        call(model, DATA, 0.5)

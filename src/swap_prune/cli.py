@@ -35,10 +35,9 @@ from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
 from swap_prune.experiments.evaluate import evaluate
-from swap_prune.experiments.zoo import MODELS, build_model
+from swap_prune.experiments.zoo import MODELS, build_model, named_method
 from swap_prune.files import check_output_directory
 from swap_prune.memory.planning import MemoryPlan
-from swap_prune.methods import resolve_method
 from swap_prune.network.device import check_values, usable_device
 from swap_prune.options import (
     AsJson,
@@ -65,7 +64,6 @@ from swap_prune.options import (
     Targets,
     Weights,
     Width,
-    parse_setting,
     parse_shares,
     parse_stages,
     with_options_of,
@@ -171,7 +169,7 @@ def prune(
     Several processes, started by torchrun --nproc-per-node N -m swap_prune prune ..., share the work.
     """
     with launched():
-        seed, solver = checked_seed(seed), resolve_method(method, dict(map(parse_setting, settings or [])))
+        seed, solver = checked_seed(seed), named_method(method, settings or [], model, data)
         training = None if finetune is None else parse_finetune(finetune)
         target = check_output_directory(out, checkpoint) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)
@@ -297,7 +295,7 @@ def _forecast(given: dict[str, Any]) -> MemoryPlan:
         network,
         images.train,
         given["sparsity"],
-        resolve_method(given["method"], dict(map(parse_setting, given["settings"] or []))),
+        named_method(given["method"], given["settings"] or [], given["model"], given["data"]),
         targets=given["targets"] or DEFAULT_TARGETS,
         ignore=given["ignore"] or (),
         recalibrate_batchnorm=given["recalibrate"],

@@ -28,6 +28,7 @@ plan, P  (n, n)       coupling between x and y, rows and columns sum to 1/n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,8 @@ class PruningProblem:
             there are no gradients.
         whole_slope: The same over larger batches and as it is, for where those of ``slope`` are small, so that noise
             can be told in them, and BatchNorm's statistics are those of a batch; else None.
+        rows_of_samples: Takes G of single samples, where ``factor`` is that of mini-batches and both may be compared;
+            returns None where that is too noisy. Else None.
         blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the
             loss may not bear such a network.
         selection: The parameters that w is made of; None for a problem without layers.
@@ -77,6 +80,7 @@ class PruningProblem:
     held_out: Callable[[Tensor, Tensor], Tensor] | None = None
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
     whole_slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    rows_of_samples: Callable[[], FisherFactor | None] | None = None
     blank: Callable[[], Tensor] | None = None
     selection: Selection | None = None
     inputs: LayerInputs | None = None
@@ -165,6 +169,8 @@ def check_solution(solution: PruningSolution, problem: PruningProblem, method: s
     Raises:
         ValueError: If shapes, k, floors or the pattern are not as asked for, or a weight is not finite.
     """
+    if not isinstance(solution, PruningSolution):
+        raise ValueError(f"method {method!r} must return a PruningSolution, got a {type(solution).__name__}")
     kept, weights, total = solution.kept, solution.weights, len(problem.reference)
     if kept.dtype != torch.bool or not kept.shape == weights.shape == (total,):
         got = f"kept {tuple(kept.shape)}, {kept.dtype}, and weights {tuple(weights.shape)}"
@@ -173,6 +179,12 @@ def check_solution(solution: PruningSolution, problem: PruningProblem, method: s
         )
     if int(kept.sum()) != problem.keep:
         raise ValueError(f"method {method!r} kept {int(kept.sum())} weights; problem.keep is {problem.keep}")
+    if weights.dtype != problem.reference.dtype:
+        raise ValueError(
+            f"method {method!r} returned weights of {weights.dtype}: they must be {problem.reference.dtype}, as "
+            "problem.reference"
+        )
+    _check_evidence(solution.evidence, method)
     if not bool(weights.isfinite().all()):
         raise ValueError(f"method {method!r} returned weights that are not finite numbers")
     names = {layer.place.start: layer.name for layer in problem.layers()}
@@ -186,3 +198,21 @@ def check_solution(solution: PruningSolution, problem: PruningProblem, method: s
     pattern = problem.pattern
     if pattern is not None and bool((pattern.room(kept.nonzero().squeeze(1)) < 0).any()):
         raise ValueError(f"method {method!r} ignores pattern {pattern}; leave pattern out, or use lr or ewr")
+
+
+def _check_evidence(evidence: Mapping[str, Any], method: str) -> None:
+    """Refuse what no report can hold.
+
+    Raises:
+        ValueError: If it is no mapping of names to finite numbers, text, and lists and tables of them.
+    """
+    try:
+        json.dumps(dict(evidence), allow_nan=False)
+        named = all(isinstance(name, str) for name in evidence)
+    except (TypeError, ValueError):
+        named = False
+    if not named:
+        raise ValueError(
+            f"the evidence of method {method!r} must be finite numbers, text, and lists and tables of them, by name, "
+            f"since it goes to the report; got {evidence!r:.200}"
+        )

@@ -5,6 +5,7 @@ Place in the pipeline: before it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from swap_prune.fisher.noise import NoiseChain, parse_noise
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory.planning import check_storage
 from swap_prune.methods import METHODS, Method, resolve_method
-from swap_prune.network.device import check_values
+from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import check_no_inference
 from swap_prune.regression.pattern import GroupPattern, parse_pattern
 from swap_prune.schedule import keep_count, stage_schedules
@@ -74,6 +75,11 @@ class Request:
     def in_batches(self) -> bool:
         """Whether a mini-batch makes one row of G, with its own statistics."""
         return self.recalibrates and self.curvature is not None
+
+    @property
+    def may_compare_rows(self) -> bool:
+        """Whether the method may compare rows of mini-batches with those of single samples."""
+        return self.in_batches and getattr(self.solver, "compares_rows", False)
 
     @property
     def clips(self) -> bool:
@@ -135,6 +141,7 @@ def check_request(
     places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1:
         raise ValueError(f"the model must lie on one device, got {', '.join(sorted(places))}: move it there first")
+    check_network(model)
     check_no_inference(model)
     check_values(model)
     _check_finite(model, selection)
@@ -252,8 +259,16 @@ def _curvature(solver: Method, loss_fn: LossFn) -> GaussNewtonLoss | None:
 
 def _plain(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass, with Python's numbers in the place of NumPy's."""
-    settings = asdict(config).items()
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings}
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in asdict(config).items()}
+    for name, value in plain.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"setting {name!r} of method {config.name!r} must be a number, text, or a list or table of them, since "
+                f"it goes to the report; got {value!r:.80}"
+            ) from None
+    return plain
 
 
 def _plain_shares(min_keep: float | Mapping[str, float]) -> float | dict[str, float]:

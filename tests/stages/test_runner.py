@@ -483,3 +483,79 @@ def test_samples_that_judge_are_held_out_anew_once_the_data_have_come_round():
     prune(sure_network(), data, 0.5, method, samples=200, stages=3, noise="labels:fraction=0.5", progress=False)
     judges = [problem.slope.__self__.held_out[0].batch[0] for problem in method.problems]
     assert len(judges) == 3 and not torch.equal(judges[0], judges[1])
+
+
+@dataclass(frozen=True)
+class Careless(Asking):
+    """Returns what it is told to."""
+
+    made: str = "none"
+
+    def solve(self, problem, generator):
+        solution = Magnitude().solve(problem, generator)
+        return {
+            "none": None,
+            "pair": (solution.weights, solution.kept),
+            "half": replace(solution, weights=solution.weights.bfloat16()),
+            "tensor": replace(solution, evidence={"a": torch.ones(2)}),
+            "number": replace(solution, evidence={1: 2}),
+            "infinite": replace(solution, evidence={"a": float("inf")}),
+            "sound": replace(solution, evidence={"a": [1, {"b": 2.5}], "c": None}),
+        }[self.made]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ("none", "must return a PruningSolution, got a NoneType"),
+        ("pair", "must return a PruningSolution, got a tuple"),
+        ("half", "returned weights of torch.bfloat16: they must be torch.float32"),
+        ("tensor", r"the evidence of method 'asking' must be finite numbers, .* got {'a': tensor"),
+        ("number", "the evidence of method 'asking' must be finite numbers, .* by name"),
+        ("infinite", "the evidence of method 'asking' must be finite numbers"),
+    ],
+)
+def test_what_a_method_may_not_return_is_said_in_a_line(made, words, tmp_path):
+    model = small_network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        prune(model, small_data(40), 0.5, Careless(made), samples=20, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    prune(model, small_data(40), 0.5, Careless("sound"), samples=20, progress=False).save(tmp_path / "saved")
+
+
+def test_settings_of_a_method_can_be_told():
+    with pytest.raises(ValueError, match=r"setting 'made' of method 'asking' must be a number, text, .* got <function"):
+        prune(small_network(), small_data(40), 0.5, Careless(generator), samples=20, progress=False)
+
+
+class Faulty(NoiseModel):
+    """Returns what it is told to."""
+
+    def __init__(self, **made):
+        self.made = made
+
+    def corrupt(self, batches, generator, model, loss_fn):
+        return self.made.get("batches", batches)
+
+    def apply(self, factor, generator, layers=None):
+        return self.made["factor"](factor) if "factor" in self.made else factor
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        (Faulty(batches=None), "corrupt of Faulty must return a list of batches, got None"),
+        (Faulty(batches=[]), r"corrupt of Faulty must return a list of batches, got \[\]"),
+        (Faulty(batches=iter([1])), "corrupt of Faulty must return a list of batches, got <list_iterator"),
+        (Faulty(factor=lambda factor: factor.matrix), "apply of Faulty must return a DenseFactor of .* got a Tensor"),
+        (
+            Faulty(factor=lambda factor: DenseFactor(factor.matrix[:5])),
+            r"of rows \(20, \d+\), .* got \(5, ",
+        ),
+        (Faulty(factor=lambda factor: DenseFactor(factor.matrix.double())), "torch.float32, got .*, torch.float64"),
+    ],
+)
+def test_what_a_noise_model_may_not_return_is_said_in_a_line(noise, words):
+    with pytest.raises(ValueError, match=words):
+        prune(small_network(), small_data(40), 0.5, "obd", samples=20, noise=noise, progress=False)

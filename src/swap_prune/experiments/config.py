@@ -30,6 +30,7 @@ from pydantic import (
 
 from swap_prune.checks import is_number
 from swap_prune.defences import name_of, parse_defence
+from swap_prune.experiments.zoo import import_named
 from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
 from swap_prune.methods import METHODS, Method, resolve_method
@@ -263,6 +264,14 @@ class Experiment(_Table):
                     f"must differ in name, settings, defence or storage, got {labels[number]!r} under two labels"
                 )
         return methods
+
+    @model_validator(mode="before")
+    @classmethod
+    def _import_first(cls, table: Any) -> Any:
+        """Import what model and data name, which may register methods and noise models."""
+        if isinstance(table, Mapping):
+            import_named(table.get("model"), table.get("data"))
+        return table
 
     @model_validator(mode="after")
     def _rows_to_disturb(self) -> Experiment:

@@ -14,7 +14,7 @@ import importlib
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.checks import first_line
+from swap_prune.methods import Method, resolve_method
+from swap_prune.options import parse_setting
 from swap_prune.process_memory import pass_on_shortage
 
 
@@ -280,6 +282,28 @@ def call_named(spec: str, parameter: str, /, **options: Any) -> Any:
                 f"{sorted(options)}, got {spec!r}, which raised {cause}: correct it, or start from the "
                 "folder that holds the module"
             ) from error
+
+
+def named_method(name: str, settings: Sequence[str], *specs: str) -> Method:
+    """Return a method by its name and settings as text, which the module of a model or of data may register.
+
+    Raises:
+        ValueError: If there is no such method, or a setting cannot be used.
+    """
+    import_named(*specs)
+    return resolve_method(name, dict(map(parse_setting, settings)))
+
+
+def import_named(*specs: Any) -> None:
+    """Import the modules of what is given as `package.module:name`: they may register methods and noise models.
+
+    One that cannot be imported is passed over: whoever calls it says why.
+    """
+    with _importable_working_directory(), contextlib.redirect_stdout(sys.stderr):
+        for spec in specs:
+            if isinstance(spec, str) and ":" in spec:
+                with contextlib.suppress(Exception, SystemExit):
+                    importlib.import_module(spec.partition(":")[0])
 
 
 @contextlib.contextmanager

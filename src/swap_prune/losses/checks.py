@@ -184,6 +184,12 @@ def check_divergence(loss: GaussNewtonLoss, outputs: Tensor, batch: Any) -> None
         if not isinstance(own, Tensor) or own.shape != losses.shape:
             got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
             raise ValueError(f"divergence of {type(loss).__name__} must return one value a sample, (n,), got {got}")
+        bad = int((~own.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"divergence of {type(loss).__name__} is not finite on {bad} of {len(own)} samples, where outputs are "
+                "the teacher's own: take differences of log_softmax, and not the logarithm of a quotient"
+            )
         others = loss.divergence(outputs.roll(1, 0), batch, outputs)  # those of other samples
     least, there = float(own.double().mean()), float(others.double().mean())
     if there < least - 1e-3 * abs(least):

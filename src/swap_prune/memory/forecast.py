@@ -60,6 +60,7 @@ class Workload:
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
         row_bytes: Bytes that a row takes while it is made, where that is more than what a sample keeps; else 0.
         in_batches: Whether a row is the gradient of a mini-batch.
+        compared: Rows of single samples that may be taken beside those of mini-batches; 0: none.
         row_noise: Whether a noise model changes the rows of G.
         slopes_held: Whether slopes are averaged over gradients that are held together, whatever is in them.
         sample_bytes: Bytes of a sample itself.
@@ -102,6 +103,7 @@ class Workload:
     largest_parameter: int = 0
     copies: int = 0
     in_batches: bool = False
+    compared: int = 0
     row_noise: bool = False
     slopes_held: bool = False
     held: int = 0
@@ -119,6 +121,16 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
         load: The run.
         storage: How G is held, and what lies in files: of samples, then, a few batches are held.
     """
+    phases = _phases(load, storage)
+    if not load.compared:
+        return phases
+    beside = _held_of_g(load, storage.kind) + (load.samples + load.spare) * load.output_bytes  # while others are taken
+    others = _phases(replace(load, rows=load.compared, in_batches=False, compared=0), storage)
+    return {name: max(need, beside + others[name]) for name, need in phases.items()}
+
+
+def _phases(load: Workload, storage: Storage) -> dict[str, int]:
+    """Return the bytes that the process holds in each phase, with one G."""
     vector, n = load.itemsize * load.weights, load.rows
     kind, at_once, lean = storage.kind, storage.at_once, not storage.copies_columns
     factor, in_memory = _held_of_g(load, kind), storage.spilled == "nothing"

@@ -200,7 +200,7 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
     """Return the need of a storage that spares as much as it says, and what stands in its way."""
     kind = storage.kind
     phases = memory_phases(load, storage)
-    disk = load.rows * load.weights * load.itemsize if kind == "mapped" else 0
+    disk = (load.rows + load.compared) * load.weights * load.itemsize if kind == "mapped" else 0
     if storage.spilled != "nothing":
         disk += (load.samples + load.spare + load.judged) * load.sample_bytes
     if storage.spilled == "activations":
@@ -245,7 +245,8 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     low, high = 0, load.rows  # most rows that fit: the need grows with them
     while high - low > 1:
         middle = (low + high) // 2
-        fewer = replace(load, rows=middle, samples=middle * per_row)
+        compared = load.compared * middle // load.rows
+        fewer = replace(load, rows=middle, samples=middle * per_row, compared=compared)
         tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
         low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
     remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"

@@ -104,13 +104,23 @@ class Paired(NamedTuple):
 
 
 def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired:
-    """Fit each candidate for ridge, damping, metric and floor, swap weights, and keep what held-out samples favour."""
+    """Fit each candidate for ridge, damping, metric and floor, swap weights, and keep what held-out samples favour.
+
+    Where rows of mini-batches and of single samples may be compared, and much is removed, there is a contest on each of
+    them, and the winner whose steps end lower is kept. Starts are no guide there: on single samples they are higher.
+    """
     contest = _Contest(settings, problem)
-    contest.compare_all()
-    contest.try_swaps()
-    contest.finish()
-    best, tried = contest.best, contest.tried
-    evidence: dict[str, Any] = best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
+    contest.hold()
+    tried = contest.tried
+    other = problem.rows_of_samples() if problem.rows_of_samples is not None and contest.may_be_doubted else None
+    if other is not None:
+        second = _Contest(settings, replace(problem, factor=other))
+        second.hold()
+        tried = [{"rows": "mini-batches"} | one for one in tried] + [{"rows": "samples"} | one for one in second.tried]
+        contest, of = (second, "samples") if second.level < contest.level else (contest, "mini-batches")
+    best = contest.best
+    evidence: dict[str, Any] = {} if other is None else {"rows": of}
+    evidence |= best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
     if len(tried) > 1:
         evidence["candidates"] = list(map(finite_entries, tried))
     return Paired(contest.stated(best.candidate), best.fit(problem.reference), best.steps, finite_entries(evidence))
@@ -164,6 +174,22 @@ class _Contest:
         """The best of all so far: nothing else should hold it while others are fitted."""
         assert self._best is not None, "there is at least one candidate"
         return self._best
+
+    @property
+    def level(self) -> float:
+        """The level of the best after its steps, or its mean loss."""
+        return self._least
+
+    @property
+    def may_be_doubted(self) -> bool:
+        """Whether other rows may lead elsewhere: candidates were compared where their steps end."""
+        return self._takes_steps
+
+    def hold(self) -> None:
+        """Compare all candidates, try swaps, and take the steps that are left to take."""
+        self.compare_all()
+        self.try_swaps()
+        self.finish()
 
     def compare_all(self) -> None:
         """Fit the candidates, then compare them where their steps end, or where they start."""

@@ -38,6 +38,8 @@ _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
 _PLAIN_SHRINKS = 6  # of a plain function, from the longest that there can be to what would gain no LEAST_GAIN
 _BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
+_AGAIN = 3  # slopes at one place, of which none leads anywhere, where each has noise of its own
+_ROUNDING = 1e-4  # of the norm, between slopes without noise
 _PATIENCE = 3  # steps after which they must not be that much above where others start
 
 
@@ -208,6 +210,8 @@ class _Walk:
         levels: The same, no sample counting for more than without any weight.
         lengths: Of the steps.
         slope: gamma at the fit, (p,), where it is known: when no length gained.
+        again: How often it may be taken again there.
+        same: Whether it was the same when it was: then there is no noise in it.
     """
 
     problem: PruningProblem
@@ -221,6 +225,8 @@ class _Walk:
     levels: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
     slope: Tensor | None = None
+    again: int = _AGAIN
+    same: bool = False
 
     @property
     def is_behind(self) -> bool:
@@ -240,13 +246,24 @@ class _Walk:
 
     def follow(self, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Go on with another slope."""
-        self.problem, self.slope = replace(self.problem, slope=slope), None
+        self.problem, self.slope, self.same = replace(self.problem, slope=slope), None, False
+
+    def ask_again(self) -> bool:
+        """Take a slope that leads nowhere again, and return whether it is another: noise may have turned it."""
+        assert self.problem.slope is not None and self.slope is not None, "the caller has one"
+        if self.same or self.again == 0:
+            return False
+        before, self.slope = self.slope, self.problem.slope(self.fit.weights, kept_set(self.fit))
+        change = torch.linalg.vector_norm(self.slope - before)
+        self.again, self.same = self.again - 1, not bool(change > _ROUNDING * torch.linalg.vector_norm(before))
+        return not self.same
 
     def descend(self, descent: NaturalGradient) -> None:
         """Go on where a model says, a number of steps at the most."""
         assert self.problem.slope is not None and self.found is not None, "the caller checks, and has arrived"
         plain = self.problem.blank is None
         length, shrinks = (math.inf, _PLAIN_SHRINKS) if plain else (_FIRST_LENGTH, _SHRINKS)
+        self.again = _AGAIN
         for _ in range(_STEPS):
             if self.slope is None:
                 self.slope = self.problem.slope(self.fit.weights, kept_set(self.fit))
@@ -254,11 +271,17 @@ class _Walk:
             start = min(length, polyak_length(self.slope, direction, least - self.floor))
             start = start if start < math.inf else _FIRST_LENGTH
             step, reached = line_search(self.problem, self.fit, direction, start, least, shrinks)
-            if reached is None or (least <= self.aim and not is_significant(gains(self.found, reached))):
+            if reached is None:
+                del direction
+                if self.ask_again():
+                    continue
+                break
+            if least <= self.aim and not is_significant(gains(self.found, reached)):
                 break
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
             del direction  # before the next one is there
             length = step
+            self.again = _AGAIN
             self.lengths.append(step)
             self.arrive(reached)
             if least - self.losses[-1] < LEAST_GAIN * abs(least - self.floor) or self.is_behind:

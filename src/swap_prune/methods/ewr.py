@@ -120,6 +120,11 @@ class EWR:
         """Whether a coupling is chosen; without an anchor there is none, whatever epsilon."""
         return (self.anchor != 0 or self.relaxation is not None) and "auto" in (self.anchor, self.epsilon)
 
+    @property
+    def compares_rows(self) -> bool:
+        """Whether rows of mini-batches are compared with those of single samples, where both may be had."""
+        return self.solver == "iht" and self.first_order == "auto"
+
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
         if problem.keep in (0, problem.reference.numel()):

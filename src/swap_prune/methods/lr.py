@@ -61,6 +61,11 @@ class LR:
         """Whether a setting is chosen by the loss on held-out samples."""
         return chooses(self)
 
+    @property
+    def compares_rows(self) -> bool:
+        """Whether rows of mini-batches are compared with those of single samples, where both may be had."""
+        return self.first_order == "auto"
+
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):

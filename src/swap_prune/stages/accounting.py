@@ -71,6 +71,11 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
         notes.append(f"samples used in a stage: {last.samples}, fewer than the {settings['samples']} asked for")
     if 0 < last.samples < _FEW and request.solver.needs_held_out:
         notes.append(f"{last.samples} calibration samples are too few to choose settings by: give some hundred")
+    elif "nothing_held_out" in last.evidence:
+        notes.append(
+            "no sample was held out to choose settings by: a batch that cannot be cut is shared out as its len() says, "
+            "and counts as one sample without; give such objects a __len__, or more of them"
+        )
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
     if "gradients_are_zero" in last.evidence:

@@ -48,12 +48,14 @@ class RowCapture:
         request: What is asked for.
         storage: How G is held.
         number: Of the stage, from 1.
+        in_batches: Whether rows are those of mini-batches.
     """
 
     model: nn.Module
     request: Request
     storage: Storage
     number: int
+    in_batches: bool
 
     def capture(
         self, weights: Tensor, batches: list[Any], advance: Callable[[int], None]
@@ -80,16 +82,14 @@ class RowCapture:
 
     def _first_row(self, weights: Tensor, batches: list[Any]) -> Tensor:
         """Return the first row of G, (p,), taken alone."""
-        in_batches = rows_in_batches(self.request, batches)
-        alone = (mini_batches(batches[:1]) if in_batches else split_batches(batches[:1], 1))[:1]
+        alone = (mini_batches(batches[:1]) if self.in_batches else split_batches(batches[:1], 1))[:1]
         once = replace(self, storage=Storage(at_once=self.storage.at_once))
         return once._rows(weights, alone, lambda _count: None, draws=1).factor.row_span(0, 1)[0]
 
     def _losses(self, batches: list[Any]) -> Tensor:
         """Return the losses of all samples, as capture finds them, (n,)."""
-        in_batches = rows_in_batches(self.request, batches)
-        parts = mini_batches(batches) if in_batches else batches
-        with (batch_statistics if in_batches else eval_mode)(self.model), torch.no_grad():
+        parts = mini_batches(batches) if self.in_batches else batches
+        with (batch_statistics if self.in_batches else eval_mode)(self.model), torch.no_grad():
             return torch.cat([run_loss(self.model, part, self.request.loss) for part in parts])
 
     def _rows(
@@ -101,14 +101,13 @@ class RowCapture:
             return self._products(weights, batches, signs, advance)
         selection, curvature = self.request.selection, self.request.curvature
         if curvature is not None:
-            in_batches = rows_in_batches(self.request, batches)
             return sketch_curvature(
                 self.model,
                 selection,
                 batches,
                 curvature,
                 signs,
-                in_batches=in_batches,
+                in_batches=self.in_batches,
                 draws=self._draws(batches) if draws is None else draws,
                 storage=self.storage,
                 advance=advance,
@@ -122,7 +121,7 @@ class RowCapture:
 
     def _draws(self, batches: list[Any]) -> int:
         """Return how often signs are drawn for each sample, at the most."""
-        if self.request.in_batches:  # also where there are none, and a plan has counted one row for many samples
+        if self.request.in_batches and (self.in_batches or not self.request.may_compare_rows):  # as a plan has counted
             return 1
         return sketch_draws(sum(map(batch_size, batches)), self.request.selection.total)
 
@@ -132,8 +131,14 @@ class RowCapture:
         """Return G as a storage without rows holds it: the function that rows are gradients of is settled first."""
         source = RowSource(self.request.loss, batches)
         if self.request.curvature is not None:
-            in_batches, draws = rows_in_batches(self.request, batches), self._draws(batches)
-            source = draw_sketch(self.model, batches, self.request.curvature, signs, in_batches=in_batches, draws=draws)
+            source = draw_sketch(
+                self.model,
+                batches,
+                self.request.curvature,
+                signs,
+                in_batches=self.in_batches,
+                draws=self._draws(batches),
+            )
         advance = once_each(advance, source.draws)
         if self.storage.kind == "matrix-free":
             few, wide = self.storage.at_once, self.storage.block_vectors

@@ -23,6 +23,7 @@ from swap_prune.fisher.defence.gradients import (
     DefendedLayer,
     GradientDefence,
     layers_of,
+    lies_elsewhere,
     look_noise,
     overwritten,
     rank_noise,
@@ -59,6 +60,11 @@ class Defended:
     clipped: float = 0.0
     noise: float = 0.0
     left: str | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was seen."""
+        return self.defence is None and self.clipped == 0 and self.noise == 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ class Defender:
             written = overwritten(factor.matrix, layers)
             if 0 < float(written.double().mean()) < _MOST_OVERWRITTEN:
                 return GradientDefence(layers, noise, written=written)
+        elif lies_elsewhere(layers, look_noise(layers, *closely), beyond):
+            return GradientDefence(layers, noise)
         defence = GradientDefence.by_looks(layers, *closely, beyond, in_batches=self.in_batches)
         return defence if defence.noise > 0 else None
 

@@ -20,6 +20,7 @@ class StageFindings:
         inputs_shifted_back: By how much inputs were moved back, in their own unit, for they seemed to be attacked.
         rows_reused: Name of the file that an earlier run has left G in.
         few_classes: How many classes the labels are of, how many there are, and how many labels: data in order?
+        nothing_held_out: Whether no sample was left to choose settings by, for a method that does.
         one_sample_rules: Share of one sample in what losses have above their median.
         gradients_are_zero: Whether all of them are.
         without_gradient: Layers whose gradients are all zero in the first stage, where others' are not.
@@ -37,6 +38,7 @@ class StageFindings:
     inputs_shifted_back: float | None = None
     rows_reused: str | None = None
     few_classes: list[int] | None = None
+    nothing_held_out: bool = False
     one_sample_rules: float | None = None
     gradients_are_zero: bool = False
     without_gradient: list[str] | None = None

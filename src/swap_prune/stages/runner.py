@@ -20,7 +20,8 @@ from swap_prune.checks import first_line
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
 from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
-from swap_prune.fisher.capture.sketch import MINI_BATCH, mini_batches, without_singles
+from swap_prune.fisher.capture.rows import Capture
+from swap_prune.fisher.capture.sketch import MINI_BATCH, comparable, mini_batches, without_singles
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
@@ -33,6 +34,7 @@ from swap_prune.losses import (
 )
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution, check_solution
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
@@ -42,6 +44,7 @@ from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import keep_count
+from swap_prune.selection import unnamed_zeros
 from swap_prune.stages.capturing import RowCapture, rows_in_batches
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defended, Defender
@@ -145,6 +148,7 @@ class StageRunner:
         solver = self.request.solver
         fitting, spare, findings = self._samples(sparsity, shown, number)
         samples, loss, defence, watched = sum(map(batch_size, fitting)), None, None, None
+        taken: list[FisherFactor] = []
         if solver.needs_gradients:
             if number == 1:
                 check_reached(self.model, self.request.selection, self.request.loss, fitting)
@@ -154,13 +158,19 @@ class StageRunner:
             trials, rate = self._trials(fitting, spare, defended, slopes)
             watched = WatchedLosses(trials.losses, self.request.loss)
             problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
-            findings = replace(findings, label_noise=rate)
+            if defended.is_clean and self._compares_rows(fitting):
+                others = partial(self._of_samples, problem.reference, fitting, number, taken)
+                problem = replace(problem, rows_of_samples=others)
+            alone = solver.needs_held_out and not trials.held_out
+            findings = replace(findings, label_noise=rate, nothing_held_out=alone)
         if solver.needs_inputs:
             weights = self._disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
         solution = self._solution(problem, number)
         findings = replace(findings, passes=self._let_go(problem.factor))
+        for factor in taken:
+            self._let_go(factor)
         if watched is not None and watched.share_of_largest is not None:
             findings = replace(findings, one_sample_rules=watched.share_of_largest)
         if defence is not None and defence.said():
@@ -198,17 +208,13 @@ class StageRunner:
         findings: StageFindings,
     ) -> tuple[Defended, Tensor, StageFindings]:
         """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what was found."""
-        rows = RowCapture(self.model, self.request, self.storage, number)
+        in_batches = rows_in_batches(self.request, fitting)
+        rows = RowCapture(self.model, self.request, self.storage, number, in_batches)
         capture, reused = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance)
         silent: list[str] = []
         if isinstance(capture.factor, DenseFactor):
             silent = without_gradient(capture.factor, self.request.selection)
-            noisy = self._noisy(capture.factor, self.noise_generator)
-            capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
-        defender = Defender(
-            self.model, self.request, self.storage, number, in_batches=rows_in_batches(self.request, fitting)
-        )
-        defended = defender.defend(capture, fitting)
+        defended = self._defended(capture, fitting, number, self.noise_generator, in_batches=in_batches)
         all_silent = len(silent) == len(self.request.selection.names)
         findings = replace(
             findings,
@@ -224,6 +230,33 @@ class StageRunner:
         )
         return defended, capture.losses, findings
 
+    def _defended(
+        self, capture: Capture, fitting: list[Any], number: int, generator: torch.Generator, *, in_batches: bool
+    ) -> Defended:
+        """Return G with the noise of the run, and cleaned of it."""
+        if isinstance(capture.factor, DenseFactor):
+            noisy = self._noisy(capture.factor, generator)
+            capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
+        return Defender(self.model, self.request, self.storage, number, in_batches).defend(capture, fitting)
+
+    def _of_samples(
+        self, weights: Tensor, fitting: list[Any], number: int, taken: list[FisherFactor]
+    ) -> FisherFactor | None:
+        """Return G of single samples at weights (p,), beside that of mini-batches.
+
+        None where noise is seen in it, or the network or its loss does not take samples alone.
+        """
+        generator = forked_generator(self.request.seed, f"noise on samples {number}")
+        rows = RowCapture(self.model, self.request, replace(self.storage, kept=None), number, in_batches=False)
+        try:
+            capture, _ = rows.capture(self._disturb(weights, generator), fitting, lambda _count: None)
+        except Exception as error:
+            pass_on_shortage(error)
+            return None
+        taken.append(capture.factor)
+        defended = self._defended(capture, fitting, number, generator, in_batches=False)
+        return defended.factor if defended.is_clean else None
+
     def _asking(self, problem: PruningProblem, trials: Trials, watched: WatchedLosses) -> PruningProblem:
         """Return a problem whose method may ask the network."""
         problem = replace(problem, slope=trials.slope, whole_slope=trials.whole_slope if trials.whole else None)
@@ -231,6 +264,11 @@ class StageRunner:
             return problem
         bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
         return replace(problem, held_out=watched, blank=trials.blank if bears_any else None)
+
+    def _compares_rows(self, fitting: list[Any]) -> bool:
+        """Whether rows of single samples may be taken beside those of mini-batches."""
+        few = comparable(sum(map(batch_size, fitting)), self.request.selection.total)
+        return few and self.request.may_compare_rows and rows_in_batches(self.request, fitting)
 
     def _solution(self, problem: PruningProblem, number: int) -> PruningSolution:
         """Let the method solve a problem."""
@@ -252,11 +290,9 @@ class StageRunner:
     def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
         shown.train(settings.epochs, number)
-        masks, generator = (
-            self.request.selection.split(kept),
-            forked_generator(self.request.seed, f"fine-tuning {number}"),
-        )
-        reach = self._paced(shown.reach)
+        parameters, masks = dict(self.model.named_parameters()), dict(self.request.selection.split(kept))
+        masks |= {name: parameters[name].detach() != 0 for name in unnamed_zeros(self.model, masks)}  # pruned earlier
+        generator, reach = forked_generator(self.request.seed, f"fine-tuning {number}"), self._paced(shown.reach)
         report = train(
             self.model, self.recalibration, settings, self.request.loss, masks, generator, reach, self.trainer
         )
@@ -282,8 +318,9 @@ class StageRunner:
                 for batch in batches:
                     check_losses(run_loss(self.model, batch, self.request.loss), None)
         taught = self.taught(batches)
-        if taught and taught[0].teacher is not None and isinstance(self.request.loss, GaussNewtonLoss):
-            check_divergence(self.request.loss, taught[0].teacher, taught[0].batch)
+        for one in taught:
+            if one.teacher is not None and isinstance(self.request.loss, GaussNewtonLoss):
+                check_divergence(self.request.loss, one.teacher, one.batch)
         return taught
 
     def corrupt(self, batches: list[Any]) -> list[Any]:

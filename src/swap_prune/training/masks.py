@@ -9,6 +9,7 @@ Place in the pipeline: used by fine-tuning, and by anybody's own training loop.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from swap_prune.checks import some_of
 from swap_prune.network.names import renamed
 from swap_prune.selection import DEFAULT_TARGETS, select_parameters, unnamed_zeros
 
@@ -75,7 +77,7 @@ def keep_masks(
     optimizers = [_unwrap(part) for part in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
     pairs = pair_masks(model, resolve_masks(model, masks, targets, ignore))
     held = {id(parameter) for part in optimizers for group in part.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter, _ in pairs):
+    if any(parameter.requires_grad for parameter, _ in pairs) and not any(id(one) in held for one, _ in pairs):
         raise ValueError(
             f"the optimizer holds none of the {len(pairs)} masked parameters of {type(model).__name__}: make it from "
             "model.parameters() of this model, or pass the model that it was made for"
@@ -99,6 +101,14 @@ def resolve_masks(
             )
         return masks
     found = masks_of(model, targets, ignore)
+    parameters = dict(model.named_parameters())
+    empty = [name for name, mask in found.items() if parameters[name].requires_grad and not bool(mask.any())]
+    if empty:
+        warnings.warn(
+            f"zero throughout, and kept so, as what pruning has emptied: {some_of(empty)}; new layers that begin at "
+            "zero, such as those of LoRA, are trained if ignore= names them",
+            stacklevel=3,
+        )
     if all(bool(mask.all()) for mask in found.values()):
         raise ValueError(
             f"no selected weight of {type(model).__name__} is zero, so there is no mask to keep: prune it first, or "

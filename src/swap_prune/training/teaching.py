@@ -96,6 +96,11 @@ class Teacher:
             for batch in batches:
                 with failures_named("batch given to the dense network", batch):
                     found.append(self._outputs(batch))
+                    if not isinstance(found[-1], Tensor):
+                        raise ValueError(
+                            f"outputs of {type(self._loss).__name__} must return one tensor, (n, ...), got a "
+                            f"{type(found[-1]).__name__}"
+                        )
         for outputs in found:
             bad = int((~outputs.isfinite()).reshape(len(outputs), -1).any(1).sum())
             if bad:

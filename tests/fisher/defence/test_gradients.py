@@ -19,6 +19,7 @@ from swap_prune.fisher.defence.gradients import (
     DefendedLayer,
     GradientDefence,
     layers_of,
+    lies_elsewhere,
     look_noise,
     overwritten,
     rank_noise,
@@ -236,6 +237,36 @@ def test_steps_have_slopes_over_whole_batches_too_where_those_that_are_cleaned_h
             total = torch.cat([taught_losses(asked.loss_fn, asked.model, one) for one in asked.whole]).mean()
             expected = torch.cat([part.flatten() for part in torch.autograd.grad(total, parameters)])
         torch.testing.assert_close(found, expected)
+
+
+HARSH = "analog:levels=16,time=1000,stuck_off=0.02,stuck_on=0.01"
+
+
+@pytest.mark.parametrize("samples", [40, 300])
+def test_noise_that_all_rows_share_is_left_in_them(samples: int) -> None:
+    """That of weights keeps the rank of rows; whatever makes them smaller would bring them nearer to a second look."""
+    found, seen = [], []
+    for defence in ("gradients", None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 3))
+        report = prune(model, small_data(700), 0.8, "lr", samples=samples, noise=HARSH, defence=defence, progress=False)
+        seen.append(report.stages[0].evidence)
+        found.append([parameter.detach() for parameter in model.parameters()])
+    assert seen[0]["noise_seen"] > 0.1 and "gradients_cleaned" not in seen[0]
+    assert all(map(torch.equal, *found))
+
+
+def test_noise_lies_elsewhere_where_looks_differ_and_ranks_do_not() -> None:
+    rows, layers = rows_and_layers()
+    first, second = noisy(rows, 0), noisy(rows, 1)
+    shares = look_noise(layers, first, second)
+    assert not lies_elsewhere(layers, shares, rank_noise(DenseFactor(first), layers)), "noise on entries has any rank"
+    other = rows[torch.randperm(len(rows), generator=generator(7))]
+    shares = look_noise(layers, rows, other)
+    assert shares and lies_elsewhere(layers, shares, rank_noise(DenseFactor(rows), layers))
+    assert not lies_elsewhere(layers, {}, {}), "nothing differs"
+    loose = {name: layer._replace(exact=False) for name, layer in layers.items()}
+    assert not lies_elsewhere(loose, shares, {}), "no rank tells"
 
 
 class Squeezed(nn.Module):

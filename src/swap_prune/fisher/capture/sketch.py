@@ -38,6 +38,7 @@ from swap_prune.selection import Selection
 __all__ = [
     "MINI_BATCH",
     "CurvatureSketch",
+    "comparable",
     "draw_signs",
     "draw_sketch",
     "mini_batches",
@@ -53,6 +54,7 @@ MINI_BATCH = 16  # samples that share their statistics
 _ENOUGH_ROWS = 1024  # signs are drawn more than once for samples that give fewer,
 _MOST_DRAWS = 8  # so often at the most,
 _MOST_NUMBERS = 134_217_728  # where G has no more entries than that
+_MOST_COMPARED = 536_870_912  # entries of G of single samples, where that may be compared with G of mini-batches
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ def sketch_draws(samples: int, weights: int) -> int:
     """Return how often signs are drawn at the most for each of some samples, where rows are of so many weights."""
     samples = max(1, samples)
     return max(1, min(_MOST_DRAWS, _ENOUGH_ROWS // samples, _MOST_NUMBERS // (samples * weights)))
+
+
+def comparable(samples: int, weights: int) -> bool:
+    """Whether rows of single samples are few enough to be taken beside those of mini-batches."""
+    return samples * weights <= _MOST_COMPARED
 
 
 def most_rows(weights: int) -> int:

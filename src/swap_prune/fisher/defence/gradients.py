@@ -23,6 +23,7 @@ __all__ = [
     "DefendedLayer",
     "GradientDefence",
     "layers_of",
+    "lies_elsewhere",
     "look_noise",
     "overwritten",
     "rank_noise",
@@ -89,6 +90,26 @@ def look_noise(layers: Mapping[str, DefendedLayer], first: Tensor, second: Tenso
     """Return the share of noise in two looks at the same rows, (m, p) each, of the layers that have some."""
     shares = {name: noise_between(first[:, layer.place], second[:, layer.place]) for name, layer in layers.items()}
     return {name: share for name, share in shares.items() if share > CLEAN}
+
+
+def lies_elsewhere(
+    layers: Mapping[str, DefendedLayer], shares: Mapping[str, float], beyond: Mapping[str, float]
+) -> bool:
+    """Whether noise is not in the entries of gradients, but in what they are gradients of, as that of weights.
+
+    All rows of a capture share it then, each keeps its rank, and no treatment of rows takes it out. To make them
+    smaller brings them nearer to a second look all the same.
+
+    Args:
+        layers: By name.
+        shares: :func:`look_noise`.
+        beyond: :func:`rank_noise`.
+
+    Returns:
+        True where two looks differ in layers of rank 1, and rows have that rank in all of them.
+    """
+    told = [name for name in shares if layers[name].exact and min(layers[name].shape) > 1]
+    return bool(told) and all(beyond.get(name, 0.0) <= CLEAN for name in told)
 
 
 def overwritten(rows: Tensor, layers: Mapping[str, DefendedLayer]) -> Tensor:

@@ -100,6 +100,10 @@ def _parse_value(field: Field[Any], text: str) -> Any:
     default = _default(field)
     if isinstance(default, str):
         return text
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"noise setting {field.name!r} must be true or false, got {text!r}")
+        return text.lower() == "true"
     whole = isinstance(default, int)
     try:
         return int(text) if whole else float(text)

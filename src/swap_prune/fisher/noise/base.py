@@ -110,6 +110,8 @@ class NoiseChain(NoiseModel):
         """Pass the samples from model to model; no samples stay no samples."""
         for noise in self.models if batches else ():
             batches = noise.corrupt(batches, generator, model, loss_fn)
+            if not isinstance(batches, list) or not batches:
+                raise ValueError(f"corrupt of {_name_of(noise)} must return a list of batches, got {batches!r:.60}")
         return batches
 
     def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
@@ -121,19 +123,40 @@ class NoiseChain(NoiseModel):
     def apply(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
         """Pass the factor from model to model."""
         for noise in self.models:
-            factor = noise.apply(factor, generator, layers)
+            factor = _checked(noise, noise.apply(factor, generator, layers), factor)
         return factor
 
     def apply_(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
         """Pass the factor from model to model, in its own memory where they can."""
         for noise in self.models:
-            factor = noise.apply_(factor, generator, layers)
+            factor = _checked(noise, noise.apply_(factor, generator, layers), factor)
         return factor
 
     def settings(self) -> Any:
         """Return None, the one model's settings, or a list of the models'."""
         recorded = [noise.settings() for noise in self.models]
         return recorded if len(recorded) > 1 else next(iter(recorded), None)
+
+
+def _checked(noise: NoiseModel, found: Any, given: DenseFactor) -> DenseFactor:
+    """Return the noisy factor.
+
+    Raises:
+        ValueError: If it is not as large as the one given, or of another dtype.
+    """
+    matrix = found.matrix if isinstance(found, DenseFactor) else None
+    wanted = tuple(given.matrix.shape), given.matrix.dtype
+    if matrix is None or (tuple(matrix.shape), matrix.dtype) != wanted:
+        got = f"a {type(found).__name__}" if matrix is None else f"{tuple(matrix.shape)}, {matrix.dtype}"
+        raise ValueError(
+            f"apply of {_name_of(noise)} must return a DenseFactor of rows {wanted[0]}, {wanted[1]}, got {got}"
+        )
+    checked: DenseFactor = found
+    return checked
+
+
+def _name_of(noise: NoiseModel) -> str:
+    return type(noise.wrapped if isinstance(noise, RowsOnly) else noise).__name__
 
 
 def check_number(setting: str, value: Any, least: float, most: float = math.inf, *, whole: bool = False) -> None:

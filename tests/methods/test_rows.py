@@ -1,0 +1,174 @@
+"""Rows of mini-batches and of single samples are compared where steps from each of them end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from swap_prune import EWR, LR, plan, prune
+from swap_prune.fisher.factor import DenseFactor, FisherFactor
+from swap_prune.fisher.noise import GradientNoise
+from swap_prune.fisher.noise.base import Layers
+from swap_prune.fisher.noise.rows import RowNoise
+from swap_prune.problem import PruningProblem, PruningSolution
+from tests.cases import trained
+
+
+def unused() -> FisherFactor:
+    raise AssertionError("asked for")
+
+
+def problem_of(factor: Tensor, felt: Tensor, others: Callable[[], FisherFactor | None] | None) -> PruningProblem:
+    """A problem whose loss is the quadratic form of some rows, whatever those of its G are."""
+    reference = torch.randn(factor.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return PruningProblem(
+        reference,
+        keep=12,
+        factor=DenseFactor(factor),
+        held_out=lambda w, kept: (felt @ (w - reference)).square() / 2,
+        slope=lambda w, kept: felt.T @ (felt @ (w - reference)) / len(felt),
+        blank=lambda: (felt @ reference).square() / 2,
+        rows_of_samples=others,
+    )
+
+
+def rows(seed: int, n: int) -> Tensor:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    scales = torch.logspace(-2, 1, 40, dtype=torch.float64)[order]
+    return torch.randn(n, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scales
+
+
+@pytest.mark.parametrize("method", [LR(), EWR()])
+def test_those_are_taken_whose_steps_end_lower(method: LR | EWR) -> None:
+    felt, other = rows(1, 64), rows(2, 64)
+    for factor, samples, chosen in ((other[:6], felt, "samples"), (felt, other, "mini-batches")):
+        problem = problem_of(factor, felt, lambda samples=samples: DenseFactor(samples))
+        solution = method.solve(problem, torch.Generator().manual_seed(0))
+        ends: dict[str, list[float]] = {"samples": [], "mini-batches": []}
+        for one in solution.evidence["candidates"]:
+            ends[one["rows"]] += [one["loss_after_steps"]] if "loss_after_steps" in one else []
+        assert solution.evidence["rows"] == chosen == min(ends, key=lambda kind: min(ends[kind]))
+        alone = replace(problem, factor=DenseFactor(samples if chosen == "samples" else factor), rows_of_samples=None)
+        again = method.solve(alone, torch.Generator().manual_seed(0))
+        assert torch.equal(again.weights, solution.weights) and "rows" not in again.evidence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep": 30},  # a mild stage: candidates are compared as they start
+        {"held_out": None},
+        {"slope": None},
+    ],
+)
+def test_they_are_not_asked_for_where_candidates_take_no_steps(changes: dict[str, Any]) -> None:
+    problem = replace(problem_of(rows(1, 64), rows(1, 64), unused), **changes)
+    assert "rows" not in LR().solve(problem, torch.Generator()).evidence
+
+
+def test_none_may_come() -> None:
+    problem = problem_of(rows(1, 64), rows(1, 64), lambda: None)
+    without = LR().solve(replace(problem, rows_of_samples=None), torch.Generator())
+    solution = LR().solve(problem, torch.Generator())
+    assert solution.evidence == without.evidence and torch.equal(solution.weights, without.weights)
+
+
+def normalised(images: bool = False) -> tuple[nn.Module, TensorDataset]:
+    """A trained network with BatchNorm, and calibration samples."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(240, 16, generator=generator)
+    labels = (inputs[:, :4] + 0.5 * inputs[:, 4:8]).argmax(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if images:
+            inputs = inputs.view(-1, 1, 4, 4)
+            layers = [nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(192, 4)]
+        else:
+            layers = [nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)]
+        return trained(nn.Sequential(*layers), inputs, labels, 120), TensorDataset(inputs, labels)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("storage", ["float32", "float16", "mapped", "low-rank", "matrix-free"])
+def test_a_run_takes_both_in_any_storage_and_leaves_no_file(images: bool, storage: str, tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        model, data = normalised(images)
+        settings: dict[str, Any] = {"samples": 160, "storage": storage, "scratch": tmp_path, "progress": False}
+        report = prune(model, data, 0.9, "lr", **settings)
+        evidence = report.stages[0].evidence
+        assert {one["rows"] for one in evidence["candidates"]} == {"mini-batches", "samples"}
+        assert evidence["rows"] in ("mini-batches", "samples") and list(tmp_path.iterdir()) == []
+        assert report.kept == sum(int(p.count_nonzero()) for p in model.parameters() if p.ndim > 1)
+        json.dumps(dict(evidence))
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found)), "the same seed, the same bits"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recalibrate_batchnorm": False},  # rows are of single samples anyway
+        {"method": LR(fisher="empirical")},
+        {"method": LR(first_order=0)},
+        {"sparsity": 0.4},
+        {"noise": "gradient:std=4,fraction=0.25"},  # seen in those of mini-batches
+    ],
+)
+def test_a_run_takes_one_kind_where_there_is_nothing_to_compare(settings: dict[str, Any]) -> None:
+    model, data = normalised()
+    settings = {"sparsity": 0.9, "method": "lr", "samples": 160, "progress": False} | settings
+    evidence = prune(model, data, **settings).stages[0].evidence
+    assert "rows" not in evidence and all("rows" not in one for one in evidence["candidates"])
+
+
+class Late(RowNoise):
+    """Noise that begins when it is told to."""
+
+    begun = False
+
+    def overwrite(self, rows: Tensor, generator: torch.Generator, layers: Layers | None) -> None:
+        if self.begun:
+            GradientNoise(std=4, fraction=0.25).overwrite(rows, generator, layers)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_those_of_samples_are_left_where_noise_is_seen_in_them(begins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of mini-batches had none."""
+    offered: list[FisherFactor | None] = []
+    real, noise = LR.solve, Late()
+
+    def solve(self: LR, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        assert problem.rows_of_samples is not None
+        noise.begun = begins
+        offered.append(problem.rows_of_samples())
+        noise.begun = False
+        return real(self, replace(problem, rows_of_samples=None), generator)
+
+    monkeypatch.setattr(LR, "solve", solve)
+    model, data = normalised()
+    prune(model, data, 0.9, "lr", samples=160, noise=noise, progress=False)
+    assert [one is None for one in offered] == [begins]
+
+
+def test_a_plan_counts_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = normalised()
+    needs = {
+        name: {one.name: one.need for one in plan(model, data, 0.9, method, samples=160).forecasts}
+        for name, method in (("compared", LR()), ("alone", LR(first_order=0)))
+    }
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    drawn = 6 * 160  # signs are drawn six times
+    assert needs["compared"]["float32"] >= needs["alone"]["float32"] + 4 * drawn * weights
+    monkeypatch.setattr("swap_prune.fisher.capture.sketch._MOST_COMPARED", 160 * weights - 1)
+    few = plan(model, data, 0.9, "lr", samples=160).forecasts[0].need
+    assert few == pytest.approx(needs["alone"]["float32"], abs=2**17), "what the process holds may change a little"
+    assert "rows" not in prune(model, data, 0.9, "lr", samples=160, progress=False).stages[0].evidence
