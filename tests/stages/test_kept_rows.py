@@ -20,7 +20,7 @@ from tests.stages.test_runner import Asking
 from tests.test_pipeline import small_data, small_network
 
 
-def run(folder: Path | None, model: nn.Module, data: Any, sparsity: float = 0.6, **options: Any) -> tuple[Any, Any]:
+def run(folder: Path | None, model: nn.Module, data: Any, sparsity: float = 0.4, **options: Any) -> tuple[Any, Any]:
     """Prune a copy; return its weights, and the evidence of the first stage."""
     own = copy.deepcopy(model)
     kept = {"storage": "mapped"} if folder is None else {"scratch": folder, "keep_rows": True}
@@ -39,7 +39,7 @@ def test_a_later_run_takes_what_an_earlier_one_left(kind: str, tmp_path: Path, m
         "recalibrate_batchnorm": kind == "mini-batches",
         "method": LR(fisher="empirical" if kind == "labels" else "auto"),
     }
-    _, evidence = run(tmp_path, model, data, 0.4, **options)
+    _, evidence = run(tmp_path, model, data, **options)
     assert "rows_reused" not in evidence
     left = sorted(path.name for path in tmp_path.iterdir())
     assert len(left) == 2 and {Path(name).suffix for name in left} == {".fisher", ".json"}
@@ -52,19 +52,24 @@ def test_a_later_run_takes_what_an_earlier_one_left(kind: str, tmp_path: Path, m
         return capture
 
     monkeypatch.setattr(capturing.RowCapture, "_rows", watched)
-    found, evidence = run(tmp_path, model, data, **options)
-    assert taken == [1] and evidence["rows_reused"] == Path(left[0]).stem
-    alone, own = run(None, model, data, **options)
+    found, evidence = run(tmp_path, model, data, 0.6, **options)
+    assert evidence["rows_reused"] == Path(left[0]).stem
+    if kind == "mini-batches":  # those of samples are compared with them, at this sparsity, and stay too
+        assert taken == [1, 80] and sum(1 for _ in tmp_path.iterdir()) == 4
+        taken.clear()
+        assert same(found, run(tmp_path, model, data, 0.6, **options)[0]) and taken == [1, 1]
+    else:
+        assert taken == [1] and sorted(path.name for path in tmp_path.iterdir()) == left
+    alone, own = run(None, model, data, 0.6, **options)
     assert same(found, alone) and own["ridge"] == evidence["ridge"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_only_the_first_stage_is_kept(tmp_path: Path) -> None:
     model, data = small_network(), small_data(80)
-    run(tmp_path, model, data, stages=3)
+    run(tmp_path, model, data, 0.1, stages=3)
     assert len(list(tmp_path.iterdir())) == 2
-    found, evidence = run(tmp_path, model, data, stages=3)
-    assert "rows_reused" in evidence and same(found, run(None, model, data, stages=3)[0])
+    found, evidence = run(tmp_path, model, data, 0.1, stages=3)
+    assert "rows_reused" in evidence and same(found, run(None, model, data, 0.1, stages=3)[0])
 
 
 def other_weights(model: nn.Module, data: Any, options: dict[str, Any]) -> None:

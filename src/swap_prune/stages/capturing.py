@@ -73,7 +73,8 @@ class RowCapture:
         with temporary_weights(self.model, self.request.selection, weights):
             if self.storage.kept is None or self.number > 1:
                 return self._rows(weights, batches, advance), None
-            rows = KeptRows.of(self.storage.kept, self.model, self.request, batches)
+            kept, batched = self.storage.kept, self.in_batches
+            rows = KeptRows.of(kept, self.model, self.request, batches, in_batches=batched)
             found = rows.find(lambda: self._first_row(weights, batches), lambda: self._losses(batches))
             if found is None:
                 return rows.keep(self._rows(weights, batches, advance)), None

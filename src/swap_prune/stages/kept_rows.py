@@ -68,7 +68,9 @@ class KeptRows:
     device: torch.device
 
     @classmethod
-    def of(cls, directory: Path, model: nn.Module, request: Request, batches: Sequence[Any]) -> KeptRows:
+    def of(
+        cls, directory: Path, model: nn.Module, request: Request, batches: Sequence[Any], *, in_batches: bool
+    ) -> KeptRows:
         """Name the rows of some samples.
 
         Args:
@@ -76,6 +78,7 @@ class KeptRows:
             model: The network, at the weights that gradients are taken at.
             request: What is asked for.
             batches: The samples.
+            in_batches: Whether rows are those of mini-batches.
 
         Raises:
             ValueError: If the samples cannot be told from others.
@@ -91,7 +94,7 @@ class KeptRows:
             "network": type(model).__qualname__,
             "selected": {name: list(shape) for name, shape in request.selection.shapes.items()},
             "loss": described(request.loss),
-            "rows": [described(request.curvature), request.in_batches, request.seed, "several draws of few samples"],
+            "rows": [described(request.curvature), in_batches, request.seed, "several draws of few samples"],
             "samples": samples.hexdigest(),
             "device": device.type,
             "versions": versions(),

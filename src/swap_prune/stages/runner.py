@@ -247,7 +247,7 @@ class StageRunner:
         None where noise is seen in it, or the network or its loss does not take samples alone.
         """
         generator = forked_generator(self.request.seed, f"noise on samples {number}")
-        rows = RowCapture(self.model, self.request, replace(self.storage, kept=None), number, in_batches=False)
+        rows = RowCapture(self.model, self.request, self.storage, number, in_batches=False)
         try:
             capture, _ = rows.capture(self._disturb(weights, generator), fitting, lambda _count: None)
         except Exception as error:
