@@ -182,8 +182,8 @@ class _Contest:
 
     @property
     def may_be_doubted(self) -> bool:
-        """Whether other rows may lead elsewhere: candidates were compared where their steps end."""
-        return self._takes_steps
+        """Whether other rows may lead elsewhere: much is removed, and candidates were compared where their steps end."""
+        return self._takes_steps and not self._is_mild
 
     def hold(self) -> None:
         """Compare all candidates, try swaps, and take the steps that are left to take."""
