@@ -182,7 +182,7 @@ class _Contest:
 
     @property
     def may_be_doubted(self) -> bool:
-        """Whether other rows may lead elsewhere: much is removed, and candidates were compared where their steps end."""
+        """Whether other rows may lead elsewhere: much is removed, and candidates were compared after their steps."""
         return self._takes_steps and not self._is_mild
 
     def hold(self) -> None:
