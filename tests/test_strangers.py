@@ -1327,6 +1327,16 @@ def test_what_was_pruned_by_another_call_stays_zero_in_fine_tuning() -> None:
     assert int(after["4.weight"].sum()) == 24
 
 
+@pytest.mark.parametrize("ignore", [(), ("2",)])
+def test_zeros_that_are_kept_in_fine_tuning_are_noted_and_ignoring_trains_them(ignore: tuple[str, ...]) -> None:
+    model = drawn(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    nn.init.eye_(model[2].weight)
+    settings = {"finetune": FineTune(epochs=1, lr=0.1), "ignore": ignore, "progress": False}
+    report = prune(model, DATA, 0.5, "magnitude", targets=["0"], **settings)
+    assert int(model[2].weight.count_nonzero()) == (64 if ignore else 8)
+    assert any(note.startswith("zeros of 2.weight, which") for note in report.notes) != bool(ignore)
+
+
 def test_new_layers_that_begin_at_zero_are_pointed_out() -> None:
     model = perceptron()
     prune(model, DATA, 0.5, "magnitude", progress=False)

@@ -18,6 +18,7 @@ from torch.nn.modules.loss import _Loss
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.defences import parse_defence
 from swap_prune.distributed import process_count
+from swap_prune.fisher.capture.sketch import comparable
 from swap_prune.fisher.noise import NoiseChain, parse_noise
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory.planning import check_storage
@@ -77,9 +78,13 @@ class Request:
         return self.recalibrates and self.curvature is not None
 
     @property
-    def may_compare_rows(self) -> bool:
-        """Whether the method may compare rows of mini-batches with those of single samples."""
-        return self.in_batches and getattr(self.solver, "compares_rows", False)
+    def compares_rows(self) -> bool:
+        """Whether the method may compare rows of mini-batches with those of single samples.
+
+        Not among processes that share G: one of them might meet a sample alone that it cannot run.
+        """
+        few = comparable(self.samples, self.selection.total)
+        return few and self.in_batches and getattr(self.solver, "compares_rows", False) and self.storage != "sharded"
 
     @property
     def clips(self) -> bool:

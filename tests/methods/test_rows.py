@@ -172,3 +172,43 @@ def test_a_plan_counts_both(monkeypatch: pytest.MonkeyPatch) -> None:
     few = plan(model, data, 0.9, "lr", samples=160).forecasts[0].need
     assert few == pytest.approx(needs["alone"]["float32"], abs=2**17), "what the process holds may change a little"
     assert "rows" not in prune(model, data, 0.9, "lr", samples=160, progress=False).stages[0].evidence
+
+
+def test_where_both_do_not_fit_one_kind_is_taken_rather_than_a_slower_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = normalised()
+    both = plan(model, data, 0.9, "lr", samples=160, memory="8GB")
+    assert both.require().storage.compares_rows
+    limit = both.require().need - 2**20
+    monkeypatch.setattr("swap_prune.pipeline.memory_limit", lambda *_: limit)
+    alone = plan(model, data, 0.9, "lr", samples=160)
+    assert alone.require().storage.kind == "float32" and not alone.require().storage.compares_rows
+    assert alone.require().need <= limit
+    monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: limit)
+    report = prune(model, data, 0.9, "lr", samples=160, progress=False)
+    assert "rows" not in report.stages[0].evidence and report.settings["storage"]["compares_rows"] is False
+
+
+class Flattening(nn.Sequential):
+    """Takes a sample alone for no batch."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = super().forward(inputs)
+        return outputs.squeeze(0)
+
+
+def test_what_does_not_take_samples_alone_has_rows_of_mini_batches() -> None:
+    model, data = normalised()
+    evidence = prune(Flattening(*model), data, 0.9, "lr", samples=160, progress=False).stages[0].evidence
+    assert "rows" not in evidence and "held_out_loss" in evidence["candidates"][0]
+    assert evidence["rows_of_samples_left"]
+
+
+@pytest.mark.parametrize("samples", [160, 200])
+def test_the_samples_asked_for_decide_in_plan_and_run(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer may come, of data whose length nobody knows."""
+    model, data = normalised()
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    monkeypatch.setattr("swap_prune.fisher.capture.sketch._MOST_COMPARED", 160 * weights)
+    batches = [tuple(part) for part in zip(*(tensor.split(20) for tensor in data.tensors), strict=True)]
+    evidence = prune(model, batches[:9], 0.9, "lr", samples=samples, progress=False).stages[0].evidence
+    assert ("rows" in evidence) == (samples == 160)

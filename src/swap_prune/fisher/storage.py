@@ -49,6 +49,7 @@ class Storage:
             make a row keep their own size.
         roomy: Whether a GPU has room for large chunks of samples at capture.
         spilled: What is spilled to files: the samples of a stage, and what a forward pass keeps for its backward pass.
+        compares_rows: Whether there is room for rows of single samples beside those of mini-batches.
         team: The processes that share G, for ``sharded``; None until the run has them.
     """
 
@@ -60,6 +61,7 @@ class Storage:
     at_once: int = AT_ONCE
     roomy: bool = False
     spilled: Spilled = "nothing"
+    compares_rows: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(StorageKind):

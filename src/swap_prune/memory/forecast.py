@@ -40,6 +40,7 @@ _FORWARD, _FORWARD_TENSORS = 0.5, 6  # what a forward pass alone holds, in the s
 _COMPARED = 8  # tensors of the size of a batch's outputs, where they are compared with the dense network's
 _READ = 4  # batches of samples held where one after the other is read: in hand, joined, being joined, and read
 _BLOCKS = 10  # of G, that products hold, or that came and went and left holes in the heap
+_CONTEST = 2  # p-sized arrays that a contest keeps while another is held
 _PASS_VECTORS = 1  # p-sized arrays of a factor that holds nothing of G: weights that noise has changed
 _COUPLED = 1.1  # copies of rows that couplings are chosen on, and a little of what is done with them
 _EXCHANGE = SHORTLIST * SHARE * 28  # bytes that swaps copy a row and kept weight: these columns, in float64 thrice
@@ -125,6 +126,7 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     if not load.compared:
         return phases
     beside = _held_of_g(load, storage.kind) + (load.samples + load.spare) * load.output_bytes  # while others are taken
+    beside += _CONTEST * load.itemsize * load.weights
     others = _phases(replace(load, rows=load.compared, in_batches=False, compared=0), storage)
     return {name: max(need, beside + others[name]) for name, need in phases.items()}
 

@@ -103,6 +103,17 @@ class MemoryPlan:
     chosen: Forecast | None
     why: str
 
+    @property
+    def place(self) -> int:
+        """The place of what is taken among the forecasts: the lower the faster."""
+        return next(place for place, forecast in enumerate(self.forecasts) if forecast is self.chosen)
+
+    def without_comparing(self) -> MemoryPlan:
+        """Return the plan of a run that takes one kind of rows alone."""
+        forecasts = tuple(replace(f, storage=replace(f.storage, compares_rows=False)) for f in self.forecasts)
+        chosen = None if self.chosen is None else forecasts[self.place]
+        return replace(self, forecasts=forecasts, chosen=chosen)
+
     def require(self) -> Forecast:
         """Return the forecast taken.
 
@@ -159,15 +170,31 @@ def plan_memory(
     """
     check_storage(storage)
     directory = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
-    forecasts = tuple(
+    if kept is not None and storage in ("auto", kept.kind):
+        own = load if kept.compares_rows else replace(load, compared=0)
+        again = _attempt(own, replace(kept, scratch=directory), limit, directory)
+        if not again.obstacle:
+            forecasts = _forecasts(own, limit, storage, directory)
+            return MemoryPlan(limit, forecasts, again, "the same as in the finished stages")
+    plan = _choose(load, limit, storage, directory)
+    if load.compared and (plan.chosen is None or plan.place > 0):  # a faster storage is worth more than to compare rows
+        alone = _choose(replace(load, compared=0), limit, storage, directory).without_comparing()
+        if plan.chosen is None or (alone.chosen is not None and alone.place < plan.place):
+            return alone
+    return plan
+
+
+def _forecasts(load: Workload, limit: int | None, storage: str, directory: Path) -> tuple[Forecast, ...]:
+    return tuple(
         _forecast(load, kind, lean, limit, directory)
         for kind, lean in _ORDER
         if storage == kind or (storage == "auto" and kind != "sharded")
     )
-    if kept is not None and storage in ("auto", kept.kind):
-        again = _attempt(load, replace(kept, scratch=directory), limit, directory)
-        if not again.obstacle:
-            return MemoryPlan(limit, forecasts, again, "the same as in the finished stages")
+
+
+def _choose(load: Workload, limit: int | None, storage: str, directory: Path) -> MemoryPlan:
+    """Choose the fastest storage that fits."""
+    forecasts = _forecasts(load, limit, storage, directory)
     chosen = next((f for f in forecasts if not f.obstacle and (storage != "auto" or f.exact)), None)
     if storage == "auto":
         forecasts = tuple(f if f.exact or f.obstacle else replace(f, obstacle=_BY_NAME) for f in forecasts)
@@ -245,8 +272,7 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     low, high = 0, load.rows  # most rows that fit: the need grows with them
     while high - low > 1:
         middle = (low + high) // 2
-        compared = load.compared * middle // load.rows
-        fewer = replace(load, rows=middle, samples=middle * per_row, compared=compared)
+        fewer = replace(load, rows=middle, samples=middle * per_row)
         tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
         low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
     remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"

@@ -281,7 +281,7 @@ class _Walk:
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
             del direction  # before the next one is there
             length = step
-            self.again = _AGAIN
+            self.again, self.same = _AGAIN, False
             self.lengths.append(step)
             self.arrive(reached)
             if least - self.losses[-1] < LEAST_GAIN * abs(least - self.floor) or self.is_behind:

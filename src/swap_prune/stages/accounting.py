@@ -78,6 +78,11 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
         )
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")
+    if "zeros_elsewhere" in last.evidence:
+        notes.append(
+            f"zeros of {some_of(last.evidence['zeros_elsewhere'])}, which were not selected, stayed in fine-tuning "
+            "as if pruned by an earlier call: ignore= trains them"
+        )
     if "gradients_are_zero" in last.evidence:
         notes.append(
             "all gradients of the calibration samples are zero, so that they say nothing of any weight: check the "

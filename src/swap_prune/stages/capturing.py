@@ -122,8 +122,8 @@ class RowCapture:
 
     def _draws(self, batches: list[Any]) -> int:
         """Return how often signs are drawn for each sample, at the most."""
-        if self.request.in_batches and (self.in_batches or not self.request.may_compare_rows):  # as a plan has counted
-            return 1
+        if self.request.in_batches and (self.in_batches or not rows_in_batches(self.request, batches)):
+            return 1  # also where no batch can be made, and a plan has counted one row for many samples
         return sketch_draws(sum(map(batch_size, batches)), self.request.selection.total)
 
     def _products(

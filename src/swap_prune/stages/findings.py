@@ -24,6 +24,7 @@ class StageFindings:
         one_sample_rules: Share of one sample in what losses have above their median.
         gradients_are_zero: Whether all of them are.
         without_gradient: Layers whose gradients are all zero in the first stage, where others' are not.
+        rows_of_samples_left: Why rows of single samples were not compared with those of mini-batches after all.
         rows_clipped: Share of the rows that were scaled down.
         rows_left_out: Share of the rows that were overwritten, as their rank shows.
         noise_seen: Share of noise in the energy of the gradients.
@@ -32,6 +33,7 @@ class StageFindings:
         passes: Passes through the network that products with G took, and which way they went.
         gradients_cleaned: What was done to the gradients of each layer.
         finetune_loss: Mean training loss of each epoch.
+        zeros_elsewhere: Weights that were not selected, whose zeros fine-tuning has kept.
         not_recalibrated: Why BatchNorm kept its statistics.
     """
 
@@ -42,6 +44,7 @@ class StageFindings:
     one_sample_rules: float | None = None
     gradients_are_zero: bool = False
     without_gradient: list[str] | None = None
+    rows_of_samples_left: str | None = None
     rows_clipped: float | None = None
     rows_left_out: float | None = None
     noise_seen: float | None = None
@@ -50,6 +53,7 @@ class StageFindings:
     passes: Mapping[str, Any] | None = None
     gradients_cleaned: Mapping[str, Mapping[str, str]] | None = None
     finetune_loss: list[float] | None = None
+    zeros_elsewhere: list[str] | None = None
     not_recalibrated: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
 from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
 from swap_prune.fisher.capture.rows import Capture
-from swap_prune.fisher.capture.sketch import MINI_BATCH, comparable, mini_batches, without_singles
+from swap_prune.fisher.capture.sketch import MINI_BATCH, mini_batches, without_singles
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
@@ -34,7 +34,6 @@ from swap_prune.losses import (
 )
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution, check_solution
-from swap_prune.process_memory import pass_on_shortage
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
@@ -51,6 +50,7 @@ from swap_prune.stages.defending import Defended, Defender
 from swap_prune.stages.findings import StageFindings
 from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
+from swap_prune.stages.single_rows import SingleRows
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, normalises_vectors, recalibrate_batchnorm
 from swap_prune.surgery.weights import write_weights
@@ -118,8 +118,9 @@ class StageRunner:
         check_solution(solution, problem, request.solver.name)
         write_weights(self.model, selection, solution.weights, solution.kept)
         if request.finetune is not None:
+            elsewhere = self._zeros_elsewhere() or None
             losses = self._finetune(request.finetune, solution.kept, shown, number)
-            findings = replace(findings, finetune_loss=losses)
+            findings = replace(findings, finetune_loss=losses, zeros_elsewhere=elsewhere)
         if request.recalibrates:
             batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else request.samples)
             if not recalibrate_batchnorm(self.model, batches, self._paced(request.loss)):
@@ -148,7 +149,7 @@ class StageRunner:
         solver = self.request.solver
         fitting, spare, findings = self._samples(sparsity, shown, number)
         samples, loss, defence, watched = sum(map(batch_size, fitting)), None, None, None
-        taken: list[FisherFactor] = []
+        single: SingleRows | None = None
         if solver.needs_gradients:
             if number == 1:
                 check_reached(self.model, self.request.selection, self.request.loss, fitting)
@@ -158,19 +159,21 @@ class StageRunner:
             trials, rate = self._trials(fitting, spare, defended, slopes)
             watched = WatchedLosses(trials.losses, self.request.loss)
             problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
-            if defended.is_clean and self._compares_rows(fitting):
-                others = partial(self._of_samples, problem.reference, fitting, number, taken)
-                problem = replace(problem, rows_of_samples=others)
+            compares = self.request.compares_rows and self.storage.compares_rows and defended.is_clean
+            if compares and rows_in_batches(self.request, fitting):
+                single = SingleRows(self, problem.reference, fitting, number)
+                problem = replace(problem, rows_of_samples=single.take)
             alone = solver.needs_held_out and not trials.held_out
             findings = replace(findings, label_noise=rate, nothing_held_out=alone)
         if solver.needs_inputs:
-            weights = self._disturb(problem.reference, self.noise_generator)
+            weights = self.disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
         solution = self._solution(problem, number)
         findings = replace(findings, passes=self._let_go(problem.factor))
-        for factor in taken:
-            self._let_go(factor)
+        if single is not None:
+            findings = replace(findings, rows_of_samples_left=single.left)
+            self._let_go(single.file)
         if watched is not None and watched.share_of_largest is not None:
             findings = replace(findings, one_sample_rules=watched.share_of_largest)
         if defence is not None and defence.said():
@@ -210,11 +213,11 @@ class StageRunner:
         """Return G at weights (p,), with the noise of the run and cleaned of it; the losses; and what was found."""
         in_batches = rows_in_batches(self.request, fitting)
         rows = RowCapture(self.model, self.request, self.storage, number, in_batches)
-        capture, reused = rows.capture(self._disturb(weights, self.noise_generator), fitting, advance)
+        capture, reused = rows.capture(self.disturb(weights, self.noise_generator), fitting, advance)
         silent: list[str] = []
         if isinstance(capture.factor, DenseFactor):
             silent = without_gradient(capture.factor, self.request.selection)
-        defended = self._defended(capture, fitting, number, self.noise_generator, in_batches=in_batches)
+        defended = self.defended(capture, fitting, number, self.noise_generator, in_batches=in_batches)
         all_silent = len(silent) == len(self.request.selection.names)
         findings = replace(
             findings,
@@ -230,7 +233,7 @@ class StageRunner:
         )
         return defended, capture.losses, findings
 
-    def _defended(
+    def defended(
         self, capture: Capture, fitting: list[Any], number: int, generator: torch.Generator, *, in_batches: bool
     ) -> Defended:
         """Return G with the noise of the run, and cleaned of it."""
@@ -239,24 +242,6 @@ class StageRunner:
             capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
         return Defender(self.model, self.request, self.storage, number, in_batches).defend(capture, fitting)
 
-    def _of_samples(
-        self, weights: Tensor, fitting: list[Any], number: int, taken: list[FisherFactor]
-    ) -> FisherFactor | None:
-        """Return G of single samples at weights (p,), beside that of mini-batches.
-
-        None where noise is seen in it, or the network or its loss does not take samples alone.
-        """
-        generator = forked_generator(self.request.seed, f"noise on samples {number}")
-        rows = RowCapture(self.model, self.request, self.storage, number, in_batches=False)
-        try:
-            capture, _ = rows.capture(self._disturb(weights, generator), fitting, lambda _count: None)
-        except Exception as error:
-            pass_on_shortage(error)
-            return None
-        taken.append(capture.factor)
-        defended = self._defended(capture, fitting, number, generator, in_batches=False)
-        return defended.factor if defended.is_clean else None
-
     def _asking(self, problem: PruningProblem, trials: Trials, watched: WatchedLosses) -> PruningProblem:
         """Return a problem whose method may ask the network."""
         problem = replace(problem, slope=trials.slope, whole_slope=trials.whole_slope if trials.whole else None)
@@ -264,11 +249,6 @@ class StageRunner:
             return problem
         bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
         return replace(problem, held_out=watched, blank=trials.blank if bears_any else None)
-
-    def _compares_rows(self, fitting: list[Any]) -> bool:
-        """Whether rows of single samples may be taken beside those of mini-batches."""
-        few = comparable(sum(map(batch_size, fitting)), self.request.selection.total)
-        return few and self.request.may_compare_rows and rows_in_batches(self.request, fitting)
 
     def _solution(self, problem: PruningProblem, number: int) -> PruningSolution:
         """Let the method solve a problem."""
@@ -291,12 +271,17 @@ class StageRunner:
         """Train under the mask of a stage; returns the mean loss of each epoch."""
         shown.train(settings.epochs, number)
         parameters, masks = dict(self.model.named_parameters()), dict(self.request.selection.split(kept))
-        masks |= {name: parameters[name].detach() != 0 for name in unnamed_zeros(self.model, masks)}  # pruned earlier
+        for name in self._zeros_elsewhere():
+            masks[name] = parameters[name].detach() != 0
         generator, reach = forked_generator(self.request.seed, f"fine-tuning {number}"), self._paced(shown.reach)
         report = train(
             self.model, self.recalibration, settings, self.request.loss, masks, generator, reach, self.trainer
         )
         return list(report.losses)
+
+    def _zeros_elsewhere(self) -> list[str]:
+        """Return the weights that are neither selected nor ignored, and seem to have been pruned by another call."""
+        return unnamed_zeros(self.model, self.request.selection.names, self.request.settings["ignore"])
 
     def _paced(self, function: Callable[..., _T]) -> Callable[..., _T]:
         """Return a function at whose calls all processes that share G wait for each other, where there are any."""
@@ -327,7 +312,8 @@ class StageRunner:
         """Return batches with the noise of the run."""
         return self.request.noise.corrupt(batches, self.noise_generator, self.model, self.request.loss)
 
-    def _disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+    def disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Return weights with the noise of the run."""
         return self.request.noise.disturb(weights, generator, self.request.selection.slices())
 
     def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
@@ -362,7 +348,7 @@ class StageRunner:
             fitting=taught,
             held_out=held_out,
             recalibrates=self.request.recalibrates,
-            disturb=partial(self._disturb, generator=generator),
+            disturb=partial(self.disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
             defence=defence if slopes_cleaned else None,
             per_sample=not in_batches,

@@ -73,7 +73,7 @@ def _without_effect(request: Request) -> list[str]:
 
 def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
     """Return what the report says of a storage."""
-    names = ("lean", "at_once", "roomy", "spilled")
+    names = ("lean", "at_once", "roomy", "spilled", "compares_rows")
     return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in names}
 
 

@@ -18,7 +18,7 @@ from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
 from swap_prune.fisher.capture.rows import bytes_of_a_row
-from swap_prune.fisher.capture.sketch import comparable, most_rows, sketch_draws, sketch_rows
+from swap_prune.fisher.capture.sketch import most_rows, sketch_draws, sketch_rows
 from swap_prune.fisher.noise import NoiseModel
 from swap_prune.losses import CrossEntropy
 from swap_prune.memory.forecast import Workload
@@ -83,7 +83,7 @@ def _count_samples(data: Any, request: Request) -> dict[str, Any]:
     held_out = min(request.samples, HELD_OUT) if request.solver.needs_held_out else 0
     drawn, spare = share_out_samples(size - judged, request.samples, held_out)
     weights = request.selection.total
-    single = request.curvature is not None and (not request.in_batches or _may_compare(request, drawn))
+    single = request.curvature is not None and (not request.in_batches or request.compares_rows)
     of_samples = max(
         sketch_rows(drawn, in_batches=False, draws=sketch_draws(drawn, weights) if single else 1),
         most_rows(weights) if single and known is None else 1,  # there may be few
@@ -96,11 +96,6 @@ def _count_samples(data: Any, request: Request) -> dict[str, Any]:
         "judged": judged,
         "recalibrated": min(RECALIBRATION_SAMPLES, size) if request.recalibrates else 0,
     }
-
-
-def _may_compare(request: Request, samples: int) -> bool:
-    """Whether rows of single samples may be taken beside those of mini-batches."""
-    return request.may_compare_rows and comparable(samples, request.selection.total)
 
 
 def _count_row_numbers(model: nn.Module, request: Request) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     found = {
         "kept_bytes": kept.total,
         "largest_bytes": kept.largest,
-        "row_bytes": 0 if request.in_batches and not request.may_compare_rows else _measured(row, 0, model),
+        "row_bytes": 0 if request.in_batches and not request.compares_rows else _measured(row, 0, model),
         "output_bytes": 0 if curvature is None else _measured(outputs, 0, model),
         "sample_bytes": sum(own_bytes),
     }
