@@ -128,6 +128,7 @@ def pruned(folder: Path) -> dict[str, Any]:
             "at_once": 64,
             "roomy": False,
             "spilled": "nothing",
+            "compares_rows": True,
         }
         found[name] = {key: value.clone() for key, value in model.state_dict().items()}
     found["resumed"] = resumed(folder)

@@ -154,6 +154,7 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
         "at_once": 64,
         "roomy": False,
         "spilled": "nothing",
+        "compares_rows": True,
     }
     assert any("storage matrix-free (float32: " in note and "mapped: " in note for note in report.notes)
 
@@ -189,6 +190,7 @@ def test_noise_on_gradients_is_refused_and_noise_on_data_is_not() -> None:
         "at_once": 64,
         "roomy": False,
         "spilled": "nothing",
+        "compares_rows": True,
     }
 
 
