@@ -118,9 +118,9 @@ class StageRunner:
         check_solution(solution, problem, request.solver.name)
         write_weights(self.model, selection, solution.weights, solution.kept)
         if request.finetune is not None:
-            elsewhere = self._zeros_elsewhere() or None
-            losses = self._finetune(request.finetune, solution.kept, shown, number)
-            findings = replace(findings, finetune_loss=losses, zeros_elsewhere=elsewhere)
+            elsewhere = unnamed_zeros(self.model, selection.names, request.settings["ignore"])  # pruned by another call
+            losses = self._finetune(request.finetune, solution.kept, elsewhere, shown, number)
+            findings = replace(findings, finetune_loss=losses, zeros_elsewhere=elsewhere or None)
         if request.recalibrates:
             batches = self.recalibration.read(RECALIBRATION_SAMPLES if final else request.samples)
             if not recalibrate_batchnorm(self.model, batches, self._paced(request.loss)):
@@ -267,21 +267,18 @@ class StageRunner:
             factor.delete()
         return factor.log.summary() | {"way": factor.passes.way} if isinstance(factor, MatrixFreeFactor) else None
 
-    def _finetune(self, settings: FineTune, kept: Tensor, shown: StageProgress, number: int) -> list[float]:
-        """Train under the mask of a stage; returns the mean loss of each epoch."""
+    def _finetune(
+        self, settings: FineTune, kept: Tensor, elsewhere: list[str], shown: StageProgress, number: int
+    ) -> list[float]:
+        """Train under the mask of a stage, and the zeros of other weights; returns the mean loss of each epoch."""
         shown.train(settings.epochs, number)
         parameters, masks = dict(self.model.named_parameters()), dict(self.request.selection.split(kept))
-        for name in self._zeros_elsewhere():
-            masks[name] = parameters[name].detach() != 0
+        masks |= {name: parameters[name].detach() != 0 for name in elsewhere}
         generator, reach = forked_generator(self.request.seed, f"fine-tuning {number}"), self._paced(shown.reach)
         report = train(
             self.model, self.recalibration, settings, self.request.loss, masks, generator, reach, self.trainer
         )
         return list(report.losses)
-
-    def _zeros_elsewhere(self) -> list[str]:
-        """Return the weights that are neither selected nor ignored, and seem to have been pruned by another call."""
-        return unnamed_zeros(self.model, self.request.selection.names, self.request.settings["ignore"])
 
     def _paced(self, function: Callable[..., _T]) -> Callable[..., _T]:
         """Return a function at whose calls all processes that share G wait for each other, where there are any."""
