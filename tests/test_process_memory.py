@@ -7,8 +7,10 @@ import mmap
 import os
 import re
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,12 +153,18 @@ def test_double_precision_needs_twice_as_much() -> None:
         plan_memory(replace(single, itemsize=8), 6 * GB, "float32").require()
 
 
-def test_less_memory_takes_the_next_storage_in_order() -> None:
+def test_less_memory_takes_the_next_storage_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any machine: where the disk is small, the file of 32 GB is passed over."""
     work = load(2000, 4_000_000, keep=0.5)
+    disk = 100 * GB
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
     names = [plan_memory(work, budget * GB).require().name for budget in (100, 40, 20, 10)]
     assert names == ["float32", "float32 (no copies)", "float16", "mapped"]
     with pytest.raises(ValueError, match=r"do not fit: float32: .* mapped: "):
         plan_memory(work, 1 * GB).require()
+    disk = 30 * GB
+    taken = plan_memory(work, 10 * GB)
+    assert taken.require().name == "matrix-free" and "its file needs 32.0 GB" in taken.why
 
 
 def test_without_a_disk_nothing_is_held(tmp_path) -> None:

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import re
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -278,7 +279,11 @@ def test_draws_are_the_same_and_lie_in_files(tmp_path: Path) -> None:
             assert not spill._can_be_mapped(a), "it lies in a file"
 
 
-def test_files_are_taken_before_fewer_samples_run_at_once_and_only_where_there_is_room(tmp_path: Path) -> None:
+def test_files_are_taken_before_fewer_samples_run_at_once_and_only_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: known(path)._replace(free=10**11))
     sizes = {"kept_bytes": 10**8, "largest_bytes": 10**6, "sample_bytes": 10**6}
     work = replace(load(10, 1000), samples=5000, can_spill=True, **sizes)
     held = plan_memory(work, None, "float32", tmp_path).require()
@@ -290,6 +295,9 @@ def test_files_are_taken_before_fewer_samples_run_at_once_and_only_where_there_i
     assert least.need < filed.need // 3
     short = plan_memory(work, least.need, "float32", tmp_path)
     assert short.require().storage.spilled == "activations" and short.require().storage.at_once == 8
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: known(path)._replace(free=4 * 10**9))
+    full = plan_memory(work, least.need, "float32", tmp_path)
+    assert full.chosen is None and "its file needs 6.6 GB" in full.why
     nowhere = plan_memory(work, held.need - 10**6, "float32", tmp_path / "nowhere")
     assert nowhere.chosen is None or nowhere.chosen.storage.spilled == "nothing"
 

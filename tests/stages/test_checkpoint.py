@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,25 @@ def test_going_on_ends_in_the_same_bytes(case: str, tmp_path: Path, monkeypatch:
         again, found = run(case, tmp_path / "1")
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
     assert again.seconds > sum(stage.seconds for stage in again.stages), "those of the call, and of what was there"
+
+
+def test_what_comes_back_lies_where_new_tensors_lie(tmp_path: Path) -> None:
+    """Products may round otherwise where their factors lie at odd addresses, as those of a file do."""
+
+    class Odd:
+        def remembered(self) -> dict[str, Tensor]:
+            return {f"{n}": torch.ones(n) for n in (1, 3, 5, 7)} | {"flag": torch.tensor([True])}
+
+        def recall(self, state: Mapping[str, Tensor]) -> None:
+            assert state.keys() == self.remembered().keys()
+            assert all(tensor.data_ptr() % 64 == 0 for tensor in state.values())
+            assert all(map(torch.equal, state.values(), self.remembered().values()))
+
+    kept = checkpoint.Checkpoint(tmp_path / "kept", {}).of(odd=Odd())
+    model, data, _ = CASES["dataset"]
+    record = prune(model(), data(), 0.5, "lr", samples=40, progress=False).stages[0]
+    kept.keep([record], 2)
+    assert kept.resume(2) == [record]
 
 
 def test_the_interrupted_network_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

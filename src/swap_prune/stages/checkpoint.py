@@ -160,7 +160,8 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 records = [StageReport.model_validate(record) for record in json.loads(file.metadata()[_STAGES])]
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                # copied, since a product may round otherwise where its factors lie at odd addresses, as in the file
+                state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             for part, remembering in self._parts.items():
                 prefix = f"{part}."
                 remembering.recall({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
