@@ -559,3 +559,23 @@ class Faulty(NoiseModel):
 def test_what_a_noise_model_may_not_return_is_said_in_a_line(noise, words):
     with pytest.raises(ValueError, match=words):
         prune(small_network(), small_data(40), 0.5, "obd", samples=20, noise=noise, progress=False)
+
+
+def test_zeros_among_the_weights_kept_are_said():
+    """They were there before, or the method made them: the mask alone does not tell."""
+
+    class Halving(Asking):
+        def solve(self, problem, generator):
+            solution = Magnitude().solve(problem, generator)
+            half = solution.kept.nonzero().squeeze(1)[::2]
+            return replace(solution, weights=solution.weights.index_fill(0, half, 0.0))
+
+    pruned = sure_network()
+    prune(pruned, own_labels(), 0.75, "magnitude", progress=False)
+    for model, method in ((pruned, Magnitude()), (sure_network(), Halving())):
+        report = prune(model, own_labels(), 0.5, method, samples=50, progress=False)
+        nonzero = sum(layer.kept for layer in report.layers.values())
+        missing = report.total // 2 - nonzero
+        assert report.kept == nonzero and abs(missing - report.total // 4) <= 1
+        said = f"{missing} of the weights kept are zero, as before pruning or as the method left them"
+        assert said in report.notes

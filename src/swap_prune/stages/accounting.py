@@ -46,7 +46,9 @@ def account(
     layers = count_layers(model, request.selection.names)
     kept = sum(layer.kept for layer in layers.values())
     if kept != stages[-1].kept:
-        notes.append(f"{stages[-1].kept - kept} of the weights kept were zero before pruning and still are")
+        notes.append(
+            f"{stages[-1].kept - kept} of the weights kept are zero, as before pruning or as the method left them"
+        )
     notes += _of_samples(request, settings, stages) + _held_against(request, stages)
     notes += _of_layers(model, request, settings, [name for name, layer in layers.items() if layer.kept == 0])
     return PruningReport(
