@@ -29,7 +29,6 @@ __all__ = [
     "DEFAULT_TARGETS",
     "Layer",
     "Selection",
-    "frozen_among",
     "layer_floors",
     "select_parameters",
     "unnamed_weights",
@@ -125,6 +124,11 @@ class _Candidate:
     owners: tuple[tuple[str, nn.Module], ...]  # modules that hold it directly: (module name, module)
     around: tuple[tuple[str, nn.Module], ...]  # those, and all that these lie in
 
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether it is an embedding's: rows are taken from it, and it is not multiplied with."""
+        return isinstance(self.owners[0][1], nn.Embedding | nn.EmbeddingBag)
+
 
 def select_parameters(
     model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS, ignore: Sequence[str] = ()
@@ -203,43 +207,35 @@ def unnamed_weights(model: nn.Module, selection: Selection, ignore: Sequence[str
     """
     counts: dict[str, int] = {}
     for candidate in _unnamed(model, selection.shapes, ignore):
-        name = type(candidate.owners[0][1]).__name__
-        counts[name] = counts.get(name, 0) + candidate.parameter.numel()
+        if not candidate.is_looked_up:
+            name = type(candidate.owners[0][1]).__name__
+            counts[name] = counts.get(name, 0) + candidate.parameter.numel()
     return counts
-
-
-def frozen_among(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return which of some parameters require no gradient, in a model of which others do."""
-    parameters = dict(model.named_parameters())
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        return []  # a network that is only used
-    return [name for name in names if not parameters[name].requires_grad]
 
 
 def unnamed_zeros(model: nn.Module, names: Iterable[str], ignore: Sequence[str] = ()) -> list[str]:
     """Return the names of such weights that seem to have been pruned: a part of them is exactly zero, and not all.
+
+    Of embeddings too, without the rows that are zero throughout, as those of padding are.
 
     Args:
         model: The model.
         names: Of the parameters that are selected.
         ignore: Patterns of what was to be left alone.
     """
-    shares = {
-        candidate.name: float((candidate.parameter.detach() == 0).double().mean())
-        for candidate in _unnamed(model, set(names), ignore)
-        if candidate.parameter.layout is torch.strided and candidate.parameter.numel() > 0
-    }
-    return [name for name, share in shares.items() if _PRUNED <= share < 1]
+    found = [one for one in _unnamed(model, set(names), ignore) if one.parameter.layout is torch.strided]
+    zeros = {one.name: one.parameter.detach() == 0 for one in found}
+    zeros |= {one.name: zeros[one.name][~zeros[one.name].all(1)] for one in found if one.is_looked_up}
+    return [name for name, among in zeros.items() if among.numel() and _PRUNED <= among.double().mean() < 1]
 
 
 def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) -> Iterator[_Candidate]:
-    """Yield weights of two dimensions and more, those of embeddings apart, that are neither named nor ignored."""
+    """Yield weights of two dimensions and more that are neither named nor ignored."""
     for candidate in _collect(model):
-        parameter, (_, owner) = candidate.parameter, candidate.owners[0]
+        parameter = candidate.parameter
         lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
         weight = not lazy and parameter.is_floating_point() and parameter.ndim >= 2 and candidate.name not in names
-        looked_up = isinstance(owner, nn.Embedding | nn.EmbeddingBag)
-        if weight and not looked_up and not any(_matches(pattern, candidate) for pattern in ignore):
+        if weight and not any(_matches(pattern, candidate) for pattern in ignore):
             yield candidate
 
 

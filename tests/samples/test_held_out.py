@@ -187,7 +187,9 @@ def test_floors_that_gain_nothing_or_are_not_asked_for_are_left_out() -> None:
         alone = LR(first_order=0, swaps=0, **settings).solve(starving(held_out), torch.Generator())
         assert torch.equal(alone.kept, tried.kept) and alone.evidence["floor"] == 0.0
     fixed = LR(first_order=0, swaps=0, floor=0.9).solve(starving(None), torch.Generator())
-    assert kept_by_layer(fixed.kept) == [24, 16]
+    assert kept_by_layer(fixed.kept) == [24, 16] and fixed.evidence["floor"] == 0.9
+    few = LR(first_order=0, swaps=0, floor=0.9).solve(replace(starving(None), keep=2), torch.Generator())
+    assert few.evidence["floor"] == 0.0, "floors of two weights and one would take all, and are not laid"
     paper = EWR(solver="algorithm1", floor=0.9).solve(starving(None), torch.Generator())
     assert kept_by_layer(paper.kept)[0] >= 24
 

@@ -107,3 +107,21 @@ def test_a_loss_that_draws_from_other_states_gives_the_same_and_leaves_them(sour
         assert before == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr]
         found.append(model[0].weight.detach().clone())  # type: ignore[index]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("method", ["lr", "obd", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_data_in_the_order_of_their_classes_are_noted_by_every_method(method: str, in_order: bool) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(200) // 40 if in_order else torch.arange(200) % 5
+    batches = [(torch.randn(20, 4), labels[start : start + 20]) for start in range(0, 200, 20)]
+    report = prune(nn.Sequential(nn.Linear(4, 5)), batches, 0.5, method, samples=40, progress=False)
+    said = [note for note in report.notes if "calibration labels are of" in note]
+    assert said == (
+        [
+            "the 40 calibration labels are of 1 of 5 classes: data that are read in order should be shuffled; a "
+            "Dataset is drawn from at random"
+        ]
+        if in_order
+        else []
+    )

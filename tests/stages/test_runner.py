@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
-from swap_prune import LR, FineTune, prune
+from swap_prune import LR, FineTune, load_pruned, prune
 from swap_prune.fisher.defence.gradients import GradientDefence, layers_of
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor
@@ -500,6 +500,7 @@ class Careless(Asking):
             "tensor": replace(solution, evidence={"a": torch.ones(2)}),
             "number": replace(solution, evidence={1: 2}),
             "infinite": replace(solution, evidence={"a": float("inf")}),
+            "taken": replace(solution, evidence={"a": 1, "label_noise": "low", "stages_tried": 3}),
             "sound": replace(solution, evidence={"a": [1, {"b": 2.5}], "c": None}),
         }[self.made]
 
@@ -513,6 +514,7 @@ class Careless(Asking):
         ("tensor", r"the evidence of method 'asking' must be finite numbers, .* got {'a': tensor"),
         ("number", "the evidence of method 'asking' must be finite numbers, .* by name"),
         ("infinite", "the evidence of method 'asking' must be finite numbers"),
+        ("taken", "'asking' must have names of its own, got label_noise, stages_tried: rename it"),
     ],
 )
 def test_what_a_method_may_not_return_is_said_in_a_line(made, words, tmp_path):
@@ -538,6 +540,9 @@ class Faulty(NoiseModel):
     def corrupt(self, batches, generator, model, loss_fn):
         return self.made.get("batches", batches)
 
+    def disturb(self, weights, generator, layers):
+        return self.made["weights"](weights) if "weights" in self.made else weights
+
     def apply(self, factor, generator, layers=None):
         return self.made["factor"](factor) if "factor" in self.made else factor
 
@@ -548,6 +553,12 @@ class Faulty(NoiseModel):
         (Faulty(batches=None), "corrupt of Faulty must return a list of batches, got None"),
         (Faulty(batches=[]), r"corrupt of Faulty must return a list of batches, got \[\]"),
         (Faulty(batches=iter([1])), "corrupt of Faulty must return a list of batches, got <list_iterator"),
+        (Faulty(weights=lambda weights: None), r"disturb of Faulty must return weights \(\d+,\), .* got a NoneType"),
+        (Faulty(weights=lambda weights: weights[:5]), r"disturb of Faulty must return weights .* got \(5,\)"),
+        (
+            Faulty(weights=lambda weights: weights.double()),
+            "disturb of Faulty must .* torch.float32, got .* torch.float64",
+        ),
         (Faulty(factor=lambda factor: factor.matrix), "apply of Faulty must return a DenseFactor of .* got a Tensor"),
         (
             Faulty(factor=lambda factor: DenseFactor(factor.matrix[:5])),
@@ -579,3 +590,29 @@ def test_zeros_among_the_weights_kept_are_said():
         assert report.kept == nonzero and abs(missing - report.total // 4) <= 1
         said = f"{missing} of the weights kept are zero, as before pruning or as the method left them"
         assert said in report.notes
+
+
+class Remembers(nn.Module):
+    """Gives a buffer that is None its values when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3))
+        self.register_buffer("seen", None)
+
+    def forward(self, inputs):
+        self.seen = torch.zeros(3) if self.seen is None else self.seen
+        return self.body(inputs) + self.seen
+
+
+@pytest.mark.parametrize("method", ["lr", "wanda", "magnitude"])
+def test_a_buffer_that_was_none_is_none_again(method, tmp_path):
+    model = Remembers()
+    prune(model, small_data(), 0.5, method, samples=40, progress=False).save(tmp_path / "out")
+    assert model.seen is None and "seen" not in model.state_dict()
+    load_pruned(Remembers(), tmp_path / "out")
+    wrong = TensorDataset(small_data().tensors[0], small_data().tensors[1] + 7)
+    with pytest.raises(ValueError, match="label"):
+        prune(model, wrong, 0.7, "lr", samples=40, progress=False)
+    assert model.seen is None

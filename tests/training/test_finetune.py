@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import swap_prune
 from swap_prune import FineTune, finetune, masks_of
 from swap_prune.losses.distillation import SelfDistillation
+from swap_prune.losses.values import BinaryCrossEntropy
 from swap_prune.training.settings import parse_finetune
 from swap_prune.training.teaching import Teacher
 
@@ -328,6 +329,39 @@ def test_gradual_pruning_learns_from_the_network_before_it(method: str) -> None:
     assert auto == agreement(0.9)
 
 
+class Looking(nn.Module):
+    """Looks its first input up, in a table whose row of padding is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.table((inputs[:, 0].abs() * 8).long().clamp(0, 19)))
+
+
+def test_zeros_of_embeddings_are_not_lost_in_silence() -> None:
+    """Rows that are zero throughout, as that of padding, are not taken for pruned."""
+    finetune(Looking(), DATA, masks={})
+    model = Looking()
+    with torch.no_grad():
+        model.head.weight[0, :4] = 0
+        model.table.weight[10:] = 0
+    finetune(model, DATA)
+    assert int((model.head.weight == 0).sum()) == 4
+    model = Looking()
+    both = ["Linear", "Embedding"]
+    swap_prune.prune(model, DATA, 0.5, "magnitude", targets=both, min_keep={"Linear": 0.3}, progress=False)
+    zeros = int((model.table.weight == 0).sum())
+    with pytest.raises(ValueError, match=r"table.weight hold zeros too, and targets does not name them"):
+        finetune(model, DATA)
+    finetune(model, DATA, targets=both)
+    report = swap_prune.prune(model, DATA, 0.7, "magnitude", finetune=FineTune(epochs=1, lr=0.1), progress=False)
+    assert int((model.table.weight == 0).sum()) == zeros > 60
+    assert any(note.startswith("zeros of table.weight, which were not selected, stayed") for note in report.notes)
+
+
 def test_zeros_of_other_layers_are_not_lost_in_silence() -> None:
     """A network that was pruned with targets of its own, and is trained without naming them again."""
     torch.manual_seed(0)
@@ -481,3 +515,20 @@ def test_the_seed_decides_what_dropout_drops() -> None:
         return model[2].weight.detach()
 
     assert torch.equal(trained(0), trained(0)) and not torch.equal(trained(0), trained(1))
+
+
+def test_targets_of_every_batch_are_checked() -> None:
+    """By a loss that can: they may be wrong in a later batch alone."""
+    targets = torch.zeros(len(INPUTS), 3)
+    targets[-1] = 2
+    model = nn.Sequential(nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    before = copy.deepcopy(model.state_dict())
+    settings = FineTune(epochs=1, batch_size=8)
+    pairs = [(INPUTS[start : start + 8], targets[start : start + 8]) for start in range(0, len(INPUTS), 8)]
+    with pytest.raises(ValueError, match=r"BinaryCrossEntropy needs targets in \[0, 1\], got 0 to 2"):
+        finetune(model, pairs, settings, loss_fn=BinaryCrossEntropy())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    targets[-1] = 1
+    finetune(model, pairs, settings, loss_fn=BinaryCrossEntropy())

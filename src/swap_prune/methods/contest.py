@@ -249,6 +249,9 @@ class _Contest:
         candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
         if self._problem.held_out is None:
             candidates = candidates[:1]
+        asked = candidates[0].floor
+        if asked and fair_floors(self._problem, asked, self._diagonal) is self._problem.floors:  # it would take all k
+            candidates = [candidate._replace(floor=0.0) for candidate in candidates]
         if self._takes_steps:
             candidates = sorted(reversed(candidates), key=lambda one: -one.damping)  # those that gain most first
         floors = _FLOORS if self._settings.floor == "auto" and self._problem.held_out is not None else ()

@@ -6,7 +6,7 @@ Place in the pipeline: after the last stage.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from swap_prune.checks import some_of
 from swap_prune.defences import name_of
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Request
-from swap_prune.selection import DEFAULT_TARGETS, frozen_among, unnamed_weights
+from swap_prune.selection import DEFAULT_TARGETS, unnamed_weights
 
 __all__ = ["account"]
 
@@ -135,7 +135,7 @@ def _of_layers(model: nn.Module, request: Request, settings: dict[str, Any], emp
     notes = []
     if tuple(settings["targets"]) == DEFAULT_TARGETS:
         notes += _left_alone(request.selection.total, unnamed_weights(model, request.selection, settings["ignore"]))
-    frozen = frozen_among(model, request.selection.names)
+    frozen = _frozen_among(model, request.selection.names)
     if frozen:
         notes.append(
             f"parameters that require no gradient were pruned too ({some_of(frozen)}): ignore= leaves them alone"
@@ -169,3 +169,11 @@ def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:
         return []
     share, kinds = round(100 * count / (count + selected)), ", ".join(others)
     return [f"{count} weights, {share} % of all, were left alone: targets does not name their layers ({kinds})"]
+
+
+def _frozen_among(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which of some parameters require no gradient, in a model of which others do."""
+    parameters = dict(model.named_parameters())
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        return []  # a network that is only used
+    return [name for name in names if not parameters[name].requires_grad]

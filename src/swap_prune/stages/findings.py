@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["StageFindings"]
+from swap_prune.checks import some_of
+
+__all__ = ["STAGES_TRIED", "StageFindings", "check_names"]
+
+STAGES_TRIED = "stages_tried"  # what the search for their number adds
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,17 @@ class StageFindings:
         """Return what was found, by name."""
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in named if value is not None and value is not False}
+
+
+def check_names(evidence: Mapping[str, Any], method: str) -> None:
+    """Refuse evidence of a method that would pass for what was found in its stage.
+
+    Raises:
+        ValueError: If a name is that of a finding.
+    """
+    own = [field.name for field in fields(StageFindings)] + [STAGES_TRIED]
+    taken = [name for name in own if name in evidence]
+    if taken:
+        raise ValueError(
+            f"the evidence of method {method!r} must have names of its own, got {some_of(taken)}: rename it"
+        )

@@ -47,7 +47,7 @@ from swap_prune.selection import unnamed_zeros
 from swap_prune.stages.capturing import RowCapture, rows_in_batches
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defended, Defender
-from swap_prune.stages.findings import StageFindings
+from swap_prune.stages.findings import StageFindings, check_names
 from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.single_rows import SingleRows
@@ -116,6 +116,7 @@ class StageRunner:
         problem = PruningProblem(reference, keep, selection=selection, floors=floors, pattern=request.pattern)
         solution, samples, loss, findings = self._solve(problem, sparsity, shown, number)
         check_solution(solution, problem, request.solver.name)
+        check_names(solution.evidence, request.solver.name)
         write_weights(self.model, selection, solution.weights, solution.kept)
         if request.finetune is not None:
             elsewhere = unnamed_zeros(self.model, selection.names, request.settings["ignore"])  # pruned by another call
@@ -170,7 +171,8 @@ class StageRunner:
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
         solution = self._solution(problem, number)
-        findings = replace(findings, passes=self._let_go(problem.factor))
+        few = few_classes(self.model, self.request.loss, fitting) if fitting else None
+        findings = replace(findings, few_classes=few, passes=self._let_go(problem.factor))
         if single is not None:
             findings = replace(findings, rows_of_samples_left=single.left)
             self._let_go(single.file)
@@ -222,7 +224,6 @@ class StageRunner:
         findings = replace(
             findings,
             rows_reused=reused,
-            few_classes=few_classes(self.model, self.request.loss, fitting),
             one_sample_rules=share_of_largest(capture.losses, self.request.loss),
             gradients_are_zero=all_silent,
             without_gradient=silent if silent and number == 1 and not all_silent else None,

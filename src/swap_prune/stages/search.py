@@ -20,6 +20,7 @@ from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.samples.shares import JUDGED
+from swap_prune.stages.findings import STAGES_TRIED
 from swap_prune.stages.runner import StageRunner
 from swap_prune.surgery.snapshot import Snapshot
 from swap_prune.training.teaching import Taught, taught_losses
@@ -68,7 +69,7 @@ def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], sho
         best = _Outcome(records, loss, Snapshot(runner.model, changing))
     assert best is not None, "there is at least one schedule"
     *before, last = best.records
-    return [*before, last.model_copy(update={"evidence": last.evidence | {"stages_tried": tried}})]
+    return [*before, last.model_copy(update={"evidence": last.evidence | {STAGES_TRIED: tried}})]
 
 
 def _judges(runner: StageRunner) -> list[Taught]:

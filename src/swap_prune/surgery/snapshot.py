@@ -27,14 +27,20 @@ def unexpanded(tensor: Tensor) -> Tensor:
 
 
 class _Buffers:
-    """Buffers of some modules, and the values that they had: a module may write to one, replace it, or resize it."""
+    """Buffers of some modules, and the values that they had: a module may write to one, replace it, or resize it.
+
+    One that is None may be given values, and is None again.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.held = [
-            (module, name, buffer, unexpanded(buffer).clone())
-            for module in modules
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-        ]
+        self.held: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._absent: list[tuple[nn.Module, str]] = []
+        for module in modules:
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    self._absent.append((module, name))
+                else:
+                    self.held.append((module, name, buffer, unexpanded(buffer).clone()))
 
     def restore(self) -> None:
         """Give them back."""
@@ -47,6 +53,8 @@ class _Buffers:
                     place.copy_(values)
                 else:
                     buffer.data = values.clone()
+        for module, name in self._absent:
+            setattr(module, name, None)
 
 
 class Snapshot:

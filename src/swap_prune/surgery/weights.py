@@ -19,8 +19,8 @@ __all__ = ["fill_lost", "temporary_weights", "write_weights"]
 def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept: Tensor) -> None:
     """Write w to the selected parameters; what is not kept becomes exactly zero.
 
-    A kept weight that the parameter's dtype would round to zero becomes the smallest number that it has, so
-    that storing in half precision does not change the sparsity; one that it would round to infinity the largest.
+    A kept weight that the parameter's dtype would round to zero becomes its smallest normal number, so that
+    storing in half precision does not change the sparsity; one that it would round to infinity the largest.
 
     Args:
         model: The network, changed in place.
@@ -43,7 +43,7 @@ def write_weights(model: nn.Module, selection: Selection, weights: Tensor, kept:
 
 
 def fill_lost(parameter: nn.Parameter, kept: Tensor) -> None:
-    """Give kept weights that became exactly zero, as training in half precision may have it, the smallest number.
+    """Give kept weights that became exactly zero, as training in half precision may have it, a smallest normal number.
 
     Args:
         parameter: Changed in place.

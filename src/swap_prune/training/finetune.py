@@ -213,9 +213,8 @@ class _Course:
             if alone and is_single(batch):
                 continue
             share = share if most is None else max(share, steps / most)
-            if epoch == steps == 0:
-                with eval_mode(self.model):
-                    check_calibration(self.model, self.loss_fn, [batch])
+            if epoch == 0:
+                self._check(batch, first=steps == 0)
             loss = self._step((epoch + share) / self.settings.epochs, batch)
             if not math.isfinite(loss):
                 where = f"the loss is {loss} in step {steps + 1} of epoch {epoch + 1}"
@@ -231,6 +230,19 @@ class _Course:
                 f"batch_size (now {self.settings.batch_size}), or give larger batches"
             )
         return total / samples, steps
+
+    def _check(self, batch: Any, *, first: bool) -> None:
+        """Check a batch of the first epoch: the targets of each, and all else of the first.
+
+        Raises:
+            ValueError: If it cannot be trained on.
+        """
+        if first:
+            with eval_mode(self.model):
+                check_calibration(self.model, self.loss_fn, [batch])
+        elif callable(check := getattr(self.loss_fn, "check_targets", None)):
+            with failures_named("training batch", batch):
+                check(batch)
 
     def _step(self, done: float, batch: Any) -> float:
         """Take one step of the optimiser; returns the mean loss before it."""

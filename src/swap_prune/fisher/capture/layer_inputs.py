@@ -40,16 +40,16 @@ _Reduce = Callable[[Tensor], Tensor]  # inputs (groups, m, d) -> sum over m of a
 class LayerInputs:
     """Statistics of the inputs of the selected layers.
 
-    Each method runs the network once over the batches, as it is then: ask before trying candidates. Groups are those
-    of a grouped convolution, 1 otherwise; d is the number of weights of one output, so that the weight of a layer is
-    ``(groups, outputs / groups, d)``.
+    Each method runs the network once over the batches. Groups are those of a grouped convolution, 1 otherwise; d is the
+    number of weights of one output, so that the weight of a layer is ``(groups, outputs / groups, d)``.
 
     Attributes:
         model: The network; nothing of it changes.
         selection: The parameters that statistics are wanted for.
         batches: Calibration batches on the model's device.
         loss_fn: Used to run the network on a batch.
-        weights: Selected weights (p,) that the network runs with, where noise makes others of its own.
+        weights: Selected weights (p,) that the network runs with, those of the stage, with noise on them; None: its own
+            as they are when it is asked.
     """
 
     model: nn.Module

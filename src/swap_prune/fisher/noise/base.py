@@ -117,7 +117,14 @@ class NoiseChain(NoiseModel):
     def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
         """Pass the weights from model to model."""
         for noise in self.models:
-            weights = noise.disturb(weights, generator, layers)
+            found: Any = noise.disturb(weights, generator, layers)
+            if not isinstance(found, Tensor) or (found.shape, found.dtype) != (weights.shape, weights.dtype):
+                got = (
+                    f"{tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+                )
+                wanted = f"{tuple(weights.shape)}, {weights.dtype}"
+                raise ValueError(f"disturb of {_name_of(noise)} must return weights {wanted}, got {got}")
+            weights = found
         return weights
 
     def apply(self, factor: DenseFactor, generator: torch.Generator, layers: Layers | None = None) -> DenseFactor:
