@@ -5,6 +5,7 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,3 +144,10 @@ def test_shares_follow_the_rule_unit_by_unit(seed):
 
 def test_a_great_many_parts_are_shared_out_at_once():
     assert sum(share_out(470_001, [100] * 10_000)) == 470_001
+
+
+def test_sparsities_of_half_precision_are_numbers_like_others():
+    """NumPy's own products in it end at 65504, and are coarse."""
+    for dtype in (np.float16, np.float32):
+        sparsity = dtype(0.9)
+        assert keep_count(40_000_000, sparsity) == keep_count(40_000_000, float(sparsity))

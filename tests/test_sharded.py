@@ -27,6 +27,7 @@ from swap_prune.fisher.capture import rows as capture
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
+from swap_prune.network.layout import unexpanded
 from swap_prune.stages.runner import StageRunner
 from tests.test_pipeline import small_data, small_network
 
@@ -313,9 +314,10 @@ def test_every_part_has_one_owner(size: int, parts: int) -> None:
 
 def test_what_the_first_process_has_is_written_over_what_another_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "broadcast", lambda flat, **_: flat.zero_())
-    own, turned = torch.ones(2, 3), torch.ones(2, 3).T
-    Team(1, 2, torch.device("cpu"), None).take_from_first_([own, turned])  # type: ignore[arg-type]
-    assert not own.any() and not turned.any()
+    own, turned, expanded = torch.ones(2, 3), torch.ones(2, 3).T, torch.ones(1, 3).expand(4, 3)
+    team = Team(1, 2, torch.device("cpu"), None)  # type: ignore[arg-type]
+    team.take_from_first_([own, turned, unexpanded(expanded)])
+    assert not own.any() and not turned.any() and not expanded.any()
 
 
 def test_each_process_has_the_gpu_of_its_own_number_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

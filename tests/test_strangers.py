@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, keep_masks, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.samples.batches import batch_size
+from swap_prune.schedule import keep_count
 from swap_prune.selection import select_parameters
 from tests.cases import blurred_classes, trained
 
@@ -1402,3 +1403,91 @@ def test_lazy_normalisation_is_told_apart_from_inference_mode(call: Callable[...
     model = nn.Sequential(nn.Linear(8, 16), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(16, 3))
     with pytest.raises(ValueError, match="is not initialised: run the model once"):
         call(model, DATA, 0.5)
+
+
+class Cosine(nn.Module):
+    """Does not see that all weights shrink alike, and pools texts of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(50, 33), nn.Linear(33, 65, bias=False)
+        self.head, self.classes = nn.Linear(65, 37, bias=False), nn.Parameter(torch.randn(5, 37))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.head(torch.relu(self.body(self.table(tokens).mean(1))))
+        return 10 * functional.normalize(hidden, dim=1) @ functional.normalize(self.classes, dim=1).T
+
+
+def test_networks_that_do_not_see_the_scale_of_their_weights_are_not_refused() -> None:
+    """With batches of one, products of the same numbers round otherwise at other addresses."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = Cosine()
+        texts = [(torch.randint(50, (1, 3 + i % 7)), torch.randint(5, (1,))) for i in range(40)]
+        report = prune(model, texts, 0.5, "obd", samples=30, progress=False)
+        assert report.kept == report.total // 2
+
+
+class Branch(nn.Module):
+    """Has a residual branch that may have died."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.inner.weight *= scale
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(inputs))
+        return self.last(hidden + self.outer(torch.relu(self.inner(hidden))))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-20, 1e-38])
+def test_a_branch_whose_weights_have_decayed_does_not_stop_the_others(scale: float) -> None:
+    model = Branch(scale)
+    report = prune(model, DATA, 0.8, "lr", samples=64, progress=False)
+    assert report.kept == keep_count(report.total, 0.8)
+    assert report.layers["first.weight"].kept > 0 and all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lr", "chita", "obd"])
+def test_the_default_dtype_of_the_caller_makes_no_difference(method: str) -> None:
+    def pruned(dtype: torch.dtype) -> nn.Module:
+        model = perceptron()
+        torch.set_default_dtype(dtype)
+        try:
+            prune(model, DATA, 0.5, method, samples=64, noise="gradient:std=1,fraction=0.25", progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return model
+
+    expected = pruned(torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert all(map(torch.equal, pruned(dtype).parameters(), expected.parameters())), dtype
+
+
+class Expanded(nn.Module):
+    """Has a buffer that holds each of its numbers many times."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(8, 3)
+        self.register_buffer("mask", torch.full((1, 3), scale).expand(4, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.body(inputs) * self.mask[0]
+
+
+def test_expanded_buffers_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = Expanded()
+    prune(model, DATA, 0.5, "lr", samples=64, progress=False).save(tmp_path / "out")
+    loaded = load_pruned(Expanded(), tmp_path / "out")
+    assert torch.equal(loaded.body.weight, model.body.weight)
+    other = Expanded(scale=2.0)
+    before = other.body.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'mask' of Expanded is an expanded tensor, .* holds other values"):
+        load_pruned(other, tmp_path / "out")
+    assert torch.equal(other.body.weight, before)

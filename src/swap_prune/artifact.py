@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from swap_prune.checks import first_line, some_of, user_path
 from swap_prune.files import check_output_directory, write_directory
 from swap_prune.network.device import check_network
+from swap_prune.network.layout import unexpanded
 from swap_prune.network.names import renamed
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.report import LayerReport, PruningReport
@@ -281,7 +282,15 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             f"{imaginary[0]!r} is {_kind_of(state[imaginary[0]])} in {path}, and real in {type(model).__name__}: its "
             "imaginary part would be lost"
         )
-    model.load_state_dict(dict(state), strict=False)
+    tensors = {name: one for name, one in own.items() if isinstance(one, Tensor)}
+    expanded = {name for name, tensor in tensors.items() if unexpanded(tensor).shape != tensor.shape}
+    same = {name for name in expanded & state.keys() if torch.equal(own[name].cpu(), state[name].to(own[name].dtype))}
+    if other := sorted((expanded & state.keys()) - same):
+        raise ValueError(
+            f"{other[0]!r} of {type(model).__name__} is an expanded tensor, which cannot be written to, and {path} "
+            "holds other values: give it memory of its own by contiguous()"
+        )
+    model.load_state_dict({name: one for name, one in state.items() if name not in same}, strict=False)
 
 
 def _is_inexact(tensor: Tensor) -> bool:

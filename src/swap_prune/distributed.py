@@ -156,7 +156,8 @@ class Team:
         for tensor in filter(_is_strided, tensors):
             flat = tensor.detach().reshape(-1).view(torch.uint8).to(self.device)
             self._talk(partial(dist.broadcast, flat, group=self.group, group_src=0))
-            tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
+            if flat.data_ptr() != tensor.data_ptr():  # else it was received in its place
+                tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
 
     def gather(self, own: Tensor) -> list[Tensor]:
         """Return tensors of one shape, of all ranks."""

@@ -99,7 +99,7 @@ def keep_count(total: int, sparsity: float) -> int:
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity!r}")
-    return math.floor(total * (1 - sparsity))
+    return math.floor(total * (1 - float(sparsity)))  # NumPy's half precision ends at 65504
 
 
 def share_out(keep: int, sizes: Sequence[int]) -> list[int]:

@@ -88,3 +88,20 @@ def test_what_a_caller_has_set_is_given_back(setting: str) -> None:
     code += "assert switches() == before\n"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Stopping(nn.Linear):
+    """Is interrupted while its mode is set."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if not mode:
+            raise KeyboardInterrupt
+        return self
+
+
+def test_modes_are_given_back_though_an_interruption_came_while_they_were_set() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), Stopping(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(KeyboardInterrupt), eval_mode(model):
+        pass
+    assert all(module.training for module in model.modules())

@@ -319,11 +319,18 @@ def test_losses_are_told_apart_by_what_they_do(kind: str, tmp_path: Path) -> Non
         run("dataset", tmp_path, loss_fn=LOSSES[kind](3))
 
 
-def test_a_loss_is_told_apart_by_what_it_reads_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("dataset", tmp_path, loss_fn=helped)
+def helped_inside(net: nn.Module, batch: Any) -> Tensor:
+    return (lambda losses: losses * FACTOR)(cross_entropy(net, batch))
+
+
+@pytest.mark.parametrize("loss", [helped, helped_inside])
+def test_a_loss_is_told_apart_by_what_it_reads_around_it(
+    loss: Callable[[nn.Module, Any], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("dataset", tmp_path, loss_fn=loss)
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3)
     with pytest.raises(ValueError, match="loss was"):
-        run("dataset", tmp_path, loss_fn=helped)
+        run("dataset", tmp_path, loss_fn=loss)
 
 
 @pytest.mark.parametrize("make", [Tallying, counting])

@@ -4,6 +4,8 @@ Convolutions on CPUs work on the second up to three times as fast, and hand it o
 the same but for rounding. So a network gets its images that way for the time of a run, if it takes them: one that calls
 ``view`` where ``reshape`` is needed does not. Whatever is outside the network, such as a loss, sees no difference.
 
+Expanded tensors hold each number once, and lie there many times.
+
 Place in the pipeline: around all of it.
 """
 
@@ -16,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from swap_prune.network.modes import eval_mode, no_autocast
 from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import map_tensors
 
-__all__ = ["images_laid_out", "takes_channels_last"]
+__all__ = ["images_laid_out", "takes_channels_last", "unexpanded"]
 
 _CHANNEL_BLOCK = 16  # of oneDNN's 1 x 1 convolutions on AVX-512; 8 on AVX2
 _SHARED_DIGITS = 3e-3  # relative: what losses in both layouts may differ by
@@ -54,6 +57,15 @@ def takes_channels_last(
     return torch.allclose(usual, other, rtol=_SHARED_DIGITS, atol=_SHARED_DIGITS)
 
 
+def unexpanded(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
+    if tensor.layout != torch.strided:
+        return tensor.detach()
+    for dimension, stride in enumerate(tensor.stride()):
+        tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
+    return tensor.detach()
+
+
 @contextmanager
 def images_laid_out(model: nn.Module, laid: bool = True) -> Iterator[None]:
     """Run a block in which a network sees its images channels last, and its outputs come out as they would else.
@@ -73,8 +85,10 @@ def images_laid_out(model: nn.Module, laid: bool = True) -> Iterator[None]:
     def after(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
         return _arranged(output, torch.contiguous_format)
 
-    hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    hooks: list[RemovableHandle] = []
     try:
+        hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(model.register_forward_hook(after))
         yield
     finally:
         for hook in hooks:

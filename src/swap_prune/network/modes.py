@@ -49,12 +49,12 @@ def training_mode(model: nn.Module) -> AbstractContextManager[None]:
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     dropouts = [] if training else [(module, module.dropout) for module in model.modules() if _is_on_cudnn(module)]
-    model.train(training)
-    for module in filter(is_frozen, model.modules()):
-        module.training = False
-    for recurrent, _ in dropouts:
-        recurrent.training, recurrent.dropout = True, 0.0  # cuDNN goes back through them in training mode alone
-    try:
+    try:  # an interruption may come at any line
+        model.train(training)
+        for module in filter(is_frozen, model.modules()):
+            module.training = False
+        for recurrent, _ in dropouts:
+            recurrent.training, recurrent.dropout = True, 0.0  # cuDNN goes back through them in training mode alone
         yield
     finally:
         for recurrent, dropout in dropouts:
@@ -81,9 +81,9 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and not is_frozen(module)]
     tracking = [layer.track_running_stats for layer in layers]
     with eval_mode(model):
-        for layer in layers:
-            layer.training, layer.track_running_stats = True, False
         try:
+            for layer in layers:
+                layer.training, layer.track_running_stats = True, False
             yield
         finally:
             for layer, tracked in zip(layers, tracking, strict=True):
@@ -108,8 +108,8 @@ def slow_attention() -> Iterator[None]:
     Their fast path goes round these, or gives them nested tensors, where nothing can be seen by hooks.
     """
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

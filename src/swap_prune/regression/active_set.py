@@ -70,7 +70,7 @@ def solve_active_set(
 
 def largest_curvature(problem: WeightedRidge, generator: torch.Generator) -> float:
     """Estimate L, the largest eigenvalue of ``G^T G + n lam I``, from below by the power method."""
-    v = torch.randn(problem.factor.shape[0], generator=generator, device="cpu").to(problem.target)
+    v = torch.randn(problem.factor.shape[0], generator=generator, device="cpu", dtype=torch.float32).to(problem.target)
     size = torch.linalg.vector_norm(v)
     for _ in range(_POWER_STEPS):
         v = problem.factor.matvec(problem.factor.rmatvec(v / size.clamp_min(torch.finfo(v.dtype).tiny)))

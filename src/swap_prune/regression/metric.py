@@ -42,7 +42,8 @@ __all__ = ["Metric", "damped_metric", "diagonal_metric"]
 Metric = Literal["diagonal", "layer", "factored", "identity"]
 
 _LEAST = 1e-4  # of the mean over all weights: no b_j is less, so that weights without influence have a price too
-_UNUSUAL = 20.0  # times the usual gain, or that part of it: further away a layer is in a unit of its own
+_UNUSUAL = 20.0  # times the usual gain, or that part of it: further away a layer is in a unit of its own,
+_MOST_UNUSUAL = 1e12  # of so many times at the most, whose square is still a number in single precision
 _LAYER_SHARE = 0.01  # of the layer's mean in the factored b_j: an output or input without gradients may get some
 
 
@@ -101,7 +102,7 @@ def _units_of_their_own(layers: Sequence[Layer], reference: Tensor) -> list[tupl
     norms = [float(torch.linalg.vector_norm(reference[layer.place].double())) for layer in matrices]
     gains = [norm / max(1, layer.shape[0]) ** 0.5 for norm, layer in zip(norms, matrices, strict=True)]
     usual = median([gain for gain in gains if gain > 0] or [1.0])
-    ratios = [gain / usual if gain > 0 else 1.0 for gain in gains]
+    ratios = [min(max(gain / usual, 1 / _MOST_UNUSUAL), _MOST_UNUSUAL) if gain > 0 else 1.0 for gain in gains]
     found = zip(matrices, ratios, strict=True)
     return [(layer.place, ratio) for layer, ratio in found if not 1 / _UNUSUAL <= ratio <= _UNUSUAL]
 

@@ -227,7 +227,7 @@ def _shifted(network: Network, inputs: Tensor, classes: Tensor, radius: float, a
 
 def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
-    drawn = torch.rand(outputs.shape, generator=generator, device="cpu").to(outputs.device)
+    drawn = torch.rand(outputs.shape, generator=generator, device="cpu", dtype=torch.float32).to(outputs.device)
     barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
     return drawn.scatter(1, barred, -1.0).argmax(1)
 

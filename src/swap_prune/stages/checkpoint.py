@@ -24,9 +24,9 @@ from swap_prune.checks import user_path
 from swap_prune.distributed import Team
 from swap_prune.files import delete_abandoned, replaced_name, replacing
 from swap_prune.fisher.storage import Storage
+from swap_prune.network.layout import unexpanded
 from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
-from swap_prune.surgery.snapshot import unexpanded
 
 __all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering", "has_stages", "kept_storage"]
 

@@ -104,11 +104,17 @@ def _read_by(function: FunctionType) -> tuple[Any, ...]:
     """Return what a function does, and the values that it reads beside its arguments and does not overwrite."""
     code, own = function.__code__, function.__globals__
     written = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "STORE_GLOBAL")}
-    names = sorted(set(code.co_names) - written)
+    names = sorted(_names_in(code) - written)
     around = tuple((n, own[n]) for n in names if n in own and isinstance(own[n], (FunctionType, *_PLAIN)))
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     held = tuple((name, *_content(cell)) for name, cell in cells if name not in written)
     return _code(code), function.__defaults__, tuple(sorted((function.__kwdefaults__ or {}).items())), around, held
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names that code has, those of the functions that are written in it included."""
+    inner = (_names_in(one) for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _content(cell: CellType) -> tuple[Any, ...]:

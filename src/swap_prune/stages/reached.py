@@ -19,6 +19,7 @@ from swap_prune.fisher.capture.bound import Bound
 from swap_prune.losses import LossFn
 from swap_prune.network.modes import eval_mode
 from swap_prune.process_memory import pass_on_shortage
+from swap_prune.randomness import forked_generator
 from swap_prune.samples.batches import in_own_containers, is_sliceable, slice_batch
 from swap_prune.selection import Selection
 from swap_prune.surgery.weights import temporary_weights
@@ -26,8 +27,9 @@ from swap_prune.surgery.weights import temporary_weights
 __all__ = ["check_reached"]
 
 _FEW = 2  # samples
-_HALF = 0.5  # of the weights, which change the losses of any network that uses them
-_SHARE = 1e-3  # of that change: more than it is no rounding
+_LEAST = 0.5  # of a weight is left, and up to all of it: each another share, for a network may not see that all shrink
+_SHARE = 1e-3  # of the change in the losses: more than it is no rounding,
+_ROUNDING = 1e-5  # but for that of losses that hardly change
 
 
 def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batches: Sequence[Any]) -> None:
@@ -48,11 +50,13 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
     if few is None:
         return
     own, bound = selection.read(model), Bound(model, loss_fn)
+    shares = torch.rand(own.shape, generator=forked_generator(0, "reached"), dtype=torch.float32, device="cpu")
+    other = own * shares.mul_(1 - _LEAST).add_(_LEAST).to(own)
     try:
         with eval_mode(model), torch.no_grad():
             before, again = (bound.with_leaves(selection, few, own)[0].double() for _ in range(2))
-            standing_in = bound.with_leaves(selection, few, _HALF * own)[0].double()
-            with temporary_weights(model, selection, _HALF * own):
+            standing_in = bound.with_leaves(selection, few, other)[0].double()
+            with temporary_weights(model, selection, other):
                 written = loss_fn(model, in_own_containers(few)).double()
     except Exception as error:  # whatever the caller's model or loss raises: it is said where they are used
         pass_on_shortage(error)
@@ -60,7 +64,7 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
     if not torch.equal(before, again) or not bool((standing_in + written).isfinite().all()):
         return
     change, difference = float((written - before).abs().max()), float((written - standing_in).abs().max())
-    if difference > _SHARE * change:
+    if difference > max(_SHARE * change, _ROUNDING * float(before.abs().max())):
         raise ValueError(
             "the network does not read all selected weights from the modules that have them, so that their gradients "
             "would be zero: let forward() use module.weight in place of a list of its own; prune a network before it "

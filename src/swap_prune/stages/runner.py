@@ -32,6 +32,7 @@ from swap_prune.losses import (
     check_losses,
     run_loss,
 )
+from swap_prune.network.layout import unexpanded
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution, check_solution
 from swap_prune.progress import StageProgress
@@ -127,7 +128,7 @@ class StageRunner:
             if not recalibrate_batchnorm(self.model, batches, self._paced(request.loss)):
                 findings = replace(findings, not_recalibrated="no batch of the data holds two samples")
         if self.storage.team is not None:  # training may differ in its last bits, on GPUs
-            self.storage.team.take_from_first_([*self.model.parameters(), *self.model.buffers()])
+            self.storage.team.take_from_first_(map(unexpanded, (*self.model.parameters(), *self.model.buffers())))
         return StageReport(
             sparsity=sparsity,
             kept=keep,

@@ -11,19 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from swap_prune.network.layout import unexpanded
 from swap_prune.selection import Selection
 from swap_prune.surgery.batchnorm import batchnorm_layers
 
-__all__ = ["Snapshot", "bystanders_given_back", "restored_on_error", "statistics_restored_on_error", "unexpanded"]
-
-
-def unexpanded(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
-    if tensor.layout != torch.strided:
-        return tensor.detach()
-    for dimension, stride in enumerate(tensor.stride()):
-        tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
-    return tensor.detach()
+__all__ = ["Snapshot", "bystanders_given_back", "restored_on_error", "statistics_restored_on_error"]
 
 
 class _Buffers:

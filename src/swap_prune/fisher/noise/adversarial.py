@@ -142,7 +142,11 @@ class PoisonedRows(RowNoise):
                 row.mul_(self.strength)
             else:
                 size = torch.linalg.vector_norm(row) / len(row) ** 0.5
-                row.copy_(self.strength * size * torch.randn(len(row), generator=generator, device="cpu").to(row))
+                row.copy_(
+                    self.strength
+                    * size
+                    * torch.randn(len(row), generator=generator, device="cpu", dtype=torch.float32).to(row)
+                )
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -182,8 +186,10 @@ def _project(shift: Tensor, norm: str, budget: float) -> Tensor:
 def _random_start(inputs: Tensor, norm: str, budget: float, generator: torch.Generator) -> Tensor:
     """Return a random point of the ball: uniform for linf, otherwise of random direction and length."""
     if norm == "linf":
-        return budget * (2 * torch.rand(inputs.shape, generator=generator, device="cpu") - 1).to(inputs)
-    drawn = torch.randn(inputs.shape, generator=generator, device="cpu")
-    length = torch.rand(len(inputs), generator=generator, device="cpu")
+        return budget * (2 * torch.rand(inputs.shape, generator=generator, device="cpu", dtype=torch.float32) - 1).to(
+            inputs
+        )
+    drawn = torch.randn(inputs.shape, generator=generator, device="cpu", dtype=torch.float32)
+    length = torch.rand(len(inputs), generator=generator, device="cpu", dtype=torch.float32)
     sizes = torch.linalg.vector_norm(drawn.reshape(len(drawn), -1), ord=1 if norm == "l1" else 2, dim=1)
     return (drawn * _per_sample(budget * length / sizes, drawn)).to(inputs)

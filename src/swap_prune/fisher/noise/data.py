@@ -130,7 +130,7 @@ class LabelNoise(NoiseModel):
         shifts = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
         for shift, digest in zip(shifts, _digests(batch, len(labels)), strict=True):
             source = forked_generator(seed, digest)
-            hit = torch.rand(shift.shape, generator=source, device="cpu") < self.fraction
+            hit = torch.rand(shift.shape, generator=source, device="cpu", dtype=torch.float32) < self.fraction
             most = classes if self.kind == "symmetric" else 2
             shift.copy_(torch.randint(1, most, shift.shape, generator=source, device="cpu") * hit)
         wrong = ((labels.long() + shifts.to(labels.device)) % classes).to(labels.dtype)
@@ -218,12 +218,14 @@ def _outputs(model: nn.Module, batch: Any) -> int:
 
 def _gaussian(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     deviation = x.reshape(len(x), -1).std(1, correction=0).view(-1, *[1] * (x.ndim - 1))
-    return x + _STD[severity] * deviation * torch.randn(x.shape, generator=generator, device="cpu").to(x)
+    return x + _STD[severity] * deviation * torch.randn(
+        x.shape, generator=generator, device="cpu", dtype=torch.float32
+    ).to(x)
 
 
 def _impulse(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     low, high = (bound.view(-1, *[1] * (x.ndim - 1)) for bound in x.reshape(len(x), -1).aminmax(dim=1))
-    draw = torch.rand(x.shape, generator=generator, device="cpu").to(x.device)
+    draw = torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float32).to(x.device)
     part = _IMPULSES[severity]
     return torch.where(draw < part / 2, low, torch.where(draw < part, high, x))
 

@@ -72,6 +72,6 @@ class GradientNoise(RowNoise):
         if hit == 0 or self.std == 0:
             return
         index = torch.randperm(block.shape[1], generator=generator, device="cpu")[:hit].to(block.device)
-        unit = torch.randn(hit, generator=generator, device="cpu").to(block)
+        unit = torch.randn(hit, generator=generator, device="cpu", dtype=torch.float32).to(block)
         for row in block:
             row[index] += self.std * row.std(correction=0) * unit
