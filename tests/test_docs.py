@@ -118,3 +118,30 @@ def test_a_readme_without_marks_is_an_error(update_readme: ModuleType, tmp_path:
 
 def test_the_readme_has_the_marks() -> None:
     assert re.search("<!-- demo -->.*<!-- /demo -->", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def texts_of(tree: ast.AST) -> list[str]:
+    """The texts in code, with ... for what varies, but for those that are parts of others and docstrings."""
+    within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (within | alone):
+            found.append(node.value)
+    return found
+
+
+def test_every_note_at_the_end_of_a_run_has_a_row() -> None:
+    """Either may have ``...`` for what the other says."""
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| ", text.split("### Notes")[1].split("### ")[0], re.MULTILINE)
+    tree = ast.parse((ROOT / "src" / "swap_prune" / "stages" / "accounting.py").read_text(encoding="utf-8"))
+    notes = [said for said in texts_of(tree) if said.count(" ") > 4]
+    assert len(notes) > 12
+
+    def covers(general: str, special: str) -> bool:
+        return re.match(".*".join(map(re.escape, general.split("..."))), special) is not None
+
+    assert [note for note in notes if not any(covers(row, note) or covers(note, row) for row in rows)] == []

@@ -282,15 +282,23 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             f"{imaginary[0]!r} is {_kind_of(state[imaginary[0]])} in {path}, and real in {type(model).__name__}: its "
             "imaginary part would be lost"
         )
-    tensors = {name: one for name, one in own.items() if isinstance(one, Tensor)}
-    expanded = {name for name, tensor in tensors.items() if unexpanded(tensor).shape != tensor.shape}
-    same = {name for name in expanded & state.keys() if torch.equal(own[name].cpu(), state[name].to(own[name].dtype))}
-    if other := sorted((expanded & state.keys()) - same):
-        raise ValueError(
-            f"{other[0]!r} of {type(model).__name__} is an expanded tensor, which cannot be written to, and {path} "
-            "holds other values: give it memory of its own by contiguous()"
-        )
-    model.load_state_dict({name: one for name, one in state.items() if name not in same}, strict=False)
+    model.load_state_dict(_without_expanded(own, state, f"{type(model).__name__}, and {path}"), strict=False)
+
+
+def _without_expanded(own: Mapping[str, Any], state: Mapping[str, Tensor], both: str) -> dict[str, Tensor]:
+    """Leave out what would be written to a tensor that holds a number many times, where it has these values.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    expanded = [n for n in state if isinstance(own[n], Tensor) and unexpanded(own[n]).shape != own[n].shape]
+    for name in expanded:
+        if not torch.equal(own[name].cpu(), state[name].to(own[name].dtype)):
+            raise ValueError(
+                f"{name!r} is an expanded tensor, which cannot be written to, in {both} holds other values: give it "
+                "memory of its own by contiguous()"
+            )
+    return {name: tensor for name, tensor in state.items() if name not in expanded}
 
 
 def _is_inexact(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +24,8 @@ __all__ = [
     "global_states_of",
     "seeded",
     "set_global_states",
+    "standard_normal",
+    "uniform",
 ]
 
 
@@ -31,6 +33,16 @@ def forked_generator(seed: int, purpose: str) -> torch.Generator:
     """Return a CPU generator whose numbers depend on the seed and on what they are for."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def standard_normal(shape: int | Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return normal numbers of mean 0 and deviation 1, float32 on the CPU, whatever the caller's defaults are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def uniform(shape: int | Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return numbers in [0, 1), float32 on the CPU, whatever the caller's defaults are."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @contextmanager

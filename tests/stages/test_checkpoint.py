@@ -348,6 +348,18 @@ def test_a_compiled_loss_is_the_same_each_time_though_it_has_a_number_of_its_own
     assert described(made()) == described(made())
 
 
+def test_helpers_that_call_each_other_are_read_once() -> None:
+    """Each of forty calls all before it: as a tree they would be read 2^40 times."""
+    scope: dict[str, Any] = {"__name__": "helpers"}
+    for number in range(40):
+        calls = " + ".join(f"helper_{earlier}(x)" for earlier in range(number)) or "FACTOR * x"
+        exec(f"FACTOR = 2\ndef helper_{number}(x):\n    return {calls}", scope)
+    before = described(scope["helper_39"])
+    assert described(scope["helper_39"]) == before
+    scope["FACTOR"] = 3
+    assert described(scope["helper_39"]) != before
+
+
 def test_what_a_loss_is_does_not_depend_on_the_process() -> None:
     program = (
         "from swap_prune.stages.identity import described; from tests.stages.test_checkpoint import LOSSES\n"

@@ -343,7 +343,6 @@ class Looking(nn.Module):
 
 def test_zeros_of_embeddings_are_not_lost_in_silence() -> None:
     """Rows that are zero throughout, as that of padding, are not taken for pruned."""
-    finetune(Looking(), DATA, masks={})
     model = Looking()
     with torch.no_grad():
         model.head.weight[0, :4] = 0

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from swap_prune.randomness import uniform
+
 
 class Images(Dataset[tuple[Tensor, int]]):
     """Labelled images kept as bytes and normalised when asked for; a subclass says where the bytes are."""
@@ -110,7 +112,7 @@ class AugmentedImages(ImageTensors):
         pixels = pad(pixels, (4, 4, 4, 4))
         count, channels, height, width = len(pixels), pixels.shape[1], *self.images.shape[2:]
         top, left = torch.randint(9, (2, count, 1), generator=source, device="cpu")
-        flip = torch.rand(count, 1, generator=source, device="cpu", dtype=torch.float32) < 0.5
+        flip = uniform((count, 1), source) < 0.5
         rows = top + torch.arange(height, device="cpu")
         columns = left + torch.where(flip, torch.arange(width, device="cpu").flip(0), torch.arange(width, device="cpu"))
         crops = pixels[

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.factor import of_columns
+from swap_prune.randomness import standard_normal
 from swap_prune.regression.iht import SparseFit, hard_threshold
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.regression.top_k import top_k
@@ -70,7 +71,7 @@ def solve_active_set(
 
 def largest_curvature(problem: WeightedRidge, generator: torch.Generator) -> float:
     """Estimate L, the largest eigenvalue of ``G^T G + n lam I``, from below by the power method."""
-    v = torch.randn(problem.factor.shape[0], generator=generator, device="cpu", dtype=torch.float32).to(problem.target)
+    v = standard_normal(problem.factor.shape[0], generator).to(problem.target)
     size = torch.linalg.vector_norm(v)
     for _ in range(_POWER_STEPS):
         v = problem.factor.matvec(problem.factor.rmatvec(v / size.clamp_min(torch.finfo(v.dtype).tiny)))

@@ -33,6 +33,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import CrossEntropy, LossFn
+from swap_prune.randomness import uniform
 from swap_prune.sample_defence.labels import TEMPERATURES
 from swap_prune.samples.batches import split_batches
 
@@ -227,7 +228,7 @@ def _shifted(network: Network, inputs: Tensor, classes: Tensor, radius: float, a
 
 def _other_classes(outputs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Draw for each sample a class that is neither its label nor what is predicted, (n,)."""
-    drawn = torch.rand(outputs.shape, generator=generator, device="cpu", dtype=torch.float32).to(outputs.device)
+    drawn = uniform(outputs.shape, generator).to(outputs.device)
     barred = torch.stack([labels.long(), outputs.argmax(1)], dim=1)
     return drawn.scatter(1, barred, -1.0).argmax(1)
 

@@ -70,7 +70,7 @@ def _described_data(data: Any) -> str:
     return f"{type(numbered.dataset).__qualname__} of {known_length(numbered.dataset)} samples"
 
 
-def described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
+def described(thing: Any, outer: tuple[Any, ...] = (), known: dict[int, str] | None = None) -> str:
     """Say what a loss is: its settings, or a digest of its code and of what that reads.
 
     Settings are those of dataclasses and of ``functools.partial``. Anything else that could change while a run goes on,
@@ -79,10 +79,12 @@ def described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
     Args:
         thing: The loss, or a part of it.
         outer: What it is a part of.
+        known: Functions that were read already, by ``id``: those that call each other would be read ever again.
     """
     if thing is None or isinstance(thing, _PLAIN):
         return repr(thing)
-    inner, kind = functools.partial(described, outer=(*outer, thing)), type(thing).__qualname__
+    known = {} if known is None else known
+    inner, kind = functools.partial(described, outer=(*outer, thing), known=known), type(thing).__qualname__
     if any(thing is one for one in outer):
         return kind
     if isinstance(thing, tuple | frozenset):
@@ -94,7 +96,10 @@ def described(thing: Any, outer: tuple[Any, ...] = ()) -> str:
     if isinstance(thing, MethodType):
         return f"{inner(thing.__func__)} of {inner(thing.__self__)}"
     if isinstance(thing, FunctionType):
-        return f"{thing.__qualname__} {hashlib.sha256(inner(_read_by(thing)).encode()).hexdigest()[:16]}"
+        if id(thing) not in known:
+            digest = hashlib.sha256(inner(_read_by(thing)).encode()).hexdigest()[:16]
+            known[id(thing)] = f"{thing.__qualname__} {digest}"
+        return known[id(thing)]
     if is_dataclass(thing) and not isinstance(thing, type):
         return f"{kind}({', '.join(f'{field.name}={inner(getattr(thing, field.name))}' for field in fields(thing))})"
     return str(getattr(thing, "__qualname__", kind))

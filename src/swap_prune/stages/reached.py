@@ -19,7 +19,7 @@ from swap_prune.fisher.capture.bound import Bound
 from swap_prune.losses import LossFn
 from swap_prune.network.modes import eval_mode
 from swap_prune.process_memory import pass_on_shortage
-from swap_prune.randomness import forked_generator
+from swap_prune.randomness import forked_generator, uniform
 from swap_prune.samples.batches import in_own_containers, is_sliceable, slice_batch
 from swap_prune.selection import Selection
 from swap_prune.surgery.weights import temporary_weights
@@ -50,7 +50,7 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
     if few is None:
         return
     own, bound = selection.read(model), Bound(model, loss_fn)
-    shares = torch.rand(own.shape, generator=forked_generator(0, "reached"), dtype=torch.float32, device="cpu")
+    shares = uniform(own.shape, forked_generator(0, "reached"))
     other = own * shares.mul_(1 - _LEAST).add_(_LEAST).to(own)
     try:
         with eval_mode(model), torch.no_grad():

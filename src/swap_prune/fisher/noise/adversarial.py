@@ -13,6 +13,7 @@ from swap_prune.fisher.noise.data import choose, inputs_of
 from swap_prune.fisher.noise.rows import RowNoise
 from swap_prune.losses import LossFn, check_calibration, describe
 from swap_prune.network.modes import eval_mode
+from swap_prune.randomness import standard_normal, uniform
 from swap_prune.samples.batches import replace_part, select_samples
 
 __all__ = ["AdversarialInputs", "PoisonedRows"]
@@ -142,11 +143,7 @@ class PoisonedRows(RowNoise):
                 row.mul_(self.strength)
             else:
                 size = torch.linalg.vector_norm(row) / len(row) ** 0.5
-                row.copy_(
-                    self.strength
-                    * size
-                    * torch.randn(len(row), generator=generator, device="cpu", dtype=torch.float32).to(row)
-                )
+                row.copy_(self.strength * size * standard_normal(len(row), generator).to(row))
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -186,10 +183,7 @@ def _project(shift: Tensor, norm: str, budget: float) -> Tensor:
 def _random_start(inputs: Tensor, norm: str, budget: float, generator: torch.Generator) -> Tensor:
     """Return a random point of the ball: uniform for linf, otherwise of random direction and length."""
     if norm == "linf":
-        return budget * (2 * torch.rand(inputs.shape, generator=generator, device="cpu", dtype=torch.float32) - 1).to(
-            inputs
-        )
-    drawn = torch.randn(inputs.shape, generator=generator, device="cpu", dtype=torch.float32)
-    length = torch.rand(len(inputs), generator=generator, device="cpu", dtype=torch.float32)
+        return budget * (2 * uniform(inputs.shape, generator) - 1).to(inputs)
+    drawn, length = standard_normal(inputs.shape, generator), uniform(len(inputs), generator)
     sizes = torch.linalg.vector_norm(drawn.reshape(len(drawn), -1), ord=1 if norm == "l1" else 2, dim=1)
     return (drawn * _per_sample(budget * length / sizes, drawn)).to(inputs)

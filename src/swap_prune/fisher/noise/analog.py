@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_number
+from swap_prune.randomness import standard_normal, uniform
 
 __all__ = ["AnalogMemory"]
 
@@ -86,10 +87,8 @@ class AnalogMemory(NoiseModel):
 
     def _cells(self, g: Tensor, generator: torch.Generator) -> Tensor:
         """Return what is read from cells that were meant to hold g, (m,) in [0, 1]."""
-        programming, exponent, read = (
-            torch.randn(len(g), generator=generator, device="cpu", dtype=torch.float32).to(g) for _ in range(3)
-        )
-        fault = torch.rand(len(g), generator=generator, device="cpu", dtype=torch.float32).to(g.device)
+        programming, exponent, read = (standard_normal(len(g), generator).to(g) for _ in range(3))
+        fault = uniform(len(g), generator).to(g.device)
         if self.levels:
             g = (g * (self.levels - 1)).round() / (self.levels - 1)
         g = (g + self.programming * programming).clamp(0, 1)

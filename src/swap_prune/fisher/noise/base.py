@@ -117,13 +117,8 @@ class NoiseChain(NoiseModel):
     def disturb(self, weights: Tensor, generator: torch.Generator, layers: Layers) -> Tensor:
         """Pass the weights from model to model."""
         for noise in self.models:
-            found: Any = noise.disturb(weights, generator, layers)
-            if not isinstance(found, Tensor) or (found.shape, found.dtype) != (weights.shape, weights.dtype):
-                got = (
-                    f"{tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-                )
-                wanted = f"{tuple(weights.shape)}, {weights.dtype}"
-                raise ValueError(f"disturb of {_name_of(noise)} must return weights {wanted}, got {got}")
+            found = noise.disturb(weights, generator, layers)
+            _check_alike(f"disturb of {_name_of(noise)} must return weights", found, found, weights)
             weights = found
         return weights
 
@@ -152,14 +147,21 @@ def _checked(noise: NoiseModel, found: Any, given: DenseFactor) -> DenseFactor:
         ValueError: If it is not as large as the one given, or of another dtype.
     """
     matrix = found.matrix if isinstance(found, DenseFactor) else None
-    wanted = tuple(given.matrix.shape), given.matrix.dtype
-    if matrix is None or (tuple(matrix.shape), matrix.dtype) != wanted:
-        got = f"a {type(found).__name__}" if matrix is None else f"{tuple(matrix.shape)}, {matrix.dtype}"
-        raise ValueError(
-            f"apply of {_name_of(noise)} must return a DenseFactor of rows {wanted[0]}, {wanted[1]}, got {got}"
-        )
+    _check_alike(f"apply of {_name_of(noise)} must return a DenseFactor of rows", found, matrix, given.matrix)
     checked: DenseFactor = found
     return checked
+
+
+def _check_alike(rule: str, found: object, tensor: object, given: Tensor) -> None:
+    """Refuse what a model returns if its tensor is none, or not as large as the one given and of its dtype.
+
+    Raises:
+        ValueError: Which begins with the rule.
+    """
+    if isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype) == (given.shape, given.dtype):
+        return
+    got = f"{tuple(tensor.shape)}, {tensor.dtype}" if isinstance(tensor, Tensor) else f"a {type(found).__name__}"
+    raise ValueError(f"{rule} {tuple(given.shape)}, {given.dtype}, got {got}")
 
 
 def _name_of(noise: NoiseModel) -> str:

@@ -20,7 +20,7 @@ from swap_prune.losses import LossFn, check_labels, describe
 from swap_prune.losses.base import IGNORE_INDEX
 from swap_prune.network.modes import eval_mode
 from swap_prune.process_memory import pass_on_shortage
-from swap_prune.randomness import forked_generator
+from swap_prune.randomness import forked_generator, standard_normal, uniform
 from swap_prune.samples.batches import map_tensors, replace_part
 
 __all__ = ["InputNoise", "LabelNoise", "choose", "inputs_of"]
@@ -130,7 +130,7 @@ class LabelNoise(NoiseModel):
         shifts = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
         for shift, digest in zip(shifts, _digests(batch, len(labels)), strict=True):
             source = forked_generator(seed, digest)
-            hit = torch.rand(shift.shape, generator=source, device="cpu", dtype=torch.float32) < self.fraction
+            hit = uniform(shift.shape, source) < self.fraction
             most = classes if self.kind == "symmetric" else 2
             shift.copy_(torch.randint(1, most, shift.shape, generator=source, device="cpu") * hit)
         wrong = ((labels.long() + shifts.to(labels.device)) % classes).to(labels.dtype)
@@ -218,14 +218,12 @@ def _outputs(model: nn.Module, batch: Any) -> int:
 
 def _gaussian(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     deviation = x.reshape(len(x), -1).std(1, correction=0).view(-1, *[1] * (x.ndim - 1))
-    return x + _STD[severity] * deviation * torch.randn(
-        x.shape, generator=generator, device="cpu", dtype=torch.float32
-    ).to(x)
+    return x + _STD[severity] * deviation * standard_normal(x.shape, generator).to(x)
 
 
 def _impulse(x: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     low, high = (bound.view(-1, *[1] * (x.ndim - 1)) for bound in x.reshape(len(x), -1).aminmax(dim=1))
-    draw = torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float32).to(x.device)
+    draw = uniform(x.shape, generator).to(x.device)
     part = _IMPULSES[severity]
     return torch.where(draw < part / 2, low, torch.where(draw < part, high, x))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_choice, check_number
+from swap_prune.randomness import standard_normal
 
 __all__ = ["GradientNoise", "RowNoise"]
 
@@ -72,6 +73,6 @@ class GradientNoise(RowNoise):
         if hit == 0 or self.std == 0:
             return
         index = torch.randperm(block.shape[1], generator=generator, device="cpu")[:hit].to(block.device)
-        unit = torch.randn(hit, generator=generator, device="cpu", dtype=torch.float32).to(block)
+        unit = standard_normal(hit, generator).to(block)
         for row in block:
             row[index] += self.std * row.std(correction=0) * unit
