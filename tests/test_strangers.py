@@ -830,7 +830,7 @@ def test_data_that_cannot_be_read_are_a_valueerror_with_workers_and_without(work
 
 def test_inputs_and_targets_of_another_number() -> None:
     x, y = told_by_the_first().tensors
-    with pytest.raises(ValueError, match=r"there are 79 targets and 64 inputs\. Samples are the first dimension"):
+    with pytest.raises(ValueError, match=r"there are 79 targets and 80 inputs\. Samples are the first dimension"):
         prune(nn.Sequential(nn.Linear(10, 2)), [(x[:80], y[:79])], 0.5, "lr", progress=False)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from swap_prune import LR, METHODS, BinaryCrossEntropy, FineTune, SquaredError, prune
 from swap_prune.fisher.capture.sketch import CurvatureSketch
-from swap_prune.losses import GaussNewtonLoss
+from swap_prune.losses import CrossEntropy, GaussNewtonLoss
 from swap_prune.losses.values import _ValueLoss
 from swap_prune.selection import select_parameters
 from tests.cases import normal
@@ -295,3 +295,30 @@ def test_one_output_without_a_dimension_is_pruned_as_one_with(loss: Any, method:
         prune(model, data, 0.5, method, loss_fn=loss, samples=40, noise=noise, progress=False)
     with torch.no_grad():
         assert torch.equal(body(data.tensors[0]).squeeze(1), other(data.tensors[0]))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [SquaredError(), BinaryCrossEntropy(), CrossEntropy()])
+def test_as_many_outputs_as_float16_cannot_count(loss: Any, half: torch.dtype) -> None:
+    """Images of 256 x 256: 65,536 positions a sample are infinity in float16, and their share is 0."""
+    torch.manual_seed(0)
+    classes = 3 if isinstance(loss, CrossEntropy) else 1
+    model, images = nn.Conv2d(2, classes, 1).to(half), normal(2, 2, 256, 256, seed=1).to(half)
+    targets = answers(2, 256, 256).long() if classes == 3 else answers(2, 1, 256, 256)
+    exact = copy.deepcopy(model).double()
+    assert loss(model, (images, targets)).dtype == torch.float32
+    digits = 2 * torch.finfo(half).eps
+    close = {"rtol": digits, "atol": digits, "check_dtype": False}
+    torch.testing.assert_close(loss(model, (images, targets)), loss(exact, (images.double(), targets)), **close)
+    z, t = (loss.outputs(*pair) for pair in ((model, (images, targets)), (exact, (images.double(), targets))))
+    apart = torch.linspace(0, 1, z.numel()).view_as(z)
+    divergences = (loss.divergence(o, (None, targets), o + apart.to(o)) for o in (z, t))
+    torch.testing.assert_close(*divergences, rtol=0.02, atol=digits, check_dtype=False)
+    signs = torch.ones_like(z)
+    root, expected = (loss.curvature_root(o, (None, targets), signs.to(o)) for o in (z, t))
+    torch.testing.assert_close(root.norm(), expected.norm(), **close)
+
+
+def test_targets_that_do_not_count_are_told_before_they_are_rounded() -> None:
+    outputs, targets = torch.zeros(1, 3), torch.tensor([[-16777217.0, -16777216.0, 0.0]], dtype=torch.float64)
+    assert float(SquaredError(ignore=-16777217.0).losses(outputs, (None, targets))) == pytest.approx(2.0**47)

@@ -79,3 +79,14 @@ def test_the_unit_of_the_gradients_does_not_matter():
         fits.append(solve_active_set(scaled, 12, generator()))
     assert fits[0].iterations == fits[1].iterations > 1
     assert torch.equal(fits[0].support, fits[1].support)
+
+
+def test_gradients_of_any_size_have_a_curvature():
+    """Its square is no number in float32 from 1.8e19 on."""
+    problem = identity(random_regression(30, 60, generator(3), ridge=0.01, dtype=torch.float32))
+    factor = DenseFactor(problem.factor.matrix * 2.0**40)
+    large = replace(problem, factor=factor, target=problem.target * 2.0**40, ridge=problem.ridge * 2.0**80)
+    assert largest_curvature(large, generator()) == pytest.approx(2.0**80 * largest_curvature(problem, generator()))
+    fits = [solve_active_set(one, 12, generator()) for one in (problem, large)]
+    assert torch.equal(fits[0].support, fits[1].support)
+    torch.testing.assert_close(fits[0].weights, fits[1].weights)

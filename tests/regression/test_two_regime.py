@@ -168,3 +168,26 @@ def test_floors_hold_whatever_the_step_would_drop():
         assert int((two_regime_step(held, w, torch.arange(15)).support < 15).sum()) >= 12
         free += int((two_regime_step(problem, w, torch.arange(15)).support < 15).sum()) < 12
     assert free > 0, "else nothing is held"
+
+
+@pytest.mark.parametrize(("n", "p", "keep", "seed"), [(20, 60, 10, 597), (10, 40, 8, 508)])
+def test_steps_grow_while_the_thresholded_point_falls(n, p, keep, seed):
+    """The last point on the old support is better here than where growth begins, and not than where it ends."""
+    problem = random_regression(n, p, generator(seed), ridge=0.01)
+    spread = torch.rand(p, generator=generator(seed), dtype=torch.float64)
+    factor = DenseFactor(problem.factor.matrix * spread)
+    target = factor.matvec(problem.reference)
+    problem = replace(problem, factor=factor, metric=torch.ones_like(spread), target=target)
+    support = top_k(problem.reference.abs(), keep)
+    w = hard_threshold(problem.reference, support)
+    gradient = problem.gradient(w)
+    tau = critical_step(w, gradient, support)
+
+    def thresholded(length):
+        u = w - length * gradient
+        return problem.value(hard_threshold(u, top_k(u.abs(), keep)))
+
+    assert problem.value(w - tau * hard_threshold(gradient, support)) < thresholded(1.05 * tau) < thresholded(tau)
+    while thresholded(1.05 * tau) < thresholded(tau):
+        tau *= 1.05
+    assert two_regime_step(problem, w, support).value <= thresholded(tau) * (1 + 1e-9)

@@ -34,7 +34,8 @@ def test_slicing_and_sizes():
     assert part[1]["scale"].item() == 2 and part[1]["table"].shape == (5,)
     assert batch_size(batch) == 3 and batch_size(part) == 2 and batch_size([1, 2, 3, 4]) == 4
     assert batch_size(object()) == 1
-    assert is_sliceable(batch) and not is_sliceable(object())
+    assert not is_sliceable(batch) and not is_sliceable(object())  # two of a batch of five would cut the table
+    assert is_sliceable((batch[0], batch[1] | {"table": torch.zeros(1, 5)}))
 
 
 def test_split_batches_keeps_every_sample_in_order():
@@ -93,13 +94,14 @@ def test_a_few_samples_are_no_batch(size):
 
 
 def test_what_all_samples_share_is_kept_once_and_stands_in_the_way_where_it_differs():
-    table, mask = torch.tensor([0.5, 0.25, 0.25]), torch.eye(5)
+    table, mask = torch.tensor([[0.5, 0.25, 0.25]]), torch.eye(5)[None]
     parts = [{"x": torch.zeros(n, 8), "y": torch.arange(n), "table": table, "mask": mask, "no": None} for n in (4, 3)]
     (one,) = join_batches(parts, 8)
     assert one["x"].shape == (7, 8) and one["y"].tolist() == [0, 1, 2, 3, 0, 1, 2] and one["no"] is None
     assert torch.equal(one["table"], table) and torch.equal(one["mask"], mask)
     parts[1] = parts[1] | {"table": table + 1}
     assert len(list(join_batches(parts, 8))) == 2
+    assert len(list(join_batches([part | {"table": torch.zeros(3)} for part in parts], 8))) == 2  # 3 may be samples
     scalars = [(torch.zeros(2, 1), torch.tensor(value)) for value in (1.0, 1.0, 2.0)]
     assert [(len(x), float(c)) for x, c in join_batches(scalars, 8)] == [(4, 1.0), (2, 2.0)]
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.checks import positive_number
 
-__all__ = ["IGNORE_INDEX", "CrossEntropy", "GaussNewtonLoss", "LossFn", "cross_entropy"]
+__all__ = ["IGNORE_INDEX", "CrossEntropy", "GaussNewtonLoss", "LossFn", "cross_entropy", "precise"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -72,11 +73,11 @@ class CrossEntropy:
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of each sample, (n,)."""
         inputs, targets = batch
-        return self.losses(model(inputs), (inputs, targets))
+        return self.losses(precise(model(inputs)), (inputs, targets))
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the logits z."""
-        logits: Tensor = model(batch[0])
+        logits: Tensor = precise(model(batch[0]))
         return logits
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -108,6 +109,15 @@ class CrossEntropy:
 
 
 cross_entropy = CrossEntropy()  # the default loss
+
+
+def precise(outputs: Any) -> Any:
+    """Return outputs of 16 bits in float32, others as they are.
+
+    A sum over the positions of a sample, and their number, need not fit in float16, whose largest number is 65,504.
+    """
+    half = isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16)
+    return outputs.float() if half else outputs
 
 
 def _mean_of_positions(values: Tensor, targets: Tensor) -> Tensor:

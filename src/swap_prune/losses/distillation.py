@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swap_prune.losses import describe, errors_worded
+from swap_prune.losses.base import precise
 from swap_prune.losses.tokens import call_model
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import map_tensors
@@ -116,4 +117,5 @@ class SelfDistillation:
                 f"SelfDistillation compares one vector a sample, shape (n, d), got {describe(outputs)}; pass embed=, a "
                 "function (model, inputs) -> (n, d)"
             )
+        outputs = precise(outputs)
         return functional.normalize(outputs, dim=1) if self.unit else outputs

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from swap_prune.losses import CrossEntropy, check_labels, describe
-from swap_prune.losses.base import IGNORE_INDEX
+from swap_prune.losses.base import IGNORE_INDEX, precise
 
 __all__ = ["TokenCrossEntropy", "call_model", "told_apart"]
 
@@ -122,7 +122,7 @@ class TokenCrossEntropy:
             )
         if self.causal:
             logits = logits[:, :-1]
-        result: Tensor = logits.movedim(-1, 1)
+        result: Tensor = precise(logits.movedim(-1, 1))
         return result
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from swap_prune.checks import positive_number
 from swap_prune.losses import describe
+from swap_prune.losses.base import precise
 from swap_prune.losses.tokens import call_model, told_apart
 
 __all__ = ["BinaryCrossEntropy", "SquaredError"]
@@ -55,7 +56,8 @@ class _ValueLoss:
                 f"{describe(targets)}; bring targets into the shape of the outputs, or give forward=, a function "
                 "(model, inputs) -> outputs"
             )
-        return outputs
+        values: Tensor = precise(outputs)
+        return values
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the loss of each sample from its outputs, (n,)."""
@@ -63,9 +65,9 @@ class _ValueLoss:
 
     def _targets(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Return targets in the shape and type of the outputs, and which of them count; the others are 0."""
-        targets = told_apart(batch, self.labels, self)[1].to(outputs.dtype).view_as(outputs)
-        counted = ~self._ignored(targets)
-        return targets.where(counted, 0), counted
+        targets = told_apart(batch, self.labels, self)[1].view_as(outputs)
+        counted = ~self._ignored(targets)  # before they are rounded
+        return targets.to(outputs.dtype).where(counted, 0), counted
 
     def _ignored(self, targets: Tensor) -> Tensor:
         """Return which targets do not count, boolean."""

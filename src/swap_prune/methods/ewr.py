@@ -6,6 +6,7 @@ minimise  n/2 OT_eps(G w, G w_bar) + n lam/2 sum_j m_j (w_j - w_bar_j)^2   subje
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -93,8 +94,8 @@ class EWR:
 
     def __post_init__(self) -> None:
         check_regression_settings(self)
-        if self.epsilon != "auto" and not (is_finite(self.epsilon) and float(self.epsilon) > 0):
-            raise ValueError(f"epsilon must be 'auto' or a positive number, got {self.epsilon!r}")
+        if self.epsilon != "auto" and not (is_finite(self.epsilon) and float(self.epsilon) >= sys.float_info.min):
+            raise ValueError(f"epsilon must be 'auto' or a positive (normal) number, got {self.epsilon!r}")
         if self.anchor != "auto" and not (is_finite(self.anchor) and 0 <= float(self.anchor) <= 1):
             raise ValueError(f"anchor must be 'auto' or lie in [0, 1], got {self.anchor!r}")
         if self.relaxation is not None and not (is_finite(self.relaxation) and self.relaxation > 0):

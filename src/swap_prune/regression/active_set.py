@@ -72,11 +72,16 @@ def solve_active_set(
 def largest_curvature(problem: WeightedRidge, generator: torch.Generator) -> float:
     """Estimate L, the largest eigenvalue of ``G^T G + n lam I``, from below by the power method."""
     v = standard_normal(problem.factor.shape[0], generator).to(problem.target)
-    size = torch.linalg.vector_norm(v)
+    size = _length(v)
     for _ in range(_POWER_STEPS):
-        v = problem.factor.matvec(problem.factor.rmatvec(v / size.clamp_min(torch.finfo(v.dtype).tiny)))
-        size = torch.linalg.vector_norm(v)
+        v = problem.factor.matvec(problem.factor.rmatvec((v.double() / size).to(v.dtype)))
+        size = _length(v)
     return float(size) + problem.penalty
+
+
+def _length(v: Tensor) -> Tensor:
+    """Return the length of a vector, above 0, in float64: the squares of numbers as large as L are none in float32."""
+    return torch.linalg.vector_norm(v, dtype=torch.float64).clamp_min(torch.finfo(v.dtype).tiny)
 
 
 def _largest(w: Tensor, among: Tensor, count: int) -> Tensor:

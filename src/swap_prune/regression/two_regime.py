@@ -87,16 +87,14 @@ def two_regime_step(
         return before  # no descent on the support, or nothing that could change it, or no length to begin with
     tau = tau_c
     edge = w - tau * inside  # the last point on the old support, where one entry ties with its rival
-    best = _better(
-        SparseFit(edge, support, problem.value(edge), 1, converged=False), _at(problem, w - tau * gradient, keep)
-    )
+    found = _at(problem, w - tau * gradient, keep)
     for _ in range(max_growths):
         tau = tau * growth if tau > 0 else _FIRST * tau_m
         tried = _at(problem, w - tau * gradient, keep)
-        if not tried.value < best.value:
+        if not tried.value < found.value:
             break
-        best = tried
-    return _better(before, best)
+        found = tried
+    return _better(before, _better(SparseFit(edge, support, problem.value(edge), 1, converged=False), found))
 
 
 def _at(problem: WeightedRidge, u: Tensor, keep: int) -> SparseFit:

@@ -308,8 +308,14 @@ def _counts_fields(batch: Any) -> bool:
 
 
 def is_sliceable(batch: Any) -> bool:
-    """Whether the samples of a batch can be told apart: its tensors share a leading dimension."""
-    return batch_size(slice_batch(batch, 0, 0)) == 0
+    """Whether the samples of a batch can be told apart: its tensors share a leading dimension, or have one of 1.
+
+    One of another length, which all samples share, would be taken for samples of a part of the batch as long as it.
+    """
+    rest = slice_batch(batch, 0, 0)
+    lengths: list[int] = []
+    map_tensors(lambda t: lengths.append(t.shape[0]) if t.ndim else None, rest)
+    return batch_size(rest) == 0 and max(lengths, default=0) <= 1
 
 
 def is_single(batch: Any) -> bool:

@@ -381,6 +381,15 @@ def test_a_gradient_that_is_not_finite(backend):
 
 
 @BACKENDS
+def test_a_gradient_whose_square_is_not_finite(backend):
+    def loss_fn(model, batch):
+        return model(batch[0]).sum(1) * batch[1]
+
+    inputs, _ = images(6)
+    refused([(inputs, torch.tensor([1.0, 1, 1, 1, 1, 1e21, 1]))], loss_fn, "longer than 2e.17 on 1 of 7", backend)
+
+
+@BACKENDS
 @pytest.mark.parametrize("position", [0, 6])
 @pytest.mark.parametrize("label", [4, -1, 1000])
 def test_a_label_out_of_range(backend, position, label):

@@ -16,6 +16,8 @@ from swap_prune.selection import Selection
 
 __all__ = ["RowBuffer", "RowSink", "RowStore", "RowStream", "check_rows"]
 
+_LONGEST = 0.01  # row, of the root of the largest number: f is a sum of thousands of squares
+
 
 class RowSink(Protocol):
     """What capture asks of whoever takes rows."""
@@ -89,18 +91,23 @@ class RowStream(RowBuffer):
 
 
 def check_rows(rows: Tensor, selection: Selection) -> None:
-    """Check that gradients (n, p) are finite.
+    """Check that gradients (n, p) are numbers whose squares can be added up.
 
     Raises:
         ValueError: If one is not.
     """
-    sums = torch.linalg.vector_norm(rows, ord=1, dim=1)  # an overflow of the sum is as bad as an infinite entry
-    if bool(torch.isfinite(sums).all()):
+    sizes = torch.linalg.vector_norm(rows, dim=1)
+    most = _LONGEST * torch.finfo(rows.dtype).max ** 0.5
+    if bool((sizes <= most).all()):
         return
-    bad = int((~torch.isfinite(sums)).sum())
+    bad = int((~(sizes <= most)).sum())
     layers = [name for name, s in selection.slices().items() if not bool(torch.isfinite(rows[:, s]).all())]
+    if not layers:
+        raise ValueError(
+            f"the gradient is longer than {most:.0e} on {bad} of {len(rows)} samples, too long to be squared; divide "
+            "the loss by a constant"
+        )
     raise ValueError(
-        f"the gradient is not finite on {bad} of {len(rows)} samples"
-        + (f" (first in {layers[0]!r})" if layers else "")
-        + "; check the loss and the data"
+        f"the gradient is not finite on {bad} of {len(rows)} samples (first in {layers[0]!r}); check the loss and the "
+        "data"
     )
