@@ -378,3 +378,73 @@ def test_a_wrapped_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"model_state_dict": nn.Linear(4, 3).state_dict(), "epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="got keys model_state_dict, epoch; under 'state_dict' or 'model'"):
         load_weights(nn.Linear(4, 3), tmp_path / "w.pt")
+
+
+class _Pair(nn.Module):
+    """Two layers of one shape, whose weights may be one."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_their_own_are_not_loaded_to_one_place(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in _Pair(tied=False).state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "apart.safetensors")
+    model = _Pair(tied=True).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"'a.weight' and 'b.weight' are one tensor in the model, and have other values"
+    ):
+        load_weights(model, tmp_path / "apart.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    state["b.weight"] = state["a.weight"].fill_(torch.nan).clone()
+    safetensors.torch.save_file(state, tmp_path / "same.safetensors")
+    assert load_weights(model, tmp_path / "same.safetensors").b.weight.isnan().all()
+
+
+def test_numbers_that_a_smaller_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    state["0.weight"][0, 0], state["0.bias"][0] = 1e5, torch.inf
+    safetensors.torch.save_file(state, tmp_path / "large.safetensors")
+    with pytest.raises(ValueError, match=r"'0.weight' in .* has numbers that torch.float16 cannot hold"):
+        load_weights(network().half(), tmp_path / "large.safetensors")
+    state["0.weight"][0, 0] = 6e4
+    safetensors.torch.save_file(state, tmp_path / "large.safetensors")
+    assert load_weights(network().half(), tmp_path / "large.safetensors")[0].bias.isinf().sum() == 1
+
+
+@pytest.mark.parametrize("case", ["inference", "hook"])
+def test_a_network_that_does_not_take_all_of_an_artifact_has_nothing_of_it(case: str, tmp_path: Path) -> None:
+    _, report = pruned()
+    report.save(tmp_path / "out")
+    model = network(seed=9)
+    if case == "inference":
+        with torch.inference_mode():
+            model[2].weight = nn.Parameter(torch.randn(4, 10), requires_grad=False)
+    else:
+        model[2].register_load_state_dict_post_hook(lambda *_: 1 / 0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="made under torch.inference_mode" if case == "inference" else "did not take"):
+        load_pruned(model, tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        model = network(seed=9)
+        assert int(load_pruned(model, tmp_path / "out")[0].weight.count_nonzero()) == report.layers["0.weight"].kept
+
+
+def test_an_artifact_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
+    model, report = pruned()
+    handle = model.register_state_dict_post_hook(lambda _, state, *__: state.__delitem__("0.weight"))
+    with pytest.raises(ValueError, match=r"leaves out or changes the pruned weights '0.weight'"):
+        report.save(tmp_path / "out")
+    handle.remove()
+    with pytest.raises(ValueError, match="save the network inside the wrapper"):
+        report.save(tmp_path / "out", nn.DataParallel(model))
+    with pytest.raises(ValueError, match="lies on the meta device"):
+        report.save(tmp_path / "out", network().to("meta"))
+    assert list(tmp_path.iterdir()) == []

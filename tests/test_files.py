@@ -69,3 +69,11 @@ def test_what_a_writer_has_beside_its_file_goes_with_it(tmp_path: Path) -> None:
     (tmp_path / f".{platform.node()}-{gone}-{'1' * 32}.b.txt").write_text("of an earlier version")
     files.delete_abandoned(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{platform.node()}-{own}-{'0' * 32}.b.txt", "a.txt"]
+
+
+def test_what_came_into_a_directory_meanwhile_stays(tmp_path: Path) -> None:
+    target = files.check_output_directory(tmp_path / "out")
+    files.write_directory(target, {"report": b"1"})
+    with pytest.raises(ValueError, match="is not empty"):
+        files.write_directory(target, {"report": b"2"})
+    assert [(path.name, path.read_bytes()) for path in target.iterdir()] == [("report", b"1")]

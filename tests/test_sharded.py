@@ -58,6 +58,7 @@ class Opaque:
 def in_group(name: str, rank: int, size: int, folder: Path, work: Callable[[], Any]) -> Any:
     """Do some work in a process group of its own."""
     dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=size)
+    dist.barrier()  # who leaves before the others have come takes the file away
     try:
         return work()
     finally:
@@ -167,8 +168,11 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
         pipeline.settle_storage = lambda *_: (Storage("sharded", lean=True, at_once=32), [])
     if case == "room" and rank == 1:
         pipeline.settle_storage = no_room
+    sparsity = 2.0 if case == "early" and rank == 1 else 0.7
     try:
-        prune(model, data, 0.7, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False)
+        prune(
+            model, data, sparsity, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False
+        )
     except (ValueError, OSError, MemoryError) as error:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         return type(error).__name__, str(error), time.perf_counter() - started
@@ -189,7 +193,8 @@ def work(rank: int, folder: Path) -> None:
         if rank < size:
             found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
             torch.save(found, folder / f"pruned-{size}-{rank}.pt")
-    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "room": 0, "silence": 0}
+    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "room": 0, "early": 0}
+    pairs["silence"] = 0
     for case, first in pairs.items():
         if case == "silence":
             os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
@@ -234,6 +239,13 @@ def test_an_error_on_one_process_ends_the_other(folder: Path) -> None:
     kind, text, _ = torch.load(folder / "error-1.pt")
     assert kind == "ValueError" and "out of luck" in text
     kind, text, seconds = torch.load(folder / "error-0.pt")
+    assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
+
+
+def test_a_process_that_is_refused_before_it_asks_the_others_ends_them(folder: Path) -> None:
+    kind, text, _ = torch.load(folder / "early-1.pt")
+    assert kind == "ValueError" and "sparsity must lie in [0, 1)" in text
+    kind, text, seconds = torch.load(folder / "early-0.pt")
     assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
 
 

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from swap_prune.checks import first_line, some_of, user_path
 from swap_prune.files import check_output_directory, write_directory
-from swap_prune.network.device import check_network
+from swap_prune.network.device import check_network, check_values
 from swap_prune.network.layout import unexpanded
+from swap_prune.network.modes import check_no_inference
 from swap_prune.network.names import renamed
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.report import LayerReport, PruningReport
+from swap_prune.surgery.snapshot import restored_on_error
 
 __all__ = [
     "check_dense",
@@ -47,9 +49,15 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
     """Write a pruned model and its report; see :meth:`PruningReport.save`."""
     target = check_output_directory(directory)
     check_network(model)
-    missing = report.layers.keys() - dict(model.named_parameters()).keys()
+    check_values(model)
+    parameters = dict(model.named_parameters())
+    missing = report.layers.keys() - parameters.keys()
     if missing:
-        raise ValueError(f"the model lacks parameters that the report is of: {_some(sorted(missing))}")
+        wrapped = renamed(report.layers, parameters).keys() <= parameters.keys()
+        raise ValueError(
+            f"the model lacks parameters that the report is of: {_some(sorted(missing))}"
+            + "; save the network inside the wrapper (its module, or _orig_mod)" * wrapped
+        )
     if count_layers(model, tuple(report.layers)) != report.layers:
         raise ValueError(
             "the model does not have the sparsity reported (it was changed after pruning); save right after pruning, "
@@ -57,6 +65,12 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
         )
     check_dense(model, "which is not saved")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    other = [name for name, layer in report.layers.items() if name not in state or _counted(state[name]) != layer]
+    if other:
+        raise ValueError(
+            f"state_dict of {type(model).__name__}, which is what is saved, leaves out or changes the pruned weights "
+            f"{_some(other)}: take off the hooks that do so"
+        )
     try:
         data = safetensors.torch.save(state)
     except (KeyError, SafetensorError) as error:
@@ -122,7 +136,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
     for name, layer in report.layers.items():
         if name not in state:
             raise ValueError(f"{path} lacks the pruned parameter {name!r}")
-        found = LayerReport(total=state[name].numel(), kept=int(state[name].count_nonzero()))
+        found = _counted(state[name])
         if found != layer:
             raise ValueError(
                 f"{name!r} in {path} has {found.kept} of {found.total} weights, but the report says "
@@ -246,9 +260,11 @@ def _kind_of(tensor: Tensor) -> str:
 def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerReport]:
     """Count the non-zero weights of some parameters."""
     parameters = dict(model.named_parameters())
-    return {
-        name: LayerReport(total=parameters[name].numel(), kept=int(parameters[name].count_nonzero())) for name in names
-    }
+    return {name: _counted(parameters[name]) for name in names}
+
+
+def _counted(weights: Tensor) -> LayerReport:
+    return LayerReport(total=weights.numel(), kept=int(weights.count_nonzero()))
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -282,7 +298,54 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
             f"{imaginary[0]!r} is {_kind_of(state[imaginary[0]])} in {path}, and real in {type(model).__name__}: its "
             "imaginary part would be lost"
         )
-    model.load_state_dict(_without_expanded(own, state, f"{type(model).__name__}, and {path}"), strict=False)
+    if not torch.is_inference_mode_enabled():
+        check_no_inference(model)
+    both = f"{type(model).__name__}, and {path}"
+    _check_values_fit(own, state, path)
+    writable = _without_expanded(own, state, both)
+    with restored_on_error(model):
+        try:
+            model.load_state_dict(writable, strict=False)
+        except Exception as error:  # of a tensor that nothing may be written to, or whatever a hook does
+            pass_on_shortage(error)
+            raise ValueError(f"{type(model).__name__} did not take {path}: {first_line(error, typed=True)}") from error
+
+
+def _check_values_fit(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
+    """Check that what lies at one place has one value, and that all are numbers in the model's types.
+
+    Raises:
+        ValueError: If not.
+    """
+    at: dict[tuple[Any, ...], str] = {}
+    for name, values in state.items():
+        place = own[name]
+        if not isinstance(place, Tensor) or place.layout is not torch.strided:
+            continue
+        written = values.to(place.dtype)
+        if _rounds(values, written) and bool((values.double().isfinite() & ~written.double().isfinite()).any()):
+            raise ValueError(
+                f"{name!r} in {path} has numbers that {place.dtype} cannot hold: load it into a model of {values.dtype}"
+            )
+        if place.numel() == 0:
+            continue
+        first = at.setdefault((place.device, place.data_ptr(), place.shape, place.stride()), name)
+        if first != name and not _are_equal(state[first].to(place.dtype), written):
+            raise ValueError(
+                f"{first!r} and {name!r} are one tensor in the model, and have other values in {path}: give them "
+                "memory of their own, as in the network that was saved"
+            )
+
+
+def _rounds(values: Tensor, written: Tensor) -> bool:
+    """Whether real numbers are written in another type of real numbers."""
+    return values.is_floating_point() and written.is_floating_point() and values.dtype != written.dtype
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same bytes."""
+    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
+    return torch.equal(first, second)
 
 
 def _without_expanded(own: Mapping[str, Any], state: Mapping[str, Tensor], both: str) -> dict[str, Tensor]:

@@ -288,6 +288,7 @@ def all_or_none(shared: bool) -> Iterator[None]:
 
     Raises:
         ValueError: If it failed in another process.
+        ConnectionError: If another process is gone.
     """
     if not shared or process_count() < 2 or dist.get_backend() != "gloo":
         yield
@@ -298,7 +299,12 @@ def all_or_none(shared: bool) -> Iterator[None]:
     except Exception as error:
         failure = error
     reasons: list[str | None] = [None] * process_count()
-    dist.all_gather_object(reasons, None if failure is None else str(failure))
+    try:
+        dist.all_gather_object(reasons, None if failure is None else str(failure))
+    except RuntimeError as error:
+        if failure is None:
+            pass_on_shortage(error)
+            raise lost(dist.get_rank(), len(reasons), error) from error
     if failure is not None:
         raise failure
     for rank, reason in enumerate(reasons):

@@ -103,12 +103,13 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
     In an empty one that is there already the files appear one after the other, in their order.
 
     Args:
-        target: The directory, as :func:`check_output_directory` gave it.
+        target: The directory, as :func:`check_output_directory` gave it before the work.
         files: Contents by name, in the order in which they appear.
 
     Raises:
-        ValueError: If it cannot be written.
+        ValueError: If it cannot be written, or something has come into it meanwhile.
     """
+    target = check_output_directory(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _delete_abandoned(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,25 @@ def test_two_replace_a_file_at_once(tmp_path: Path) -> None:
         second.write_text("other")
         assert first.suffix == ".png", "which says what is drawn"
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_directory_that_was_replaced_takes_no_more_lines(anew: bool, tmp_path: Path) -> None:
+    with open_results(tmp_path / "out", CONFIG, resume=False) as results:
+        results.append(record(1))
+        shutil.rmtree(tmp_path / "out")
+        if anew:
+            write(tmp_path / "out", record(3))
+        with pytest.raises(ValueError, match="was deleted or replaced while the experiment was running"):
+            results.append(record(2))
+    if anew:
+        assert [line.id for line in read_results(tmp_path / "out")] == ["run3"]
+    else:
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_number_that_is_none_is_an_error(tmp_path: Path) -> None:
+    content = write(tmp_path, record(1), record(2))
+    (tmp_path / "results.jsonl").write_bytes(content.replace(b'"loss":null', b'"loss":NaN', 1))
+    with pytest.raises(ValueError, match=r"line 1, is not a result \(loss: Input should be a finite number"):
+        read_results(tmp_path)

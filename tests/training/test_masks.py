@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from swap_prune import keep_masks, masks_of
+from swap_prune import finetune, keep_masks, masks_of, recalibrate_batchnorm
 
 Maker = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -335,3 +335,26 @@ def test_a_loss_that_is_asked_for_within_a_step_is_that_of_masked_weights():
     with keep_masks(model, optimizer):
         optimizer.step(closure)
     assert seen == [0.0, 0.0]
+
+
+def test_layers_that_are_unfrozen_later_have_masked_gradients_too() -> None:
+    model = pruned_network()
+    model[0].requires_grad_(False)
+    with keep_masks(model, torch.optim.SGD(model.parameters(), lr=0.1)):
+        assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+        model[0].requires_grad_(True)
+        nn.functional.mse_loss(model(INPUTS), GOALS).backward()
+        for layer in (model[0], model[2]):
+            assert layer.weight.grad.count_nonzero() == layer.weight.count_nonzero() > 0
+
+
+def test_a_network_without_values_has_no_masks() -> None:
+    model = pruned_network().to("meta")
+    with pytest.raises(ValueError, match="lies on the meta device"):
+        masks_of(model)
+    for network in (model, pruned_network()):
+        data = [(INPUTS, torch.zeros(40, dtype=torch.long))]
+        with pytest.raises(ValueError, match="lies on the meta device"):
+            finetune(network, data, teacher=model, progress=False)
+    with pytest.raises(ValueError, match="lies on the meta device"):
+        recalibrate_batchnorm(model, data)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -68,7 +68,7 @@ class RunResult(BaseModel):
         peak_memory: Largest memory of the process while it ran, in bytes; on a GPU, what its tensors took there.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     id: str
     label: str
@@ -104,14 +104,29 @@ class Results:
     Args:
         path: The file.
         records: What it held when it was opened.
+        lock: The directory's lock, open.
     """
 
-    def __init__(self, path: Path, records: list[RunResult]) -> None:
+    def __init__(self, path: Path, records: list[RunResult], lock: IO[str]) -> None:
         self.path = path
         self.records = records
+        self._lock = lock
 
     def append(self, record: RunResult) -> None:
-        """Add a line and force it to the disk."""
+        """Add a line and force it to the disk.
+
+        Raises:
+            ValueError: If the directory is not the one that was opened.
+        """
+        try:
+            own = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path.with_name(_LOCK)))
+        except FileNotFoundError:
+            own = False
+        if not own or not self.path.exists():
+            raise ValueError(
+                f"{self.path.parent} was deleted or replaced while the experiment was running: its results are lost; "
+                "begin again, in a directory that stays"
+            )
         with self.path.open("ab") as file:
             file.write(record.model_dump_json().encode() + b"\n")
             file.flush()
@@ -164,7 +179,7 @@ def open_results(directory: str | Path, config: Mapping[str, Any], *, resume: bo
             raise ValueError(f"another process is writing to {target}; wait for it, or end it") from error
         check_directory(target, resume=resume)  # again: another may have been faster
         _keep_config(target, config)
-        yield Results(target / _RESULTS, _recover(target / _RESULTS))
+        yield Results(target / _RESULTS, _recover(target / _RESULTS), lock)
 
 
 def read_results(directory: str | Path) -> list[RunResult]:

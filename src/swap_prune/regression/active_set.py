@@ -81,7 +81,8 @@ def largest_curvature(problem: WeightedRidge, generator: torch.Generator) -> flo
 
 def _length(v: Tensor) -> Tensor:
     """Return the length of a vector, above 0, in float64: the squares of numbers as large as L are none in float32."""
-    return torch.linalg.vector_norm(v, dtype=torch.float64).clamp_min(torch.finfo(v.dtype).tiny)
+    length: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
+    return length.clamp_min(torch.finfo(v.dtype).tiny)
 
 
 def _largest(w: Tensor, among: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from swap_prune.checks import checked_seed
 from swap_prune.losses import GaussNewtonLoss, LossFn, check_calibration, cross_entropy, failures_named
-from swap_prune.network.device import check_network, moved, usable_device
+from swap_prune.network.device import check_network, check_values, moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import check_no_inference, eval_mode, exact_kernels, no_autocast, training_mode
 from swap_prune.progress import StageProgress
@@ -118,6 +118,8 @@ def finetune(
         raise ValueError(f"teacher must be a torch.nn.Module or None, got a {type(teacher).__name__}")
     check_network(model)
     check_no_inference(model)
+    for network in (model, *([] if teacher is None else [teacher])):
+        check_values(network)
     kept = resolve_masks(model, masks, targets, ignore)
     loss = cross_entropy if loss_fn is None else loss_fn
     share = settings.share_of_teacher(loss, known=teacher is not None)

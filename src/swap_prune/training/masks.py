@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from swap_prune.checks import some_of
+from swap_prune.network.device import check_network, check_values
 from swap_prune.network.names import renamed
 from swap_prune.selection import DEFAULT_TARGETS, select_parameters, unnamed_zeros
 
@@ -41,8 +42,10 @@ def masks_of(
         Parameter name to its mask, boolean, of the parameter's shape: true where a weight is kept.
 
     Raises:
-        ValueError: If a pattern matches nothing, or nothing is left.
+        ValueError: If a pattern matches nothing, nothing is left, or the network holds no values.
     """
+    check_network(model)
+    check_values(model)
     selection = select_parameters(model, targets, ignore)
     parameters = dict(model.named_parameters())
     return {name: parameters[name].detach() != 0 for name in selection.names}
@@ -167,9 +170,12 @@ class MaskKeeper:
             self._clear_gradients()
             self._after_step(optimizer)
         for number, (parameter, _) in enumerate(self._pruned):
-            if parameter.requires_grad and parameter.is_leaf:
+            if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
+                trained = parameter.requires_grad
+                parameter.requires_grad_(True)  # a frozen one takes no hook, and may be trained later
                 clear = partial(self._clear_gradient, number)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(clear))  # type: ignore[no-untyped-call]
+                parameter.requires_grad_(trained)
 
     def remove(self) -> None:
         """Take the hooks off; the weights stay as they are."""

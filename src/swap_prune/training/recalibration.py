@@ -12,7 +12,7 @@ from torch import nn
 
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.losses import LossFn, cross_entropy
-from swap_prune.network.device import check_network
+from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import check_no_inference, isolated
 from swap_prune.randomness import forked_generator, seeded
 from swap_prune.samples.calibration import CalibrationStream
@@ -52,6 +52,7 @@ def recalibrate_batchnorm(
     """
     check_network(model)
     check_no_inference(model)
+    check_values(model)
     samples, generator = whole_number("samples", samples), forked_generator(checked_seed(seed), "recalibration")
     if not batchnorm_layers(model):
         return False
