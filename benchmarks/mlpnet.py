@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from swap_prune import prune
-from swap_prune.artifact import load_weights
 from swap_prune.experiments.datasets import ImageData, load_dataset
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import build_model
+from swap_prune.weights_file import load_weights
 
 
 def parsed() -> argparse.Namespace:

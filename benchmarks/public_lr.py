@@ -30,7 +30,6 @@ import torch
 from timing import best_times
 from torch import Tensor
 
-from swap_prune.artifact import load_weights
 from swap_prune.experiments.datasets import load_dataset
 from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.capture.rows import capture_gradients
@@ -42,6 +41,7 @@ from swap_prune.regression.swap import swap_weights
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.schedule import keep_count
 from swap_prune.selection import select_parameters
+from swap_prune.weights_file import load_weights
 
 Solver = Callable[[Tensor, Tensor, int, float], Tensor]  # G (n, p), w_bar (p,), k, lam -> w (p,)
 

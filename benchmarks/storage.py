@@ -26,7 +26,6 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import LR, plan, prune
-from swap_prune.artifact import load_weights
 from swap_prune.experiments.datasets import load_dataset
 from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.evaluate import evaluate
@@ -34,6 +33,7 @@ from swap_prune.experiments.zoo import build_model
 from swap_prune.fisher.storage import StorageKind
 from swap_prune.methods import Method
 from swap_prune.process_memory import peak_memory
+from swap_prune.weights_file import load_weights
 
 STORAGES = [kind for kind in get_args(StorageKind) if kind != "sharded"]  # benchmarks/sharded.py
 _SAMPLES = {"embedded": 200, "wide": 128, "mobilenetv1": 1000}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -18,8 +19,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import METHODS, FineTune, finetune, load_pruned, load_report, prune
-from swap_prune.artifact import load_weights, read_weights, weights_sha256
+from swap_prune.artifact import weights_sha256
 from swap_prune.files import check_output_directory, write_directory
+from swap_prune.weights_file import load_weights, read_weights
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -402,9 +404,10 @@ def test_weights_of_their_own_are_not_loaded_to_one_place(dtype: torch.dtype, tm
     ):
         load_weights(model, tmp_path / "apart.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    state["b.weight"] = state["a.weight"].fill_(torch.nan).clone()
+    state["a.weight"].fill_(torch.nan)[0] = 0.0
+    state["b.weight"] = -state["a.weight"]  # where 0 is -0
     safetensors.torch.save_file(state, tmp_path / "same.safetensors")
-    assert load_weights(model, tmp_path / "same.safetensors").b.weight.isnan().all()
+    assert load_weights(model, tmp_path / "same.safetensors").b.weight.isnan().sum() == 56
 
 
 def test_numbers_that_a_smaller_type_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -437,14 +440,43 @@ def test_a_network_that_does_not_take_all_of_an_artifact_has_nothing_of_it(case:
         assert int(load_pruned(model, tmp_path / "out")[0].weight.count_nonzero()) == report.layers["0.weight"].kept
 
 
-def test_an_artifact_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["leaves out", "changes"])
+def test_an_artifact_that_could_not_be_loaded_is_not_written(change: str, tmp_path: Path) -> None:
     model, report = pruned()
-    handle = model.register_state_dict_post_hook(lambda _, state, *__: state.__delitem__("0.weight"))
+
+    def hook(_: nn.Module, state: dict[str, torch.Tensor], *__: object) -> None:
+        weights = state.pop("0.weight")
+        if change == "changes":
+            state["0.weight"] = weights + 1
+
+    handle = model.register_state_dict_post_hook(hook)
     with pytest.raises(ValueError, match=r"leaves out or changes the pruned weights '0.weight'"):
         report.save(tmp_path / "out")
     handle.remove()
-    with pytest.raises(ValueError, match="save the network inside the wrapper"):
+    with pytest.raises(ValueError, match="save the network that was pruned, in the wrapper"):
         report.save(tmp_path / "out", nn.DataParallel(model))
     with pytest.raises(ValueError, match="lies on the meta device"):
         report.save(tmp_path / "out", network().to("meta"))
     assert list(tmp_path.iterdir()) == []
+    model.register_buffer("cache", torch.empty(2, device="meta"), persistent=False)
+    assert report.save(tmp_path / "out") == tmp_path / "out"
+
+
+def test_buffers_that_are_infinite_in_the_model_as_well_are_loaded(tmp_path: Path) -> None:
+    """As masks of -1e9 are in half precision."""
+    model = nn.Linear(3, 3)
+    model.register_buffer("mask", torch.full((3, 3), -1e9).triu(1))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "mask.safetensors")
+    half = copy.deepcopy(model).half()
+    assert load_weights(half, tmp_path / "mask.safetensors").mask.isinf().sum() == 3
+    half.mask.zero_()
+    with pytest.raises(ValueError, match="'mask' in .* has numbers that torch.float16 cannot hold"):
+        load_weights(half, tmp_path / "mask.safetensors")
+
+
+def test_what_is_not_written_to_may_be_made_under_inference_mode(tmp_path: Path) -> None:
+    model = network()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    with torch.inference_mode():
+        model.register_buffer("cache", torch.zeros(2), persistent=False)
+    load_weights(model, tmp_path / "weights.safetensors")

@@ -1,4 +1,4 @@
-"""Plain files: a pruned model on disk, verified when it is read, and checkpoints read without running code.
+"""Plain files: a pruned model on disk, verified when it is read.
 
 An artifact is a directory of two files: ``weights.safetensors``, the whole state_dict under its original keys,
 and ``report.json``, the pruning report with the SHA-256 of the weights. It is written under a temporary name
@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,23 +17,18 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from swap_prune.checks import first_line, some_of, user_path
+from swap_prune.checks import some_of, user_path
 from swap_prune.files import check_output_directory, write_directory
-from swap_prune.network.device import check_network, check_values
-from swap_prune.network.layout import unexpanded
-from swap_prune.network.modes import check_no_inference
+from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
-from swap_prune.process_memory import pass_on_shortage
 from swap_prune.report import LayerReport, PruningReport
-from swap_prune.surgery.snapshot import restored_on_error
+from swap_prune.weights_file import check_not_meta, load_state, read_weights
 
 __all__ = [
     "check_dense",
     "count_layers",
     "load_pruned",
     "load_report",
-    "load_weights",
-    "read_weights",
     "save_artifact",
     "weights_sha256",
 ]
@@ -49,14 +40,12 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
     """Write a pruned model and its report; see :meth:`PruningReport.save`."""
     target = check_output_directory(directory)
     check_network(model)
-    check_values(model)
-    parameters = dict(model.named_parameters())
-    missing = report.layers.keys() - parameters.keys()
+    check_not_meta(model.state_dict())
+    missing = report.layers.keys() - dict(model.named_parameters()).keys()
     if missing:
-        wrapped = renamed(report.layers, parameters).keys() <= parameters.keys()
         raise ValueError(
-            f"the model lacks parameters that the report is of: {_some(sorted(missing))}"
-            + "; save the network inside the wrapper (its module, or _orig_mod)" * wrapped
+            f"the model lacks parameters that the report is of: {some_of(sorted(map(repr, missing)))}; save the "
+            "network that was pruned, in the wrapper (DataParallel, torch.compile) that it had then, and in no other"
         )
     if count_layers(model, tuple(report.layers)) != report.layers:
         raise ValueError(
@@ -69,7 +58,7 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
     if other:
         raise ValueError(
             f"state_dict of {type(model).__name__}, which is what is saved, leaves out or changes the pruned weights "
-            f"{_some(other)}: take off the hooks that do so"
+            f"{some_of(list(map(repr, other)))}: take off the hooks that do so"
         )
     try:
         data = safetensors.torch.save(state)
@@ -93,7 +82,9 @@ def check_dense(model: nn.Module, trouble: str) -> None:
     """
     odd = not_dense(model)
     if odd:
-        raise ValueError(f"the model's state_dict holds more than dense tensors, {trouble}: {_some(odd)}")
+        raise ValueError(
+            f"the model's state_dict holds more than dense tensors, {trouble}: {some_of(list(map(repr, odd)))}"
+        )
 
 
 def not_dense(model: nn.Module) -> list[str]:
@@ -151,7 +142,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
                 raise ValueError(
                     f"{name!r} would lose weights, which {dtype} rounds to zero: load it into a model of {tensor.dtype}"
                 )
-    _load_state(model, fitting, path)
+    load_state(model, fitting, path)
     return model
 
 
@@ -167,96 +158,6 @@ def load_report(directory: str | Path) -> PruningReport:
     return _read_report(user_path(directory))[0].bind(save_artifact)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load a checkpoint into a model, in place.
-
-    Args:
-        model: Its state_dict must have the file's keys and shapes. BatchNorm's ``num_batches_tracked`` may be
-            missing, and what DataParallel and torch.compile write before every name is dropped.
-        path: ``.safetensors``, or ``.pt``, ``.pth`` or ``.bin`` holding tensors only.
-
-    Raises:
-        ValueError: If the file is missing, damaged, would run code, or does not fit.
-    """
-    check_network(model)
-    _load_state(model, renamed(read_weights(path), model.state_dict().keys()), Path(path))
-    return model
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors without executing code.
-
-    A training checkpoint that holds the weights under ``state_dict`` or ``model`` is unwrapped.
-
-    Raises:
-        ValueError: If the file is missing, damaged, or holds anything but tensors.
-    """
-    path = user_path(path)
-    if not path.is_file():
-        raise ValueError(f"weights file {path} {'is not a file' if path.exists() else 'does not exist'}")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        elif path.suffix in (".pt", ".pth", ".bin"):
-            with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is raised
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise ValueError(
-                f"weights file {path} must end in .safetensors, .pt, .pth or .bin, got {path.suffix or 'no suffix'!r}"
-            )
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights file {path} is damaged, or a pickle that holds more than tensors, and was not loaded, since that "
-            "could run code; save its state_dict as .safetensors"
-        ) from error
-    except ValueError:
-        raise
-    except Exception as error:  # a damaged file raises whatever it leads torch to
-        pass_on_shortage(error)
-        reason = first_line(error)
-        raise ValueError(f"weights file {path} is damaged or not a checkpoint: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    _check_state(path, state)
-    return dict(state)
-
-
-def _check_state(path: Path, state: Any) -> None:
-    """Refuse what is not a mapping of names to tensors that parameters can be copied from."""
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights file {path} must hold a state_dict of tensors, got {_contents(state)}")
-    odd = [name for name, tensor in state.items() if not _is_plain(tensor)]
-    if odd:
-        raise ValueError(
-            f"weights file {path} must hold dense tensors, and {odd[0]!r} is {_kind_of(state[odd[0]])}; save it "
-            "as a dense float tensor"
-        )
-    if not all(isinstance(name, str) for name in state):
-        raise ValueError(f"weights file {path} must hold a state_dict of tensors by name; its keys are no names")
-
-
-def _contents(state: Any) -> str:
-    """Say what a file holds in place of a state_dict."""
-    if not isinstance(state, Mapping) or not state:
-        return f"an empty {type(state).__name__}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
-    return f"keys {some_of(list(map(str, state)))}; under 'state_dict' or 'model' it would be found"
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor can be copied to a parameter as it is."""
-    dense = tensor.layout is torch.strided and not tensor.is_nested
-    return dense and not (tensor.is_meta or tensor.is_quantized)
-
-
-def _kind_of(tensor: Tensor) -> str:
-    if tensor.is_meta:
-        return "on the meta device, without values"
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        return "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
-    return f"{tensor.dtype}".removeprefix("torch.")
-
-
 def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerReport]:
     """Count the non-zero weights of some parameters."""
     parameters = dict(model.named_parameters())
@@ -265,111 +166,6 @@ def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerRep
 
 def _counted(weights: Tensor) -> LayerReport:
     return LayerReport(total=weights.numel(), kept=int(weights.count_nonzero()))
-
-
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    if any(tensor.is_meta for tensor in own.values() if isinstance(tensor, Tensor)):
-        raise ValueError(
-            "the model lies on the meta device, which holds no values: call model.to_empty(device='cpu') first"
-        )
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    wrong = [name for name in state if name in own and state[name].shape != own[name].shape]
-    imaginary = [n for n in state if n in own and state[n].is_complex() and not own[n].is_complex()]
-    if missing or unexpected:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(unexpected)}"] * bool(unexpected)
-        raise ValueError(f"the keys of {path} do not match {type(model).__name__}: it {' and '.join(parts)}")
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"the shapes of {path} do not match {type(model).__name__}: {name!r} is {tuple(state[name].shape)} "
-            f"in the file and {tuple(own[name].shape)} in the model ({len(wrong)} differ)"
-        )
-    trained = {name for name, _ in model.named_parameters()}
-    whole = [n for n in state if n in trained and own[n].is_floating_point() and not _is_inexact(state[n])]
-    if whole:
-        raise ValueError(
-            f"{whole[0]!r} is {_kind_of(state[whole[0]])} in {path}, and a real number in {type(model).__name__}: the "
-            "weights were quantised, or are those of another network; save them as floating-point numbers"
-        )
-    if imaginary:
-        raise ValueError(
-            f"{imaginary[0]!r} is {_kind_of(state[imaginary[0]])} in {path}, and real in {type(model).__name__}: its "
-            "imaginary part would be lost"
-        )
-    if not torch.is_inference_mode_enabled():
-        check_no_inference(model)
-    both = f"{type(model).__name__}, and {path}"
-    _check_values_fit(own, state, path)
-    writable = _without_expanded(own, state, both)
-    with restored_on_error(model):
-        try:
-            model.load_state_dict(writable, strict=False)
-        except Exception as error:  # of a tensor that nothing may be written to, or whatever a hook does
-            pass_on_shortage(error)
-            raise ValueError(f"{type(model).__name__} did not take {path}: {first_line(error, typed=True)}") from error
-
-
-def _check_values_fit(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
-    """Check that what lies at one place has one value, and that all are numbers in the model's types.
-
-    Raises:
-        ValueError: If not.
-    """
-    at: dict[tuple[Any, ...], str] = {}
-    for name, values in state.items():
-        place = own[name]
-        if not isinstance(place, Tensor) or place.layout is not torch.strided:
-            continue
-        written = values.to(place.dtype)
-        if _rounds(values, written) and bool((values.double().isfinite() & ~written.double().isfinite()).any()):
-            raise ValueError(
-                f"{name!r} in {path} has numbers that {place.dtype} cannot hold: load it into a model of {values.dtype}"
-            )
-        if place.numel() == 0:
-            continue
-        first = at.setdefault((place.device, place.data_ptr(), place.shape, place.stride()), name)
-        if first != name and not _are_equal(state[first].to(place.dtype), written):
-            raise ValueError(
-                f"{first!r} and {name!r} are one tensor in the model, and have other values in {path}: give them "
-                "memory of their own, as in the network that was saved"
-            )
-
-
-def _rounds(values: Tensor, written: Tensor) -> bool:
-    """Whether real numbers are written in another type of real numbers."""
-    return values.is_floating_point() and written.is_floating_point() and values.dtype != written.dtype
-
-
-def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same bytes."""
-    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
-    return torch.equal(first, second)
-
-
-def _without_expanded(own: Mapping[str, Any], state: Mapping[str, Tensor], both: str) -> dict[str, Tensor]:
-    """Leave out what would be written to a tensor that holds a number many times, where it has these values.
-
-    Raises:
-        ValueError: If it has others.
-    """
-    expanded = [n for n in state if isinstance(own[n], Tensor) and unexpanded(own[n]).shape != own[n].shape]
-    for name in expanded:
-        if not torch.equal(own[name].cpu(), state[name].to(own[name].dtype)):
-            raise ValueError(
-                f"{name!r} is an expanded tensor, which cannot be written to, in {both} holds other values: give it "
-                "memory of its own by contiguous()"
-            )
-    return {name: tensor for name, tensor in state.items() if name not in expanded}
-
-
-def _is_inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read_report(directory: Path) -> tuple[PruningReport, str]:

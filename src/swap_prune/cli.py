@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from swap_prune.artifact import check_dense, load_pruned, load_report, load_weights
+from swap_prune.artifact import check_dense, load_pruned, load_report
 from swap_prune.checks import checked_seed, first_line
 from swap_prune.console import (
     given_arguments,
@@ -75,6 +75,7 @@ from swap_prune.report import PruningReport
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.stages.checkpoint import has_stages
 from swap_prune.training.settings import parse_finetune
+from swap_prune.weights_file import load_weights
 
 __all__ = ["app", "main"]
 

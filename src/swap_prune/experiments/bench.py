@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from swap_prune.artifact import check_dense, load_weights, weights_sha256
+from swap_prune.artifact import check_dense, weights_sha256
 from swap_prune.checks import user_path
 from swap_prune.experiments.config import Experiment
 from swap_prune.experiments.datasets import ImageData, load_dataset, recalibration_data
@@ -32,6 +32,7 @@ from swap_prune.samples.peek import peek
 from swap_prune.schedule import keep_count
 from swap_prune.selection import Selection, select_parameters
 from swap_prune.surgery.batchnorm import repair_batchnorm
+from swap_prune.weights_file import load_weights
 
 __all__ = ["Bench", "prepare", "repair"]
 

@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune.artifact import load_weights
 from swap_prune.experiments.evaluate import evaluate
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.files import write_directory
 from swap_prune.methods import METHODS
 from swap_prune.pipeline import prune
 from swap_prune.report import PruningReport
+from swap_prune.weights_file import load_weights
 
 __all__ = ["embedded_data", "embedded_network", "run_demo"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swap_prune.artifact import read_weights
+from swap_prune.weights_file import read_weights
 
 __all__ = ["EncoderConfig", "SentenceEncoder", "load_encoder"]
 
