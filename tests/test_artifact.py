@@ -470,7 +470,7 @@ def test_buffers_that_are_infinite_in_the_model_as_well_are_loaded(tmp_path: Pat
     half = copy.deepcopy(model).half()
     assert load_weights(half, tmp_path / "mask.safetensors").mask.isinf().sum() == 3
     half.mask.zero_()
-    with pytest.raises(ValueError, match="'mask' in .* has numbers that torch.float16 cannot hold"):
+    with pytest.raises(ValueError, match=r"'mask' in .* has numbers that torch.float16 cannot hold"):
         load_weights(half, tmp_path / "mask.safetensors")
 
 

@@ -202,6 +202,7 @@ OWN = [
     ("epsilon", "small"),
     ("anchor", -0.1),
     ("anchor", 1.1),
+    ("epsilon", 1e-310),
     ("anchor", NAN),
     ("anchor", "none"),
     ("epsilon_unit", "metres"),

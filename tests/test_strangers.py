@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import warnings
 from collections import UserDict, defaultdict
@@ -1493,3 +1494,30 @@ def test_expanded_buffers_are_saved_and_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'mask' is an expanded tensor, .* in Expanded, and .* holds other values"):
         load_pruned(other, tmp_path / "out")
     assert torch.equal(other.body.weight, before)
+
+
+@pytest.mark.parametrize(("sizes", "fitted"), [((16, 16, 16, 16, 1), 48), ((4, 4, 4, 4, 4, 4, 4, 1), 24)])
+def test_a_mask_that_all_samples_share(sizes: tuple[int, ...], fitted: int) -> None:
+    """Batches longer than it stay whole; one sample that is left over has no variance for BatchNorm."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+        def forward(self, parts: tuple[Tensor, Tensor]) -> Tensor:
+            outputs: Tensor = self.body(parts[0] @ parts[1])
+            return outputs
+
+    x, y = told_by_the_first().tensors
+    ends = itertools.accumulate(sizes)
+    data = [((x[end - n : end], torch.eye(10)), y[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    settings = {"loss_fn": loss_fn, "samples": 40, "finetune": FineTune(epochs=1)}
+    report = prune(Masked(), data, 0.5, "lr", progress=False, **settings)  # type: ignore[arg-type]
+    assert report.kept == 48 and report.stages[0].samples == fitted
+    assert not any("BatchNorm" in note or "held out" in note for note in report.notes)

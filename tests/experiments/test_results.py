@@ -188,7 +188,7 @@ def test_a_directory_that_was_replaced_takes_no_more_lines(anew: bool, tmp_path:
         shutil.rmtree(tmp_path / "out")
         if anew:
             write(tmp_path / "out", record(3))
-        with pytest.raises(ValueError, match="was deleted or replaced while the experiment was running"):
+        with pytest.raises(ValueError, match="was deleted, moved or replaced while the experiment was running"):
             results.append(record(2))
     if anew:
         assert [line.id for line in read_results(tmp_path / "out")] == ["run3"]

@@ -183,3 +183,9 @@ def test_a_model_that_is_called_in_another_way_is_refused_with_a_way_out() -> No
         SelfDistillation().label(network(), batches)
     by_key = SelfDistillation(embed=lambda model, inputs: model(inputs["x"]))
     assert by_key.label(network(), batches)[0][1].shape == (4, 3)
+
+
+def test_distances_that_float16_cannot_hold() -> None:
+    loss, far = SelfDistillation(unit=False), torch.full((2, 50), 300.0).half()
+    found = loss(nn.Identity(), (far, torch.zeros(2, 50).half()))
+    assert found.dtype == torch.float32 and found.tolist() == [50 * 300.0**2 / 2] * 2

@@ -397,3 +397,18 @@ def test_a_model_without_logits_says_what_it_gave() -> None:
 
     with pytest.raises(ValueError, match=r"TokenCrossEntropy needs logits .*, got \{start: tensor \(4, 6\) float32\}"):
         TokenCrossEntropy()(Spans(), batch(4))
+
+
+def test_more_tokens_than_float16_can_count() -> None:
+    """A text of 70,000 tokens: their number is infinity in float16."""
+    logits = torch.randn(1, 70_000, 2, generator=generator()).half()
+    labels = torch.randint(2, (1, 70_000), generator=generator())
+    loss, batch = TokenCrossEntropy(causal=False), {"logits": logits, "labels": labels}
+
+    class Given(nn.Module):
+        def forward(self, logits: Tensor) -> Tensor:
+            return logits
+
+    found = loss(Given(), batch)
+    expected = functional.cross_entropy(logits[0].double(), labels[0])
+    assert found.dtype == torch.float32 and float(found) == pytest.approx(float(expected), rel=1e-4)

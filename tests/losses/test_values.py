@@ -319,6 +319,19 @@ def test_as_many_outputs_as_float16_cannot_count(loss: Any, half: torch.dtype) -
     torch.testing.assert_close(root.norm(), expected.norm(), **close)
 
 
-def test_targets_that_do_not_count_are_told_before_they_are_rounded() -> None:
-    outputs, targets = torch.zeros(1, 3), torch.tensor([[-16777217.0, -16777216.0, 0.0]], dtype=torch.float64)
-    assert float(SquaredError(ignore=-16777217.0).losses(outputs, (None, targets))) == pytest.approx(2.0**47)
+@pytest.mark.parametrize(
+    ("ignore", "targets", "counted"),
+    [
+        (-9999, torch.tensor([[-9999.0, -9998.0]]), 1),  # alike in float16, which the outputs are of
+        (-9999, torch.tensor([[-9999.0, 2.0]]).half(), 1),
+        (-9999.9, torch.tensor([[-9999.9, 2.0]]).double(), 1),  # which were float32
+        (-9999.9, torch.tensor([[-9999.9, 2.0]], dtype=torch.float64), 1),
+        (-1, torch.tensor([[255, 241]], dtype=torch.uint8), 2),
+        (255, torch.tensor([[255, 241]], dtype=torch.uint8), 1),
+        (-1, torch.tensor([[-1, 4]]), 1),
+    ],
+)
+def test_targets_that_do_not_count_are_told_in_their_own_type(ignore: float, targets: Tensor, counted: int) -> None:
+    loss = SquaredError(ignore=ignore)(nn.Identity(), (torch.zeros(1, 2).half(), targets))
+    expected = targets.double()[0, -counted:].square().mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)

@@ -7,6 +7,7 @@ import torch
 
 from swap_prune.samples.batches import (
     batch_size,
+    is_single,
     is_sliceable,
     join_batches,
     map_tensors,
@@ -34,8 +35,10 @@ def test_slicing_and_sizes():
     assert part[1]["scale"].item() == 2 and part[1]["table"].shape == (5,)
     assert batch_size(batch) == 3 and batch_size(part) == 2 and batch_size([1, 2, 3, 4]) == 4
     assert batch_size(object()) == 1
-    assert not is_sliceable(batch) and not is_sliceable(object())  # two of a batch of five would cut the table
+    assert is_sliceable(batch) and not is_sliceable(object())
     assert is_sliceable((batch[0], batch[1] | {"table": torch.zeros(1, 5)}))
+    assert not is_sliceable((batch[0], batch[1] | {"table": torch.zeros(2)}))  # two of the three would cut the table
+    assert is_sliceable((torch.zeros(1, 6), torch.eye(6))) and is_single((torch.zeros(1, 6), torch.eye(6)))
 
 
 def test_split_batches_keeps_every_sample_in_order():
@@ -102,6 +105,11 @@ def test_what_all_samples_share_is_kept_once_and_stands_in_the_way_where_it_diff
     parts[1] = parts[1] | {"table": table + 1}
     assert len(list(join_batches(parts, 8))) == 2
     assert len(list(join_batches([part | {"table": torch.zeros(3)} for part in parts], 8))) == 2  # 3 may be samples
+    for length, count in ((6, 2), (7, 2), (8, 1)):  # of seven samples, six and seven might be some
+        alike = [part | {"table": torch.zeros(length)} for part in parts]
+        assert len(list(join_batches(alike, 8))) == count
+    longer = [(torch.zeros(n, 2), torch.zeros(129)) for n in (128, 2)]  # two that are left would make 130
+    assert [len(x) for x, _ in join_batches(longer, 128)] == [128, 2]
     scalars = [(torch.zeros(2, 1), torch.tensor(value)) for value in (1.0, 1.0, 2.0)]
     assert [(len(x), float(c)) for x, c in join_batches(scalars, 8)] == [(4, 1.0), (2, 2.0)]
 

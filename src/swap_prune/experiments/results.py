@@ -120,12 +120,12 @@ class Results:
         """
         try:
             own = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path.with_name(_LOCK)))
-        except FileNotFoundError:
+        except OSError:
             own = False
         if not own or not self.path.exists():
             raise ValueError(
-                f"{self.path.parent} was deleted or replaced while the experiment was running: its results are lost; "
-                "begin again, in a directory that stays"
+                f"{self.path.parent} was deleted, moved or replaced while the experiment was running, and this result "
+                "is not written; go on with --resume where the others are"
             )
         with self.path.open("ab") as file:
             file.write(record.model_dump_json().encode() + b"\n")

@@ -70,10 +70,14 @@ class _ValueLoss:
         return targets.to(outputs.dtype).where(counted, 0), counted
 
     def _ignored(self, targets: Tensor) -> Tensor:
-        """Return which targets do not count, boolean."""
+        """Return which targets do not count, boolean; of wider ones also those that were once float32."""
         if self.ignore is None:
             return torch.zeros_like(targets, dtype=torch.bool)
-        return targets.isnan() if math.isnan(self.ignore) else targets == self.ignore
+        if math.isnan(self.ignore):
+            return targets.isnan()
+        targets = targets if targets.is_floating_point() else targets.double()  # unsigned ones have no -1
+        missing = targets == float(self.ignore)
+        return missing | (targets == float(torch.tensor(self.ignore, dtype=torch.float32, device="cpu")))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class EWR:
     def __post_init__(self) -> None:
         check_regression_settings(self)
         if self.epsilon != "auto" and not (is_finite(self.epsilon) and float(self.epsilon) >= sys.float_info.min):
-            raise ValueError(f"epsilon must be 'auto' or a positive (normal) number, got {self.epsilon!r}")
+            raise ValueError(f"epsilon must be 'auto' or a number of at least 2.3e-308, got {self.epsilon!r}")
         if self.anchor != "auto" and not (is_finite(self.anchor) and 0 <= float(self.anchor) <= 1):
             raise ValueError(f"anchor must be 'auto' or lie in [0, 1], got {self.anchor!r}")
         if self.relaxation is not None and not (is_finite(self.relaxation) and self.relaxation > 0):

@@ -75,11 +75,11 @@ def check_network(model: nn.Module) -> None:
             raise ValueError(f"parameter {name!r} is not initialised: run the model once on a batch first")
 
 
-def check_values(model: nn.Module) -> None:
-    """Refuse a model whose parameters or buffers hold no values.
+def check_values(model: nn.Module, name: str = "model") -> None:
+    """Refuse a model whose parameters or buffers hold no values; it is called by a name in the message.
 
     Raises:
         ValueError: If one lies on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model lies on the meta device, which holds no values: load its weights first")
+        raise ValueError(f"the {name} lies on the meta device, which holds no values: load its weights first")

@@ -209,7 +209,8 @@ def join_batches(batches: Iterable[Any], size: int) -> Iterator[Any]:
     least = max(2, min(_LEAST, size // 2))
     full: list[Any] = []  # joined, and still to be yielded: a few samples may follow, or may be all that it holds
     for group in _groups(batches, size):
-        if full and _are_alike(full[-1], group[0]) and min(_samples(full), _samples(group)) < least:
+        few = min(_samples(full), _samples(group)) < least
+        if full and few and _are_alike(full[-1], group[0]) and _fit(full + group, math.inf):
             full += group
             continue
         if full:
@@ -223,7 +224,7 @@ def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Yield runs of batches that are alike and have at most ``size`` samples together, or are one."""
     group: list[Any] = []
     for batch in batches:
-        if group and not (_are_alike(group[-1], batch) and _samples(group) + batch_size(batch) <= size):
+        if group and not (_are_alike(group[-1], batch) and _fit([*group, batch], size)):
             yield group
             group = []
         group.append(batch)
@@ -233,6 +234,11 @@ def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _samples(batches: Iterable[Any]) -> int:
     return sum(map(batch_size, batches))
+
+
+def _fit(batches: list[Any], size: float) -> bool:
+    """Whether batches that are alike have at most so many samples together, and can be told apart when they are one."""
+    return _samples(batches) <= size and _samples(batches) < _least_shared(batches[0])
 
 
 def _are_alike(first: Any, second: Any) -> bool:
@@ -308,14 +314,20 @@ def _counts_fields(batch: Any) -> bool:
 
 
 def is_sliceable(batch: Any) -> bool:
-    """Whether the samples of a batch can be told apart: its tensors share a leading dimension, or have one of 1.
+    """Whether the samples of a batch can be told apart: its tensors have them in front, or are what all of them share.
 
-    One of another length, which all samples share, would be taken for samples of a part of the batch as long as it.
+    What they share has no dimension, or a first one of 1, or of more than the number of samples: a shorter one might be
+    taken for the samples of a part of the batch.
     """
+    return batch_size(slice_batch(batch, 0, 0)) == 0 and _least_shared(batch) > batch_size(batch)
+
+
+def _least_shared(batch: Any) -> float:
+    """Return the least length above 1 of what all samples of a batch share; infinity where there is none."""
+    lengths: list[float] = [math.inf]
     rest = slice_batch(batch, 0, 0)
-    lengths: list[int] = []
-    map_tensors(lambda t: lengths.append(t.shape[0]) if t.ndim else None, rest)
-    return batch_size(rest) == 0 and max(lengths, default=0) <= 1
+    map_tensors(lambda t: lengths.append(t.shape[0]) if t.ndim and t.shape[0] > 1 else None, rest)
+    return min(lengths)
 
 
 def is_single(batch: Any) -> bool:

@@ -76,7 +76,8 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
     elif "nothing_held_out" in last.evidence:
         notes.append(
             "no sample was held out to choose settings by: a batch that cannot be cut is shared out as its len() says, "
-            "and counts as one sample without; give such objects a __len__, or more of them"
+            "and counts as one sample without; give such objects a __len__, or more of them, and what all samples "
+            "share a first dimension of 1, such as mask[None]"
         )
     if "not_recalibrated" in last.evidence:
         notes.append(f"BatchNorm's statistics are the old ones: {last.evidence['not_recalibrated']}")

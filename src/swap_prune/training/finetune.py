@@ -118,8 +118,9 @@ def finetune(
         raise ValueError(f"teacher must be a torch.nn.Module or None, got a {type(teacher).__name__}")
     check_network(model)
     check_no_inference(model)
-    for network in (model, *([] if teacher is None else [teacher])):
-        check_values(network)
+    check_values(model)
+    if teacher is not None:
+        check_values(teacher, "teacher")
     kept = resolve_masks(model, masks, targets, ignore)
     loss = cross_entropy if loss_fn is None else loss_fn
     share = settings.share_of_teacher(loss, known=teacher is not None)

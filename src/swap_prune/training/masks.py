@@ -171,11 +171,13 @@ class MaskKeeper:
             self._after_step(optimizer)
         for number, (parameter, _) in enumerate(self._pruned):
             if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
-                trained = parameter.requires_grad
+                trained, clear = parameter.requires_grad, partial(self._clear_gradient, number)
                 parameter.requires_grad_(True)  # a frozen one takes no hook, and may be trained later
-                clear = partial(self._clear_gradient, number)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(clear))  # type: ignore[no-untyped-call]
-                parameter.requires_grad_(trained)
+                try:
+                    hook = parameter.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
+                    self._hooks.append(hook)
+                finally:
+                    parameter.requires_grad_(trained)
 
     def remove(self) -> None:
         """Take the hooks off; the weights stay as they are."""

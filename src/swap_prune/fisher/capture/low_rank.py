@@ -75,7 +75,8 @@ def capture_low_rank(
     kept = whole_number("rank", rank if rank is not None else BATCH_RANK if source.in_batches else RANK)
     if not batches or not all(map(is_sliceable, batches)):
         raise ValueError(
-            f"batches must be at least one, of tensors with samples in front, for low-rank rows; {_OTHERWISE}"
+            "batches must be at least one, of tensors with samples in front, for low-rank rows (what all samples share "
+            f"has a first dimension of 1, such as mask[None]); {_OTHERWISE}"
         )
     try:
         hooked_layers(model, selection)

@@ -16,7 +16,7 @@ from swap_prune.selection import Selection
 
 __all__ = ["RowBuffer", "RowSink", "RowStore", "RowStream", "check_rows"]
 
-_LONGEST = 0.01  # row, of the root of the largest number: f is a sum of thousands of squares
+_LONGEST = 0.01  # row, of the root of the largest number: the squares of ten thousand can be added up
 
 
 class RowSink(Protocol):
@@ -101,13 +101,14 @@ def check_rows(rows: Tensor, selection: Selection) -> None:
     if bool((sizes <= most).all()):
         return
     bad = int((~(sizes <= most)).sum())
+    infinite = int((~torch.isfinite(rows).all(1)).sum())
     layers = [name for name, s in selection.slices().items() if not bool(torch.isfinite(rows[:, s]).all())]
     if not layers:
         raise ValueError(
-            f"the gradient is longer than {most:.0e} on {bad} of {len(rows)} samples, too long to be squared; divide "
+            f"the gradient is longer than {most:.1e} on {bad} of {len(rows)} samples, too long to be squared; divide "
             "the loss by a constant"
         )
     raise ValueError(
-        f"the gradient is not finite on {bad} of {len(rows)} samples (first in {layers[0]!r}); check the loss and the "
-        "data"
+        f"the gradient is not finite on {infinite} of {len(rows)} samples (first in {layers[0]!r}); check the loss "
+        "and the data"
     )
