@@ -1521,3 +1521,29 @@ def test_a_mask_that_all_samples_share(sizes: tuple[int, ...], fitted: int) -> N
     report = prune(Masked(), data, 0.5, "lr", progress=False, **settings)  # type: ignore[arg-type]
     assert report.kept == 48 and report.stages[0].samples == fitted
     assert not any("BatchNorm" in note or "held out" in note for note in report.notes)
+
+
+def test_an_embedding_whose_gradients_are_sparse() -> None:
+    class Bag(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.look, self.head = nn.Embedding(20, 8, sparse=sparse), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.head(self.look(x).mean(1))
+            return outputs
+
+    torch.manual_seed(1)
+    data = TensorDataset(torch.randint(20, (60, 5)), torch.randint(3, (60,)))
+    found = []
+    for sparse in (False, True):
+        model = Bag(sparse)
+        prune(model, data, 0.5, "obd", targets=["Embedding"], progress=False)
+        found.append(model.look.weight.detach().clone())
+    torch.testing.assert_close(*found)
+
+
+def test_a_plan_of_what_are_no_data_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data must be a Dataset or an iterable of batches .*, got a int"):
+        plan(nn.Linear(10, 2), 5, 0.5, "lr")

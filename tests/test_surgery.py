@@ -52,6 +52,25 @@ def test_a_layer_counts_what_reaches_it() -> None:
     assert float(model.late.running_var.max()) < 10, "not the mean with what was there before"
 
 
+def test_an_expert_that_no_sample_of_a_batch_is_sent_to() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert, self.unused, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = (x[:, 0] > 0) & (len(x) < 20)
+            self.unused(x[:0])
+            return self.head(x.masked_scatter(chosen[:, None], self.expert(x[chosen])))
+
+    model, parts = Routed(), batches(30, 10, 10)
+    nn.init.constant_(model.unused.running_mean, 7.0)
+    assert recalibrate_batchnorm(model, parts, cross_entropy)
+    sent = torch.cat([x[x[:, 0] > 0] for x, _ in parts[1:]])
+    torch.testing.assert_close(model.expert.running_mean, sent.mean(0))
+    assert model.unused.running_mean.tolist() == [7.0] * 5
+
+
 def test_a_layer_may_be_called_by_keyword() -> None:
     class Named(nn.BatchNorm1d):
         def __call__(self, x: Tensor) -> Tensor:

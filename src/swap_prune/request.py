@@ -26,6 +26,7 @@ from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import check_no_inference
 from swap_prune.regression.pattern import GroupPattern, parse_pattern
+from swap_prune.samples.calibration import check_data
 from swap_prune.schedule import keep_count, stage_schedules
 from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery.batchnorm import batchnorm_layers
@@ -221,9 +222,10 @@ def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
     """Return the calibration data, for which None may stand where nothing is read of it.
 
     Raises:
-        ValueError: If something is.
+        ValueError: If something is, or they are no data.
     """
     if data is not None:
+        check_data(data)
         return data
     users = {
         f"method {request.solver.name!r}": request.solver.needs_gradients or request.solver.needs_inputs,

@@ -189,3 +189,16 @@ def test_distances_that_float16_cannot_hold() -> None:
     loss, far = SelfDistillation(unit=False), torch.full((2, 50), 300.0).half()
     found = loss(nn.Identity(), (far, torch.zeros(2, 50).half()))
     assert found.dtype == torch.float32 and found.tolist() == [50 * 300.0**2 / 2] * 2
+
+
+def test_what_cannot_be_labelled_is_refused_in_words() -> None:
+    loss, batch = SelfDistillation(), torch.randn(2, 4)
+    for model, batches, message in (
+        (None, [batch], "must be a torch.nn.Module, got a NoneType"),
+        (nn.Linear(4, 3, device="meta"), [batch], "lies on the meta device"),
+        (nn.Linear(4, 3), None, "batches must be an iterable of what the model takes, got a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss.label(model, batches)  # type: ignore[arg-type]
+    ((_, dense),) = loss.label(nn.Identity(), [batch])  # without a parameter
+    torch.testing.assert_close(dense, functional.normalize(batch, dim=1))

@@ -303,3 +303,17 @@ def test_plan_takes_the_arguments_of_prune() -> None:
     chosen = {"sparsity": 0.5, "method": "lr", "samples": 20, "recalibration_data": data, "progress": False}
     forecast = plan(small_network(), data, **chosen, checkpoint="nowhere")
     assert forecast.chosen is not None and not Path("nowhere").exists()
+
+
+def test_what_is_frozen_counts_as_what_is_trained():
+    """Slopes of frozen weights are taken as well, and hold what lies between."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(4))
+    data = TensorDataset(torch.randn(20, 3, 48, 48), torch.randint(4, (20,)))
+    model(data[:2][0])
+    needs = []
+    for trained in (True, False):
+        model.requires_grad_(trained)
+        needs.append(plan(model, data, 0.5, "obd", samples=16, memory="16GB").chosen.need)
+        assert [p.requires_grad for p in model.parameters()] == [trained] * 6
+    assert needs[1] == pytest.approx(needs[0], rel=0.05)

@@ -56,6 +56,12 @@ def test_a_network_that_is_too_sure_of_itself_is_not_contradicted_by_labels(temp
     torch.testing.assert_close(*trusts, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [30.0, 300.0, 3000.0])
+def test_a_network_whose_logits_are_huge_is_not_contradicted_either(temperature: float) -> None:
+    logits, labels = drawn(4000)
+    assert doubt(temperature * logits, labels) == 0
+
+
 def test_trust_is_the_posterior_of_bayes() -> None:
     logits, labels = drawn(2000)
     wrong = (labels + 1) % CLASSES

@@ -14,6 +14,7 @@ Place in the pipeline: a loss, as :mod:`swap_prune.losses` describes them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from torch.nn import functional
 from swap_prune.losses import describe, errors_worded
 from swap_prune.losses.base import precise
 from swap_prune.losses.tokens import call_model
+from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import map_tensors
 
@@ -68,9 +70,13 @@ class SelfDistillation:
             Pairs, on the devices where the batches are: calibration data for ``prune``.
 
         Raises:
-            ValueError: If the model cannot be called, or the outputs are not one vector a sample.
+            ValueError: If the model cannot be called, there are no batches, or the outputs are not one vector a sample.
         """
-        place = next(model.parameters()).device
+        check_network(model)
+        check_values(model)
+        if not isinstance(batches, Iterable):
+            raise ValueError(f"batches must be an iterable of what the model takes, got a {type(batches).__name__}")
+        place = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0, device="cpu")).device
         pairs = []
         with eval_mode(model), torch.no_grad():
             for batch in batches:

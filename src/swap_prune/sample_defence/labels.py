@@ -16,6 +16,7 @@ Place in the pipeline: a defence, for the first-order steps and for the choices 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ _LEAST_RATE = 0.02  # of rho: less is left alone
 _LEAST_EVIDENCE = 10.0  # log-likelihood ratio against rho = 0; chance exceeds it once in 10^5 times
 _RATES = 100  # the grid of rho
 TEMPERATURES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # the grid of T
+_FURTHER = tuple(2.0**n * part for n in range(4, 12) for part in (1.5, 2.0))  # and more, if better than chance
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,19 @@ def doubt_labels(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[A
         return None
     targets, logits = torch.cat([batch[1] for batch in batches]), torch.cat(list(outputs))
     rates = torch.arange(_RATES, dtype=torch.float64, device=logits.device).unsqueeze(1) / _RATES
-    evidence = torch.stack(
-        [
-            ((1 - rates) * _likelihood(logits / temperature, targets) + rates / logits.shape[1]).log().sum(1)
-            for temperature in TEMPERATURES
-        ]
-    )  # (temperatures, rates)
-    number, best = divmod(int(evidence.argmax()), _RATES)
-    rate, gain = best / _RATES, evidence[number, best] - evidence[:, 0].max()
+    chance = -len(targets) * math.log(logits.shape[1])
+    temperatures, evidence = [], []
+    for temperature in (*TEMPERATURES, *_FURTHER):
+        likelihood = ((1 - rates) * _likelihood(logits / temperature, targets) + rates / logits.shape[1]).log().sum(1)
+        if temperature in TEMPERATURES or float(likelihood[0]) > chance + _LEAST_EVIDENCE:
+            temperatures.append(temperature)
+            evidence.append(likelihood)
+    found = torch.stack(evidence)  # (temperatures, rates)
+    number, best = divmod(int(found.argmax()), _RATES)
+    rate, gain = best / _RATES, found[number, best] - found[:, 0].max()
     if rate < _LEAST_RATE or not float(gain) > _LEAST_EVIDENCE:
         return None
-    return LabelDoubt(rate, TEMPERATURES[number])
+    return LabelDoubt(rate, temperatures[number])
 
 
 def _likelihood(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -34,11 +34,25 @@ from swap_prune.samples.numbered import NumberedSamples, known_length, own_gener
 from swap_prune.samples.peek import digest_of, peek, report_failure
 from swap_prune.samples.shares import share_out_samples
 
-__all__ = ["BATCH", "CalibrationStream"]
+__all__ = ["BATCH", "CalibrationStream", "check_data"]
 
 BATCH = 128  # samples, where the stream makes the batches itself
 _READING = "reading "  # before the names of states, among what is remembered
 _END = object()  # of a pass over the data
+
+
+def check_data(data: Any) -> None:
+    """Check that data are of a kind that batches can be read of.
+
+    Raises:
+        ValueError: If not.
+    """
+    if isinstance(data, Tensor | str | bytes | Mapping) or not (
+        isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
+    ):
+        raise ValueError(
+            f"data must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
+        )
 
 
 class CalibrationStream:
@@ -65,12 +79,7 @@ class CalibrationStream:
         size: int = BATCH,
         keep: Callable[[Any], Any] | None = None,
     ) -> None:
-        if isinstance(data, Tensor | str | bytes | Mapping) or not (
-            isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
-        ):
-            raise ValueError(
-                f"data must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
-            )
+        check_data(data)
         if isinstance(data, IterableDataset):
             data = DataLoader(data, batch_size=size)
         self._data = data

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from swap_prune.distributed import process_count
-from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes
+from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes, trainable
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
 from swap_prune.fisher.capture.rows import bytes_of_a_row
@@ -121,7 +121,7 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     map_tensors(lambda t: own_bytes.append(t.nbytes), sample)
 
     def saved() -> SavedBytes:
-        with eval_mode(model):
+        with eval_mode(model), trainable(model):  # the selected weights have slopes, whether or not they are frozen
             return saved_bytes(lambda: function(model, sample), (*model.parameters(), *model.buffers()))
 
     def row() -> int:

@@ -70,13 +70,13 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
     if not layers or not first:
         return False
     before = [[buffer.clone() for buffer in layer.buffers()] for layer in layers]
-    with _averaging(model, layers), torch.no_grad():
+    with _averaging(model, layers) as seen, torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()  # type: ignore[operator]
         for batch in itertools.chain(first, usable):
             run_loss(model, batch, loss_fn, _KIND)
         for layer, values in zip(layers, before, strict=True):
-            if int(layer.num_batches_tracked) == 0:  # type: ignore[arg-type]
+            if seen[layer] == 0:
                 for buffer, value in zip(layer.buffers(), values, strict=True):
                     buffer.copy_(value)
     if not all(bool(buffer.isfinite().all()) for layer in layers for buffer in layer.buffers()):
@@ -88,10 +88,13 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
 
 
 @contextmanager
-def _averaging(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+def _averaging(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Mapping[nn.Module, int]]:
     """Run a block in eval mode, but for BatchNorm, whose running statistics become means over the batches.
 
-    Each batch counts by the values a channel that it brings, from the first one on.
+    Each batch counts by the values a channel that it brings, from the first one on; those of no sample bring none.
+
+    Yields:
+        How many values a channel each layer has seen so far.
     """
     seen, momenta = dict.fromkeys(layers, 0), [layer.momentum for layer in layers]
 
@@ -99,14 +102,14 @@ def _averaging(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
         inputs = layer_input(arguments, named)
         values = inputs.numel() // inputs.shape[1]
         seen[layer] += values
-        layer.momentum = values / seen[layer]  # type: ignore[assignment]
+        layer.momentum = values / max(1, seen[layer])  # type: ignore[assignment]
 
     with eval_mode(model):
         for layer in layers:
             layer.training = True
         handles = [layer.register_forward_pre_hook(set_momentum, with_kwargs=True) for layer in layers]
         try:
-            yield
+            yield seen
         finally:
             for layer, handle, momentum in zip(layers, handles, momenta, strict=True):
                 handle.remove()

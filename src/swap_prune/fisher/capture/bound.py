@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swap_prune.selection import Selection
 
-__all__ = ["Bound", "add_gradient", "flat_gradient", "functional_call"]
+__all__ = ["Bound", "add_gradient", "dense", "flat_gradient", "functional_call"]
 
 
 def functional_call(module: nn.Module, state: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> Any:
@@ -76,14 +76,19 @@ class Bound(nn.Module):
         return value, list(leaves.values())
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """Return a gradient as a vector; that of an embedding may be sparse."""
+    return (gradient if gradient.layout is torch.strided else gradient.to_dense()).reshape(-1)
+
+
 def flat_gradient(out: Tensor, gradients: Iterable[Tensor | None], selection: Selection) -> None:
     """Write the gradients of the selected weights to one row, (p,); unused weights have gradient zero."""
     for place, gradient in zip(selection.slices().values(), gradients, strict=True):
-        out[place] = 0 if gradient is None else gradient.reshape(-1).to(out.dtype)
+        out[place] = 0 if gradient is None else dense(gradient).to(out.dtype)
 
 
 def add_gradient(total: Tensor, gradients: Iterable[Tensor | None], selection: Selection, share: float = 1.0) -> None:
     """Add a share of the gradients of the selected weights to a vector, (p,)."""
     for place, gradient in zip(selection.slices().values(), gradients, strict=True):
         if gradient is not None:
-            total[place].add_(gradient.reshape(-1).to(total.dtype), alpha=share)
+            total[place].add_(dense(gradient).to(total.dtype), alpha=share)

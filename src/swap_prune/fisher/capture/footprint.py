@@ -5,7 +5,8 @@ Place in the pipeline: before capture, and beneath the forecasts of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swap_prune.samples.batches import map_tensors
 
-__all__ = ["SavedBytes", "allocated_bytes", "saved_bytes", "unrolls"]
+__all__ = ["SavedBytes", "allocated_bytes", "saved_bytes", "trainable", "unrolls"]
 
 _EVERY = 16  # operations, after which what was freed is seen
 
@@ -52,6 +53,19 @@ def saved_bytes(run: Callable[[], object], own: Iterable[Tensor]) -> SavedBytes:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
     return SavedBytes(sum(kept.values()), max(kept.values(), default=0))
+
+
+@contextmanager
+def trainable(model: nn.Module) -> Iterator[None]:
+    """Run a block in which all parameters of a network require gradients, as those that are asked for one will."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def allocated_bytes(run: Callable[[], object]) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from swap_prune.checks import first_line
-from swap_prune.fisher.capture.bound import Bound, functional_call
+from swap_prune.fisher.capture.bound import Bound, dense, functional_call
 from swap_prune.fisher.capture.footprint import allocated_bytes, saved_bytes, unrolls
 from swap_prune.fisher.capture.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, piece_bytes
@@ -289,7 +289,7 @@ class _Capturer:
             )
             for name, gradient in zip(weights, gradients, strict=True):
                 place = places[name.removeprefix("model.")]
-                rows[i, place] = 0 if gradient is None else gradient.reshape(-1).to(rows.dtype)
+                rows[i, place] = 0 if gradient is None else dense(gradient).to(rows.dtype)
         losses[: len(values)] = values.detach()
         return len(values)
 
