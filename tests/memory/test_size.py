@@ -312,8 +312,8 @@ def test_what_is_frozen_counts_as_what_is_trained():
     data = TensorDataset(torch.randn(20, 3, 48, 48), torch.randint(4, (20,)))
     model(data[:2][0])
     needs = []
-    for trained in (True, False):
+    for trained in (True, True, False):  # what the first one loads is held by the others
         model.requires_grad_(trained)
         needs.append(plan(model, data, 0.5, "obd", samples=16, memory="16GB").chosen.need)
         assert [p.requires_grad for p in model.parameters()] == [trained] * 6
-    assert needs[1] == pytest.approx(needs[0], rel=0.05)
+    assert needs[2] == pytest.approx(needs[1], rel=0.05)
