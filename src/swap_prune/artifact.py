@@ -58,7 +58,7 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
     if other:
         raise ValueError(
             f"state_dict of {type(model).__name__}, which is what is saved, leaves out or changes the pruned weights "
-            f"{some_of(list(map(repr, other)))}: take off the hooks that do so"
+            f"{some_of(map(repr, other))}: take off the hooks that do so"
         )
     try:
         data = safetensors.torch.save(state)
@@ -82,9 +82,7 @@ def check_dense(model: nn.Module, trouble: str) -> None:
     """
     odd = not_dense(model)
     if odd:
-        raise ValueError(
-            f"the model's state_dict holds more than dense tensors, {trouble}: {some_of(list(map(repr, odd)))}"
-        )
+        raise ValueError(f"the model's state_dict holds more than dense tensors, {trouble}: {some_of(map(repr, odd))}")
 
 
 def not_dense(model: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,9 @@ def first_line(error: BaseException, *, typed: bool = False) -> str:
     return f"{name}: {line}" if typed and text else line
 
 
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     """Return the first three of some names, and how many more there are."""
+    names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -99,7 +99,7 @@ def _contents(state: Any) -> str:
     """Say what a file holds in place of a state_dict."""
     if not isinstance(state, Mapping) or not state:
         return f"an empty {type(state).__name__}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
-    return f"keys {some_of(list(map(str, state)))}; under 'state_dict' or 'model' it would be found"
+    return f"keys {some_of(map(str, state))}; under 'state_dict' or 'model' it would be found"
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -158,8 +158,8 @@ def _check_names_and_shapes(own: Mapping[str, Any], state: Mapping[str, Tensor],
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:
-        parts = [f"lacks {some_of(list(map(repr, missing)))}"] * bool(missing)
-        parts += [f"has {some_of(list(map(repr, unexpected)))}"] * bool(unexpected)
+        parts = [f"lacks {some_of(map(repr, missing))}"] * bool(missing)
+        parts += [f"has {some_of(map(repr, unexpected))}"] * bool(unexpected)
         raise ValueError(f"the keys of {path} do not match {type(model).__name__}: it {' and '.join(parts)}")
     wrong = [name for name in state if state[name].shape != own[name].shape]
     if wrong:

@@ -238,7 +238,8 @@ def _samples(batches: Iterable[Any]) -> int:
 
 def _fit(batches: list[Any], size: float) -> bool:
     """Whether batches that are alike have at most so many samples together, and can be told apart when they are one."""
-    return _samples(batches) <= size and _samples(batches) < _least_shared(batches[0])
+    together = _samples(batches)
+    return together <= size and together < _least_length(slice_batch(batches[0], 0, 0))
 
 
 def _are_alike(first: Any, second: Any) -> bool:
@@ -319,14 +320,14 @@ def is_sliceable(batch: Any) -> bool:
     What they share has no dimension, or a first one of 1, or of more than the number of samples: a shorter one might be
     taken for the samples of a part of the batch.
     """
-    return batch_size(slice_batch(batch, 0, 0)) == 0 and _least_shared(batch) > batch_size(batch)
+    shared = slice_batch(batch, 0, 0)
+    return batch_size(shared) == 0 and _least_length(shared) > batch_size(batch)
 
 
-def _least_shared(batch: Any) -> float:
-    """Return the least length above 1 of what all samples of a batch share; infinity where there is none."""
+def _least_length(shared: Any) -> float:
+    """Return the least length above 1 of what is left of a batch without samples; infinity where there is none."""
     lengths: list[float] = [math.inf]
-    rest = slice_batch(batch, 0, 0)
-    map_tensors(lambda t: lengths.append(t.shape[0]) if t.ndim and t.shape[0] > 1 else None, rest)
+    map_tensors(lambda t: lengths.append(t.shape[0]) if t.ndim and t.shape[0] > 1 else None, shared)
     return min(lengths)
 
 

@@ -59,7 +59,7 @@ def hooked_layers(model: nn.Module, selection: Selection) -> dict[nn.Module, str
         first, *more = others
         raise UnsupportedLayerError(
             f"{others[first]}, not the weight of a Linear or Conv layer that computes as torch's own"
-            + (f", and no more {'is' if len(more) == 1 else 'are'} {some_of(list(map(repr, more)))}" if more else ""),
+            + (f", and no more {'is' if len(more) == 1 else 'are'} {some_of(map(repr, more))}" if more else ""),
             tuple(others),
         )
     return layers

@@ -89,7 +89,7 @@ class LayerInputs:
                 run_loss(self.model, batch, self.loss_fn)
         if unseen := [name for name, total in sums.items() if total.count == 0]:
             raise ValueError(
-                f"no inputs of {some_of(list(map(repr, unseen)))} were seen: such a layer does not run as a module of "
+                f"no inputs of {some_of(map(repr, unseen))} were seen: such a layer does not run as a module of "
                 f"its own, or no sample reached it; leave them out with ignore={unseen}, or use a method that works on "
                 "gradients"
             )
