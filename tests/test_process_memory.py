@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
-from swap_prune import plan
+from swap_prune import SquaredError, plan
 from swap_prune import process_memory as process
 from swap_prune.memory.planning import Workload, plan_memory
 from swap_prune.process_memory import (
@@ -415,6 +415,23 @@ def test_outputs_are_counted_where_they_are_held() -> None:
         model, sparsity=0.5, method="magnitude", stages=1, samples=80, **REST | {"loss_fn": lambda net, b: b}
     )
     assert count_workload(model, data, plain, torch.device("cpu")).output_bytes == 0, "a function knows of no outputs"
+
+
+@pytest.mark.parametrize("loss", [None, SquaredError(), lambda net, batch: net(batch[0]).square().sum(1)])
+def test_gradients_that_are_averaged_together_count_whatever_the_loss(loss: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)) if loss is None else torch.randn(100, 2))
+    counted = [
+        count_workload(
+            model,
+            data,
+            check_request(model, sparsity=0.5, method="lr", stages=1, samples=80, **changed),
+            torch.device("cpu"),
+        )
+        for changed in (REST | {"loss_fn": loss, "defence": defence} for defence in ("trimmed-mean", "labels"))
+    ]
+    assert [load.slopes_held for load in counted] == [True, False]
+    assert [load.doubted for load in counted] == [False, loss is None]
 
 
 def test_a_run_knows_the_bytes_of_its_samples() -> None:

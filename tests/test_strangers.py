@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, keep_masks, load_pruned, masks_of, plan, prune
 from swap_prune.fisher.capture.rows import capture_gradients
+from swap_prune.network import aliasing
 from swap_prune.samples.batches import batch_size
 from swap_prune.schedule import keep_count
 from swap_prune.selection import select_parameters
-from tests.cases import blurred_classes, trained
+from tests.cases import blurred_classes, generator, trained
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -376,6 +377,30 @@ def test_parameters_that_share_memory() -> None:
         prune(model, DATA, 0.5, "magnitude", progress=False)
     report = prune(Tied(transposed=False), DATA, 0.5, "lr", loss_fn=loss, progress=False)
     assert report.kept == 48 and report.layers["down.weight"].kept + report.layers["up.weight"].kept == 48
+
+
+def test_parameters_of_one_flat_buffer_are_compared_with_their_neighbours_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(200)))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    overlap, compared = aliasing._overlap, 0
+
+    def counted(one: Tensor, other: Tensor) -> bool:
+        nonlocal compared
+        compared += 1
+        return overlap(one, other)
+
+    monkeypatch.setattr(aliasing, "_overlap", counted)
+    assert len(select_parameters(model).names) == 200 and compared == 0
+    base, views = torch.zeros(60), {}
+    for number in range(40):  # some of them every second or third number
+        start, step = int(torch.randint(40, (), generator=generator(number))), 1 + number % 3
+        views[str(number)] = base[start : start + 1 + number % 9 : step]
+    expected = {(a, b) for a, b in itertools.combinations(views, 2) if overlap(views[a], views[b])}
+    found = list(aliasing._overlapping(list(views.items())))
+    assert {tuple(sorted(pair, key=int)) for pair in found} == expected and len(found) == len(expected) > 20
+    assert compared < len(views) ** 2 / 4
 
 
 def test_masks_of_torch_are_to_be_made_permanent_first() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-__all__ = ["DEFENCES", "FIXED_DEFENCES", "name_of", "parse_defence"]
+__all__ = ["DEFENCES", "FIXED_DEFENCES", "MEANS", "name_of", "parse_defence"]
 
 DEFENCES = ("gradients", "labels", "inputs")
 FIXED_DEFENCES = ("low-rank", "winsorise", "clip", "trimmed-mean", "median-of-means")  # in place of ``gradients``
-_MEANS = ("trimmed-mean", "median-of-means")
+MEANS = ("trimmed-mean", "median-of-means")  # of gradients that are held together
 
 
 def parse_defence(defence: str | None) -> frozenset[str]:
@@ -34,8 +34,8 @@ def parse_defence(defence: str | None) -> frozenset[str]:
     if "gradients" in parts and not set(parts).isdisjoint(FIXED_DEFENCES):
         fixed = ", ".join(name for name in FIXED_DEFENCES if name in parts)
         raise ValueError(f"defence takes 'gradients', which chooses by itself, or {fixed}, not both, got {defence!r}")
-    if set(_MEANS) <= set(parts):
-        raise ValueError(f"defence must have one of {' and '.join(_MEANS)}, got {defence!r}")
+    if set(MEANS) <= set(parts):
+        raise ValueError(f"defence must have one of {' and '.join(MEANS)}, got {defence!r}")
     return frozenset(parts)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from swap_prune.checks import checked_seed, whole_number
-from swap_prune.defences import parse_defence
+from swap_prune.defences import name_of, parse_defence
 from swap_prune.distributed import process_count
 from swap_prune.fisher.capture.sketch import comparable
 from swap_prune.fisher.noise import NoiseChain, parse_noise
@@ -179,7 +179,7 @@ def check_request(
             "min_keep": _plain_shares(min_keep),
             "recalibrate_batchnorm": bool(recalibrate_batchnorm),
             "noise": noise_model.settings(),
-            "defence": defence if defence is not None else "none",
+            "defence": name_of(defences),
         }
         | ({} if pattern is None else {"pattern": pattern})
         | ({} if finetune is None else {"finetune": finetune.settings()}),

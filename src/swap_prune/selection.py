@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -76,13 +77,17 @@ class Selection:
         """Names in flat order."""
         return tuple(self.shapes)
 
-    @property
+    @cached_property
     def total(self) -> int:
         """p, the number of selected weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     def slices(self) -> dict[str, slice]:
         """Return each parameter's place in the flat vector."""
+        return dict(self._places)
+
+    @cached_property
+    def _places(self) -> dict[str, slice]:
         ends = [0]
         for shape in self.shapes.values():
             ends.append(ends[-1] + shape.numel())
@@ -233,15 +238,19 @@ def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) ->
     """Yield weights of two dimensions and more that are neither named nor ignored."""
     for candidate in _collect(model):
         parameter = candidate.parameter
-        lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-        weight = not lazy and parameter.is_floating_point() and parameter.ndim >= 2 and candidate.name not in names
+        weight = (
+            not is_lazy(parameter)
+            and parameter.is_floating_point()
+            and parameter.ndim >= 2
+            and candidate.name not in names
+        )
         if weight and not any(_matches(pattern, candidate) for pattern in ignore):
             yield candidate
 
 
 def _check_real(candidate: _Candidate) -> None:
     """Refuse a parameter that is not there yet, or is complex."""
-    if isinstance(candidate.parameter, nn.parameter.UninitializedParameter):
+    if is_lazy(candidate.parameter):
         raise ValueError(f"parameter {candidate.name!r} is not initialised: run the model once, then prune")
     if candidate.parameter.is_complex():
         raise ValueError(f"{candidate.name!r} is complex, and real weights are pruned: ignore= leaves it alone")
@@ -379,7 +388,7 @@ def _matches(pattern: str, candidate: _Candidate) -> bool:
 
 
 def _prunable(pattern: str, candidate: _Candidate) -> bool:
-    lazy = isinstance(candidate.parameter, nn.parameter.UninitializedParameter)  # refused later, with a reason
+    lazy = is_lazy(candidate.parameter)  # refused later, with a reason
     return pattern in candidate.aliases or lazy or candidate.parameter.ndim >= 2
 
 

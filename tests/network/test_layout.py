@@ -82,6 +82,14 @@ def test_a_network_that_refuses_gets_images_as_they_come(reason: str) -> None:
     assert sum(SEEN) <= 1  # the trial
 
 
+def test_memory_that_runs_out_is_no_refusal() -> None:
+    def short(_model: nn.Module, _batch: object) -> Tensor:
+        raise MemoryError("none left")
+
+    with pytest.raises(MemoryError, match="none left"):
+        takes_channels_last(nn.Sequential(nn.Conv2d(3, 4, 3)), short, (torch.randn(1, 3, 8, 8), torch.tensor([0])))
+
+
 @pytest.mark.parametrize(
     "sample", [None, (torch.randn(1, 192), torch.zeros(1, dtype=torch.long)), (one()[0].double(), one()[1])]
 )

@@ -141,6 +141,19 @@ def test_no_layer_is_swapped_below_its_floor() -> None:
     leaving = torch.tensor([5, 1, 0, 9, 6, 2])
     may = spared(leaving, ((slice(0, 4), 1), (slice(4, 8), 1)), support)
     assert may.tolist() == [True, True, True, True, False, False]
+    draw = generator(3)
+    for _ in range(20):
+        support = torch.randperm(60, generator=draw)[:40].sort().values
+        leaving = support[torch.randperm(40, generator=draw)[:30]]
+        floors = [(slice(5, 20), 4), (slice(20, 21), 1), (slice(30, 55), 9)]
+        left, expected = set(support.tolist()), []
+        for index in leaving.tolist():  # those before it in its layer have left, whether they might or not
+            kept = [sum(place.start <= i < place.stop for i in left) for place, _ in floors]
+            inside = [place.start <= index < place.stop for place, _ in floors]
+            needed = any(here and n <= least for here, n, (_, least) in zip(inside, kept, floors, strict=True))
+            expected.append(not needed)
+            left.discard(index)
+        assert spared(leaving, floors, support).tolist() == expected
 
 
 def test_batches_that_do_not_pay_are_halved_down_to_a_sixteenth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -514,3 +514,28 @@ def test_a_look_at_random_data_is_the_same_each_time():
     state = torch.get_rng_state()
     assert torch.equal(peek(Noisy())[0], peek(DataLoader(Noisy()))[0])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": None}, {"batch_size": 1, "collate_fn": lambda items: items[0]}])
+def test_a_look_at_a_loader_whose_items_are_batches_is_at_one_sample(options):
+    class Batches(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((8, 2), float(index)), torch.arange(8)
+
+    inputs, targets = peek(DataLoader(Batches(), **options))
+    assert inputs.tolist() == [[0.0, 0.0]] and targets.tolist() == [0]
+
+
+def test_a_look_for_which_memory_runs_out_is_none():
+    class Short(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise MemoryError("none left")
+
+    with pytest.raises(MemoryError, match="none left"):
+        peek(Short())

@@ -228,6 +228,12 @@ def test_another_run_is_refused(changes: dict[str, Any], words: str, tmp_path: P
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_defence_in_other_words_is_the_same_run(tmp_path: Path) -> None:
+    first, weights = run("dataset", tmp_path, defence="auto")
+    again, same = run("dataset", tmp_path, defence="labels+inputs+gradients")
+    assert first.settings == again.settings and all(torch.equal(weights[name], same[name]) for name in weights)
+
+
 def test_other_weights_and_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(2, monkeypatch, lambda: run("dataset", tmp_path))
     given = {"method": "lr", "samples": 40, "stages": 4, "progress": False, "checkpoint": tmp_path}

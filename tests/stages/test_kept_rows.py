@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import LR, plan, prune
+from swap_prune import LR, SelfDistillation, plan, prune
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.stages import capturing
+from tests.cases import generator
 from tests.fisher.defence.test_gradients import perceptron
 from tests.stages.test_runner import Asking
 from tests.test_pipeline import small_data, small_network
@@ -62,6 +63,16 @@ def test_a_later_run_takes_what_an_earlier_one_left(kind: str, tmp_path: Path, m
         assert taken == [1] and sorted(path.name for path in tmp_path.iterdir()) == left
     alone, own = run(None, model, data, 0.6, **options)
     assert same(found, alone) and own["ridge"] == evidence["ridge"]
+
+
+def test_rows_are_found_where_the_losses_of_the_dense_network_are_zero(tmp_path: Path) -> None:
+    model, loss = perceptron()[0], SelfDistillation()
+    inputs = torch.randn(60, 30, generator=generator(5))
+    pairs = loss.label(model, inputs.split(20))
+    first, evidence = run(tmp_path, model, pairs, loss_fn=loss)
+    assert "rows_reused" not in evidence
+    again, evidence = run(tmp_path, model, pairs, loss_fn=loss)
+    assert "rows_reused" in evidence and same(first, again)
 
 
 def test_only_the_first_stage_is_kept(tmp_path: Path) -> None:

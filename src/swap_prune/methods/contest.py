@@ -32,7 +32,7 @@ from swap_prune.regression.iht import SparseFit, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import ScaledGram, WeightedRidge
 from swap_prune.regression.swap import can_swap, swap_weights
-from swap_prune.regression.top_k import Floors
+from swap_prune.regression.top_k import Floors, kept_beyond
 
 __all__ = ["Paired", "finite_entries", "fit_pairing"]
 
@@ -378,12 +378,7 @@ def _losses_of(fitted: _Fitted) -> Tensor:
 
 def _is_starved(support: Tensor, floors: Floors) -> bool:
     """Whether a support, in increasing order, leaves a layer fewer weights than its floor."""
-    if not floors:
-        return False
-    places, least = zip(*floors, strict=True)
-    bounds = torch.tensor([(place.start, place.stop) for place in places], device=support.device)
-    counts = torch.searchsorted(support, bounds).diff(dim=1).squeeze(1)
-    return bool((counts < torch.tensor(least, device=support.device)).any())
+    return bool(floors) and bool((kept_beyond(support, floors) < 0).any())
 
 
 def finite_entries(entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +36,28 @@ def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]
                 f"torch.nn.Parameter(value.clone()), or leave it out by ignore=[{name!r}]"
             )
     for group in groups.values():
-        for (name, one), (other_name, other) in itertools.combinations(group, 2):
-            if name in chosen and _overlap(one, other):
+        for name, other_name in _overlapping(group):
+            if name in chosen or other_name in chosen:
+                name, other_name = sorted((name, other_name), key=lambda n: n not in chosen)
                 raise ValueError(
                     f"{name!r} and {other_name!r} share memory: tie parameters by assigning the parameter itself, make "
                     f"one of them a clone, or leave {name!r} out by ignore=[{name!r}]"
                 )
+
+
+def _overlapping(group: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    """Yield the names of views of one storage that have an element in common."""
+    before: list[tuple[str, Tensor]] = []
+    for name, view in sorted(group, key=lambda named: named[1].storage_offset()):
+        before = [(other, one) for other, one in before if _end(one) > view.storage_offset()]
+        yield from ((other, name) for other, one in before if _overlap(one, view))
+        before.append((name, view))
+
+
+def _end(view: Tensor) -> int:
+    """Return the place in its storage behind a view's last element."""
+    reach = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
+    return int(view.storage_offset() + reach + 1)
 
 
 def _address(tensor: Tensor) -> int:
@@ -62,9 +77,7 @@ def _repeats(tensor: Tensor) -> bool:
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
     """Whether two views of one storage have an element in common."""
-    starts = [view.storage_offset() for view in (one, other)]
-    reaches = [sum((s - 1) * step for s, step in zip(v.shape, v.stride(), strict=True)) + 1 for v in (one, other)]
-    ends = [start + reach for start, reach in zip(starts, reaches, strict=True)]
+    starts, ends = [view.storage_offset() for view in (one, other)], [_end(view) for view in (one, other)]
     if starts[0] >= ends[1] or starts[1] >= ends[0]:
         return False
     seen = torch.zeros(max(ends) - min(starts), dtype=torch.bool, device="cpu")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from swap_prune.network.modes import eval_mode, no_autocast
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import map_tensors
 
@@ -52,7 +53,8 @@ def takes_channels_last(
     try:
         with torch.inference_mode(False), eval_mode(model):
             usual, other = (_answer(copy.deepcopy(model), function, two, laid, backwards) for laid in (False, True))
-    except Exception:  # a network may refuse in many ways; what is wrong with the data is said where it is used
+    except Exception as error:  # a network may refuse in many ways; what is wrong is said where the data are used
+        pass_on_shortage(error)
         return False
     return torch.allclose(usual, other, rtol=_SHARED_DIGITS, atol=_SHARED_DIGITS)
 

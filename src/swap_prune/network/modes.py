@@ -47,11 +47,13 @@ def training_mode(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    dropouts = [] if training else [(module, module.dropout) for module in model.modules() if _is_on_cudnn(module)]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    dropouts = [] if training else [(module, module.dropout) for module in modules if _is_on_cudnn(module)]
     try:  # an interruption may come at any line
-        model.train(training)
-        for module in filter(is_frozen, model.modules()):
+        if training or any(module.training for module in modules):
+            model.train(training)
+        for module in filter(is_frozen, modules):
             module.training = False
         for recurrent, _ in dropouts:
             recurrent.training, recurrent.dropout = True, 0.0  # cuDNN goes back through them in training mode alone
@@ -60,7 +62,8 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         for recurrent, dropout in dropouts:
             recurrent.dropout = dropout
         for module, before in modes:
-            module.training = before
+            if module.training != before:
+                module.training = before
 
 
 def is_frozen(module: nn.Module) -> bool:

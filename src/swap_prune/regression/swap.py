@@ -30,7 +30,7 @@ from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.square import SquareSystem
-from swap_prune.regression.top_k import Floors, top_k
+from swap_prune.regression.top_k import Floors, kept_beyond, top_k
 
 __all__ = ["Exchange", "Swaps", "can_swap", "exchange_of", "propose_swaps", "swap_weights"]
 
@@ -214,12 +214,21 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
 
 
 def spared(leaving: Tensor, floors: Floors, support: Tensor) -> Tensor:
-    """Return which of the indices that are to leave a support, one after the other, no layer needs, boolean."""
+    """Return which of the indices that are to leave a support, one after the other, no layer needs, boolean.
+
+    Args:
+        leaving: Indices of the support, in this order.
+        floors: Of layers, in the order of their places.
+        support: In increasing order.
+    """
     may = torch.ones_like(leaving, dtype=torch.bool)
-    for place, least in floors:
-        kept = int(((support >= place.start) & (support < place.stop)).sum())
-        here = (leaving >= place.start) & (leaving < place.stop)
-        may &= ~here | (here.cumsum(0) <= kept - least)
+    if not floors:
+        return may
+    beyond = kept_beyond(support, floors)
+    starts, stops = torch.tensor([(place.start, place.stop) for place, _ in floors], device=leaving.device).T
+    layer = torch.searchsorted(starts.contiguous(), leaving, right=True) - 1
+    inside = (layer >= 0) & (leaving < stops[layer])
+    may[inside] = _among_first(layer[inside], beyond)
     return may
 
 

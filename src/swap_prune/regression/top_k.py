@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swap_prune.regression.pattern import GroupPattern
 
-__all__ = ["Floors", "top_k"]
+__all__ = ["Floors", "kept_beyond", "top_k"]
 
 Floors = Sequence[tuple[slice, int]]  # places of layers, and how many of each are kept at least
 
@@ -54,6 +54,18 @@ def top_k(scores: Tensor, keep: int, floors: Floors = (), pattern: GroupPattern 
     if len(scores) <= _SMALL or scores.device.type != "cpu":
         return _take(scores, scores.topk(keep, sorted=False).values.min(), keep)
     return _take(scores, _kth_largest(scores, keep), keep)
+
+
+def kept_beyond(support: Tensor, floors: Floors) -> Tensor:
+    """Return how many weights of each layer a support keeps beyond its floor, (layers,); negative where it has fewer.
+
+    Args:
+        support: Indices, in increasing order.
+        floors: At least one.
+    """
+    bounds = torch.tensor([(place.start, place.stop) for place, _ in floors], device=support.device)
+    counts = torch.searchsorted(support, bounds).diff(dim=1).squeeze(1)
+    return counts - torch.tensor([least for _, least in floors], device=support.device)
 
 
 def _with_floors(scores: Tensor, keep: int, floors: Floors) -> Tensor:

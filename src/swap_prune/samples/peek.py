@@ -50,13 +50,16 @@ def _first(data: Any) -> Any:
     try:
         with seeded(0):
             if isinstance(data, DataLoader) and data.collate_fn is not None:
-                return data.collate_fn([data.dataset[0]])
+                item = data.dataset[0]
+                found = data.collate_fn(item if data.batch_size is None else [item])  # which may be a whole batch
+                return slice_batch(found, 0, 1) if is_sliceable(found) else found
             samples = NumberedSamples.of(data)
             if samples is not None:
                 return next(iter(samples.batches([[0]])))
         if isinstance(data, list | tuple) and data and is_sliceable(data[0]):
             return slice_batch(data[0], 0, 1)
-    except Exception:  # what is wrong with the data is said where it is drawn
+    except Exception as error:  # what is wrong with the data is said where it is drawn
+        pass_on_shortage(error)
         return None
     return None
 

@@ -128,13 +128,14 @@ class Defender:
         if not isinstance(factor, DenseFactor):  # which is not cleaned
             return GradientDefence(layers, noise)
         closely = self._looks(factor, fitting, LOOKED_CLOSELY_AT)
-        if not look_noise(layers, *closely):
+        differing = look_noise(layers, *closely)
+        if not differing:
             written = overwritten(factor.matrix, layers)
             if 0 < float(written.double().mean()) < _MOST_OVERWRITTEN:
                 return GradientDefence(layers, noise, written=written)
-        elif lies_elsewhere(layers, look_noise(layers, *closely), beyond):
+        elif lies_elsewhere(layers, differing, beyond):
             return GradientDefence(layers, noise)
-        defence = GradientDefence.by_looks(layers, *closely, beyond, in_batches=self.in_batches)
+        defence = GradientDefence.by_looks(layers, *closely, differing, beyond, in_batches=self.in_batches)
         return defence if defence.noise > 0 else None
 
     def _looks(self, factor: FisherFactor, fitting: list[Any], count: int) -> tuple[Tensor, Tensor]:

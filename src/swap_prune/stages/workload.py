@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from swap_prune.defences import MEANS
 from swap_prune.distributed import process_count
 from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes, trainable
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
@@ -47,9 +48,9 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
     with isolated(own), bystanders_given_back(model):
         need = _need_of(peek(data, own), model, request)
     samples = _count_samples(data, request)
-    trainable = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
     altered = any(type(one).corrupt != NoiseModel.corrupt for one in noise.models)  # into others, in memory
-    asked = request.solver.needs_held_out and isinstance(request.loss, CrossEntropy)
+    chooses, doubting = request.solver.needs_held_out, not request.defences.isdisjoint({"labels", "inputs"})
     return Workload(
         **need,
         **samples,
@@ -59,14 +60,14 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         method=request.solver.name,
         itemsize=request.selection.dtype(model).itemsize,
         can_spill=can_spill(place) and not altered,
-        doubted=asked and not request.defences.isdisjoint({"labels", "inputs"}),
+        doubted=chooses and doubting and isinstance(request.loss, CrossEntropy),
         trained=0 if finetune is None else finetune.batch_size,
-        training=0 if finetune is None else finetune.arrays * sum(trainable),
-        largest_parameter=max(trainable, default=0),
+        training=0 if finetune is None else finetune.arrays * sum(trained),
+        largest_parameter=max(trained, default=0),
         copies=0 if finetune is None else (4 if len(request.schedules) > 1 else 2) * _bytes(model),
         in_batches=request.in_batches,
         row_noise=noise.acts_on_rows,
-        slopes_held=asked and not request.defences.isdisjoint(("trimmed-mean", "median-of-means")),
+        slopes_held=chooses and not request.defences.isdisjoint(MEANS),
         held=held_memory(place) + (_bytes(model) if place != own else 0),
         device=place,
         processes=max(1, process_count()),

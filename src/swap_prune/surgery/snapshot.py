@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +79,20 @@ class Snapshot:
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the values that a parameter or a buffer has now: those held here, where they are the same."""
+        values = self._copies.get(_identity(tensor)) if tensor.layout is torch.strided else None
+        return values if values is not None and torch.equal(values, tensor) else tensor.detach().clone()
+
+    @cached_property
+    def _copies(self) -> dict[tuple[int, torch.Size, torch.dtype], Tensor]:
+        """The copies by what they are copies of."""
         buffers = self._statistics.held + self._bystanders.held
-        pairs = [*zip(self._tensors, self._values, strict=True), *((own, values) for _, _, own, values in buffers)]
-        for own, values in pairs:
-            dense = own.layout == tensor.layout == torch.strided
-            if dense and own.data_ptr() == tensor.data_ptr() and (own.shape, own.dtype) == (tensor.shape, tensor.dtype):
-                return values if torch.equal(values, tensor) else tensor.detach().clone()
-        return tensor.detach().clone()
+        pairs = [*((own, values) for _, _, own, values in buffers), *zip(self._tensors, self._values, strict=True)]
+        return {_identity(own): values for own, values in pairs if own.layout is torch.strided}
+
+
+def _identity(tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    """Return what tells a tensor from others."""
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
 def _bystanders(model: nn.Module) -> Iterator[nn.Module]:

@@ -62,7 +62,7 @@ class Teacher:
         self, model: nn.Module, selection: Selection | None, loss: GaussNewtonLoss, before: Snapshot | None = None
     ) -> None:
         statistics = {id(buffer) for layer in batchnorm_layers(model) for buffer in layer.buffers()}
-        names = None if selection is None else selection.names
+        names = None if selection is None else frozenset(selection.names)
         weights = {name: p.detach() for name, p in model.named_parameters() if names is None or name in names}
         weights |= {name: b for name, b in model.named_buffers() if names is None or id(b) in statistics}
         # a network may write to its other buffers, and to those that are given in their place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,10 @@ def noisy(rows: Tensor, seed: int, std: float = 2.0) -> Tensor:
     return GradientNoise(std=std, fraction=0.25).apply(DenseFactor(rows), generator(seed)).matrix
 
 
+def by_looks(layers: Any, first: Tensor, second: Tensor, beyond: Any, **options: bool) -> GradientDefence:
+    return GradientDefence.by_looks(layers, first, second, look_noise(layers, first, second), beyond, **options)
+
+
 def test_the_layers_are_those_with_entries_as_matrices() -> None:
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 3))
     selection = select_parameters(model, ("Conv2d", "1.weight", "Linear"), ())
@@ -88,7 +93,7 @@ def test_only_the_layers_that_noise_is_in_are_treated() -> None:
     first, second = rows.clone(), rows.clone()
     own = layers["3.weight"].place
     first[:, own], second[:, own] = noisy(rows[:, own], 3), noisy(rows[:, own], 4)
-    defence = GradientDefence.by_looks(layers, first[:16], second[:16], rank_noise(DenseFactor(first), layers))
+    defence = by_looks(layers, first[:16], second[:16], rank_noise(DenseFactor(first), layers))
     assert defence.treatments.keys() == {"3.weight"} == defence.open and defence.treatments["3.weight"].rank == 1
     assert defence.noise > 0.1
     cleaned = defence.clean_rows_(DenseFactor(first.clone())).matrix
@@ -100,16 +105,16 @@ def test_only_the_layers_that_noise_is_in_are_treated() -> None:
 
 def test_clean_looks_are_clean_and_noise_that_stays_is_seen_by_rank_alone() -> None:
     rows, layers = rows_and_layers()
-    defence = GradientDefence.by_looks(layers, rows[:16], rows[:16].clone(), rank_noise(DenseFactor(rows), layers))
+    defence = by_looks(layers, rows[:16], rows[:16].clone(), rank_noise(DenseFactor(rows), layers))
     assert defence.noise == 0 and not defence.cleans_slopes and not defence.said()
     same = noisy(rows, 3)
     beyond = rank_noise(DenseFactor(same), layers)
-    defence = GradientDefence.by_looks(layers, same[:16], same[:16], beyond)
+    defence = by_looks(layers, same[:16], same[:16], beyond)
     assert defence.noise == max(beyond.values()) and not defence.open and defence.cleans_slopes
     assert set(defence.treatments.values()) == {Treatment(rank=1)}
     assert defence.said()["1.weight"] == {"rows": "rank 1", "slopes": "mean, rank 1"}
     mixed = {name: layer._replace(exact=name == "5.weight") for name, layer in layers.items()}
-    defence = GradientDefence.by_looks(mixed, same[:16], same[:16], rank_noise(DenseFactor(same), mixed))
+    defence = by_looks(mixed, same[:16], same[:16], rank_noise(DenseFactor(same), mixed))
     assert defence.said()["1.weight"] == {"rows": "rank 3", "slopes": "mean"}, "a mean of rows cut to rank 3 is biased"
     assert defence.said()["5.weight"] == {"rows": "rank 1", "slopes": "mean, rank 1"}
 
@@ -117,9 +122,9 @@ def test_clean_looks_are_clean_and_noise_that_stays_is_seen_by_rank_alone() -> N
 def test_slopes_of_mini_batches_are_averaged_by_the_trimmed_mean() -> None:
     rows, layers = rows_and_layers()
     looks = noisy(rows[:16], 3), noisy(rows[:16], 4)
-    defence = GradientDefence.by_looks(layers, *looks, {}, in_batches=True)
+    defence = by_looks(layers, *looks, {}, in_batches=True)
     assert not defence.open and {done["slopes"] for done in defence.said().values()} == {"trimmed mean"}
-    assert defence.treatments == GradientDefence.by_looks(layers, *looks, {}).treatments
+    assert defence.treatments == by_looks(layers, *looks, {}).treatments
 
 
 def test_noise_is_seen_in_the_layers_that_it_is_in() -> None:
@@ -446,7 +451,7 @@ def test_noise_in_weights_is_seen() -> None:
 def test_slopes_of_a_layer_whose_rows_no_treatment_helps_are_left_to_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, layers = rows_and_layers()
     monkeypatch.setattr(gradients_module, "choose_treatment", lambda *_: Treatment())
-    defence = GradientDefence.by_looks(layers, noisy(rows[:16], 3), noisy(rows[:16], 4), {})
+    defence = by_looks(layers, noisy(rows[:16], 3), noisy(rows[:16], 4), {})
     assert defence.noise > 0.1 and not defence.open and not defence.cleans_slopes and not defence.said()
 
 

@@ -26,8 +26,9 @@ def functional_call(module: nn.Module, state: Mapping[str, Tensor], arguments: t
         state: Tensors by the first name of what they stand in for.
         arguments: What it is called with.
     """
-    given = {id(tensor): state[name] for name, tensor in _places(module) if name in state}
-    whole = {name: given[id(tensor)] for name, tensor in _places(module) if id(tensor) in given}
+    places = list(_places(module))
+    given = {id(tensor): state[name] for name, tensor in places if name in state}
+    whole = {name: given[id(tensor)] for name, tensor in places if id(tensor) in given}
     return torch.func.functional_call(module, whole, arguments, tie_weights=False)
 
 

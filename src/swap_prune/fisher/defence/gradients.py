@@ -152,6 +152,7 @@ class GradientDefence:
         layers: Mapping[str, DefendedLayer],
         first: Tensor,
         second: Tensor,
+        shares: Mapping[str, float],
         beyond: Mapping[str, float],
         *,
         in_batches: bool = False,
@@ -162,12 +163,12 @@ class GradientDefence:
             layers: By name.
             first: Rows such as those of G, (m, p).
             second: The same, taken again.
+            shares: :func:`look_noise` of the two.
             beyond: :func:`rank_noise` of G. Noise that is the same in both looks shows in it alone. Rows are then cut
                 to the rank of their kind, and slopes are averaged over cleaned rows where the rank is exact.
             in_batches: Whether rows and gradients are those of mini-batches, of which no rank is low: slopes are then
                 averaged by the trimmed mean.
         """
-        shares = look_noise(layers, first, second)
         hidden = max((share for name, share in beyond.items() if name not in shares), default=0.0)
         treatments = {
             name: choose_treatment(first[:, layers[name].place], second[:, layers[name].place], layers[name].shape)
