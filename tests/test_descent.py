@@ -184,7 +184,7 @@ def test_of_a_plain_function_the_first_length_is_that_of_the_whole_way_to_its_fl
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("before", [0.5, 2.0])
-@pytest.mark.parametrize("gain", [[0.1, 0.1, 0.1, 0.1], [0.5, -0.2, 0.0, 0.0]])
+@pytest.mark.parametrize("gain", [[0.1, 0.1, 0.1, 0.1], [0.5, -0.2, 0.0, 0.0], [0.5, 0.1, 0.0, 0.0]])
 def test_of_a_plain_function_steps_below_the_loss_before_the_stage_need_a_significant_gain(gain, before, known):
     """The network comes to 1; it was at 0.5, or 2, before."""
     base = known_loss() if known else problem_with(None)
@@ -205,7 +205,7 @@ def test_a_gain_must_exceed_its_standard_error():
     assert is_significant(torch.tensor([2.0, 1.0, 1.0, 0.0]))
     spread = torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 3.0])  # std above the mean, its error below
     assert float(spread.std()) > float(spread.mean()) and is_significant(spread)
-    assert not is_significant(torch.tensor([1.0]))
+    assert not is_significant(torch.tensor([1.0])) and not is_significant(torch.tensor([2.0, 1.0, 1.0, 0.0]), 3.0)
 
 
 def test_a_sample_whose_loss_is_infinite_no_longer_is_a_gain():

@@ -295,6 +295,12 @@ def test_a_bad_sample_does_not_get_into_batchnorm(where: str, value: float) -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("where", ["data", "recalibration_data"])
+def test_what_is_no_data_is_refused_by_name(where: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{where} must be a Dataset or an iterable of batches .*, got a int"):
+        prune(normalised(), sparsity=0.5, method="magnitude", progress=False, **{"data": DATA, where: 3})  # type: ignore[arg-type]
+
+
 def own_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 

@@ -109,7 +109,7 @@ def prune(
         ignore: The same, for what is not.
         samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
             settings by the loss on held-out samples draws up to 512 more; of data that hold fewer it takes a fifth, or
-            what is left beside ``samples``, if that is more.
+            what is left beside ``samples``, if that is more, and none where that is less than four.
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
             on up to 1,024 more samples falls; of a Dataset or a plain DataLoader no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
@@ -130,12 +130,13 @@ def prune(
         defence: ``"auto"`` looks for noise in the gradients, and where it finds some makes of each layer's what comes
             nearest to a second look at the same; clean gradients are left alone. It scales rows down that stand out,
             lets the network's own predictions stand for labels that they contradict too often, and shifts attacked
-            inputs back. None or ``"none"`` does not look; ``"gradients"``, ``"labels"`` and ``"inputs"``, or some of
-            them joined with ``+``, look there alone. In place of ``"gradients"``, one thing for all layers:
-            ``"low-rank"``, ``"winsorise"``, ``"clip"``, ``"trimmed-mean"`` or ``"median-of-means"``.
-        memory: Budget of the process, such as ``"4GB"``, or bytes; by default nine tenths of what is free. On a
-            GPU its own memory is meant. A run on gradients that would need more is refused before any work; see
-            :func:`plan`.
+            inputs back; these two only with the default loss and a method that holds samples out: LR and EWR, where
+            they have something to choose. None or ``"none"`` does not look; ``"gradients"``, ``"labels"`` and
+            ``"inputs"``, or some of them joined with ``+``, look there alone. In place of ``"gradients"``, one thing
+            for all layers: ``"low-rank"``, ``"winsorise"``, ``"clip"``, ``"trimmed-mean"`` or ``"median-of-means"``.
+        memory: Budget of the process, such as ``"4GB"``, or bytes; by default what it holds already and nine tenths of
+            what is free. On a GPU its own memory is meant. A run on gradients that would need more is refused before
+            any work; see :func:`plan`.
         storage: How G is held: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"mapped"`` (a file), ``"matrix-free"``
             (not at all: products are passes through the network), ``"low-rank"`` (as outer products, an approximation),
             ``"sharded"`` (each process of the group of ``torch.distributed`` holds a part), or ``"auto"``: the last

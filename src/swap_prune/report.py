@@ -71,8 +71,8 @@ class PruningReport(_Record):
         layers: Parameter name to its counts.
         seconds: Wall-clock seconds of the whole call.
         settings: The arguments of ``prune``, defaults included, but for model, data, recalibration_data, loss_fn,
-            scratch, checkpoint, progress and seed; and how G was held, where it was computed, and how images were laid
-            out.
+            scratch, keep_rows, checkpoint, progress and seed; pattern and finetune where they are given. And how G was
+            held, where it was computed, and how images were laid out.
         seed: Seed of its random state.
         stages: What each stage did.
         versions: Versions of Python, torch and swap-prune.

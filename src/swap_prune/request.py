@@ -224,6 +224,8 @@ def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
     Raises:
         ValueError: If something is, or they are no data.
     """
+    if recalibration_data is not None:
+        check_data(recalibration_data, "recalibration_data")
     if data is not None:
         check_data(data)
         return data

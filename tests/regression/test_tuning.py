@@ -10,6 +10,7 @@ from swap_prune.regression import tuning
 from swap_prune.regression.tuning import Coupling, choose_coupling, couple, mean_cost
 from swap_prune.transport import transport_plan
 from tests.cases import dense_parts, generator, normal, random_regression
+from tests.regression.test_conjugate import ProductsOnly
 
 
 def pairing_problem(n=20, p=8, seed=1, dtype=torch.float64):
@@ -128,7 +129,8 @@ def test_the_choice_is_that_of_refits_on_the_kept_rows(n, keep, gradient):
     w = fitting.refit(support).weights
     other = couple(fitting, G[kept] @ w, Coupling(0.2, 0.5, gradient)).refit(support).weights
     losses = [float((G[held_out] @ (one - pairing.reference)).square().mean() / 2) for one in (w, other)]
-    for found in (evidence, with_known):
+    _, by_products = choose_coupling(replace(pairing, factor=ProductsOnly(G)), support, generator(3), **asked)
+    for found in (evidence, with_known, by_products):
         assert found["held_out_loss_pairing"] == pytest.approx(losses[0], rel=1e-6)
         assert found["held_out_loss"] in (pytest.approx(losses[0], rel=1e-6), pytest.approx(losses[1], rel=1e-4))
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from swap_prune import SquaredError, prune
-from swap_prune.losses import cross_entropy
-from swap_prune.stages.oddities import share_of_largest
+from swap_prune import BinaryCrossEntropy, SquaredError, TokenCrossEntropy, prune
+from swap_prune.losses import CrossEntropy, LossFn, cross_entropy
+from swap_prune.stages.oddities import WatchedLosses, share_of_largest
 from tests.cases import trained
 
 
@@ -55,6 +55,23 @@ def test_the_one_error_of_a_sound_classifier_is_not_odd() -> None:
     assert share_of_largest(losses, SquaredError()) == pytest.approx(1.0)
     losses[7] = 400.0  # inputs in another unit
     assert share_of_largest(losses, cross_entropy) == pytest.approx(1.0)
+
+
+def test_the_best_candidate_alone_tells_an_odd_sample() -> None:
+    even, odd = torch.linspace(0, 1, 64), torch.linspace(0, 1, 64).index_fill(0, torch.tensor(9), 90.0)
+    watched = WatchedLosses(lambda weights, _: odd if weights.any() else even, SquaredError())
+    for far_off, share in ((True, True), (False, False), (True, False)):
+        watched(torch.full((2,), float(far_off)), torch.ones(2))
+        assert (watched.share_of_largest is not None) == share
+    broken = WatchedLosses(lambda *_: odd * torch.inf, SquaredError())
+    assert bool(broken(torch.ones(2), torch.ones(2)).isnan().any()) and broken.share_of_largest is None
+
+
+@pytest.mark.parametrize("loss_fn", [CrossEntropy(), BinaryCrossEntropy(), TokenCrossEntropy()])
+def test_a_wrong_class_is_not_odd_whatever_it_is_a_class_of(loss_fn: LossFn) -> None:
+    losses = torch.full((100,), 1e-4).index_fill_(0, torch.tensor(7), 12.0)
+    assert share_of_largest(losses, loss_fn) is None
+    assert share_of_largest(losses, lambda *_: losses) is not None
 
 
 def test_a_well_trained_classifier_has_no_odd_sample() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
-from swap_prune import LR, FineTune, load_pruned, prune
+from swap_prune import LR, FineTune, SquaredError, load_pruned, prune
 from swap_prune.fisher.defence.gradients import GradientDefence, layers_of
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor
@@ -570,6 +570,26 @@ class Faulty(NoiseModel):
 def test_what_a_noise_model_may_not_return_is_said_in_a_line(noise, words):
     with pytest.raises(ValueError, match=words):
         prune(small_network(), small_data(40), 0.5, "obd", samples=20, noise=noise, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "defence", "loss_fn", "note"),
+    [
+        ("magnitude", "gradients", None, "magnitude takes no gradients: defence gradients makes no difference"),
+        ("obd", "labels", None, "obd holds no samples out: defence labels makes no difference"),
+        ("obd", "inputs+labels", None, "obd holds no samples out: defence inputs and labels makes no difference"),
+        ("lr", "labels", SquaredError(), "defence labels makes no difference: only the default loss knows of labels"),
+        ("lr", "labels", None, None),
+        ("obd", "gradients", None, None),
+        ("obd", "auto", None, None),
+        ("obd", None, None, None),
+    ],
+)
+def test_defences_without_effect_are_noted_where_they_were_asked_for_by_name(method, defence, loss_fn, note):
+    x, y = small_data().tensors
+    data = TensorDataset(x, y if loss_fn is None else torch.nn.functional.one_hot(y, 3).float())
+    report = prune(small_network(), data, 0.5, method, loss_fn=loss_fn, samples=30, defence=defence, progress=False)
+    assert [one for one in report.notes if "makes no difference" in one] == ([] if note is None else [note])
 
 
 def test_zeros_among_the_weights_kept_are_said():

@@ -200,7 +200,7 @@ def _find(name: str, source: Source, data_dir: Path | str | None) -> Path:
         raise ValueError(
             f"data {name!r} must lie in DIR/{source.folder}/{{train,val}}/<wnid>/*.JPEG (ImageFolder layout, "
             f"class order in the optional classes.txt), got nothing complete in {looked}: it is never "
-            "downloaded, so put it there, or name its DIR by data_dir or SWAP_PRUNE_DATA"
+            "downloaded, so put it there, or name its DIR by data_dir (--data-dir)"
         )
     for url, md5 in source.downloads:
         try:
@@ -209,7 +209,7 @@ def _find(name: str, source: Source, data_dir: Path | str | None) -> Path:
             raise ValueError(
                 f"data {name!r} must be on disk or downloadable, got nothing complete in {looked} and "
                 f"{type(error).__name__} ({error}) from {url}: put {', '.join(source.train + source.test)} "
-                f"there, or name the folder that holds {source.folder} by data_dir or SWAP_PRUNE_DATA"
+                f"there, or name the folder that holds {source.folder} by data_dir (--data-dir)"
             ) from error
     return roots[-1] / source.folder
 

@@ -79,10 +79,8 @@ def check_labels(targets: Tensor, classes: int) -> None:
     Raises:
         ValueError: If a label is negative or not below ``classes``.
     """
-    if targets.is_floating_point() or targets.numel() == 0:
-        return
     valid = targets[targets != IGNORE_INDEX] if targets.ndim > 1 else targets
-    if valid.numel() == 0:
+    if targets.is_floating_point() or valid.numel() == 0:
         return
     low, high = int(valid.min()), int(valid.max())
     if low < 0 or high >= classes:
@@ -109,7 +107,8 @@ def _check_targets(targets: Tensor, logits: Tensor) -> None:
         if logits.ndim > 2 and targets.shape[1:] == logits.shape[1:-1] != logits.shape[2:]:
             raise ValueError(
                 f"the default loss needs logits (n, classes, ...) for targets {tuple(targets.shape)}, got "
-                f"{('n', *logits.shape[1:])}, the classes last: pass loss_fn=swap_prune.TokenCrossEntropy()"
+                f"{('n', *logits.shape[1:])}, the classes last: pass loss_fn=swap_prune.TokenCrossEntropy(), or, if "
+                "each item of the data is a whole batch, DataLoader(data, batch_size=None)"
             )
         if logits.ndim == 2 and targets.ndim == 2:
             remedy = "as a column: take targets.squeeze(1)"

@@ -51,6 +51,7 @@ _SPARING: tuple[tuple[int, Spilled], ...] = (  # samples at once, and what is sp
     (AT_ONCE // 4, "activations"),
     (AT_ONCE // 8, "activations"),
 )
+_OFFERED = 0.98  # of the samples that would fit: what a process holds grows a little from call to call
 _BY_NAME = "approximates G, and is taken only where it is asked for"
 
 
@@ -275,6 +276,7 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
         fewer = replace(load, rows=middle, samples=middle * per_row)
         tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
         low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
-    remedy = f"use samples={low * per_row} or fewer" if low else "give more memory or select fewer weights"
-    held = f" ({load.held / 1e9:.3g} GB are held already)" if limit is not None else ""
+    fitting = max(1, int(_OFFERED * low)) * per_row
+    remedy = f"use samples={fitting} or fewer" if low else "give more memory or select fewer weights"
+    held = f" ({load.held / 1e9:.3g} GB are held already)"
     return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"

@@ -36,6 +36,7 @@ _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of sin
 _FIRST_LENGTH = 0.3  # tried first, at the most; the next steps start from the length that was taken last
 _GROWTH = 3.0  # of a length, from trial to trial
 _GROWTHS, _SHRINKS = 3, 3  # trials at the most
+_BELOW_AIM = 2.0  # standard errors that a step has to gain which leads below the loss before the stage
 _PLAIN_SHRINKS = 6  # of a plain function, from the longest that there can be to what would gain no LEAST_GAIN
 _BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that above it, steps are given up
 _AGAIN = 3  # slopes at one place, of which none leads anywhere, where each has noise of its own
@@ -204,7 +205,7 @@ class _Walk:
         race: What to keep up with.
         blank: Held-out losses without any weight, (n_v,), where they are known.
         floor: What losses are taken not to fall below.
-        aim: A mean held-out loss, of no more than which only steps lead on whose gain is above its standard error.
+        aim: A mean held-out loss, of no more than which only steps lead on that gain `_BELOW_AIM` standard errors.
         found: Held-out losses of where they have come to, (n_v,).
         losses: Mean held-out losses, before the first step and after each.
         levels: The same, no sample counting for more than without any weight.
@@ -276,7 +277,7 @@ class _Walk:
                 if self.ask_again():
                     continue
                 break
-            if least <= self.aim and not is_significant(gains(self.found, reached)):
+            if least <= self.aim and not is_significant(gains(self.found, reached), _BELOW_AIM):
                 break
             self.fit, self.slope = replace(self.fit, weights=self.fit.weights + step * direction), None
             del direction  # before the next one is there
@@ -373,14 +374,14 @@ def gains(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(before == after, 0.0, before - after)
 
 
-def is_significant(gain: Tensor) -> bool:
-    """Whether the mean of paired gains on held-out samples, (n_v,), is above its standard error.
+def is_significant(gain: Tensor, errors: float = 1.0) -> bool:
+    """Whether the mean of paired gains on held-out samples, (n_v,), is above so many of its standard errors.
 
     A sample whose loss is infinite no longer is a gain whatever the others say.
     """
     if math.isinf(float(gain.mean())):
         return bool(gain.mean() > 0)
-    return len(gain) > 1 and bool(gain.mean() > gain.std() / len(gain) ** 0.5)
+    return len(gain) > 1 and bool(gain.mean() > errors * gain.std() / len(gain) ** 0.5)
 
 
 def mean_loss(losses: Tensor) -> float:

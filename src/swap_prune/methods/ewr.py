@@ -56,7 +56,8 @@ class EWR:
         epsilon_unit: ``"mean_cost"`` (the mean of the cost matrix) or ``"absolute"``.
         gradient: ``"exact"``, the envelope theorem's, or ``"paper"``, that of Algorithm 1.
         solver: ``"iht"``, hard thresholding with exact refits, or ``"algorithm1"``, the paper's steps.
-        debias: Subtract the shrinkage that entropy puts on the target (exact gradient, ``iht`` only).
+        debias: Subtract the shrinkage that entropy puts on the target (exact gradient, ``iht``, no ``relaxation``;
+            else it has no effect).
         fisher: As for :class:`swap_prune.LR`. The paper's is ``"empirical"``.
         couplings: How often the plan is computed anew within a stage, >= 1. With ``algorithm1`` each is one
             step; the paper takes one a stage.
@@ -67,8 +68,8 @@ class EWR:
         first_order: As for LR; not used by ``algorithm1``.
         floor: As for LR; ``algorithm1`` keeps to one that is fixed.
         relaxation: tau > 0, in units of ``epsilon_unit``: what it costs a plan to drop the mass of samples that lie far
-            from all others, which then count less (unbalanced transport; ``iht`` only, without ``debias``). None: all
-            count alike.
+            from all others, which then count less (unbalanced transport; ``iht`` only; ``debias`` has no effect then).
+            None: all count alike.
     """
 
     epsilon: float | Literal["auto"] = "auto"

@@ -41,7 +41,7 @@ _READING = "reading "  # before the names of states, among what is remembered
 _END = object()  # of a pass over the data
 
 
-def check_data(data: Any) -> None:
+def check_data(data: Any, name: str = "data") -> None:
     """Check that data are of a kind that batches can be read of.
 
     Raises:
@@ -51,7 +51,7 @@ def check_data(data: Any) -> None:
         isinstance(data, Dataset | Iterable) or hasattr(data, "__getitem__")
     ):
         raise ValueError(
-            f"data must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
+            f"{name} must be a Dataset or an iterable of batches (inputs, targets), got a {type(data).__name__}"
         )
 
 

@@ -89,7 +89,7 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
     if "gradients_are_zero" in last.evidence:
         notes.append(
             "all gradients of the calibration samples are zero, so that they say nothing of any weight: check the "
-            "labels and the loss"
+            "labels and the loss; if it is zero with good reason, SelfDistillation goes by the outputs"
         )
     elif "without_gradient" in first.evidence:
         notes.append(

@@ -45,7 +45,7 @@ def check_keepable(request: Request, scratch: str | Path | None) -> Path:
         ValueError: If they would, or there is nowhere to keep them.
     """
     if scratch is None:
-        raise ValueError("keep_rows needs a directory to keep them in: give scratch=")
+        raise ValueError("keep_rows needs a directory to keep them in: give scratch= (--scratch)")
     if request.storage != "mapped":
         raise ValueError(f"keep_rows needs storage 'mapped', which holds G in a file, got {request.storage!r}")
     if request.noise.models:

@@ -5,6 +5,7 @@ Place in the pipeline: beside the capture, whose losses are at hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import CrossEntropy, LossFn
+from swap_prune.losses.tokens import TokenCrossEntropy
+from swap_prune.losses.values import BinaryCrossEntropy
 from swap_prune.network.modes import eval_mode
 from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import Selection
@@ -22,6 +25,7 @@ __all__ = ["WatchedLosses", "few_classes", "no_number", "share_of_largest", "wit
 _RULES = 0.5  # of what losses have above their median: as much for one sample alone,
 _AHEAD = 20.0  # and so many times as much as for the next: one that is merely hard is not far ahead
 _LEAST_SAMPLES = 32  # of which one is not to have that much
+_OF_CLASSES = (CrossEntropy, BinaryCrossEntropy, TokenCrossEntropy)
 _WRONG_CLASS = 50.0  # nats: a network that is wrong about a class loses less, however seldom it is wrong
 
 
@@ -58,7 +62,7 @@ def share_of_largest(losses: Tensor, loss_fn: LossFn) -> float | None:
     above = (losses.double() - losses.double().median()).clamp_min(0)
     largest, second = above.topk(2).values.tolist()
     share = largest / max(float(above.sum()), torch.finfo(above.dtype).tiny)
-    least = max(_AHEAD * second, _WRONG_CLASS if isinstance(loss_fn, CrossEntropy) else 0)
+    least = max(_AHEAD * second, _WRONG_CLASS if isinstance(loss_fn, _OF_CLASSES) else 0)
     return share if share > _RULES and largest >= least else None
 
 
@@ -80,22 +84,27 @@ def no_number(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:
 
 
 class WatchedLosses:
-    """Losses of candidates on held-out samples; one sample that has most of them is remembered.
+    """Losses of candidates on held-out samples; of the best of them it is remembered whether one sample has most.
+
+    Candidates that are far off, as at the end of too long a step, may do badly on any sample.
 
     Args:
         losses: Maps weights w (p,) and a kept set (p,) to losses, (n_v,).
         loss_fn: What they are computed by.
 
     Attributes:
-        share_of_largest: Its share, the last time; None: it never was.
+        share_of_largest: Its share; None: none has.
     """
 
     def __init__(self, losses: Callable[[Tensor, Tensor], Tensor], loss_fn: LossFn) -> None:
         self._losses, self._loss_fn = losses, loss_fn
+        self._least = math.inf
         self.share_of_largest: float | None = None
 
     def __call__(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate."""
         found = self._losses(weights, kept)
-        self.share_of_largest = share_of_largest(found, self._loss_fn) or self.share_of_largest
+        mean = float(found.double().mean())
+        if mean < self._least:
+            self._least, self.share_of_largest = mean, share_of_largest(found, self._loss_fn)
         return found

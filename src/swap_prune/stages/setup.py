@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from swap_prune.checks import some_of
+from swap_prune.defences import DEFENCES
 from swap_prune.distributed import Team, local_count, team_of
 from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
-from swap_prune.losses import GaussNewtonLoss
+from swap_prune.losses import CrossEntropy, GaussNewtonLoss
 from swap_prune.memory.planning import plan_memory
 from swap_prune.memory.scratch import delete_abandoned
 from swap_prune.process_memory import memory_limit
@@ -49,12 +50,12 @@ def settle_storage(
     earlier: Storage | None,
 ) -> tuple[Storage, list[str]]:
     """Choose how G is held, and say what a reader should know of that."""
-    limit = memory_limit(memory, local_count(), place)
+    limit, notes = memory_limit(memory, local_count(), place), _without_effect(request)
     if not request.solver.needs_gradients:
-        return Storage(), _without_effect(request)
+        return Storage(), notes
     delete_abandoned(scratch)  # it takes room that there might be
     chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
-    held, notes = chosen.require().storage, []
+    held = chosen.require().storage
     if held != chosen.forecasts[0].storage:
         notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")
     if held.at_once < AT_ONCE:
@@ -65,10 +66,20 @@ def settle_storage(
 
 
 def _without_effect(request: Request) -> list[str]:
-    """Say which settings make no difference to a method that takes no gradients."""
-    idle = ["storage="] if request.storage not in ("auto", "sharded") else []
-    idle += ["noise on gradients"] if request.noise.acts_on_rows else []
-    return [f"{request.solver.name} takes no gradients: {some_of(idle)} makes no difference"] if idle else []
+    """Say which settings that were asked for by name make no difference."""
+    solver, asked = request.solver, request.defences
+    named = frozenset() if asked == frozenset(DEFENCES) else asked  # all of them are the default
+    looks, notes = sorted(named & {"labels", "inputs"}), []
+    if not solver.needs_gradients:
+        idle = ["storage= or keep_rows="] if request.storage not in ("auto", "sharded") else []
+        idle += ["noise on gradients"] if request.noise.acts_on_rows else []
+        idle += [f"defence {name}" for name in sorted(named - {"labels", "inputs"})]
+        notes += [f"{solver.name} takes no gradients: {some_of(idle)} makes no difference"] if idle else []
+    if looks and not solver.needs_held_out:
+        notes.append(f"{solver.name} holds no samples out: defence {' and '.join(looks)} makes no difference")
+    elif looks and not isinstance(request.loss, CrossEntropy):
+        notes.append(f"defence {' and '.join(looks)} makes no difference: only the default loss knows of labels")
+    return notes
 
 
 def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
