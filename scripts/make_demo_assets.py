@@ -23,7 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from swap_prune.experiments.datasets import ImageTensors, load_dataset
+from swap_prune.experiments.datasets import load_dataset
+from swap_prune.experiments.images import ImageTensors
 from swap_prune.experiments.zoo import build_model
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "swap_prune" / "assets"

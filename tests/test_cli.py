@@ -21,9 +21,9 @@ import torch
 from swap_prune import LR, METHODS, FineTune
 from swap_prune.artifact import load_report
 from swap_prune.cli import app, main, run
-from swap_prune.experiments.datasets import AugmentedImages, ImageData, ImageTensors
+from swap_prune.experiments.datasets import ImageData
 from swap_prune.experiments.demo import embedded_data, embedded_network
-from swap_prune.experiments.images import AugmentedBatches
+from swap_prune.experiments.images import AugmentedBatches, AugmentedImages, ImageTensors
 from swap_prune.fisher.noise import NOISE_MODELS
 from swap_prune.stages.runner import StageRunner
 from tests import tiny

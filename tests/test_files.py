@@ -66,7 +66,6 @@ def test_what_a_writer_has_beside_its_file_goes_with_it(tmp_path: Path) -> None:
         left = tmp_path / f".{platform.node()}-{process}-{'0' * 32}.b.txt"
         left.mkdir()
         (left / ".tmpX").write_text("torn")
-    (tmp_path / f".{platform.node()}-{gone}-{'1' * 32}.b.txt").write_text("of an earlier version")
     files.delete_abandoned(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{platform.node()}-{own}-{'0' * 32}.b.txt", "a.txt"]
 

@@ -27,7 +27,7 @@ from swap_prune.fisher.capture import rows as capture
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import cross_entropy
-from swap_prune.network.layout import unexpanded
+from swap_prune.network.aliasing import unexpanded
 from swap_prune.stages.runner import StageRunner
 from tests.test_pipeline import small_data, small_network
 

@@ -393,7 +393,3 @@ def _load(
 
 def _device(name: str | None) -> torch.device | None:
     return None if name is None else usable_device(own_device(name))
-
-
-if __name__ == "__main__":
-    main()

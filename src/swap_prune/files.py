@@ -91,10 +91,7 @@ def is_abandoned(path: Path) -> bool:
 def delete_abandoned(directory: Path) -> None:
     """Delete what processes that are gone have left of :func:`replacing` in a directory."""
     for entry in filter(is_abandoned, directory.iterdir()):
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:  # of a version that wrote files
-            entry.unlink(missing_ok=True)
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:

@@ -12,7 +12,7 @@ __all__ = ["StageProgress"]
 
 
 class StageProgress:
-    """A bar over the calibration rows of the running stage, or the epochs of its fine-tuning.
+    """A bar over the calibration samples of the running stage, or the epochs of its fine-tuning.
 
     Args:
         shown: Whether to show anything.
@@ -31,7 +31,7 @@ class StageProgress:
             disable=not (shown and console.is_terminal),
             redirect_stdout=getattr(sys.stdout, "isatty", bool)(),  # else what a loss prints would leave its file
         )
-        self._task = self._bar.add_task("pruning", total=None, unit="gradients")
+        self._task = self._bar.add_task("pruning", total=None, unit="samples")
 
     def __enter__(self) -> StageProgress:
         """Start the bar."""
@@ -48,14 +48,14 @@ class StageProgress:
         """Say how many stages come next."""
         self._stages = stages
 
-    def stage(self, number: int, sparsity: float, rows: int) -> None:
-        """Begin a stage that will capture some rows."""
+    def stage(self, number: int, sparsity: float, samples: int) -> None:
+        """Begin a stage that will take the gradients of some samples."""
         label = f"stage {number}/{self._stages}: sparsity {sparsity:.4f}"
-        self._bar.reset(self._task, total=rows, description=label, unit="gradients")
+        self._bar.reset(self._task, total=samples, description=label, unit="samples")
 
-    def advance(self, rows: int) -> None:
-        """Count rows that were captured."""
-        self._bar.advance(self._task, rows)
+    def advance(self, samples: int) -> None:
+        """Count samples whose gradients were taken."""
+        self._bar.advance(self._task, samples)
 
     def train(self, epochs: int, number: int | None = None) -> None:
         """Begin the fine-tuning of a stage, or one by itself."""

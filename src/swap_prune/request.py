@@ -53,7 +53,7 @@ class Request:
         finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
         seed: Of the run's random state.
-        storage: The storage asked for; processes that run together share G, unless another one is.
+        storage: The storage asked for; ``"auto"`` is ``"sharded"`` where there is a process group.
         settings: What the report says of all this, as plain types.
     """
 

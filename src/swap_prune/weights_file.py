@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.checks import first_line, some_of, user_path
+from swap_prune.network.aliasing import is_expanded
 from swap_prune.network.device import check_network
-from swap_prune.network.layout import unexpanded
 from swap_prune.network.names import renamed
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.surgery.snapshot import restored_on_error
@@ -253,7 +253,7 @@ def _without_expanded(own: Mapping[str, Any], state: Mapping[str, Tensor], both:
     Raises:
         ValueError: If it has others.
     """
-    expanded = [n for n in state if isinstance(own[n], Tensor) and unexpanded(own[n]).shape != own[n].shape]
+    expanded = [n for n in state if isinstance(own[n], Tensor) and is_expanded(own[n])]
     for name in expanded:
         if not torch.equal(own[name].cpu(), state[name].to(own[name].dtype)):
             raise ValueError(

@@ -16,14 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from swap_prune.experiments import datasets
-from swap_prune.experiments.datasets import (
-    DATASETS,
-    ImageData,
-    ImageTensors,
-    calibration_data,
-    iterate,
-    load_dataset,
-)
+from swap_prune.experiments.datasets import DATASETS, ImageData, calibration_data, load_dataset
+from swap_prune.experiments.images import ImageTensors, iterate
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SWAP_PRUNE_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -241,7 +235,7 @@ def test_imagenet_is_never_downloaded(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_offline_says_where_it_looked_and_what_it_tried(tmp_path, name):
-    with pytest.raises(ValueError, match="data_dir or SWAP_PRUNE_DATA") as caught:
+    with pytest.raises(ValueError, match=r"by data_dir \(--data-dir\)") as caught:
         load_dataset(name, tmp_path / "here")
     message = str(caught.value)
     assert str(tmp_path / "here") in message and "https://" in message and "no network in tests" in message

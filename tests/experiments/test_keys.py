@@ -56,7 +56,7 @@ def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):
         assert settings["memory"] == "3GB"
         assert settings["min_keep"] == {"3": 0.25} and settings["finetune"] == FineTune(epochs=1, lr=0.02)
     grid = {(name, settings["stages"], settings["noise"]) for _, _, name, settings in calls}
-    assert grid == {(n, s, z) for n in ("lr", "magnitude") for s in (2, 3) for z in (None, "gradient:std=2")}
+    assert grid == {(n, s, z) for n in ("lr", "magnitude") for s in (2, 3) for z in ("none", "gradient:std=2")}
     for result in read_results(tmp_path):
         assert result.total == 12 * 3 + 3
 

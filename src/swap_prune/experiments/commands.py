@@ -14,10 +14,9 @@ from swap_prune.console import print_json, say, show
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
 from swap_prune.network.device import usable_device
+from swap_prune.options import AsJson, DataDir, Scratch
 
 __all__ = ["experiment", "report"]
-
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 def experiment(
@@ -25,11 +24,9 @@ def experiment(
     out: Annotated[Path, typer.Option(help="directory for the results")],
     resume: Annotated[bool, typer.Option("--resume", help="go on where the experiment in --out stopped")] = False,
     weights: Annotated[Path | None, typer.Option(help="checkpoint, instead of the one the file names")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="folder of the data sets; default SWAP_PRUNE_DATA or the cache")
-    ] = None,
+    data_dir: DataDir = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    scratch: Annotated[Path | None, typer.Option(help="directory of temporary files; default the system's")] = None,
+    scratch: Scratch = None,
     keep_rows: Annotated[
         bool, typer.Option("--keep-rows", help='share G of first stages in --scratch, with storage = "mapped"')
     ] = False,

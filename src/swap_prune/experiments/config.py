@@ -57,8 +57,7 @@ def _check_label(label: str) -> str:
 
 
 def _check_noise(spec: str) -> str:
-    if spec != "none":
-        parse_noise(spec)
+    parse_noise(spec)
     return spec
 
 
@@ -152,7 +151,7 @@ class MethodEntry(_Table):
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is the default, so that files are those of before there was a choice."""
+        """Leave out what is the default: a key that is new must not change the ids of runs."""
         table: dict[str, Any] = handler(self)
         return {name: value for name, value in table.items() if name not in self.ways() or value != "auto"}
 
@@ -244,7 +243,7 @@ class Experiment(_Table):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not asked for, so that ids and files are those of before it was there."""
+        """Leave out what is not asked for: a key that is new must not change the ids of runs."""
         table: dict[str, Any] = handler(self)
         if self.finetune is not None and "finetune" in table:
             table["finetune"] = self.finetune.settings()
@@ -276,7 +275,7 @@ class Experiment(_Table):
     @model_validator(mode="after")
     def _rows_to_disturb(self) -> Experiment:
         """Refuse runs that could only fail: noise on the rows of G needs them in memory, as they are."""
-        disturbing = [spec for spec in self.noise if spec != "none" and parse_noise(spec).acts_on_rows]
+        disturbing = [spec for spec in self.noise if parse_noise(spec).acts_on_rows]
         for method in self.methods:
             if disturbing and method.storage not in ("auto", "float32"):
                 raise ValueError(

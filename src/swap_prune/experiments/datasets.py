@@ -30,25 +30,17 @@ from torch.utils.data import Dataset
 from swap_prune.checks import user_path
 from swap_prune.experiments.images import (
     AugmentedBatches,
-    AugmentedImages,
     ImageFolder,
-    Images,
     ImageTensors,
     damaged,
-    iterate,
 )
 from swap_prune.experiments.zoo import call_named
 
 __all__ = [
     "DATASETS",
-    "AugmentedImages",
     "ImageData",
-    "ImageFolder",
-    "ImageTensors",
-    "Images",
     "Source",
     "calibration_data",
-    "iterate",
     "load_dataset",
     "recalibration_data",
 ]

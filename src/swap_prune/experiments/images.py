@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from swap_prune.randomness import uniform
 
+__all__ = ["AugmentedBatches", "AugmentedImages", "ImageFolder", "ImageTensors", "Images", "damaged", "iterate"]
+
 
 class Images(Dataset[tuple[Tensor, int]]):
     """Labelled images kept as bytes and normalised when asked for; a subclass says where the bytes are."""

@@ -163,7 +163,7 @@ def _prune(bench: Bench, network: nn.Module, run: Run) -> PruningReport:
         recalibrate_batchnorm=experiment.recalibrate_batchnorm,
         recalibration_data=recalibration_data(images, run.seed),
         finetune=experiment.finetune,
-        noise=None if noise == "none" else noise,
+        noise=noise,
         defence=run.method.defence,
         memory=experiment.memory,
         storage=run.method.storage,

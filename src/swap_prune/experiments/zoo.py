@@ -26,6 +26,19 @@ from swap_prune.methods import Method, resolve_method
 from swap_prune.options import parse_setting
 from swap_prune.process_memory import pass_on_shortage
 
+__all__ = [
+    "MODELS",
+    "MLPNet",
+    "MobileNetV1",
+    "ResNet20",
+    "ResNet50",
+    "ZooEntry",
+    "build_model",
+    "call_named",
+    "import_named",
+    "named_method",
+]
+
 
 class MLPNet(nn.Module):
     """Multilayer perceptron 784-40-20-10 with ReLU and no biases: 32,360 weights.

@@ -1,1 +1,1 @@
-"""Per-sample gradients as rows of the Fisher factor G (n, p): capture, storage, noise."""
+"""The Fisher factor G (n, p), whose rows are gradients: capture, storage, noise, and the defence against that."""

@@ -26,7 +26,7 @@ __all__ = [
 
 StorageKind = Literal["float32", "bfloat16", "float16", "mapped", "sharded", "low-rank", "matrix-free"]
 
-HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # be it rounded or in a file
+HOLDING_NO_ROWS = ("low-rank", "matrix-free")  # no row of G lies anywhere, neither in memory nor in a file
 
 AT_ONCE = 64  # samples, where memory allows
 BLOCK_VECTORS, _FEW_BLOCK_VECTORS = 12, 1  # of p, that a block of columns may take; where memory is shortest

@@ -21,6 +21,7 @@ from swap_prune.fisher.factor import FisherFactor
 from swap_prune.methods.scoring import select_best
 from swap_prune.methods.woodfisher import joint_update
 from swap_prune.problem import PruningProblem, PruningSolution
+from swap_prune.regression.top_k import chosen
 
 __all__ = ["CBS", "improve_by_swaps"]
 
@@ -134,4 +135,4 @@ def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: 
         pull = pull + cross[:, i] - cross[:, j]
         kept[a], removed[b] = j, i
         swaps += 1
-    return torch.zeros_like(own, dtype=torch.bool).index_fill(0, kept.to(own.device), True), swaps
+    return chosen(kept.to(own.device), own), swaps

@@ -117,7 +117,7 @@ def step_down(
         return fit, []
     if length != "auto":
         descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-        direction = descent.direction(problem.slope(fit.weights, kept_set(fit)))
+        direction = descent.direction(problem.slope(fit.weights, fit.kept()))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
     steps = take_steps(problem, regression, fit)
     return steps.applied_to(fit), steps.lengths
@@ -254,7 +254,7 @@ class _Walk:
         assert self.problem.slope is not None and self.slope is not None, "the caller has one"
         if self.same or self.again == 0:
             return False
-        before, self.slope = self.slope, self.problem.slope(self.fit.weights, kept_set(self.fit))
+        before, self.slope = self.slope, self.problem.slope(self.fit.weights, self.fit.kept())
         change = torch.linalg.vector_norm(self.slope - before)
         self.again, self.same = self.again - 1, not bool(change > _ROUNDING * torch.linalg.vector_norm(before))
         return not self.same
@@ -267,7 +267,7 @@ class _Walk:
         self.again = _AGAIN
         for _ in range(_STEPS):
             if self.slope is None:
-                self.slope = self.problem.slope(self.fit.weights, kept_set(self.fit))
+                self.slope = self.problem.slope(self.fit.weights, self.fit.kept())
             direction, least = descent.direction(self.slope), self.losses[-1]
             start = min(length, polyak_length(self.slope, direction, least - self.floor))
             start = start if start < math.inf else _FIRST_LENGTH
@@ -341,16 +341,10 @@ def line_search(
     return 0.0, None
 
 
-def kept_set(fit: SparseFit) -> Tensor:
-    """Return the support of a fit as a boolean vector, (p,)."""
-    kept: Tensor = torch.zeros_like(fit.weights, dtype=torch.bool).index_fill(0, fit.support, True)
-    return kept
-
-
 def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
     """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
     assert problem.held_out is not None, "the caller checks"
-    return problem.held_out(fit.weights, kept_set(fit))
+    return problem.held_out(fit.weights, fit.kept())
 
 
 def loss_floor(problem: PruningProblem, losses: Tensor) -> float:

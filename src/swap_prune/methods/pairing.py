@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import is_finite, whole_number
-from swap_prune.methods.descent import kept_set
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.metric import Metric, damped_metric
@@ -209,4 +208,4 @@ def pairing_regression(
 
 def solution_of(fit: SparseFit, evidence: Mapping[str, Any]) -> PruningSolution:
     """State a sparse fit as the solution of a pruning problem."""
-    return PruningSolution(fit.weights, kept_set(fit), fit.converged, fit.iterations, evidence)
+    return PruningSolution(fit.weights, fit.kept(), fit.converged, fit.iterations, evidence)

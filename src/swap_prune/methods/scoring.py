@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.regression.top_k import top_k
+from swap_prune.regression.top_k import chosen, top_k
 from swap_prune.schedule import share_out
 
 __all__ = ["check_scope", "keep_unchanged", "select_best"]
@@ -26,9 +26,7 @@ def select_best(problem: PruningProblem, scores: Tensor, scope: str = "global") 
     """
     scores = scores.masked_fill(problem.reference == 0, -1.0)
     if scope == "global":
-        return torch.zeros_like(scores, dtype=torch.bool).index_fill(
-            0, top_k(scores, problem.keep, problem.floors, problem.pattern), True
-        )
+        return chosen(top_k(scores, problem.keep, problem.floors, problem.pattern), scores)
     if problem.pattern is not None:
         scores = problem.pattern.bounded(scores, problem.keep)
     layers = list(problem.layers())

@@ -22,7 +22,7 @@ from swap_prune.checks import positive_number, whole_number
 from swap_prune.methods.scoring import check_scope, select_best
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression.pattern import GroupPattern
-from swap_prune.regression.top_k import top_k
+from swap_prune.regression.top_k import chosen, top_k
 from swap_prune.schedule import share_out
 from swap_prune.selection import Layer
 
@@ -140,8 +140,7 @@ def prune_columns(
         if groups is not None:
             shape = torch.Size((W.shape[0] * W.shape[1], (end - start) // groups[1], groups[1]))
             pattern = replace(groups[0], shapes=(shape,))
-        chosen = top_k(scores.flatten(), share, pattern=pattern)
-        mask = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, chosen, True)
+        mask = chosen(top_k(scores.flatten(), share, pattern=pattern), scores.flatten())
         kept[:, :, start:end] = mask.view_as(scores)
         errors = torch.zeros_like(scores)
         for j in range(start, end):

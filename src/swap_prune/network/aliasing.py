@@ -1,4 +1,4 @@
-"""Parameters that are not numbers of their own: views of the same memory, and what others are computed from."""
+"""Tensors that are not numbers of their own: expanded ones, views of the same memory, what others are computed from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["check_apart", "computed_tensors"]
+__all__ = ["check_apart", "computed_tensors", "is_expanded", "unexpanded"]
 
 
 def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> None:
@@ -30,7 +30,7 @@ def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]
         if address:
             groups.setdefault(address, []).append((name, tensor.detach()))
     for name, parameter in chosen.items():
-        if parameter.layout is torch.strided and _repeats(parameter.detach()):
+        if is_expanded(parameter.detach()):
             raise ValueError(
                 f"parameter {name!r} was expanded, and holds a number in several places at once: make it "
                 f"torch.nn.Parameter(value.clone()), or leave it out by ignore=[{name!r}]"
@@ -70,9 +70,20 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
-def _repeats(tensor: Tensor) -> bool:
-    """Whether a tensor was expanded along a dimension."""
-    return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether a tensor holds its numbers in several places at once."""
+    return tensor.layout is torch.strided and any(
+        step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def unexpanded(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
+    if tensor.layout != torch.strided:
+        return tensor.detach()
+    for dimension, stride in enumerate(tensor.stride()):
+        tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
+    return tensor.detach()
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

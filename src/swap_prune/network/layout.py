@@ -4,8 +4,6 @@ Convolutions on CPUs work on the second up to three times as fast, and hand it o
 the same but for rounding. So a network gets its images that way for the time of a run, if it takes them: one that calls
 ``view`` where ``reshape`` is needed does not. Whatever is outside the network, such as a loss, sees no difference.
 
-Expanded tensors hold each number once, and lie there many times.
-
 Place in the pipeline: around all of it.
 """
 
@@ -25,7 +23,7 @@ from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import map_tensors
 
-__all__ = ["images_laid_out", "takes_channels_last", "unexpanded"]
+__all__ = ["images_laid_out", "takes_channels_last"]
 
 _CHANNEL_BLOCK = 16  # of oneDNN's 1 x 1 convolutions on AVX-512; 8 on AVX2
 _SHARED_DIGITS = 3e-3  # relative: what losses in both layouts may differ by
@@ -57,15 +55,6 @@ def takes_channels_last(
         pass_on_shortage(error)
         return False
     return torch.allclose(usual, other, rtol=_SHARED_DIGITS, atol=_SHARED_DIGITS)
-
-
-def unexpanded(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor that holds each of its numbers once, so that they can be written."""
-    if tensor.layout != torch.strided:
-        return tensor.detach()
-    for dimension, stride in enumerate(tensor.stride()):
-        tensor = tensor.narrow(dimension, 0, 1) if stride == 0 and tensor.shape[dimension] > 1 else tensor
-    return tensor.detach()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from swap_prune.fisher.factor import of_columns
 from swap_prune.randomness import standard_normal
 from swap_prune.regression.iht import SparseFit, hard_threshold
 from swap_prune.regression.objective import WeightedRidge
-from swap_prune.regression.top_k import top_k
+from swap_prune.regression.top_k import chosen, top_k
 from swap_prune.regression.two_regime import two_regime_step
 
 __all__ = ["solve_active_set"]
@@ -52,7 +52,7 @@ def solve_active_set(
     alive = problem.factor.diagonal() > 0
     alive = alive if int(alive.sum()) >= keep else torch.ones_like(alive)
     members = _largest(problem.reference, alive, min(int(_EXPANSION * keep), int(alive.sum())))
-    active = torch.zeros_like(alive).index_fill(0, members, True)
+    active = chosen(members, alive)
     w, iterations = problem.reference, 0
     for _ in range(max_iterations):
         part, index = _restrict(problem, active)

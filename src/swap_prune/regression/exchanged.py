@@ -81,7 +81,7 @@ class DualFit:
             self,
             gram=ScaledGram(exchanged_support(support, leaving, entering), matrix),
             residual=residual,
-            dual=system.solve(smoothed(problem, residual)),
+            dual=system.solve(problem.smooth(residual)),
             dropped=self.dropped - torch.dot(kept.double(), metric.double() * reference),
             system=system,
         )
@@ -134,11 +134,6 @@ def exchanged_support(support: Tensor, leaving: Tensor, entering: Tensor) -> Ten
     places = torch.searchsorted(staying, entering) + torch.arange(len(entering), device=support.device)
     is_old = stays.fill_(True).index_fill_(0, places, False)
     return torch.empty_like(support).index_copy_(0, places, entering).masked_scatter_(is_old, staying)
-
-
-def smoothed(problem: WeightedRidge, residual: Tensor) -> Tensor:
-    """Return ``S r``, (n,), in the dtype of r."""
-    return residual if problem.smoothing is None else problem.smoothing.to(residual.dtype) @ residual
 
 
 def fit_behind(problem: WeightedRidge, support: Tensor, refit: Refit) -> DualFit | DirectFit:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
-from swap_prune.regression.top_k import top_k
+from swap_prune.regression.top_k import chosen, top_k
 
 __all__ = ["SparseFit", "hard_threshold", "solve_sparse"]
 
@@ -56,6 +56,10 @@ class SparseFit:
     first: ScaledGram | None = None
     swaps: int = 0
 
+    def kept(self) -> Tensor:
+        """Return the support as a boolean vector, (p,)."""
+        return chosen(self.support, self.weights)
+
 
 def hard_threshold(w: Tensor, support: Tensor) -> Tensor:
     """Return w with everything outside the support set to zero."""
@@ -77,7 +81,8 @@ def solve_sparse(
         problem: The regression.
         keep: k, ``1 <= k <= p``.
         start: Indices of a first support, (k,); by default the end of the path.
-        previous: That of a refit of the same factor and metric near the first support, or near that of the path.
+        previous: The Gram matrix of an earlier refit of the same factor and metric, on a support near the first one or
+            near that of the path; it is up- and downdated in place of being computed anew.
         max_iterations: Gradient steps tried; with 0, the first support is all that is wanted.
         swaps_follow: Whether the caller swaps weights then. No gradient step is tried after a path with refits.
 

@@ -94,8 +94,8 @@ class WeightedRidge:
         return self.factor.shape[0] * self.ridge
 
     def smooth(self, residual: Tensor) -> Tensor:
-        """Return ``S r``, (n,)."""
-        return residual if self.smoothing is None else self.smoothing @ residual
+        """Return ``S r``, (n,), in the dtype of r."""
+        return residual if self.smoothing is None else self.smoothing.to(residual.dtype) @ residual
 
     def value(self, w: Tensor, x: Tensor | None = None) -> float:
         """Return Q(w); ``x = G w`` saves a pass where it is known."""
@@ -134,8 +134,8 @@ class WeightedRidge:
 
         Args:
             support: Indices of the kept weights, (k,).
-            previous: That of an earlier refit of the same factor and metric; where the supports differ by less than k,
-                it is up- and downdated instead of being computed anew.
+            previous: The Gram matrix of an earlier refit of the same factor and metric; where the supports differ by
+                less than k, it is up- and downdated instead of being computed anew.
 
         Returns:
             The weights, zero outside the support, and what the next refit can use.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swap_prune.regression.pattern import GroupPattern
 
-__all__ = ["Floors", "kept_beyond", "top_k"]
+__all__ = ["Floors", "chosen", "kept_beyond", "top_k"]
 
 Floors = Sequence[tuple[slice, int]]  # places of layers, and how many of each are kept at least
 
@@ -54,6 +54,11 @@ def top_k(scores: Tensor, keep: int, floors: Floors = (), pattern: GroupPattern 
     if len(scores) <= _SMALL or scores.device.type != "cpu":
         return _take(scores, scores.topk(keep, sorted=False).values.min(), keep)
     return _take(scores, _kth_largest(scores, keep), keep)
+
+
+def chosen(index: Tensor, like: Tensor) -> Tensor:
+    """Return which entries indices stand for, a boolean vector as long as another."""
+    return torch.zeros_like(like, dtype=torch.bool).index_fill_(0, index, True)
 
 
 def kept_beyond(support: Tensor, floors: Floors) -> Tensor:

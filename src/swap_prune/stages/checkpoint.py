@@ -24,7 +24,7 @@ from swap_prune.checks import user_path
 from swap_prune.distributed import Team
 from swap_prune.files import delete_abandoned, replaced_name, replacing
 from swap_prune.fisher.storage import Storage
-from swap_prune.network.layout import unexpanded
+from swap_prune.network.aliasing import unexpanded
 from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
 

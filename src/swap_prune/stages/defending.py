@@ -17,7 +17,7 @@ from swap_prune.defences import FIXED_DEFENCES
 from swap_prune.fisher.capture.rows import Capture
 from swap_prune.fisher.capture.sketch import draw_sketch, mini_batches
 from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
-from swap_prune.fisher.defence.exact import CLEAN, outer_product_layers
+from swap_prune.fisher.defence.exact import outer_product_layers
 from swap_prune.fisher.defence.gradients import (
     LOOKED_CLOSELY_AT,
     DefendedLayer,
@@ -29,6 +29,7 @@ from swap_prune.fisher.defence.gradients import (
     rank_noise,
 )
 from swap_prune.fisher.defence.outliers import clip_rows_
+from swap_prune.fisher.defence.rank import CLEAN
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.process_memory import pass_on_shortage

@@ -32,7 +32,7 @@ from swap_prune.losses import (
     check_losses,
     run_loss,
 )
-from swap_prune.network.layout import unexpanded
+from swap_prune.network.aliasing import unexpanded
 from swap_prune.network.modes import eval_mode
 from swap_prune.problem import PruningProblem, PruningSolution, check_solution
 from swap_prune.progress import StageProgress

@@ -1,1 +1,1 @@
-"""The only package that changes a model: its weights, and BatchNorm's statistics; and how it is given back."""
+"""What pruning changes of a model, written and given back: the selected weights, and BatchNorm's statistics."""

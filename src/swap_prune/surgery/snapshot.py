@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from swap_prune.network.layout import unexpanded
+from swap_prune.network.aliasing import unexpanded
 from swap_prune.selection import Selection
 from swap_prune.surgery.batchnorm import batchnorm_layers
 

@@ -30,7 +30,7 @@ from swap_prune.fisher.capture.bound import Bound, dense, functional_call
 from swap_prune.fisher.capture.footprint import allocated_bytes, saved_bytes, unrolls
 from swap_prune.fisher.capture.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, piece_bytes
-from swap_prune.fisher.capture.row_buffer import RowSink, RowStore
+from swap_prune.fisher.capture.row_buffer import RowSink
 from swap_prune.fisher.capture.shared_rows import SharedStore
 from swap_prune.fisher.capture.stores import open_store
 from swap_prune.fisher.factor import FisherFactor
@@ -93,7 +93,7 @@ def capture_gradients(
     loss_fn: LossFn,
     *,
     backend: Backend = "auto",
-    storage: Storage | RowStore | None = None,
+    storage: Storage | None = None,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Capture:
     """Compute G, (n, p), at the model's current weights.
@@ -104,7 +104,7 @@ def capture_gradients(
         batches: Calibration batches on the model's device.
         loss_fn: ``(model, batch) -> (n,)`` losses.
         backend: ``hooks``, ``vmap``, ``loop``, or ``auto``: the first of them that the network allows.
-        storage: How G is held, or what takes its rows; by default dense.
+        storage: How G is held; by default dense.
         advance: Called with the number of rows that were added, for progress.
 
     Returns:
@@ -119,10 +119,8 @@ def capture_gradients(
         check_independence(model, loss_fn, batches)
     device = next(model.parameters()).device
     plan = Storage() if storage is None else storage
-    dtype = selection.dtype(model)
-    store = open_store(plan, sum(sizes), selection, dtype, device) if isinstance(plan, Storage) else plan
-    chunk_bytes = plan.chunk_bytes(device) if isinstance(plan, Storage) else CHUNK_BYTES
-    passed = pass_rows(model, selection, batches, sizes, loss_fn, store, backend, chunk_bytes, advance)
+    store = open_store(plan, sum(sizes), selection, selection.dtype(model), device)
+    passed = pass_rows(model, selection, batches, sizes, loss_fn, store, backend, plan.chunk_bytes(device), advance)
     return Capture(store.finish(), passed.losses, passed.backend, passed.chunk)
 
 

@@ -175,7 +175,7 @@ def draw_sketch(
 
 
 def once_each(advance: Callable[[int], None], draws: int) -> Callable[[int], None]:
-    """Return a function that counts samples of which each comes so many times."""
+    """Return ``advance`` for batches in which each sample comes ``draws`` times: it is told of each once."""
     seen = 0
 
     def count(number: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swap_prune.fisher.capture.bound import Bound
-from swap_prune.fisher.defence.rank import energies
+from swap_prune.fisher.defence.rank import CLEAN, energies
 from swap_prune.losses import LossFn
 from swap_prune.network.calls import layer_input
 from swap_prune.network.modes import eval_mode
@@ -17,9 +17,8 @@ from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, in_own_containers, is_single, split_batches
 from swap_prune.selection import Selection
 
-__all__ = ["CLEAN", "outer_product_layers"]
+__all__ = ["outer_product_layers"]
 
-CLEAN = 1e-4  # share of energy that rounding may leave: outside rank 1, or between two looks
 _APART = 8  # samples whose gradients are taken to look at
 
 

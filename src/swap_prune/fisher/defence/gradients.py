@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.fisher.defence.exact import CLEAN
 from swap_prune.fisher.defence.looks import choose_average, choose_treatment, noise_between
-from swap_prune.fisher.defence.rank import energies, shares_beyond
+from swap_prune.fisher.defence.rank import CLEAN, energies, shares_beyond
 from swap_prune.fisher.defence.treatment import AS_THEY_ARE, Average, Treatment
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.selection import Selection
@@ -78,7 +77,7 @@ def rank_noise(factor: FisherFactor, layers: Mapping[str, DefendedLayer]) -> dic
     totals = {name: [0.0, 0.0] for name in exact}
     n = factor.shape[0]
     pieces = min(_PROBE // PIECE, -(-n // PIECE))  # from all of G: a few rows may be the noisy ones
-    for start in {number * n // pieces for number in range(pieces)} if exact else ():
+    for start in (number * n // pieces for number in range(pieces if exact else 0)):
         rows = factor.row_span(start, min(start + PIECE, n))
         for name, layer in exact.items():
             energy, rest = energies(rows[:, layer.place].reshape(-1, *layer.shape))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["energies", "leading_singular_triples", "low_rank_rows", "shares_beyond"]
+__all__ = ["CLEAN", "energies", "leading_singular_triples", "low_rank_rows", "shares_beyond"]
 
+CLEAN = 1e-4  # share of energy that rounding may leave: outside rank 1, or between two looks
 _ITERATIONS = 3  # of the subspace iteration
 _EXPONENT = 126  # powers of two that float32 has, both ways
 
