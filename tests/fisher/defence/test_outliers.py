@@ -28,6 +28,13 @@ def test_rows_that_were_scaled_get_the_median_norm_and_their_own_direction() -> 
             assert torch.equal(factor.matrix[i], honest[i])
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e-22, 1e-18, 1e18])
+def test_rows_stand_out_in_any_unit(unit: float) -> None:
+    matrix = rows()
+    matrix[7] *= 1000
+    assert clip_rows_(DenseFactor(matrix * unit)) == pytest.approx(1 / 40)
+
+
 def test_rows_of_the_sizes_that_are_expected_do_not_stand_out() -> None:
     sizes = torch.ones(40)
     sizes[:3] = 50

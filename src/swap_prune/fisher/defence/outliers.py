@@ -59,8 +59,9 @@ def _below_gap(sizes: Tensor) -> float:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """Return the norm of each row (n, p), (n,), in float64, also where squares are too large for the rows' dtype."""
+    """Return the norm of each row (n, p), (n,), in float64, also where squares are no numbers of the rows' dtype."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
-    for i in norms.isinf().nonzero().squeeze(1).tolist():
+    least = math.sqrt(torch.finfo(rows.dtype).tiny * rows.shape[1])
+    for i in (norms.isinf() | (norms < 1e3 * least)).nonzero().squeeze(1).tolist():
         norms[i] = torch.linalg.vector_norm(rows[i].double())
     return norms
