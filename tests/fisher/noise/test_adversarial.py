@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from swap_prune.fisher.noise import AdversarialInputs
-from swap_prune.fisher.noise.adversarial import _project, _random_start
+from swap_prune.fisher.noise.adversarial import _direction, _project, _random_start
 from swap_prune.losses import cross_entropy
 from tests.cases import generator, normal
 
@@ -92,6 +92,16 @@ def test_a_seed_repeats_and_another_does_not_and_batches_do_not_matter():
     inputs, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     ((whole, _),) = run(AdversarialInputs("fgsm"), [(inputs, labels)])
     torch.testing.assert_close((whole - inputs).flatten(1), shifts(run(AdversarialInputs("fgsm")), batches()))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_direction_has_length_one_and_leads_up(norm):
+    gradient = normal(6, 3, 100, seed=5)
+    direction = _direction(gradient, norm)
+    lengths = torch.linalg.vector_norm(direction.flatten(1), ord=NORMS[norm], dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+    assert bool(((direction * gradient).flatten(1).sum(1) > 0).all())
+    assert not _direction(torch.zeros(2, 5), norm).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)
