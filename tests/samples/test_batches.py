@@ -102,6 +102,11 @@ def test_what_all_samples_share_is_kept_once_and_stands_in_the_way_where_it_diff
     (one,) = join_batches(parts, 8)
     assert one["x"].shape == (7, 8) and one["y"].tolist() == [0, 1, 2, 3, 0, 1, 2] and one["no"] is None
     assert torch.equal(one["table"], table) and torch.equal(one["mask"], mask)
+    for missing in (0, 1):  # what only one of them has is not dropped
+        unlike = [
+            part | ({} if place == missing else {"no": torch.ones(len(part["y"]))}) for place, part in enumerate(parts)
+        ]
+        assert len(list(join_batches(unlike, 8))) == 2
     parts[1] = parts[1] | {"table": table + 1}
     assert len(list(join_batches(parts, 8))) == 2
     assert len(list(join_batches([part | {"table": torch.zeros(3)} for part in parts], 8))) == 2  # 3 may be samples
