@@ -16,6 +16,7 @@ from swap_prune.fisher.noise import parse_noise
 from swap_prune.losses import CrossEntropy, cross_entropy
 from swap_prune.sample_defence.inputs import (
     _is_rarer_than_chance,
+    _shifted,
     labels_contradicted,
     shift_back,
     shift_seen,
@@ -278,3 +279,17 @@ def test_a_defence_looks_where_it_is_told_to(defence: str | None, network: nn.Mo
 def test_a_defence_that_is_none(wrong: Any) -> None:
     with pytest.raises(ValueError, match="defence must be 'auto', 'none' or None, or some of gradients, labels"):
         parse_defence(wrong)
+
+
+def test_a_shift_ends_where_the_label_is_likeliest() -> None:
+    """The slope of each step is taken where the last one ended: on from the likeliest place nothing leads further."""
+
+    def likeliest_at(place: float) -> Any:
+        return lambda inputs: torch.cat([-1000 * (inputs - place).square(), torch.zeros_like(inputs)], dim=1)
+
+    starts, label = torch.tensor([[0.02], [0.0], [-0.03]]), torch.zeros(3, dtype=torch.int64)
+    for place in (0.05, -0.06):
+        ends = _shifted(likeliest_at(place), starts, label, 0.1, 2)
+        assert float((ends - place).abs().max()) <= 0.025 + 1e-6, "a step is a quarter of the radius"
+    outside = _shifted(likeliest_at(1.0), starts, label, 0.1, 2)
+    torch.testing.assert_close(outside, starts + 0.1)
