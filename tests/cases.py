@@ -1,5 +1,6 @@
 """Problems with known answers, and makers of random ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -132,13 +133,20 @@ def batches_of(*sizes):
     return [(part[:, None].float() * 10, part) for part in numbers.split(list(sizes))]
 
 
-def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float = 3e-3) -> nn.Module:
-    """Train a classifier for some steps of Adam, on 64 random samples each; return it in eval mode."""
+def trained(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    lr: float = 3e-3,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+) -> nn.Module:
+    """Train a network for some steps of Adam, on 64 random samples each; return it in eval mode."""
     optimiser = torch.optim.Adam(model.parameters(), lr)
     for _ in range(steps):
         chosen = torch.randint(len(x), (64,))
         optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        loss(model(x[chosen]), y[chosen]).backward()
         optimiser.step()
     return model.eval()
 

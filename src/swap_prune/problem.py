@@ -70,7 +70,7 @@ class PruningProblem:
             loss may not bear such a network.
         selection: The parameters that w is made of; None for a problem without layers.
         inputs: Statistics of what goes into each layer; None for methods that do not need them.
-        floors: Places of layers, and how many weights of each are kept at least.
+        floors: Places of layers, in their order, and how many weights of each are kept at least.
         pattern: What groups of neighbouring weights are held to.
     """
 

@@ -82,12 +82,13 @@ def test_a_network_that_refuses_gets_images_as_they_come(reason: str) -> None:
     assert sum(SEEN) <= 1  # the trial
 
 
-def test_memory_that_runs_out_is_no_refusal() -> None:
+def test_a_network_without_room_for_a_copy_gets_images_as_they_come() -> None:
     def short(_model: nn.Module, _batch: object) -> Tensor:
         raise MemoryError("none left")
 
-    with pytest.raises(MemoryError, match="none left"):
-        takes_channels_last(nn.Sequential(nn.Conv2d(3, 4, 3)), short, (torch.randn(1, 3, 8, 8), torch.tensor([0])))
+    assert not takes_channels_last(
+        nn.Sequential(nn.Conv2d(3, 4, 3)), short, (torch.randn(1, 3, 8, 8), torch.tensor([0]))
+    )
 
 
 @pytest.mark.parametrize(

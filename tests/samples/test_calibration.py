@@ -4,7 +4,15 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from swap_prune.experiments.images import ImageTensors
 from swap_prune.samples.calibration import CalibrationStream
@@ -529,7 +537,20 @@ def test_a_look_at_a_loader_whose_items_are_batches_is_at_one_sample(options):
     assert inputs.tolist() == [[0.0, 0.0]] and targets.tolist() == [0]
 
 
-def test_a_look_for_which_memory_runs_out_is_none():
+def test_a_look_at_a_loader_with_a_batch_sampler_is_at_one_item():
+    class Alike(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return torch.full((2,), float(index)), torch.full((2,), -float(index))  # as large: could be stacked
+
+    loader = DataLoader(Alike(), batch_sampler=BatchSampler(SequentialSampler(Alike()), 4, drop_last=False))
+    inputs, targets = peek(loader)
+    assert inputs.shape == targets.shape == (1, 2)
+
+
+def test_a_look_for_which_memory_runs_out_says_so():
     class Short(Dataset):
         def __len__(self):
             return 3

@@ -59,12 +59,33 @@ def test_the_one_error_of_a_sound_classifier_is_not_odd() -> None:
 
 def test_the_best_candidate_alone_tells_an_odd_sample() -> None:
     even, odd = torch.linspace(0, 1, 64), torch.linspace(0, 1, 64).index_fill(0, torch.tensor(9), 90.0)
+    kept = torch.tensor([True, False])
     watched = WatchedLosses(lambda weights, _: odd if weights.any() else even, SquaredError())
     for far_off, share in ((True, True), (False, False), (True, False)):
-        watched(torch.full((2,), float(far_off)), torch.ones(2))
+        watched(torch.full((2,), float(far_off)), kept)
         assert (watched.share_of_largest is not None) == share
+    watched = WatchedLosses(lambda _, kept: even - 1 if kept.all() else odd, SquaredError())
+    watched(torch.ones(2), kept)
+    watched(torch.ones(2), ~(kept & False))  # the dense network, which has learned it
+    assert watched.share_of_largest is not None
     broken = WatchedLosses(lambda *_: odd * torch.inf, SquaredError())
-    assert bool(broken(torch.ones(2), torch.ones(2)).isnan().any()) and broken.share_of_largest is None
+    assert bool(broken(torch.ones(2), kept).isnan().any()) and broken.share_of_largest is None
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [SquaredError(), lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)]
+)
+def test_an_odd_target_that_the_network_has_learned_is_said(loss_fn: LossFn) -> None:
+    x, y = data()
+    said = 0
+    for place in range(0, 300, 60):
+        bad = y.index_put((torch.tensor(place), torch.tensor(0)), torch.tensor(-100.0))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 2))
+        model = trained(model, x, bad, 300, lr=1e-2, loss=nn.functional.mse_loss)
+        report = prune(model, TensorDataset(x, bad), 0.9, "lr", loss_fn=loss_fn, progress=False)
+        said += any("one calibration sample has" in note for note in report.notes)
+    assert said >= 4
 
 
 @pytest.mark.parametrize("loss_fn", [CrossEntropy(), BinaryCrossEntropy(), TokenCrossEntropy()])

@@ -79,10 +79,10 @@ def check_labels(targets: Tensor, classes: int) -> None:
     Raises:
         ValueError: If a label is negative or not below ``classes``.
     """
-    valid = targets[targets != IGNORE_INDEX] if targets.ndim > 1 else targets
-    if targets.is_floating_point() or valid.numel() == 0:
+    if targets.is_floating_point():
         return
-    low, high = int(valid.min()), int(valid.max())
+    valid = targets[targets != IGNORE_INDEX] if targets.ndim > 1 else targets
+    low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
     if low < 0 or high >= classes:
         raise ValueError(
             f"labels out of range: the model has {classes} outputs, so labels must lie in 0..{classes - 1}, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +35,24 @@ def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]
                 f"parameter {name!r} was expanded, and holds a number in several places at once: make it "
                 f"torch.nn.Parameter(value.clone()), or leave it out by ignore=[{name!r}]"
             )
+    order = {name: number for number, name in enumerate(chosen)}
     for group in groups.values():
-        for name, other_name in _overlapping(group):
-            if name in chosen or other_name in chosen:
-                name, other_name = sorted((name, other_name), key=lambda n: n not in chosen)
-                raise ValueError(
-                    f"{name!r} and {other_name!r} share memory: tie parameters by assigning the parameter itself, make "
-                    f"one of them a clone, or leave {name!r} out by ignore=[{name!r}]"
-                )
+        for pair in _overlapping(group, chosen):
+            name, other_name = sorted(pair, key=lambda name: order.get(name, len(order)))
+            raise ValueError(
+                f"{name!r} and {other_name!r} share memory: tie parameters by assigning the parameter itself, make "
+                f"one of them a clone, or leave {name!r} out by ignore=[{name!r}]"
+            )
 
 
-def _overlapping(group: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
-    """Yield the names of views of one storage that have an element in common."""
+def _overlapping(group: Sequence[tuple[str, Tensor]], chosen: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names of views of one storage that have an element in common, one of them among those chosen."""
     before: list[tuple[str, Tensor]] = []
     for name, view in sorted(group, key=lambda named: named[1].storage_offset()):
         before = [(other, one) for other, one in before if _end(one) > view.storage_offset()]
-        yield from ((other, name) for other, one in before if _overlap(one, view))
+        for other, one in before:
+            if (name in chosen or other in chosen) and _overlap(one, view):
+                yield other, name
         before.append((name, view))
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from swap_prune.network.modes import eval_mode, no_autocast
-from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import global_states_kept
 from swap_prune.samples.batches import map_tensors
 
@@ -51,8 +50,7 @@ def takes_channels_last(
     try:
         with torch.inference_mode(False), eval_mode(model):
             usual, other = (_answer(copy.deepcopy(model), function, two, laid, backwards) for laid in (False, True))
-    except Exception as error:  # a network may refuse in many ways; what is wrong is said where the data are used
-        pass_on_shortage(error)
+    except Exception:  # it may refuse in many ways, or have no room for a copy; bad data are told where they are used
         return False
     return torch.allclose(usual, other, rtol=_SHARED_DIGITS, atol=_SHARED_DIGITS)
 

@@ -51,8 +51,7 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in modules]
     dropouts = [] if training else [(module, module.dropout) for module in modules if _is_on_cudnn(module)]
     try:  # an interruption may come at any line
-        if training or any(module.training for module in modules):
-            model.train(training)
+        model.train(training)
         for module in filter(is_frozen, modules):
             module.training = False
         for recurrent, _ in dropouts:

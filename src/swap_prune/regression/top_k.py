@@ -21,7 +21,7 @@ from swap_prune.regression.pattern import GroupPattern
 
 __all__ = ["Floors", "chosen", "kept_beyond", "top_k"]
 
-Floors = Sequence[tuple[slice, int]]  # places of layers, and how many of each are kept at least
+Floors = Sequence[tuple[slice, int]]  # places of layers, in order, and how many of each are kept at least
 
 _SMALL = 2**18  # so many scores torch selects from as fast
 _KNOWN = (torch.float32, torch.float64)  # to numpy, and in the order of the scores

@@ -51,7 +51,7 @@ def _first(data: Any) -> Any:
         with seeded(0):
             if isinstance(data, DataLoader) and data.collate_fn is not None:
                 item = data.dataset[0]
-                found = data.collate_fn(item if data.batch_size is None else [item])  # which may be a whole batch
+                found = data.collate_fn(item if data.batch_sampler is None else [item])  # which may be a whole batch
                 return slice_batch(found, 0, 1) if is_sliceable(found) else found
             samples = NumberedSamples.of(data)
             if samples is not None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from swap_prune.checks import some_of
 from swap_prune.defences import DEFENCES
 from swap_prune.distributed import Team, local_count, team_of
 from swap_prune.fisher.capture.sketch import MINI_BATCH
@@ -71,10 +70,13 @@ def _without_effect(request: Request) -> list[str]:
     named = frozenset() if asked == frozenset(DEFENCES) else asked  # all of them are the default
     looks, notes = sorted(named & {"labels", "inputs"}), []
     if not solver.needs_gradients:
-        idle = ["storage= or keep_rows="] if request.storage not in ("auto", "sharded") else []
-        idle += ["noise on gradients"] if request.noise.acts_on_rows else []
+        idle = ["storage=" if request.storage != "mapped" else "storage= (or keep_rows=)"] * (
+            request.storage not in ("auto", "sharded")
+        )
+        idle += ["noise on gradients"] * request.noise.acts_on_rows
         idle += [f"defence {name}" for name in sorted(named - {"labels", "inputs"})]
-        notes += [f"{solver.name} takes no gradients: {some_of(idle)} makes no difference"] if idle else []
+        verb = "makes" if len(idle) == 1 else "make"
+        notes += [f"{solver.name} takes no gradients: {' and '.join(idle)} {verb} no difference"] if idle else []
     if looks and not solver.needs_held_out:
         notes.append(f"{solver.name} holds no samples out: defence {' and '.join(looks)} makes no difference")
     elif looks and not isinstance(request.loss, CrossEntropy):
