@@ -79,14 +79,13 @@ def test_the_file_has_all_of_g_and_sharing_is_never_taken_by_itself(tmp_path):
     assert "sharded" not in [f.name for f in plan_memory(load(1000, 10**6), None).forecasts]
 
 
-def test_samples_that_are_offered_make_whole_rows_of_mini_batches():
+def test_samples_that_are_offered_count_in_rows_of_mini_batches():
     work = replace(load(10**5, 2_600_000), samples=16 * 10**5, in_batches=True)
     refused = plan_memory(work, 4 * GB, "float32")
     fits = int(re.search(r"samples=(\d+)", refused.why)[1])
-    assert fits % 16 == 0
-    fewer = replace(work, rows=fits // 16, samples=fits)
-    plan_memory(fewer, 4 * GB, "float32").require()
-    assert plan_memory(replace(fewer, rows=fits // 16 + 1, samples=fits + 16), 4 * GB, "float32").chosen is None
+    assert work.of(fits).rows == -(-fits // 16)
+    plan_memory(work.of(fits), 4 * GB, "float32").require()
+    assert plan_memory(work.of(int(fits / 0.9)), 4 * GB, "float32").chosen is None
 
 
 def test_what_runs_at_once_and_who_shares_count_in_slopes():

@@ -8,7 +8,9 @@ Place in the pipeline: beneath planning.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -81,6 +83,7 @@ class Workload:
         columns: Columns of G that the method copies at once in float64, in any storage; None: it does not say.
         row_numbers: Numbers that a row of low rank takes.
         unsuited: Why rows of low rank are not to be had, or empty.
+        counts: Which of these are others where so many samples a stage are asked for; None: rows are in proportion.
     """
 
     rows: int
@@ -113,6 +116,13 @@ class Workload:
     columns: int | None = None
     row_numbers: int = 0
     unsuited: str = ""
+    counts: Callable[[int], Mapping[str, Any]] | None = None
+
+    def of(self, samples: int) -> Workload:
+        """Return the same of so many samples, and with one kind of rows."""
+        if self.counts is None:
+            return replace(self, samples=samples, rows=-(-samples * self.rows // self.samples), compared=0)
+        return replace(self, **{**self.counts(samples), "compared": 0})
 
 
 def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:

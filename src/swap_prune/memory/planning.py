@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -51,7 +52,9 @@ _SPARING: tuple[tuple[int, Spilled], ...] = (  # samples at once, and what is sp
     (AT_ONCE // 4, "activations"),
     (AT_ONCE // 8, "activations"),
 )
-_OFFERED = 0.98  # of the samples that would fit: what a process holds grows a little from call to call
+_OFFERED = 0.98  # of the memory, that samples are offered for: what a process holds grows a little from call to call
+_SHRINK = 0.97  # from one number of samples that is tried to the next
+_FEW = 100  # samples
 _BY_NAME = "approximates G, and is taken only where it is asked for"
 
 
@@ -243,7 +246,7 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
         phase = max(phases, key=phases.__getitem__)
         return replace(
             forecast,
-            obstacle=f"{phase} needs about {forecast.need / 1e9:.3g} GB, and memory allows {limit / 1e9:.3g} GB",
+            obstacle=f"{phase} needs about {_shown(forecast.need)}, and memory allows {_shown(limit)}",
         )
     if disk:
         try:
@@ -254,6 +257,25 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
             text = f"its file needs {disk / 1e9:.1f} GB, and {directory} has {free / 1e9:.1f} GB free"
             return replace(forecast, obstacle=f"{text}; name another scratch=")
     return forecast
+
+
+def _fitting(load: Workload, limit: int, directory: Path, forecasts: Sequence[Forecast]) -> int:
+    """Return how many samples fit in one of some storages, within a few per cent; 0 where none do.
+
+    Fewer need not need less: of few samples signs are drawn more often.
+    """
+    samples = load.samples
+    while samples > 0:
+        tried = [_forecast(load.of(samples), f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
+        if any(not f.obstacle for f in tried):
+            return samples
+        samples = int(_SHRINK * samples)
+    return 0
+
+
+def _shown(size: int) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB" if size >= 1e4 else f"{size} bytes"
 
 
 def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, forecasts: tuple[Forecast, ...]) -> str:
@@ -269,14 +291,10 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     if max(least.phases, key=least.phases.__getitem__) == "finetune":
         remedy = f"lower its batch_size (now {load.trained}), or give more memory"
         return f"fine-tuning does not fit: {least.obstacle}; {remedy}"
-    per_row = max(1, load.samples // load.rows)
-    low, high = 0, load.rows  # most rows that fit: the need grows with them
-    while high - low > 1:
-        middle = (low + high) // 2
-        fewer = replace(load, rows=middle, samples=middle * per_row)
-        tried = [_forecast(fewer, f.storage.kind, f.storage.lean, limit, directory) for f in forecasts]
-        low, high = (middle, high) if any(not f.obstacle for f in tried) else (low, middle)
-    fitting = max(1, int(_OFFERED * low)) * per_row
-    remedy = f"use samples={fitting} or fewer" if low else "give more memory or select fewer weights"
-    held = f" ({load.held / 1e9:.3g} GB are held already)"
+    fitting = _fitting(load, int(_OFFERED * limit), directory, forecasts)
+    remedy = f"use samples={fitting}"
+    if fitting < _FEW:
+        more = "give more memory or select fewer weights; magnitude, wanda and sparsegpt hold no gradients"
+        remedy = f"use samples={fitting}, which are few, or {more}" if fitting else more
+    held = f" ({_shown(load.held)} are held already)"
     return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"

@@ -47,14 +47,17 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
     own, noise, finetune = next(model.parameters()).device, request.noise, request.finetune
     with isolated(own), bystanders_given_back(model):
         need = _need_of(peek(data, own), model, request)
-    samples = _count_samples(data, request)
+    numbered = NumberedSamples.of(data)
+    known = None if numbered is None else known_length(numbered.dataset)
+    counts = partial(_count_samples, known, request)
     trained = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
     altered = any(type(one).corrupt != NoiseModel.corrupt for one in noise.models)  # into others, in memory
     chooses, doubting = request.solver.needs_held_out, not request.defences.isdisjoint({"labels", "inputs"})
     return Workload(
         **need,
-        **samples,
+        **counts(request.samples),
         **_count_row_numbers(model, request),
+        counts=counts,
         weights=request.selection.total,
         kept=keep_count(request.selection.total, request.schedules[-1][0]),
         method=request.solver.name,
@@ -75,14 +78,18 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
     )
 
 
-def _count_samples(data: Any, request: Request) -> dict[str, Any]:
-    """Return how many samples a stage will draw, and for what, as far as the data tell."""
-    numbered = NumberedSamples.of(data)
-    known = None if numbered is None else known_length(numbered.dataset)
+def _count_samples(known: int | None, request: Request, samples: int) -> dict[str, Any]:
+    """Return how many samples a stage will draw, and for what, where so many are asked for.
+
+    Args:
+        known: How many there are; None: nobody knows.
+        request: What is asked for, but for the number of samples.
+        samples: That.
+    """
     size = sys.maxsize if known is None else known
     judged = min(JUDGED, size // 5) if len(request.schedules) > 1 else 0
-    held_out = min(request.samples, HELD_OUT) if request.solver.needs_held_out else 0
-    drawn, spare = share_out_samples(size - judged, request.samples, held_out)
+    held_out = min(samples, HELD_OUT) if request.solver.needs_held_out else 0
+    drawn, spare = share_out_samples(size - judged, samples, held_out)
     weights = request.selection.total
     single = request.curvature is not None and (not request.in_batches or request.compares_rows)
     of_samples = max(
