@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swap_prune
-from swap_prune import METHODS, FineTune, prune
+from swap_prune import METHODS, FineTune, plan, prune
 from swap_prune.selection import layer_floors, select_parameters
 
 
@@ -508,3 +508,17 @@ def test_a_batchnorm_layer_that_the_loss_never_reaches_keeps_its_statistics() ->
     other, own = model.other[1], model.body[1]
     assert bool((other.running_mean == 0.7).all() and (other.running_var == 2.5).all())
     assert int(other.num_batches_tracked) == 9 and not bool((own.running_mean == 0.7).any())
+
+
+def test_reports_and_plans_can_be_read() -> None:
+    model = small_network()
+    report = prune(model, small_data(), 0.5, "magnitude", samples=40, stages=2, progress=False)
+    first, *lines = str(report).splitlines()
+    assert first.startswith(f"magnitude: {report.kept:,} of {report.total:,} weights kept, sparsity 0.5000, 2 stages, ")
+    for (name, layer), line in zip(report.layers.items(), lines[: len(report.layers)], strict=True):
+        assert line.split() == [name, f"{layer.kept:,}", "of", f"{layer.total:,}", f"{layer.sparsity:.4f}"]
+    assert lines[len(report.layers) :] == [f"note: {note}" for note in report.notes]
+    planned = plan(model, small_data(), 0.5, "lr", samples=40)
+    shown = str(planned).splitlines()
+    assert [line.split()[0] for line in shown[:-1]] == [one.name.split()[0] for one in planned.forecasts]
+    assert shown[-1] == planned.why and sum(line.endswith("taken") for line in shown[:-1]) == 1

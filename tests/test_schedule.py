@@ -52,6 +52,7 @@ def test_default_is_exponential():
     [
         (1.0, 1, "cubic", "sparsity"),
         (-0.1, 1, "cubic", "sparsity"),
+        (80, 1, "cubic", r"got 80 \(80 % is 0.8\)"),
         (math.nan, 1, "cubic", "sparsity"),
         ("0.9", 1, "cubic", "sparsity"),
         (0.9, 0, "cubic", "stages"),

@@ -121,6 +121,19 @@ class PruningReport(_Record):
             raise ValueError("this report was read from a file: name the model to save with it, save(directory, model)")
         return self._saver(model, self, directory)
 
+    def __str__(self) -> str:
+        """Return what matters most in a few lines; ``to_dict()`` has everything."""
+        lines = [
+            f"{self.method}: {self.kept:,} of {self.total:,} weights kept, sparsity {self.sparsity:.4f}, "
+            f"{len(self.stages)} stage{'s' * (len(self.stages) != 1)}, {self.seconds:.1f} s"
+        ]
+        width = max(map(len, self.layers), default=0)
+        lines += [
+            f"  {name:<{width}}  {layer.kept:>12,} of {layer.total:>12,}  {layer.sparsity:.4f}"
+            for name, layer in self.layers.items()
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
     def to_dict(self) -> Mapping[str, Any]:
         """Return plain types, as stored in ``report.json``."""
         return self.model_dump(mode="json")

@@ -121,6 +121,18 @@ def test_single_values_are_lists_of_one() -> None:
     assert (experiment.sparsities, experiment.stages, experiment.seeds) == ([0.5], ["auto", 3], [4])
 
 
+def test_a_name_alone_is_a_method_with_its_defaults() -> None:
+    table = tomllib.loads(GOOD) | {"methods": ["lr", {"name": "magnitude"}]}
+    spelt = table | {"methods": [{"name": "lr"}, {"name": "magnitude"}]}
+    named = Experiment.model_validate(table)
+    assert named == Experiment.model_validate(spelt) and [method.label for method in named.methods] == [
+        "lr",
+        "magnitude",
+    ]
+    with pytest.raises(ValueError, match="methods"):
+        Experiment.model_validate(table | {"methods": "lr"})
+
+
 def test_the_grid_is_the_product() -> None:
     runs = plan_runs(tiny.experiment(stages=[1, 2], noise=["none", "gradient:std=1"]), "w")
     points = {(r.seed, r.method.label, *(r.settings[k] for k in ("stages", "noise", "sparsity"))) for r in runs}

@@ -325,7 +325,7 @@ def test_what_a_method_of_the_users_keeps_is_looked_at() -> None:
         ({"pattern": "2:4:8"}, "pattern must be 'N:M'"),
         ({"pattern": "0:4"}, "pattern must be 'N:M'"),
         ({"pattern": (2, 4)}, "pattern must be 'N:M'"),
-        ({"pattern": "2:8"}, r"is a multiple of 8; leave out the others by ignore=\['first.weight'\]"),
+        ({"pattern": "2:8"}, r"is a multiple of 8: add the others to ignore=, \['first.weight'\]"),
         ({"sparsity": 0.4}, r"pattern 2:4 keeps 192 of 384 weights at the most, .* 0.5 or more is needed"),
         ({"min_keep": 0.6, "sparsity": 0.5}, "min_keep=0.6 keeps at least"),
         ({"min_keep": {"head": 0.6}}, "min_keep asks for 20 weights of 'head.weight', and pattern 2:4 keeps 16"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from swap_prune import FineTune, finetune, prune, recalibrate_batchnorm
+from swap_prune.losses import cross_entropy
 from tests.cases import blurred_classes, trained
 
 
@@ -93,3 +94,14 @@ def test_other_buffers_are_given_back() -> None:
     model = Counting()
     assert recalibrate_batchnorm(model, TensorDataset(torch.randn(64, 12), torch.zeros(64, dtype=torch.long)))
     assert int(model.calls) == 0 and float(model.norm.running_mean.abs().max()) > 0
+
+
+def test_batches_that_the_default_loss_cannot_read_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = [{"x": torch.randn(8, 4), "target": torch.randint(3, (8,))}]
+    with pytest.raises(ValueError, match=r"default loss needs batches .* a dict with keys \['target', 'x'\]; pass"):
+        recalibrate_batchnorm(model, batches)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert recalibrate_batchnorm(model, batches, loss_fn=lambda net, b: cross_entropy(net, (b["x"], b["target"])))
+    assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])

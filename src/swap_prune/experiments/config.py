@@ -249,6 +249,16 @@ class Experiment(_Table):
             table["finetune"] = self.finetune.settings()
         return {name: value for name, value in table.items() if value or name not in _NOT_ALWAYS}
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _by_name(cls, methods: Any) -> Any:
+        """Take a name alone for a method with its default settings."""
+        return (
+            [{"name": one} if isinstance(one, str) else one for one in methods]
+            if isinstance(methods, list)
+            else methods
+        )
+
     @field_validator("methods")
     @classmethod
     def _told_apart(cls, methods: list[MethodEntry]) -> list[MethodEntry]:

@@ -52,9 +52,10 @@ def check_pair(batch: Any) -> None:
             what = f"a {type(batch).__name__} of {len(batch)}"
         elif isinstance(batch, Tensor):
             what = f"a tensor of shape {tuple(batch.shape)}"
-        labelled = isinstance(batch, Mapping) and "labels" in batch
-        labelled = labelled or (is_pair and isinstance(batch[1], Tensor) and not isinstance(batch[0], Tensor))
+        labelled = "labels" in batch if isinstance(batch, Mapping) else is_pair and isinstance(batch[1], Tensor)
         own = "swap_prune.TokenCrossEntropy(), which takes them, or a function of your own" if labelled else ""
+        if isinstance(batch, Mapping) and not labelled:  # labels of samples, too
+            own = "swap_prune.TokenCrossEntropy(labels=the key of the class labels), or a function of your own"
         raise ValueError(
             f"the default loss needs batches (inputs, targets) of tensors, got {what}; pass loss_fn={own}, "
             "or wrap tensors X, y as torch.utils.data.TensorDataset(X, y)"

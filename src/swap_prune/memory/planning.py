@@ -53,6 +53,7 @@ _SPARING: tuple[tuple[int, Spilled], ...] = (  # samples at once, and what is sp
     (AT_ONCE // 8, "activations"),
 )
 _OFFERED = 0.98  # of the memory, that samples are offered for: what a process holds grows a little from call to call
+_AT_MOST = 0.99  # of it, where these would be few
 _SHRINK = 0.97  # from one number of samples that is tried to the next
 _FEW = 100  # samples
 _BY_NAME = "approximates G, and is taken only where it is asked for"
@@ -117,6 +118,14 @@ class MemoryPlan:
         forecasts = tuple(replace(f, storage=replace(f.storage, compares_rows=False)) for f in self.forecasts)
         chosen = None if self.chosen is None else forecasts[self.place]
         return replace(self, forecasts=forecasts, chosen=chosen)
+
+    def __str__(self) -> str:
+        """Return the need of each storage and why one is taken, in a line each."""
+        lines = [
+            f"{forecast.name:<20} {_shown(forecast.need):>10}{'  taken' if forecast is self.chosen else ''}"
+            for forecast in self.forecasts
+        ]
+        return "\n".join([*lines, self.why])
 
     def require(self) -> Forecast:
         """Return the forecast taken.
@@ -292,6 +301,7 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
         remedy = f"lower its batch_size (now {load.trained}), or give more memory"
         return f"fine-tuning does not fit: {least.obstacle}; {remedy}"
     fitting = _fitting(load, int(_OFFERED * limit), directory, forecasts)
+    fitting = fitting if fitting >= _FEW else _fitting(load, int(_AT_MOST * limit), directory, forecasts)
     remedy = f"use samples={fitting}"
     if fitting < _FEW:
         more = "give more memory or select fewer weights; magnitude, wanda and sparsegpt hold no gradients"

@@ -152,8 +152,8 @@ def parse_pattern(text: str, shapes: Mapping[str, torch.Size], keep: int) -> Gro
     odd = [name for name, shape in shapes.items() if len(shape) < 2 or shape[1] % size]
     if odd:
         raise ValueError(
-            f"pattern {text} needs parameters whose second dimension, their inputs, is a multiple of {size}; leave out "
-            f"the others by ignore={odd}"
+            f"pattern {text} needs parameters whose second dimension, their inputs, is a multiple of {size}: add "
+            f"the others to ignore=, {odd}"
         )
     pattern = GroupPattern(most, size, tuple(shapes.values()))
     pattern = replace(pattern, filled=pattern.is_full(keep))

@@ -6,12 +6,13 @@ Place in the pipeline: after it, at the end of a training loop of one's own; :fu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from swap_prune.checks import checked_seed, whole_number
-from swap_prune.losses import LossFn, cross_entropy
+from swap_prune.losses import CrossEntropy, LossFn, check_pair, cross_entropy
 from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import check_no_inference, isolated
 from swap_prune.randomness import forked_generator, seeded
@@ -40,7 +41,8 @@ def recalibrate_batchnorm(
         model: The network, on its own device; nothing but BatchNorm's buffers changes. If anything goes wrong they are
             left as they were.
         data: A Dataset, a DataLoader or an iterable of batches, as for :func:`swap_prune.prune`.
-        loss_fn: ``(model, batch) -> (n,)``, by which the network is run on a batch; by default the cross-entropy.
+        loss_fn: ``(model, batch) -> (n,)``, by which the network is run on a batch: that of :func:`swap_prune.prune`.
+            By default the cross-entropy of batches ``(inputs, targets)``.
         samples: How many, at the most.
         seed: Seed of which samples.
 
@@ -59,4 +61,12 @@ def recalibrate_batchnorm(
     loss, place = cross_entropy if loss_fn is None else loss_fn, next(model.parameters()).device
     stream = CalibrationStream(data, generator, place)
     with isolated(place), seeded(seed, place), bystanders_given_back(model), statistics_restored_on_error(model):
-        return recalibrate(model, stream.read(samples), loss)
+        return recalibrate(model, _checked(stream.read(samples), loss), loss)
+
+
+def _checked(batches: Iterable[Any], loss_fn: LossFn) -> Iterator[Any]:
+    """Pass batches on that the loss can read."""
+    for batch in batches:
+        if isinstance(loss_fn, CrossEntropy):
+            check_pair(batch)
+        yield batch
