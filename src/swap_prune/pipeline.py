@@ -56,6 +56,7 @@ from swap_prune.stages.setup import (
 from swap_prune.stages.workload import count_workload
 from swap_prune.surgery.batchnorm import repair_batchnorm
 from swap_prune.surgery.snapshot import restored_on_error
+from swap_prune.training.masks import note_pruned
 from swap_prune.training.settings import FineTune
 
 __all__ = ["plan", "prune"]
@@ -227,6 +228,7 @@ def prune(
         notes += no_number(model, request.loss, first if sound else None)
         if finetune is None:
             before.restore_bystanders()
+    note_pruned(model)
     budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON
     settings = request.settings | {"device": str(place), "channels_last": laid, "memory": budget}
     settings["storage"] = recorded

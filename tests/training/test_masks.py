@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from swap_prune import finetune, keep_masks, masks_of, recalibrate_batchnorm
+from swap_prune import finetune, keep_masks, masks_of, prune, recalibrate_batchnorm
+from tests.test_pipeline import small_data, small_network
 
 Maker = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -358,3 +359,32 @@ def test_a_network_without_values_has_no_masks() -> None:
             finetune(network, data, teacher=model, progress=False)
     with pytest.raises(ValueError, match="lies on the meta device"):
         recalibrate_batchnorm(model, data)
+
+
+def test_a_step_under_masks_of_before_another_pruning_is_refused() -> None:
+    model, data = small_network(), small_data()
+    prune(model, data, 0.5, "magnitude", progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inputs, labels = data[:16]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    keeper = keep_masks(model, optimizer)
+    step()
+    kept = prune(model, data, 0.8, "magnitude", progress=False).kept
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" not in name}
+    with pytest.raises(ValueError, match=r"pruned again since keep_masks was called.*remove\(\).*keep_masks anew"):
+        step()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items() if "num" not in name)
+    with keep_masks(model, optimizer):  # the old hooks are there still, and do no harm
+        step()
+        keeper.remove()
+        step()
+    assert sum(int(mask.sum()) for mask in masks_of(model).values()) == kept
+    with keep_masks(model, optimizer):
+        with pytest.raises(ValueError, match="sparsity"):
+            prune(model, data, 2.0, "magnitude", progress=False)
+        step()  # a call that changed nothing makes no masks old

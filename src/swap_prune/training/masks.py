@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,15 @@ from swap_prune.network.device import check_network, check_values
 from swap_prune.network.names import renamed
 from swap_prune.selection import DEFAULT_TARGETS, select_parameters, unnamed_zeros
 
-__all__ = ["MaskKeeper", "keep_masks", "masks_of", "pair_masks", "resolve_masks"]
+__all__ = ["MaskKeeper", "keep_masks", "masks_of", "note_pruned", "pair_masks", "resolve_masks"]
+
+_STALE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a network was pruned since masks were taken
+
+
+def note_pruned(model: nn.Module) -> None:
+    """Remember that a network was pruned: masks that are kept of it are not those of its zeros any more."""
+    if model in _STALE:
+        _STALE[model] = True
 
 
 def masks_of(
@@ -71,7 +80,8 @@ def keep_masks(
         ignore: The same, where they are not.
 
     Returns:
-        The keeper: a context manager, and a handle with ``remove()``.
+        The keeper: a context manager, and a handle with ``remove()``. Where ``prune`` is called meanwhile, the next
+        step ends in a ValueError: weights that were pruned since would come back.
 
     Raises:
         ValueError: If a mask does not fit the network, there is no zero to keep, or no optimiser holds a weight that
@@ -85,7 +95,8 @@ def keep_masks(
             f"the optimizer holds none of the {len(pairs)} masked parameters of {type(model).__name__}: make it from "
             "model.parameters() of this model, or pass the model that it was made for"
         )
-    return MaskKeeper(pairs, optimizers)
+    _STALE[model] = False
+    return MaskKeeper(pairs, optimizers, model)
 
 
 def resolve_masks(
@@ -159,9 +170,16 @@ class MaskKeeper:
     Args:
         pairs: Parameters and their masks, true where a weight is kept.
         optimizers: The optimisers. What they remember of pruned weights is cleared.
+        model: The network, where it may be pruned again meanwhile.
     """
 
-    def __init__(self, pairs: Iterable[tuple[nn.Parameter, Tensor]], optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[tuple[nn.Parameter, Tensor]],
+        optimizers: Sequence[Optimizer],
+        model: nn.Module | None = None,
+    ) -> None:
+        self._model = None if model is None else ref(model)
         self._pruned = [(parameter, ~mask.to(parameter.device)) for parameter, mask in pairs]
         self._hooks: list[RemovableHandle] = []
         for optimizer in optimizers:
@@ -197,7 +215,17 @@ class MaskKeeper:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Clear the gradients of pruned weights, also those that a closure is going to make."""
+        """Clear the gradients of pruned weights, also those that a closure is going to make.
+
+        Raises:
+            ValueError: If the network was pruned since.
+        """
+        model = None if self._model is None else self._model()
+        if model is not None and _STALE.get(model, False):
+            raise ValueError(
+                "the network was pruned again since keep_masks was called, whose masks would let those weights come "
+                "back: call remove() on what it returned, and then keep_masks anew"
+            )
         self._clear_gradients()
         args = tuple(self._masked(part) if callable(part) and part is not optimizer else part for part in args)
         return args, {name: self._masked(part) if callable(part) else part for name, part in kwargs.items()}
