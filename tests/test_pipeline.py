@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -510,7 +511,7 @@ def test_a_batchnorm_layer_that_the_loss_never_reaches_keeps_its_statistics() ->
     assert int(other.num_batches_tracked) == 9 and not bool((own.running_mean == 0.7).any())
 
 
-def test_reports_and_plans_can_be_read() -> None:
+def test_reports_and_plans_can_be_read(tmp_path: Path) -> None:
     model = small_network()
     report = prune(model, small_data(), 0.5, "magnitude", samples=40, stages=2, progress=False)
     first, *lines = str(report).splitlines()
@@ -518,7 +519,11 @@ def test_reports_and_plans_can_be_read() -> None:
     for (name, layer), line in zip(report.layers.items(), lines[: len(report.layers)], strict=True):
         assert line.split() == [name, f"{layer.kept:,}", "of", f"{layer.total:,}", f"{layer.sparsity:.4f}"]
     assert lines[len(report.layers) :] == [f"note: {note}" for note in report.notes]
-    planned = plan(model, small_data(), 0.5, "lr", samples=40)
-    shown = str(planned).splitlines()
-    assert [line.split()[0] for line in shown[:-1]] == [one.name.split()[0] for one in planned.forecasts]
-    assert shown[-1] == planned.why and sum(line.endswith("taken") for line in shown[:-1]) == 1
+    run = {"sparsity": 0.5, "method": "lr", "samples": 40, "stages": 2, "checkpoint": tmp_path}
+    before = plan(small_network(), small_data(), **run)
+    prune(small_network(), small_data(), progress=False, **run)
+    for planned in (before, plan(small_network(), small_data(), **run)):
+        shown = str(planned).splitlines()
+        assert [line.split()[0] for line in shown[:-1]] == [one.name.split()[0] for one in planned.forecasts]
+        assert shown[-1] == planned.why and sum(line.endswith("taken") for line in shown[:-1]) == 1
+    assert planned.why == "the same as in the finished stages"

@@ -228,7 +228,7 @@ def prune(
         notes += no_number(model, request.loss, first if sound else None)
         if finetune is None:
             before.restore_bystanders()
-    note_pruned(model)
+        note_pruned(model, request.selection.names)
     budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON
     settings = request.settings | {"device": str(place), "channels_last": laid, "memory": budget}
     settings["storage"] = recorded

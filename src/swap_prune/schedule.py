@@ -71,7 +71,7 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
         ValueError: If an argument is out of range or the schedule is not known.
     """
     if not (is_number(target) and 0 <= target < 1):
-        share = f" ({target} % is {target / 100:g})" if is_number(target) and 1 < target < 100 else ""
+        share = f" ({target} % is {target / 100:g})" if is_number(target) and 2 <= target <= 99 else ""
         raise ValueError(f"sparsity must lie in [0, 1), got {target!r}{share}")
     stages = whole_number("stages", stages)
     if not isinstance(schedule, str) or schedule not in SCHEDULES:

@@ -103,5 +103,7 @@ def test_batches_that_the_default_loss_cannot_read_are_named() -> None:
     with pytest.raises(ValueError, match=r"default loss needs batches .* a dict with keys \['target', 'x'\]; pass"):
         recalibrate_batchnorm(model, batches)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    with pytest.raises(ValueError, match="the default loss needs batches"):
+        recalibrate_batchnorm(model, [torch.randn(8, 4)])
     assert recalibrate_batchnorm(model, batches, loss_fn=lambda net, b: cross_entropy(net, (b["x"], b["target"])))
     assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])

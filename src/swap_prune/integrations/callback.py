@@ -47,3 +47,4 @@ class MaskCallback:
         """Take the hooks off."""
         if self._keeper is not None:
             self._keeper.remove()
+            self._keeper = None

@@ -55,7 +55,7 @@ _SPARING: tuple[tuple[int, Spilled], ...] = (  # samples at once, and what is sp
 _OFFERED = 0.98  # of the memory, that samples are offered for: what a process holds grows a little from call to call
 _AT_MOST = 0.99  # of it, where these would be few
 _SHRINK = 0.97  # from one number of samples that is tried to the next
-_FEW = 100  # samples
+_FEW, _LEAST = 100, 16  # samples
 _BY_NAME = "approximates G, and is taken only where it is asked for"
 
 
@@ -187,7 +187,9 @@ def plan_memory(
         own = load if kept.compares_rows else replace(load, compared=0)
         again = _attempt(own, replace(kept, scratch=directory), limit, directory)
         if not again.obstacle:
-            forecasts = _forecasts(own, limit, storage, directory)
+            others = _forecasts(own, limit, storage, directory)
+            same = (kept.kind, kept.lean)
+            forecasts = tuple(again if (f.storage.kind, f.storage.lean) == same else f for f in others)
             return MemoryPlan(limit, forecasts, again, "the same as in the finished stages")
     plan = _choose(load, limit, storage, directory)
     if load.compared and (plan.chosen is None or plan.place > 0):  # a faster storage is worth more than to compare rows
@@ -303,8 +305,10 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     fitting = _fitting(load, int(_OFFERED * limit), directory, forecasts)
     fitting = fitting if fitting >= _FEW else _fitting(load, int(_AT_MOST * limit), directory, forecasts)
     remedy = f"use samples={fitting}"
-    if fitting < _FEW:
+    if load.held >= limit:
+        remedy = "give more than that"
+    elif fitting < _FEW:
         more = "give more memory or select fewer weights; magnitude, wanda and sparsegpt hold no gradients"
-        remedy = f"use samples={fitting}, which are few, or {more}" if fitting else more
+        remedy = f"use samples={fitting}, which are few, or {more}" if fitting >= _LEAST else more
     held = f" ({_shown(load.held)} are held already)"
     return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"

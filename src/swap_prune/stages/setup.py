@@ -70,10 +70,9 @@ def _without_effect(request: Request) -> list[str]:
     named = frozenset() if asked == frozenset(DEFENCES) else asked  # all of them are the default
     looks, notes = sorted(named & {"labels", "inputs"}), []
     if not solver.needs_gradients:
-        idle = ["storage=" if request.storage != "mapped" else "storage= (or keep_rows=)"] * (
-            request.storage not in ("auto", "sharded")
-        )
-        idle += ["noise on gradients"] * request.noise.acts_on_rows
+        storage = "storage= (or keep_rows=)" if request.storage == "mapped" else "storage="
+        idle = [storage] if request.storage not in ("auto", "sharded") else []
+        idle += ["noise on gradients"] if request.noise.acts_on_rows else []
         idle += [f"defence {name}" for name in sorted(named - {"labels", "inputs"})]
         verb = "makes" if len(idle) == 1 else "make"
         notes += [f"{solver.name} takes no gradients: {' and '.join(idle)} {verb} no difference"] if idle else []

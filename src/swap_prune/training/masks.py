@@ -10,11 +10,11 @@ Place in the pipeline: used by fine-tuning, and by anybody's own training loop.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,20 @@ from swap_prune.selection import DEFAULT_TARGETS, select_parameters, unnamed_zer
 
 __all__ = ["MaskKeeper", "keep_masks", "masks_of", "note_pruned", "pair_masks", "resolve_masks"]
 
-_STALE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a network was pruned since masks were taken
+_LIVE: WeakSet[MaskKeeper] = WeakSet()
 
 
-def note_pruned(model: nn.Module) -> None:
-    """Remember that a network was pruned: masks that are kept of it are not those of its zeros any more."""
-    if model in _STALE:
-        _STALE[model] = True
+def note_pruned(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell those who keep masks of a network that it was pruned again.
+
+    Args:
+        model: The network, as it is now.
+        names: Of the parameters that were pruned.
+    """
+    parameters = dict(model.named_parameters())
+    pruned = {id(parameters[name]) for name in names}
+    for keeper in list(_LIVE):
+        keeper.note(pruned)
 
 
 def masks_of(
@@ -80,8 +87,8 @@ def keep_masks(
         ignore: The same, where they are not.
 
     Returns:
-        The keeper: a context manager, and a handle with ``remove()``. Where ``prune`` is called meanwhile, the next
-        step ends in a ValueError: weights that were pruned since would come back.
+        The keeper: a context manager, and a handle with ``remove()``. Where ``prune`` takes more weights meanwhile,
+        the next step ends in a ValueError: they would come back.
 
     Raises:
         ValueError: If a mask does not fit the network, there is no zero to keep, or no optimiser holds a weight that
@@ -95,8 +102,7 @@ def keep_masks(
             f"the optimizer holds none of the {len(pairs)} masked parameters of {type(model).__name__}: make it from "
             "model.parameters() of this model, or pass the model that it was made for"
         )
-    _STALE[model] = False
-    return MaskKeeper(pairs, optimizers, model)
+    return MaskKeeper(pairs, optimizers)
 
 
 def resolve_masks(
@@ -170,16 +176,9 @@ class MaskKeeper:
     Args:
         pairs: Parameters and their masks, true where a weight is kept.
         optimizers: The optimisers. What they remember of pruned weights is cleared.
-        model: The network, where it may be pruned again meanwhile.
     """
 
-    def __init__(
-        self,
-        pairs: Iterable[tuple[nn.Parameter, Tensor]],
-        optimizers: Sequence[Optimizer],
-        model: nn.Module | None = None,
-    ) -> None:
-        self._model = None if model is None else ref(model)
+    def __init__(self, pairs: Iterable[tuple[nn.Parameter, Tensor]], optimizers: Sequence[Optimizer]) -> None:
         self._pruned = [(parameter, ~mask.to(parameter.device)) for parameter, mask in pairs]
         self._hooks: list[RemovableHandle] = []
         for optimizer in optimizers:
@@ -187,6 +186,10 @@ class MaskKeeper:
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
             self._clear_gradients()
             self._after_step(optimizer)
+        self._is_old, self._steps = False, {id(optimizer) for optimizer in optimizers}
+        for keeper in list(_LIVE):
+            keeper.make_way(self._steps)
+        _LIVE.add(self)
         for number, (parameter, _) in enumerate(self._pruned):
             if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
                 trained, clear = parameter.requires_grad, partial(self._clear_gradient, number)
@@ -199,8 +202,20 @@ class MaskKeeper:
 
     def remove(self) -> None:
         """Take the hooks off; the weights stay as they are."""
+        _LIVE.discard(self)
         for hook in self._hooks:
             hook.remove()
+
+    def note(self, pruned: Container[int]) -> None:
+        """Look whether weights that these masks keep are zero now in parameters that were pruned, by their ids."""
+        self._is_old |= any(
+            id(parameter) in pruned and bool(((parameter.detach() == 0) & ~gone).any())
+            for parameter, gone in self._on_device()
+        )
+
+    def make_way(self, steps: Collection[int]) -> None:
+        """Leave zeros to newer masks, which are kept at the steps of optimisers with these ids."""
+        self._is_old &= not self._steps <= set(steps)
 
     def __enter__(self) -> MaskKeeper:
         """Return itself: the masks are kept already."""
@@ -220,11 +235,10 @@ class MaskKeeper:
         Raises:
             ValueError: If the network was pruned since.
         """
-        model = None if self._model is None else self._model()
-        if model is not None and _STALE.get(model, False):
+        if self._is_old:
             raise ValueError(
                 "the network was pruned again since keep_masks was called, whose masks would let those weights come "
-                "back: call remove() on what it returned, and then keep_masks anew"
+                "back: call remove() on what it returned, or end() of a callback, and then keep_masks anew"
             )
         self._clear_gradients()
         args = tuple(self._masked(part) if callable(part) and part is not optimizer else part for part in args)

@@ -6,13 +6,13 @@ Place in the pipeline: after it, at the end of a training loop of one's own; :fu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from swap_prune.checks import checked_seed, whole_number
-from swap_prune.losses import CrossEntropy, LossFn, check_pair, cross_entropy
+from swap_prune.losses import LossFn, check_pair, cross_entropy
 from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import check_no_inference, isolated
 from swap_prune.randomness import forked_generator, seeded
@@ -61,12 +61,12 @@ def recalibrate_batchnorm(
     loss, place = cross_entropy if loss_fn is None else loss_fn, next(model.parameters()).device
     stream = CalibrationStream(data, generator, place)
     with isolated(place), seeded(seed, place), bystanders_given_back(model), statistics_restored_on_error(model):
-        return recalibrate(model, _checked(stream.read(samples), loss), loss)
+        return recalibrate(model, _checked(stream.read(samples)) if loss_fn is None else stream.read(samples), loss)
 
 
-def _checked(batches: Iterable[Any], loss_fn: LossFn) -> Iterator[Any]:
-    """Pass batches on that the loss can read."""
+def _checked(batches: Iterable[Any]) -> Iterator[Any]:
+    """Pass batches on that the default loss can take apart."""
     for batch in batches:
-        if isinstance(loss_fn, CrossEntropy):
+        if not (isinstance(batch, Sequence) and len(batch) == 2):
             check_pair(batch)
         yield batch
