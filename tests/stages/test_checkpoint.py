@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -476,12 +477,13 @@ def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path, monk
         for process in (int(gone), os.getpid())
     }
     for path in left.values():
-        path.write_bytes(b"half")
+        path.mkdir()
+        (path / "4-stages.safetensors").write_bytes(b"half")
     run("dataset", tmp_path)
-    left[os.getpid()].unlink()  # another thread may be writing it
+    shutil.rmtree(left[os.getpid()])  # another thread may be writing it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4-stages.safetensors", "run.json"]
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / f".{platform.node()}-{gone.strip()}-{'1f' * 16}.run.json").write_bytes(b"{")
+    (tmp_path / "new" / f".{platform.node()}-{gone.strip()}-{'1f' * 16}.run.json").mkdir()
     run("dataset", tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["4-stages.safetensors", "run.json"]
 
