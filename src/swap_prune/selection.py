@@ -1,15 +1,12 @@
-r"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
+"""Which parameters are pruned, and the one vector ``w`` (p,) that stands for them.
 
-What a run settles first. Patterns are class names (``"Linear"``), parameter or module names (``"fc1.weight"``,
-``"encoder"``) or regular expressions (``"re:layer[12]\..*"``, matched against the whole parameter or module name). A
-module that is named, or whose class is, stands for all that lies in it. A parameter that several modules share is
+What a run settles first, by patterns (:mod:`swap_prune.network.matching`). A parameter that several modules share is
 selected once, and its pruning acts wherever it is used.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -24,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from swap_prune.checks import is_number
 from swap_prune.network.aliasing import check_apart, computed_tensors
-from swap_prune.network.device import check_module
+from swap_prune.network.matching import Candidate, around, as_patterns, candidates_of, is_prunable, matches, unmatched
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -119,22 +116,6 @@ def _precision(tensors: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """One parameter under every name that it has."""
-
-    name: str
-    parameter: nn.Parameter
-    aliases: tuple[str, ...]
-    owners: tuple[tuple[str, nn.Module], ...]  # modules that hold it directly: (module name, module)
-    around: tuple[tuple[str, nn.Module], ...]  # those, and all that these lie in
-
-    @property
-    def is_looked_up(self) -> bool:
-        """Whether it is an embedding's: rows are taken from it, and it is not multiplied with."""
-        return isinstance(self.owners[0][1], nn.Embedding | nn.EmbeddingBag)
-
-
 def select_parameters(
     model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS, ignore: Sequence[str] = ()
 ) -> Selection:
@@ -156,20 +137,20 @@ def select_parameters(
             ``targets``), a regular expression is malformed, a selected parameter is not yet initialised, or nothing is
             left to prune.
     """
-    targets, ignore = _as_patterns("targets", targets), _as_patterns("ignore", ignore)
-    candidates = _collect(model)
+    targets, ignore = as_patterns("targets", targets), as_patterns("ignore", ignore)
+    candidates = candidates_of(model)
     may_miss = DEFAULT_TARGETS if set(DEFAULT_TARGETS) <= set(targets) else ()
     chosen: set[str] = set()
     for pattern in targets:
-        hits = {c.name for c in candidates if _matches(pattern, c) and _prunable(pattern, c)}
+        hits = {c.name for c in candidates if matches(pattern, c) and is_prunable(pattern, c)}
         if not hits and pattern not in may_miss:
-            flat = sorted(c.name for c in candidates if _matches(pattern, c))
-            raise ValueError(_unmatched("targets", pattern, model, flat))
+            flat = sorted(c.name for c in candidates if matches(pattern, c))
+            raise ValueError(unmatched("targets", pattern, model, flat))
         chosen |= hits
     for pattern in ignore:
-        hits = {c.name for c in candidates if _matches(pattern, c)}
+        hits = {c.name for c in candidates if matches(pattern, c)}
         if not hits:
-            raise ValueError(_unmatched("ignore", pattern, model))
+            raise ValueError(unmatched("ignore", pattern, model))
         chosen -= hits
     _check_parametrized(model, candidates, targets, ignore)
     shapes: dict[str, torch.Size] = {}
@@ -234,9 +215,9 @@ def unnamed_zeros(model: nn.Module, names: Iterable[str], ignore: Sequence[str] 
     return [name for name, among in zeros.items() if among.numel() and _PRUNED <= among.double().mean() < 1]
 
 
-def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) -> Iterator[_Candidate]:
+def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) -> Iterator[Candidate]:
     """Yield weights of two dimensions and more that are neither named nor ignored."""
-    for candidate in _collect(model):
+    for candidate in candidates_of(model):
         parameter = candidate.parameter
         weight = (
             not is_lazy(parameter)
@@ -244,11 +225,11 @@ def _unnamed(model: nn.Module, names: Collection[str], ignore: Sequence[str]) ->
             and parameter.ndim >= 2
             and candidate.name not in names
         )
-        if weight and not any(_matches(pattern, candidate) for pattern in ignore):
+        if weight and not any(matches(pattern, candidate) for pattern in ignore):
             yield candidate
 
 
-def _check_real(candidate: _Candidate) -> None:
+def _check_real(candidate: Candidate) -> None:
     """Refuse a parameter that is not there yet, or is complex."""
     if is_lazy(candidate.parameter):
         raise ValueError(f"parameter {candidate.name!r} is not initialised: run the model once, then prune")
@@ -273,10 +254,10 @@ def layer_floors(
     """
     sizes = {name: shape.numel() for name, shape in selection.shapes.items()}
     if isinstance(min_keep, Mapping):
-        selected = [candidate for candidate in _collect(model) if candidate.name in sizes]
+        selected = [candidate for candidate in candidates_of(model) if candidate.name in sizes]
         shares = dict.fromkeys(sizes, Fraction(0))
-        for pattern, share in zip(_as_patterns("min_keep", min_keep), min_keep.values(), strict=True):
-            hits = [candidate.name for candidate in selected if _matches(pattern, candidate)]
+        for pattern, share in zip(as_patterns("min_keep", min_keep), min_keep.values(), strict=True):
+            hits = [candidate.name for candidate in selected if matches(pattern, candidate)]
             if not hits:
                 shown = ", ".join(list(sizes)[:6]) + (", ..." if len(sizes) > 6 else "")
                 raise ValueError(f"min_keep pattern {pattern!r} matches nothing that is pruned ({shown})")
@@ -299,7 +280,7 @@ def _checked_share(share: Any, pattern: str = "") -> Fraction:
 
 
 def _check_parametrized(
-    model: nn.Module, candidates: Sequence[_Candidate], targets: Sequence[str], ignore: Sequence[str]
+    model: nn.Module, candidates: Sequence[Candidate], targets: Sequence[str], ignore: Sequence[str]
 ) -> None:
     """Refuse modules whose weight is computed from other parameters: zeros in those are none in it, or too few.
 
@@ -309,97 +290,13 @@ def _check_parametrized(
     for name, module in model.named_modules():
         for tensor, (parts, remedy) in computed_tensors(module).items():
             sources = [candidate for candidate in candidates if any(p is candidate.parameter for p in parts)]
-            own = _Candidate(name, nn.Parameter(), (), ((name, module),), _around(model, [name]))
-            taken = any(_matches(pattern, own) for pattern in targets)
-            left = all(any(_matches(pattern, source) for pattern in ignore) for source in sources)
-            left = left or any(_matches(pattern, own) for pattern in ignore)
+            own = Candidate(name, nn.Parameter(), (), ((name, module),), around(model, [name]))
+            taken = any(matches(pattern, own) for pattern in targets)
+            left = all(any(matches(pattern, source) for pattern in ignore) for source in sources)
+            left = left or any(matches(pattern, own) for pattern in ignore)
             if taken and not left and getattr(module, tensor).ndim > 1:
                 raise ValueError(
                     f"{tensor!r} of {name or 'the model'!r} is computed from other parameters (weight norm, spectral "
                     "norm, a pruning mask or another parametrisation), and zeros in these are not its own: fold it in "
                     f"by {remedy}, or leave it out by ignore={[name] if name else [source.name for source in sources]}"
                 )
-
-
-def _as_patterns(parameter: str, patterns: Sequence[str] | Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        return (patterns,)
-    if not isinstance(patterns, Iterable):
-        raise ValueError(f"{parameter} must be a string or a sequence of strings, got {patterns!r}")
-    result = tuple(patterns)
-    for pattern in result:
-        if not isinstance(pattern, str) or not pattern:
-            raise ValueError(f"{parameter} must hold non-empty strings, got {pattern!r}")
-    if parameter == "targets" and not result:
-        raise ValueError("targets must name at least one class, module or parameter, got an empty sequence")
-    return result
-
-
-def _collect(model: nn.Module) -> list[_Candidate]:
-    check_module(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("a scripted or traced model cannot be pruned: prune the one that it was made of before")
-    shared_out = [name for name, parameter in model.named_parameters() if type(parameter.data).__name__ == "DTensor"]
-    if shared_out:
-        raise ValueError(
-            f"parameter {shared_out[0]!r} is a DTensor, of which each process holds a part (fully_shard): prune the "
-            "network before it is shared out"
-        )
-    aliases: dict[int, list[str]] = {}
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            aliases.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
-            owners.setdefault(id(parameter), []).append((module_name, module))
-    return [
-        _Candidate(
-            name,
-            parameter,
-            tuple(aliases[id(parameter)]),
-            tuple(owners[id(parameter)]),
-            _around(model, [owner for owner, _ in owners[id(parameter)]]),
-        )
-        for name, parameter in model.named_parameters()
-    ]
-
-
-def _around(model: nn.Module, names: Iterable[str]) -> tuple[tuple[str, nn.Module], ...]:
-    """Return modules, by their names, and all that they lie in."""
-    found: dict[str, nn.Module] = {}
-    for name in names:
-        parts = name.split(".") if name else []
-        found |= {path: model.get_submodule(path) for path in (".".join(parts[:i]) for i in range(len(parts) + 1))}
-    return tuple(found.items())
-
-
-def _matches(pattern: str, candidate: _Candidate) -> bool:
-    modules = {name for name, _ in candidate.around if name}
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-        return any(expression.fullmatch(name) for name in (*candidate.aliases, *modules))
-    if pattern in candidate.aliases or pattern in modules:
-        return True
-    return any(
-        pattern in {c.__name__ for c in type(module).__mro__[:-1]} - {"Module"} for _, module in candidate.around
-    )
-
-
-def _prunable(pattern: str, candidate: _Candidate) -> bool:
-    lazy = is_lazy(candidate.parameter)  # refused later, with a reason
-    return pattern in candidate.aliases or lazy or candidate.parameter.ndim >= 2
-
-
-def _unmatched(parameter: str, pattern: str, model: nn.Module, flat: Sequence[str] = ()) -> str:
-    if flat:
-        return (
-            f"{parameter} pattern {pattern!r} matches no parameter of two dimensions: name others, such as {flat[0]!r}"
-        )
-    names = [name for name, _ in model.named_parameters()]
-    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    return (
-        f"{parameter} pattern {pattern!r} matches no prunable parameter of {type(model).__name__}; "
-        f"use a class name, a module or parameter name, or 're:...' (parameters: {shown})"
-    )

@@ -391,25 +391,19 @@ def test_a_step_under_masks_of_before_another_pruning_is_refused() -> None:
         step()  # a call that changed nothing makes no masks old
 
 
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.second(self.first(inputs).relu())
-        return outputs
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 @pytest.mark.parametrize("case", ["a part", "a wrapper", "two optimisers"])
 def test_masks_are_old_whatever_is_pruned_of_the_network(case: str) -> None:
-    model = Pair()
+    model = two_layers()
     prune(model, None, 0.5, "magnitude", progress=False)
     wrapped = nn.Sequential(model)
-    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(model.second.parameters(), 0.1)
+    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(model[2].parameters(), 0.1)
     keeper = keep_masks(wrapped if case == "a wrapper" else model, optimizer)
-    prune(model.first if case == "a part" else model, None, 0.8, "magnitude", progress=False)
+    prune(model[0] if case == "a part" else model, None, 0.8, "magnitude", progress=False)
     if case == "two optimisers":
         keep_masks(model, other)
         other.step()
@@ -420,7 +414,7 @@ def test_masks_are_old_whatever_is_pruned_of_the_network(case: str) -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_masks_that_lose_nothing_stay_good(sparsity: float) -> None:
-    model, untouched = Pair(), Pair()
+    model, untouched = two_layers(), two_layers()
     for network in (model, untouched):
         prune(network, None, 0.5, "magnitude", progress=False)
     optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (model, untouched)]

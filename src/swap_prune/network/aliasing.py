@@ -37,7 +37,7 @@ def check_apart(chosen: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]
             )
     order = {name: number for number, name in enumerate(chosen)}
     for group in groups.values():
-        for pair in _overlapping(group, chosen):
+        if pair := next(_overlapping(group, chosen), None):
             name, other_name = sorted(pair, key=lambda name: order.get(name, len(order)))
             raise ValueError(
                 f"{name!r} and {other_name!r} share memory: tie parameters by assigning the parameter itself, make "
