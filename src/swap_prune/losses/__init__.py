@@ -1,6 +1,7 @@
 """Per-sample losses: classes, tokens, numbers, self-distillation; and the checks of those that a caller brings.
 
-What a loss has to give is in :mod:`~swap_prune.losses.base`, the checks are in :mod:`~swap_prune.losses.checks`.
+What a loss has to give is in :mod:`~swap_prune.losses.base`, the checks are in :mod:`~swap_prune.losses.checks`, and
+:mod:`~swap_prune.losses.failures` names what one fails on.
 """
 
 from swap_prune.losses.base import CrossEntropy, GaussNewtonLoss, LossFn, cross_entropy
@@ -11,12 +12,9 @@ from swap_prune.losses.checks import (
     check_labels,
     check_losses,
     check_pair,
-    describe,
-    errors_worded,
-    failures_named,
     least_precise,
-    run_loss,
 )
+from swap_prune.losses.failures import describe, errors_worded, failures_named, run_loss
 
 __all__ = [
     "CrossEntropy",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swap_prune.checks import first_line
 from swap_prune.losses.base import IGNORE_INDEX, CrossEntropy, GaussNewtonLoss, LossFn
+from swap_prune.losses.failures import describe, failures_named, run_loss
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, in_own_containers, is_sliceable, map_tensors, slice_batch
 
@@ -21,15 +22,11 @@ __all__ = [
     "check_labels",
     "check_losses",
     "check_pair",
-    "describe",
-    "errors_worded",
-    "failures_named",
     "least_precise",
-    "run_loss",
 ]
 
-_SHOWN = 8  # parts of a batch that a message describes
 _FEW = 2  # samples; one could not show a loss that leaves one out
+_SOME = 16  # samples: whole batches would cost what their gradients do
 
 
 def check_pair(batch: Any) -> None:
@@ -287,61 +284,6 @@ def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     )
 
 
-@contextmanager
-def errors_worded(words: Callable[[str], str]) -> Iterator[None]:
-    """Run what the caller brought; what it raises becomes a ValueError in a line. An OSError, and this package's, stay.
-
-    Args:
-        words: Makes the line of a reason.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # whatever they raise
-        pass_on_shortage(error)
-        if isinstance(error, ValueError) and _is_own(error):
-            raise
-        raise ValueError(words(first_line(error, typed=True))) from error
-
-
-def failures_named(kind: str, batch: Any) -> AbstractContextManager[None]:
-    """Run the caller's model and loss on a batch, and say on what they failed.
-
-    Args:
-        kind: What the batch is for.
-        batch: The batch.
-    """
-    remedy = ""
-    if kind.startswith("cut of"):
-        remedy = (
-            " (of a batch, samples are cut along the first dimension of every tensor that has as many; wrap a list of "
-            "samples in a DataLoader, or make a batch that cannot be cut an object of its own)"
-        )
-    return errors_worded(lambda reason: f"the loss failed on a {kind} {describe(batch)}: {reason}{remedy}")
-
-
-def _is_own(error: Exception) -> bool:
-    """Whether this package raised an error, and not what the caller brought, or torch in it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("swap_prune.")
-
-
-def run_loss(model: nn.Module, batch: Any, loss_fn: LossFn, kind: str = "calibration batch") -> Tensor:
-    """Return the losses of a batch, which the caller's loss may take apart; a failure names it.
-
-    Args:
-        model: The network, in the mode that the caller wants.
-        batch: The batch.
-        loss_fn: Per-sample loss.
-        kind: What the batch is for.
-    """
-    with failures_named(kind, batch):
-        return loss_fn(model, in_own_containers(batch))
-
-
 def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> None:
     """Check that the losses of two samples do not depend on the others in a batch, as gradients of single samples need.
 
@@ -355,13 +297,13 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
     Raises:
         ValueError: If it does.
     """
-    larger = (batch for batch in batches if is_sliceable(batch) and batch_size(batch) > 1)
-    first = next(larger, None)
-    if first is None:
+    larger = next((batch for batch in batches if is_sliceable(batch) and batch_size(batch) > 1), None)
+    if larger is None:
         return
-    pair = slice_batch(first, 0, 2)
+    some = slice_batch(larger, 0, min(batch_size(larger), _SOME))
+    pair = slice_batch(larger, 0, 2)
     with torch.no_grad():
-        together, again = (loss_fn(model, in_own_containers(first))[:2] for _ in range(2))
+        together, again = (loss_fn(model, in_own_containers(some))[:2] for _ in range(2))
         try:
             alone = torch.cat([loss_fn(model, slice_batch(pair, i, i + 1)) for i in range(2)])
         except Exception as error:  # whatever the caller's model or loss raises
@@ -385,16 +327,3 @@ def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]
 def least_precise(tensors: Iterable[Tensor]) -> torch.dtype:
     """Return the floating dtype of fewest digits among tensors, of which one has to be floating."""
     return max((t.dtype for t in tensors if t.is_floating_point()), key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def describe(batch: Any) -> str:
-    """Say in a few words what a batch holds."""
-    if isinstance(batch, Tensor):
-        return f"tensor {tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        shown = [describe(part) for part in batch[:_SHOWN]]
-        shown += [f"... {len(batch)} in all"] if len(batch) > _SHOWN else []
-        return "(" + ", ".join(shown) + ")"
-    return type(batch).__name__

@@ -305,6 +305,16 @@ def test_a_loss_that_mixes_samples_is_noticed(name: str, sizes: tuple[int, ...])
         check_against((rows, losses), (alone.factor.matrix, alone.losses), selection, torch.float64)
 
 
+def test_large_batches_are_run_about_once() -> None:
+    """The checks before take a few samples of a batch, however many it has."""
+    model, seen = build(lambda: nn.Sequential(nn.Linear(4, 3))), list[int]()
+    model.register_forward_pre_hook(lambda _module, arguments: seen.append(len(arguments[0])))
+    many = 1000
+    batch = (torch.randn(many, 4, dtype=torch.float64), torch.arange(many) % 3)
+    capture_gradients(model, select_parameters(model), [batch], cross_entropy)
+    assert many <= sum(seen) < 1.1 * many
+
+
 @pytest.mark.parametrize("target", ["fc.bias", "Embedding"])
 def test_parameters_of_other_kinds_are_refused_by_name(target: str) -> None:
     class WithTable(nn.Module):
