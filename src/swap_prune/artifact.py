@@ -22,6 +22,7 @@ from swap_prune.files import check_output_directory, write_directory
 from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
 from swap_prune.report import LayerReport, PruningReport
+from swap_prune.training.masks import note_pruned
 from swap_prune.weights_file import check_not_meta, load_state, read_weights
 
 __all__ = [
@@ -120,7 +121,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
     report, digest = _read_report(directory)
     path = directory / _WEIGHTS
     state = read_weights(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if _sha256(path) != digest:
         raise ValueError(f"{path} does not match the hash in {_REPORT}: it was altered or damaged")
     for name, layer in report.layers.items():
         if name not in state:
@@ -141,6 +142,7 @@ def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
                     f"{name!r} would lose weights, which {dtype} rounds to zero: load it into a model of {tensor.dtype}"
                 )
     load_state(model, fitting, path)
+    note_pruned(model, [there for name, there in zip(state, fitting, strict=True) if name in report.layers])
     return model
 
 
@@ -164,6 +166,11 @@ def count_layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, LayerRep
 
 def _counted(weights: Tensor) -> LayerReport:
     return LayerReport(total=weights.numel(), kept=int(weights.count_nonzero()))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_report(directory: Path) -> tuple[PruningReport, str]:

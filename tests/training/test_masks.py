@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from swap_prune import finetune, keep_masks, masks_of, prune, recalibrate_batchnorm
+from swap_prune import finetune, keep_masks, load_pruned, masks_of, prune, recalibrate_batchnorm
 from tests.test_pipeline import small_data, small_network
 
 Maker = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -377,7 +378,7 @@ def test_a_step_under_masks_of_before_another_pruning_is_refused() -> None:
     step()
     kept = prune(model, data, 0.8, "magnitude", progress=False).kept
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" not in name}
-    with pytest.raises(ValueError, match=r"pruned again since keep_masks was called.*remove\(\).*keep_masks anew"):
+    with pytest.raises(ValueError, match=r"pruned again.* since keep_masks was called.*remove\(\).*keep_masks anew"):
         step()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items() if "num" not in name)
     with keep_masks(model, optimizer):  # the old hooks are there still, and do no harm
@@ -389,6 +390,20 @@ def test_a_step_under_masks_of_before_another_pruning_is_refused() -> None:
         with pytest.raises(ValueError, match="sparsity"):
             prune(model, data, 2.0, "magnitude", progress=False)
         step()  # a call that changed nothing makes no masks old
+
+
+def test_a_step_under_masks_of_before_an_artifact_is_refused(tmp_path: Path) -> None:
+    model, data = small_network(), small_data()
+    sparser = small_network()
+    prune(sparser, data, 0.8, "magnitude", progress=False).save(tmp_path / "pruned")
+    prune(model, data, 0.5, "magnitude", progress=False).save(tmp_path / "same")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with keep_masks(model, optimizer):
+        load_pruned(model, tmp_path / "same")
+        optimizer.step()
+        load_pruned(model, tmp_path / "pruned")
+        with pytest.raises(ValueError, match="or a pruned one was loaded, since keep_masks was called"):
+            optimizer.step()
 
 
 def two_layers() -> nn.Sequential:

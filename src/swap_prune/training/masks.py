@@ -32,11 +32,11 @@ _LIVE: WeakSet[MaskKeeper] = WeakSet()
 
 
 def note_pruned(model: nn.Module, names: Iterable[str]) -> None:
-    """Tell those who keep masks of a network that it was pruned again.
+    """Tell those who keep masks of a network that it was pruned again, or has the weights of a pruned one.
 
     Args:
         model: The network, as it is now.
-        names: Of the parameters that were pruned.
+        names: Of the parameters that have zeros.
     """
     parameters = dict(model.named_parameters())
     pruned = {id(parameters[name]) for name in names}
@@ -87,8 +87,8 @@ def keep_masks(
         ignore: The same, where they are not.
 
     Returns:
-        The keeper: a context manager, and a handle with ``remove()``. Where ``prune`` takes more weights meanwhile,
-        the next step ends in a ValueError: they would come back.
+        The keeper: a context manager, and a handle with ``remove()``. Where ``prune`` or ``load_pruned`` takes more
+        weights meanwhile, the next step ends in a ValueError: they would come back.
 
     Raises:
         ValueError: If a mask does not fit the network, there is no zero to keep, or no optimiser holds a weight that
@@ -237,8 +237,9 @@ class MaskKeeper:
         """
         if self._is_old:
             raise ValueError(
-                "the network was pruned again since keep_masks was called, whose masks would let those weights come "
-                "back: call remove() on what it returned, or end() of a callback, and then keep_masks anew"
+                "the network was pruned again, or a pruned one was loaded, since keep_masks was called, whose masks "
+                "would let those weights come back: call remove() on what it returned, or end() of a callback, and "
+                "then keep_masks anew"
             )
         self._clear_gradients()
         args = tuple(self._masked(part) if callable(part) and part is not optimizer else part for part in args)
