@@ -62,7 +62,7 @@ def with_an_idle_layer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", ["ewr", "lr", "magnitude", "obd", "woodfisher", "wanda"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sparsegpt"}))
 @pytest.mark.parametrize("stages", [1, 3])
 def test_a_share_of_each_layer_is_kept(method: str, stages: int) -> None:
     config = METHODS[method](scope="global") if method in ("magnitude", "wanda") else METHODS[method]()
@@ -115,8 +115,8 @@ def test_a_share_that_cannot_be_kept_is_refused() -> None:
             prune(small_network(), small_data(), 0.9, "magnitude", min_keep=share)
     model = with_an_idle_layer()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"'chita' kept .* of '4.weight', and min_keep asks for 52"):
-        prune(model, small_data(), 0.96, "chita", samples=40, min_keep=0.03)
+    with pytest.raises(ValueError, match=r"'sparsegpt' kept 1 weights of '0.weight', and min_keep asks for 2"):
+        prune(model, small_data(), 0.96, "sparsegpt", samples=40, min_keep=0.03)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(small_network().state_dict().values(), before.values(), strict=True))
 

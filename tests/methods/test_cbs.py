@@ -64,6 +64,20 @@ def test_few_candidates_lower_the_cost_and_say_when_they_are_done(candidates):
     assert used < 1000 and swaps > 0 and more == 0 and torch.equal(again, done)
 
 
+@pytest.mark.parametrize("candidates", [2, 30])
+def test_layers_keep_to_their_floors(candidates):
+    floors, held = [(slice(0, 10), 4), (slice(20, 30), 2)], 0
+    for seed in range(5):
+        G, w = normal(12, 30, seed=seed), normal(30, seed=seed + 100)
+        F, start, factor = damped_fisher(G, 0.01), torch.arange(30) % 3 == 0, DenseFactor(G)
+        kept, made, _ = improve_by_swaps(factor, w, start, 0.01, candidates, 1000, floors)
+        free, _, _ = improve_by_swaps(factor, w, start, 0.01, candidates, 1000)
+        assert int(kept.sum()) == 10 and all(int(kept[place].sum()) >= least for place, least in floors)
+        assert made > 0 and removal_cost(F, w, free) <= removal_cost(F, w, kept) < removal_cost(F, w, start)
+        held += any(int(free[place].sum()) < least for place, least in floors)
+    assert held > 0
+
+
 def test_two_weights_that_cancel_are_removed_together():
     """Magnitude keeps one of them; looked at alone, neither can go."""
     G = torch.eye(4, dtype=torch.float64)[:, [0, 0, 1, 2]]

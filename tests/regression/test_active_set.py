@@ -54,6 +54,21 @@ def test_weights_without_gradients_go_first_however_large():
     assert len(solve_active_set(problem, 7, generator()).support) == 7, "but not if the others are too few"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_keep_to_their_floors(seed):
+    """The last layer has no gradients and the smallest weights: it keeps what its floor asks for, and nothing else."""
+    problem = identity(random_regression(30, 40, generator(seed), ridge=0.01))
+    G, w = problem.factor.matrix.clone(), problem.reference.clone()
+    G[:, 30:], w[30:] = 0, 1e-3 * w[30:]
+    problem = replace(problem, factor=DenseFactor(G), reference=w)
+    floors = [(slice(0, 10), 4), (slice(30, 40), 3)]
+    fit = solve_active_set(replace(problem, floors=floors), 8, generator())
+    assert len(fit.support) == 8 and int((fit.support >= 30).sum()) == 3 and int((fit.support < 10).sum()) >= 4
+    assert fit.value >= solve_active_set(problem, 8, generator()).value
+    same = solve_active_set(replace(problem, floors=[(slice(0, 40), 8)]), 8, generator())
+    assert torch.equal(same.weights, solve_active_set(problem, 8, generator()).weights), "a floor that says nothing"
+
+
 def test_a_bound_on_the_iterations_is_kept_and_reported():
     problem = identity(random_regression(30, 40, generator(5), ridge=1e-4))
     fit = solve_active_set(problem, 10, generator(), max_iterations=1)

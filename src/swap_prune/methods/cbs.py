@@ -21,7 +21,8 @@ from swap_prune.fisher.factor import FisherFactor
 from swap_prune.methods.scoring import select_best
 from swap_prune.methods.woodfisher import joint_update
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.regression.top_k import chosen
+from swap_prune.regression.swap import spared
+from swap_prune.regression.top_k import Floors, chosen
 
 __all__ = ["CBS", "improve_by_swaps"]
 
@@ -59,14 +60,20 @@ class CBS:
             return problem.trivial_solution()
         start = select_best(problem, problem.reference.abs())
         kept, swaps, rounds = improve_by_swaps(
-            problem.fisher(), problem.reference, start, self.damping, self.candidates, self.rounds
+            problem.fisher(), problem.reference, start, self.damping, self.candidates, self.rounds, problem.floors
         )
         weights = joint_update(problem, kept, self.damping)
         return PruningSolution(weights, kept, rounds < self.rounds, rounds, {"swaps": swaps})
 
 
 def improve_by_swaps(
-    factor: FisherFactor, w: Tensor, kept: Tensor, damping: float, candidates: int, rounds: int
+    factor: FisherFactor,
+    w: Tensor,
+    kept: Tensor,
+    damping: float,
+    candidates: int,
+    rounds: int,
+    floors: Floors = (),
 ) -> tuple[Tensor, int, int]:
     """Lower S by exchanging a kept and a removed weight at a time.
 
@@ -80,6 +87,7 @@ def improve_by_swaps(
         damping: c.
         candidates: Number of candidates on each side.
         rounds: Rounds at the most.
+        floors: Layers of which so many are kept at least, as they are of the first set.
 
     Returns:
         The kept set, the number of swaps, and the rounds that made any.
@@ -91,7 +99,7 @@ def improve_by_swaps(
         residual = factor.matvec(w.masked_fill(kept, 0))
         pull = (w * factor.rmatvec(residual)).double() / n  # w_j g_j . r / n
         removal, comeback = own + pull, own - pull - unit  # change of S when j is removed; when it comes back
-        inside = _least(removal, kept, candidates)
+        inside = _least(removal, _removable(removal, kept, floors), candidates)
         outside = _least(comeback, ~kept, candidates)
         index = torch.cat([inside, outside])
         scaled = (factor.columns(index) * w[index]).double()
@@ -101,6 +109,15 @@ def improve_by_swaps(
         kept[index] = chosen
         swaps += made
     return kept, swaps, rounds
+
+
+def _removable(removal: Tensor, kept: Tensor, floors: Floors) -> Tensor:
+    """Return which of the kept weights can all be removed at once, the cheapest of each layer, (p,), boolean."""
+    if not floors:
+        return kept
+    support = kept.nonzero().squeeze(1)
+    order = support[removal[support].argsort()]
+    return chosen(order[spared(order, floors, support)], kept)
 
 
 def _least(values: Tensor, among: Tensor, count: int) -> Tensor:

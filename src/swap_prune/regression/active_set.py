@@ -38,7 +38,8 @@ def solve_active_set(
 ) -> SparseFit:
     """Minimise Q subject to at most ``keep`` non-zero weights.
 
-    Weights whose column of G is zero are left out, however large they are, where enough others are left.
+    Weights whose column of G is zero are left out, however large they are, where enough others are left and no floor
+    needs them.
 
     Args:
         problem: The regression, with the identity metric and without smoothing.
@@ -51,7 +52,7 @@ def solve_active_set(
     """
     alive = problem.factor.diagonal() > 0
     alive = alive if int(alive.sum()) >= keep else torch.ones_like(alive)
-    members = _largest(problem.reference, alive, min(int(_EXPANSION * keep), int(alive.sum())))
+    members = _largest(problem, problem.reference, alive, min(int(_EXPANSION * keep), int(alive.sum())))
     active = chosen(members, alive)
     w, iterations = problem.reference, 0
     for _ in range(max_iterations):
@@ -85,23 +86,26 @@ def _length(v: Tensor) -> Tensor:
     return length.clamp_min(torch.finfo(v.dtype).tiny)
 
 
-def _largest(w: Tensor, among: Tensor, count: int) -> Tensor:
-    """Return the indices of the largest weights of a set, in increasing order."""
-    return top_k(w.abs().masked_fill(~among, -1), count)
+def _largest(problem: WeightedRidge, w: Tensor, among: Tensor, count: int) -> Tensor:
+    """Return the indices of the largest weights of a set, and of what floors need beside it, in increasing order."""
+    return top_k(w.abs().masked_fill(~among, -1), count, problem.floors)
 
 
 def _restrict(problem: WeightedRidge, active: Tensor) -> tuple[WeightedRidge, Tensor]:
-    """Return the regression on some columns, and their indices."""
+    """Return the regression on some columns, which leave room for its floors, and their indices."""
     index = active.nonzero().squeeze(1)
     factor = of_columns(problem.factor, index)
     reference, metric = problem.reference[index], problem.metric[index]
-    return replace(problem, factor=factor, reference=reference, metric=metric, floors=(), pattern=None), index
+    bounds = [(place.start, place.stop) for place, _ in problem.floors]
+    places = torch.searchsorted(index, torch.tensor(bounds, dtype=index.dtype, device=index.device)).tolist()
+    floors = [(slice(*place), least) for place, (_, least) in zip(places, problem.floors, strict=True)]
+    return replace(problem, factor=factor, reference=reference, metric=metric, floors=floors, pattern=None), index
 
 
 def _iterate(part: WeightedRidge, start: Tensor, keep: int, tau: float, max_iterations: int) -> SparseFit:
     """Iterate on an active set until little is gained; ``start`` may have more than k non-zero weights."""
     u = start - tau * part.gradient(start)
-    support = top_k(u.abs(), keep)
+    support = top_k(u.abs(), keep, part.floors)
     w = hard_threshold(u, support)
     fit = SparseFit(w, support, part.value(w), 0, converged=False)
     for iteration in range(1, max_iterations + 1):
@@ -119,7 +123,7 @@ def _search(problem: WeightedRidge, alive: Tensor, fit: SparseFit, tau: float) -
     best = fit
     for _ in range(_SEARCHES):
         u = fit.weights - tau * gradient
-        support = _largest(u, alive, len(fit.support))
+        support = _largest(problem, u, alive, len(fit.support))
         w = hard_threshold(u, support)
         value = problem.value(w)
         if value < fit.value:
