@@ -103,7 +103,7 @@ def test_folders_above_are_made_when_there_is_something_to_write(tmp_path: Path)
 def test_an_output_is_not_where_a_checkpoint_will_be_nor_in_the_way_of_who_asks_the_same(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for checkpoint in (out, out / "below", tmp_path / "other" / ".." / "out"):
-        with pytest.raises(ValueError, match="would hold the checkpoint"):
+        with pytest.raises(ValueError, match="which the run fills"):
             check_output_directory(out, checkpoint)
     assert check_output_directory(out, tmp_path / "outer") == check_output_directory(out, tmp_path) == out
     out.mkdir()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from swap_prune import LR, METHODS, FineTune
+from swap_prune import LR, METHODS, FineTune, console
 from swap_prune.artifact import load_report
 from swap_prune.cli import app, main, run
 from swap_prune.experiments.datasets import ImageData
@@ -249,8 +251,13 @@ BAD = {
     "shapes": ([*PRUNE[:-1], "shapes.safetensors"], "shapes"),
     "out not empty": ([*PRUNE, "--out", "."], "not empty"),
     "weights of a new out": ([*PRUNE[:-1], "none.safetensors", "--out", "deep/er/x"], "does not exist"),
-    "checkpoint in out": ([*PRUNE, "--out", "new", "--checkpoint", "new/ck"], "would hold the checkpoint new/ck"),
-    "checkpoint is out": ([*PRUNE, "--out", "new", "--checkpoint", "new"], "would hold the checkpoint new"),
+    "checkpoint in out": ([*PRUNE, "--out", "new", "--checkpoint", "new/ck"], "would hold new/ck, which the run fills"),
+    "checkpoint is out": ([*PRUNE, "--out", "new", "--checkpoint", "new"], "would hold new, which the run fills"),
+    "kept rows in out": (
+        [*PRUNE, "--out", "new", "--scratch", "new/r", "--keep-rows"],
+        "would hold new/r, which the run",
+    ),
+    "path of no text": ([*PRUNE, "--out", "new\udcff"], "a path that is not UTF-8"),
     "out not writable": ([*PRUNE, "--out", "w.safetensors/below"], "cannot be written"),
     "noise": ([*PRUNE, "--noise", "thunder"], "noise must be one of gradient"),
     "second noise": ([*PRUNE, "--noise", "gradient", "--noise", "input:kind=rain"], "gaussian, impulse"),
@@ -269,6 +276,14 @@ BAD = {
     "command": (["paint"], "paint"),
     "missing option": (["prune", "--model", "mlpnet"], "data"),
     "stages": ([*PRUNE, "--stages", "0"], "stages"),
+    "far too many stages": ([*PRUNE, "--stages", "1000000000"], "stages must be 10000 at the most, got 1000000000"),
+    "stages past counting": ([*PRUNE, "--stages", "1" + 400 * "0"], "stages must be below 2**63, got a number of 1329"),
+    "epochs past counting": (
+        [*PRUNE, "--finetune", "epochs=1" + 400 * "0"],
+        "epochs of fine-tuning must be below 2**63",
+    ),
+    "memory past counting": ([*PRUNE, "--memory", 400 * "9" + "GB"], "memory must be bytes or an amount such as"),
+    "deep setting": ([*PRUNE, "--method", "lr", "--set", "floor=" + 5000 * "["], "floor must be 'auto' or lie in [0, 1)"),
     "stages text": ([*PRUNE, "--stages", "many"], "--stages needs a whole number or auto"),
     "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
     "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),
@@ -340,6 +355,37 @@ def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp
         said = process.stderr.read()
     assert process.returncode == 143 and "swap-prune: error: ended by SIGTERM" in said and "Traceback" not in said
     assert not list(scratch.iterdir())
+
+
+def test_a_terminal_that_closes_ends_a_command_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    assert console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 129
+    assert capsys.readouterr().err == "swap-prune: error: ended by SIGHUP; files that were written are complete\n"
+    assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_work_is_saved_where_nothing_can_be_said(
+    closed: bool, call, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error on a full disk, behind a reader that left, or closed: results are there all the same."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    named = ["prune", "--model", "tests.tiny:network", "--data", "tests.tiny:data", "--method", "magnitude", "--json"]
+    monkeypatch.setattr(sys, "stderr", None if closed else Full())
+    results = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", results)
+    assert run(lambda: app([*named, "--out", str(tmp_path / "out")], standalone_mode=False)) == 0
+    assert json.loads(results.getvalue())["notes"] and (tmp_path / "out" / "report.json").exists()
+    assert run(lambda: app([*named, "--sparsity", "2"], standalone_mode=False)) == 2
 
 
 def test_rows_are_kept_for_the_next_command(call, tmp_path: Path) -> None:

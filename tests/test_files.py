@@ -38,21 +38,23 @@ def test_files_of_processes_of_other_machines_are_not_abandoned(tmp_path: Path) 
     assert [files.is_abandoned(tmp_path / name) for name in names] == [True, False]
 
 
-def test_files_of_a_directory_appear_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written to a directory that is there already and cut off has the first ones."""
-    rename, count = os.replace, 0
+def test_files_of_a_directory_appear_in_their_order_or_none_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, moved, content = os.replace, list[str](), {"weights": b"1", "report": b"2"}
 
     def replace(source: Path, target: Path) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
+        moved.append(target.name)
+        if len(moved) == 2:
             raise OSError(28, "No space left on device")
         rename(source, target)
 
     monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(ValueError, match="No space left"):
-        files.write_directory(tmp_path, {"weights": b"1", "report": b"2"})
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+        files.write_directory(tmp_path, content)
+    assert moved == ["weights", "report"] and not list(tmp_path.iterdir())
+    files.write_directory(tmp_path, content)  # nothing is in the way
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content
 
 
 def test_what_a_writer_has_beside_its_file_goes_with_it(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -31,6 +32,7 @@ __all__ = [
     "load_pruned",
     "load_report",
     "save_artifact",
+    "tensors_sha256",
     "weights_sha256",
 ]
 
@@ -94,8 +96,13 @@ def not_dense(model: nn.Module) -> list[str]:
 
 def weights_sha256(model: nn.Module) -> str:
     """Return a hash of a model's tensors and their names; its state_dict must be dense."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of tensors and their names."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -184,7 +191,7 @@ def _read_report(directory: Path) -> tuple[PruningReport, str]:
     except (ValidationError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a pruning report, or was altered") from error
     kept, total = (sum(getattr(layer, part) for layer in report.layers.values()) for part in ("kept", "total"))
-    if (report.kept, report.total) != (kept, total) or report.sparsity != 1 - kept / max(total, 1):
+    if (report.kept, report.total) != (kept, total) or kept > total or report.sparsity != 1 - kept / max(total, 1):
         raise ValueError(
             f"{path} was altered: it states {report.kept} of {report.total} weights at sparsity {report.sparsity}, and "
             f"its layers have {kept} of {total}"

@@ -58,7 +58,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
         least: The smallest that is allowed.
 
     Raises:
-        ValueError: If it is none, or smaller.
+        ValueError: If it is none, smaller, or as large as no machine counts.
     """
     try:
         number = operator.index(value)
@@ -66,6 +66,8 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
         number = least - 1
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if number >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got a number of {number.bit_length()} bits")
     return number
 
 
@@ -75,24 +77,25 @@ def checked_seed(seed: Any) -> int:
     Raises:
         ValueError: If it is not a whole number in [0, 2**63).
     """
-    number = whole_number("seed", seed, 0)
-    if number >= 2**63:
-        raise ValueError(f"seed must be below 2**63, got {seed}")
-    return number
+    return whole_number("seed", seed, 0)
 
 
 def user_path(path: str | Path) -> Path:
     """Return a path with a leading ``~`` or ``~name`` replaced by that home directory.
 
     Raises:
-        ValueError: If it is no path, or there is no such home directory.
+        ValueError: If it is no path, or none in UTF-8, or there is no such home directory.
     """
     if not isinstance(path, str | Path) or path == "":
         raise ValueError(f"a path must be a pathlib.Path or a string that is not empty, got {path!r}")
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        str(found.absolute()).encode()
     except RuntimeError as error:
         raise ValueError(f"{path} names a home directory that is not known; write the path in full") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(path)!r} is, or lies in, a path that is not UTF-8: choose another") from error
+    return found
 
 
 def first_line(error: BaseException, *, typed: bool = False) -> str:

@@ -172,7 +172,7 @@ def prune(
     with launched():
         seed, solver = checked_seed(seed), named_method(method, settings or [], model, data)
         training = None if finetune is None else parse_finetune(finetune)
-        target = check_output_directory(out, checkpoint) if out is not None else None
+        target = check_output_directory(out, checkpoint, scratch if keep_rows else None) if out is not None else None
         network, images = _load(model, weights, data, data_dir, width)
         if target is not None:
             check_dense(network, "which cannot be saved (leave --out out)")
@@ -203,10 +203,10 @@ def prune(
         )
     if not is_first():
         return
-    notes = [*([] if weights is not None else [f"no --weights: the network is as {model} makes it"]), *report.notes]
-    say_notes(notes)
     if target is not None:
         report.save(target)
+    notes = [*([] if weights is not None else [f"no --weights: the network is as {model} makes it"]), *report.notes]
+    say_notes(notes)
     try:
         measured = evaluate(network, images.test)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """What a command says, and how it ends: whatever a user can mend is one line on standard error, and an exit status.
 
 0 is success, 1 runs of an experiment that failed, a plan that does not fit or a reader that left, 2 what a user can
-mend, 130 an interruption, 143 an end that was asked for (SIGTERM).
+mend, 130 an interruption, 143 an end that was asked for (SIGTERM), 129 a terminal that was closed (SIGHUP).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TextIO, TypeVar
 
@@ -53,7 +53,7 @@ def run(command: Callable[[], Any]) -> int:
         with _ended_in_words():
             status = command()
     except (KeyboardInterrupt, InterruptedError, _Terminated) as stop:
-        return _fail(str(stop) or _INTERRUPTED, 143 if isinstance(stop, _Terminated) else 130)
+        return _fail(str(stop) or _INTERRUPTED, stop.status if isinstance(stop, _Terminated) else 130)
     except (typer.Exit, typer.Abort, SystemExit) as stop:
         return _status_of(stop)
     except (ValueError, OSError) as error:
@@ -75,7 +75,11 @@ def run(command: Callable[[], Any]) -> int:
 
 
 class _Terminated(BaseException):
-    """The system, or the launcher of a group of processes, asks this one to end."""
+    """The system, a terminal that closes, or the launcher of a group of processes asks this one to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}; files that were written are complete")
+        self.status = 128 + number
 
 
 @contextmanager
@@ -83,16 +87,21 @@ def _ended_in_words() -> Iterator[None]:
     """Run a block that clears up, and says why it ended, where it is terminated."""
 
     def end(number: int, _frame: Any) -> None:
-        raise _Terminated(f"ended by {signal.Signals(number).name}; files that were written are complete")
+        raise _Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ends}
+    for number in ends:
+        if number == signal.SIGTERM or before[number] is signal.SIG_DFL:  # nohup has one ignored
+            signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in ends:
+            signal.signal(number, before[number])
 
 
 def _status_of(stop: typer.Exit | typer.Abort | SystemExit) -> int:
@@ -118,8 +127,10 @@ def _fail(message: str, status: int) -> int:
 
 
 def say(message: str) -> None:
-    """Print a message for people, to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a message for people, to standard error; where that is closed or full, work goes on without."""
+    if sys.stderr is not None:  # print would take standard output in its place
+        with suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def say_notes(notes: Iterable[str]) -> None:
@@ -147,6 +158,10 @@ def own_output(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 @contextmanager
 def _own_descriptor() -> Iterator[TextIO]:
     """Yield standard output, while what child processes and libraries of C write there goes to standard error."""
+    if sys.stdout is None:  # closed: results are for nobody
+        with open(os.devnull, "w", encoding="utf-8") as results:
+            yield results
+        return
     try:
         real = sys.stdout.fileno() == _STDOUT and sys.stderr.fileno() == _STDERR
     except (OSError, ValueError, AttributeError):  # something stands in for one

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -117,8 +117,7 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
                 (made / name).write_bytes(content)
                 force_to_disk(made / name)
             if target.is_dir():  # maybe a mount point: it stays
-                for name in files:
-                    os.replace(made / name, target / name)
+                _move_all(files, made, target)
             else:
                 os.replace(made, target)
             for names in (target, target.parent):
@@ -130,12 +129,25 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
     return target
 
 
-def check_output_directory(directory: str | Path, checkpoint: str | Path | None = None) -> Path:
+def _move_all(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move files to a directory one after the other; where one cannot be, none is left there."""
+    moved: list[Path] = []
+    try:
+        for name in names:
+            os.replace(source / name, target / name)
+            moved.append(target / name)
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def check_output_directory(directory: str | Path, *filled: str | Path | None) -> Path:
     """Check that a new directory can be written, before any work is done; makes nothing that stays.
 
     Args:
         directory: The directory.
-        checkpoint: Another that will be filled before.
+        filled: Others that the work will leave files in.
 
     Returns:
         Its absolute path.
@@ -144,8 +156,9 @@ def check_output_directory(directory: str | Path, checkpoint: str | Path | None 
         ValueError: If it exists and is not an empty directory, will hold the other one, or cannot be written.
     """
     target = user_path(directory).absolute()
-    if checkpoint is not None and user_path(checkpoint).resolve().is_relative_to(target.resolve()):
-        raise ValueError(f"output directory {target} would hold the checkpoint {checkpoint}; choose another")
+    for other in filled:
+        if other is not None and user_path(other).resolve().is_relative_to(target.resolve()):
+            raise ValueError(f"output directory {target} would hold {other}, which the run fills; choose another")
     try:
         target = target.resolve() if target.is_dir() else target
         if target.is_symlink() or (target.exists() and not target.is_dir()):

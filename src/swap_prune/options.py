@@ -88,7 +88,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set needs name=value, got {text!r}")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return name, value
 
 

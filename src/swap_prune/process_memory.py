@@ -45,9 +45,10 @@ def parse_memory(budget: str | int) -> int:
         ValueError: If it is not a positive amount of memory.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(budget).strip().upper())
-    if isinstance(budget, bool) or match is None or match[2] not in _UNITS or float(match[1]) == 0:
+    size = 0.0 if match is None else float(match[1]) * _UNITS.get(match[2], 0)
+    if isinstance(budget, bool) or not 0 < size < 2**63:
         raise ValueError(f"memory must be bytes or an amount such as '4GB' or '512MiB', got {budget!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(size)
 
 
 def memory_limit(budget: str | int | None, processes: int = 1, device: torch.device | None = None) -> int | None:

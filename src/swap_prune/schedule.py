@@ -14,6 +14,7 @@ from fractions import Fraction
 from swap_prune.checks import is_number, whole_number
 
 __all__ = [
+    "MOST_STAGES",
     "SCHEDULES",
     "STAGE_COUNTS",
     "keep_count",
@@ -22,6 +23,7 @@ __all__ = [
     "stage_schedules",
 ]
 
+MOST_STAGES = 10_000
 STAGE_COUNTS = (1, 4, 16)  # tried in this order, where the number is to be found; from 1 to 2 little changes
 
 
@@ -60,7 +62,7 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
 
     Args:
         target: Final sparsity in [0, 1).
-        stages: T >= 1.
+        stages: T, from 1 to ``MOST_STAGES``.
         schedule: ``exponential`` (the distance halves), ``cubic``, ``linear``, ``constant``, or
             ``geometric`` (each stage keeps the same fraction of what is left).
 
@@ -74,6 +76,8 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
         share = f" ({target} % is {target / 100:g})" if is_number(target) and 2 <= target <= 99 else ""
         raise ValueError(f"sparsity must lie in [0, 1), got {target!r}{share}")
     stages = whole_number("stages", stages)
+    if stages > MOST_STAGES:
+        raise ValueError(f"stages must be {MOST_STAGES} at the most, got {stages}")
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     early = (SCHEDULES[schedule](t, stages, float(target)) for t in range(1, stages))

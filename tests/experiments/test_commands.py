@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -196,6 +197,14 @@ def test_a_report_that_cannot_be_written_is_shown_all_the_same(call, tmp_path: P
     status, out, _ = call("report", "out", "--out", "elsewhere/tables", "--json")
     assert status == 0 and all(Path(path).parent == Path("elsewhere/tables") for path in json.loads(out)["files"])
     assert not (tmp_path / "out" / "tables.md").exists()
+
+
+def test_what_a_killed_report_left_is_deleted_by_the_next(call, tmp_path: Path) -> None:
+    assert call("experiment", "grid.toml", "--out", "out")[0] == 0
+    left = tmp_path / "out" / f".{platform.node()}-{2**22 + 1}-{'0' * 32}.tables.md"
+    left.mkdir()
+    (left / "tables.md").write_text("torn")
+    assert call("report", "out")[0] == 0 and not left.exists()
 
 
 def test_rows_are_left_for_other_runs(call, tmp_path: Path) -> None:

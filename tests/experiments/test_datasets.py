@@ -438,3 +438,20 @@ def test_shared_data_read(name, sizes, shape, classes):
     inputs, targets = data.test.batch(torch.arange(8))
     assert inputs.shape == (8, *shape) and targets.min() >= 0 and targets.max() < classes
     assert inputs.std() > 0.3
+
+
+def test_a_home_that_is_not_known_is_not_asked_for_without_need(tmp_path, monkeypatch):
+    """As where a container runs as a user that the system does not know."""
+
+    def unknown(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    write_mnist(tmp_path)
+    monkeypatch.setenv("SWAP_PRUNE_DATA", str(tmp_path))
+    assert len(load_dataset("mnist").train) == 5
+    monkeypatch.setenv("SWAP_PRUNE_DATA", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="home directory that is not known"):
+        load_dataset("mnist")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -201,3 +202,34 @@ def test_a_number_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_bytes(content.replace(b'"loss":null', b'"loss":NaN', 1))
     with pytest.raises(ValueError, match=r"line 1, is not a result \(loss: Input should be a finite number"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peak_memory": 10**400},
+        {"seconds": 1e308},
+        {"accuracy": 1e308},
+        {"layers": {"fc.weight": 7.0}},
+        {"settings": {"targets": [1.5]}},
+    ],
+)
+def test_numbers_that_nothing_measures_are_refused(changes: dict[str, object], tmp_path: Path) -> None:
+    content = json.loads(write(tmp_path, record(1)))
+    settings = content["settings"] | changes.get("settings", {})  # type: ignore[operator]
+    (tmp_path / "results.jsonl").write_text(json.dumps(content | changes | {"settings": settings}) + "\n")
+    with pytest.raises(ValueError, match="line 1, is not a result"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["config", "result"])
+def test_a_full_disk_is_said_with_its_file(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    if moment == "config":
+        monkeypatch.setattr(os, "fsync", full)
+    said = pytest.raises(ValueError, match=r"cannot be written: No space left on device; .*--resume goes on")
+    with said, open_results(tmp_path, CONFIG, resume=True) as results:
+        monkeypatch.setattr(os, "fsync", full)
+        results.append(record(1))

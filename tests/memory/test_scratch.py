@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import swap_prune
+from swap_prune import plan, prune
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.memory import scratch
 from swap_prune.memory.scratch import delete_abandoned, scratch_directory
+from tests.test_pipeline import small_data, small_network
 
 
 def pruned(place: Path, wait_for: str = "") -> dict[str, Tensor]:
@@ -96,3 +99,29 @@ def test_a_lock_alone_and_a_directory_half_deleted_go_too(tmp_path: Path) -> Non
     delete_abandoned(tmp_path)
     assert list(tmp_path.iterdir()) == []
     delete_abandoned(tmp_path / "nowhere")
+
+
+def test_without_a_place_for_temporary_files_all_works_that_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    model, data = small_network(), small_data(40)
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert plan(model, data, 0.5, "obd").chosen is not None
+    assert prune(model, data, 0.5, "obd", samples=20, progress=False).kept > 0
+
+
+def test_a_lock_that_stays_does_not_undo_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".lock":
+            raise OSError(5, "Input/output error")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        pruned(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    delete_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -445,10 +447,34 @@ def test_damage_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     interrupted_after(2, monkeypatch, lambda: run("dataset", tmp_path))
     path = tmp_path / "4-stages.safetensors"
     whole = path.read_bytes()
-    for damaged in (b"", whole[:1000], whole.replace(b"network.", b"notwork.")):
+    with safe_open(path, "pt") as file:
+        about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    records = json.loads(about["stages"])
+    twice = safetensors.torch.save(state, about | {"stages": json.dumps(records + records)})
+    deep = safetensors.torch.save(state, about | {"stages": 5000 * "["})
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    for damaged in (b"", whole[:1000], whole.replace(b"network.", b"notwork."), twice, deep, bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"4-stages.safetensors is damaged or was altered: remove .*begin again"):
             run("dataset", tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"at_once": 0}, {"at_once": "x"}, {"spilled": "all"}, {"team": 1}, {"lean": 1}])
+def test_a_storage_that_was_altered_is_another_runs(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_after(1, monkeypatch, lambda: run("dataset", tmp_path))
+    assert checkpoint.kept_storage(tmp_path) is not None
+    about = json.loads((tmp_path / "run.json").read_text())
+    about["storage"] |= change
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    assert checkpoint.kept_storage(tmp_path) is None
+    with pytest.raises(ValueError, match="is of another run: storage was"):
+        run("dataset", tmp_path)
+    (tmp_path / "run.json").write_text(5000 * "[")
+    with pytest.raises(ValueError, match=r"run.json was altered"):
+        run("dataset", tmp_path)
 
 
 def test_what_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune import LR, SelfDistillation, plan, prune
-from swap_prune.fisher.backends.mapped import MappedFactor
+from swap_prune.fisher.backends.mapped import _HEADER, MappedFactor
 from swap_prune.stages import capturing
 from tests.cases import generator
 from tests.fisher.defence.test_gradients import perceptron
@@ -190,11 +190,35 @@ def without_losses(fisher: Path, about: Path) -> None:
     about.write_text("{}")
 
 
+def with_a_losses_past_counting(fisher: Path, about: Path) -> None:
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"losses": [10**400]}))
+
+
+def nested(fisher: Path, about: Path) -> None:
+    about.write_text(5000 * "[")
+
+
+def headed(header: str) -> Any:
+    def change(fisher: Path, about: Path) -> None:
+        content = fisher.read_bytes()
+        magic = content.index(b"{")
+        fisher.write_bytes(content[:magic] + header.encode().ljust(_HEADER - magic, b"\0") + content[_HEADER:])
+
+    return change
+
+
 def gone(fisher: Path, about: Path) -> None:
     about.unlink()
 
 
-@pytest.mark.parametrize("harm", [cut, altered, of_other_rows, emptied, without_losses, gone])
+HEADERS = ("[]", "3", "null", 3000 * "[", '{"version": 1, "shape": [-1, -5]}')
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [cut, altered, of_other_rows, emptied, without_losses, gone, with_a_losses_past_counting, nested]
+    + [headed(header) for header in HEADERS],
+)
 def test_a_file_that_is_not_whole_is_made_anew(harm: Any, tmp_path: Path) -> None:
     model, data = small_network(), small_data(80)
     expected, _ = run(tmp_path, model, data)

@@ -13,6 +13,7 @@ from swap_prune.checks import counted, user_path
 from swap_prune.console import print_json, say, show
 from swap_prune.experiments.bench import prepare
 from swap_prune.experiments.config import read_experiment
+from swap_prune.files import delete_abandoned
 from swap_prune.network.device import usable_device
 from swap_prune.options import AsJson, DataDir, Scratch
 
@@ -90,6 +91,7 @@ def report(
     target = directory if out is None else user_path(out)
     try:
         target.mkdir(parents=True, exist_ok=True)
+        delete_abandoned(target)
         files = [*write_tables(summary, target), *write_plots(summary, target)]
     except OSError as error:
         raise ValueError(

@@ -35,7 +35,7 @@ from swap_prune.fisher.noise import parse_noise
 from swap_prune.memory.planning import check_storage
 from swap_prune.methods import METHODS, Method, resolve_method
 from swap_prune.process_memory import parse_memory
-from swap_prune.schedule import SCHEDULES
+from swap_prune.schedule import MOST_STAGES, SCHEDULES
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.training.settings import FineTune, parse_finetune
 
@@ -51,7 +51,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 def _check_label(label: str) -> str:
-    if not label.strip() or label.splitlines() != [label] or "|" in label:
+    if not label.strip() or not label.isprintable() or "|" in label:
         raise ValueError(f"must be one line of text without |, and not only blanks, got {label!r}")
     return label
 
@@ -96,8 +96,9 @@ def _check_min_keep(value: Any) -> Any:
 
 
 def _check_stages(stages: Any) -> int | str:
-    if stages != "auto" and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
-        raise ValueError(f"must be a whole number of at least 1 or 'auto', got {stages!r}")
+    whole = isinstance(stages, int) and not isinstance(stages, bool)
+    if stages != "auto" and not (whole and 1 <= stages <= MOST_STAGES):
+        raise ValueError(f"must be a whole number from 1 to {MOST_STAGES} or 'auto', got {stages!r}")
     checked: int | str = stages
     return checked
 
@@ -110,7 +111,7 @@ def _read_finetune(table: Any) -> FineTune:
     return parse_finetune(table)
 
 
-_Whole = Annotated[int, Field(ge=1)]
+_Whole = Annotated[int, Field(ge=1, lt=2**63)]
 _Stages = Annotated[Any, AfterValidator(_check_stages)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Sparsity = Annotated[float, Field(ge=0, lt=1)]
@@ -319,7 +320,7 @@ def read_experiment(path: str | Path) -> Experiment:
         ValueError: If it cannot be read, is not TOML, or a key or value is refused; names the key.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         return Experiment.model_validate(table)
     except OSError as error:
         raise ValueError(f"experiment file {path} cannot be read: {error.strerror}") from error

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -24,6 +24,12 @@ from swap_prune.files import force_to_disk
 __all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "shortest"]
 
 _CONFIG, _RESULTS, _LOCK, _SCRATCH = "config.json", "results.jsonl", ".lock", ".config.json"
+
+
+_Percent = Annotated[float, Field(ge=0, le=100)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Seconds = Annotated[float, Field(ge=0, lt=1e10)]
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Settings(BaseModel):
@@ -39,6 +45,7 @@ class _Settings(BaseModel):
     sparsity: float = Field(ge=0, lt=1)
     stages: int | str
     noise: str
+    targets: list[str] = []
     finetune: dict[str, Any] = {}
 
 
@@ -75,21 +82,21 @@ class RunResult(BaseModel):
     seed: int
     settings: dict[str, Any]
     error: str | None = None
-    accuracy: float | None = None
+    accuracy: _Percent | None = None
     loss: float | None = None
-    accuracy_before: float | None = None
+    accuracy_before: _Percent | None = None
     loss_before: float | None = None
-    dense_accuracy: float | None = None
+    dense_accuracy: _Percent | None = None
     test_samples: int | None = None
     kept: int | None = None
     total: int | None = None
-    layers: dict[str, float] = {}
+    layers: dict[str, _Share] = {}
     evidence: list[dict[str, Any]] = []
     notes: list[str] = []
     converged: bool | None = None
     versions: dict[str, str] = {}
-    seconds: float | None = None
-    peak_memory: int | None = None
+    seconds: _Seconds | None = None
+    peak_memory: _Bytes | None = None
 
     @field_validator("settings")
     @classmethod
@@ -127,7 +134,7 @@ class Results:
                 f"{self.path.parent} was deleted, moved or replaced while the experiment was running, and this result "
                 "is not written; go on with --resume where the others are"
             )
-        with self.path.open("ab") as file:
+        with _in_words(self.path), self.path.open("ab") as file:
             file.write(record.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -167,19 +174,33 @@ def open_results(directory: str | Path, config: Mapping[str, Any], *, resume: bo
         ValueError: If another process holds it, it belongs to another experiment, or it cannot be written.
     """
     target = check_directory(directory, resume=resume)
-    try:
+    with _in_words(target):
         target.mkdir(parents=True, exist_ok=True)
         lock = (target / _LOCK).open("a")
-    except OSError as error:
-        raise ValueError(f"output directory {target} cannot be written: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing to {target}; wait for it, or end it") from error
-        check_directory(target, resume=resume)  # again: another may have been faster
-        _keep_config(target, config)
-        yield Results(target / _RESULTS, _recover(target / _RESULTS), lock)
+        with _in_words(target):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is writing to {target}; wait for it, or end it") from error
+            check_directory(target, resume=resume)  # again: another may have been faster
+            _keep_config(target, config)
+            records = _recover(target / _RESULTS)
+        yield Results(target / _RESULTS, records, lock)
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """Run a block that writes files; a ValueError says where it failed.
+
+    Args:
+        path: What is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{path} cannot be written: {reason}; what is there is whole, and --resume goes on") from error
 
 
 def read_results(directory: str | Path) -> list[RunResult]:

@@ -240,7 +240,7 @@ def _plain(value: Any) -> str:
     """Return a setting without brackets and quotes."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {part}" for name, part in value.items())
-    return " and ".join(value) if isinstance(value, list) else str(value)
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def as_markdown(summary: Summary) -> str:

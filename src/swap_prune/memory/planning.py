@@ -182,7 +182,7 @@ def plan_memory(
         kept: One that the first stages of the same run were held in; it is taken where it fits.
     """
     check_storage(storage)
-    directory = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
+    directory = _temporary() if scratch is None else user_path(scratch)
     if kept is not None and storage in ("auto", kept.kind):
         own = load if kept.compares_rows else replace(load, compared=0)
         again = _attempt(own, replace(kept, scratch=directory), limit, directory)
@@ -197,6 +197,14 @@ def plan_memory(
         if plan.chosen is None or (alone.chosen is not None and alone.place < plan.place):
             return alone
     return plan
+
+
+def _temporary() -> Path:
+    """Return the system's directory for temporary files, or where it would be: whoever needs it is told."""
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:
+        return Path("/tmp")
 
 
 def _forecasts(load: Workload, limit: int | None, storage: str, directory: Path) -> tuple[Forecast, ...]:

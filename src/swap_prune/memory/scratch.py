@@ -58,8 +58,8 @@ def delete_abandoned(scratch: str | Path | None) -> None:
     Args:
         scratch: The place; by default the system's for temporary files.
     """
-    parent = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
-    with suppress(OSError):
+    with suppress(OSError):  # there may be no place at all
+        parent = Path(tempfile.gettempdir()) if scratch is None else user_path(scratch)
         for lock in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
             with suppress(OSError):
                 _delete_if_abandoned(lock)
@@ -83,7 +83,7 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             file.write(_mark())
             file.flush()
-        except OSError:
+        except BaseException:
             unnamed.unlink()
             raise
         try:
@@ -94,7 +94,8 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # the work is done, and the next run deletes what stays
+                lock.unlink(missing_ok=True)
 
 
 def _mark() -> bytes:

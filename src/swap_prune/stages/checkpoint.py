@@ -9,28 +9,31 @@ Place in the pipeline: around the stages.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from swap_prune.artifact import tensors_sha256
 from swap_prune.checks import user_path
 from swap_prune.distributed import Team
 from swap_prune.files import delete_abandoned, replaced_name, replacing
-from swap_prune.fisher.storage import Storage
+from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.network.aliasing import unexpanded
 from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
+from swap_prune.samples.spill import Spilled
 
 __all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering", "has_stages", "kept_storage"]
 
-_RUN, _STAGES, _SUFFIX = "run.json", "stages", "-stages.safetensors"
+_RUN, _STAGES, _DIGEST, _SUFFIX = "run.json", "stages", "sha256", "-stages.safetensors"
 
 
 class Remembering(Protocol):
@@ -159,9 +162,12 @@ class Checkpoint:
             return []
         try:
             with safe_open(path, framework="pt") as file:
-                records = [StageReport.model_validate(record) for record in json.loads(file.metadata()[_STAGES])]
+                about = file.metadata()
                 # copied, since a product may round otherwise where its factors lie at odd addresses, as in the file
-                state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                state = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+            if about[_DIGEST] != _digest(state, about[_STAGES]):
+                raise KeyError(_DIGEST)
+            records = [StageReport.model_validate(record) for record in json.loads(about[_STAGES])]
             for part, remembering in self._parts.items():
                 prefix = f"{part}."
                 remembering.recall({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -191,7 +197,7 @@ class Checkpoint:
         try:
             text = json.dumps([record.model_dump() for record in records])
             with replacing(path, durable=True) as scratch:
-                save_file(state, scratch, metadata={_STAGES: text})
+                save_file(state, scratch, metadata={_STAGES: text, _DIGEST: _digest(state, text)})
         except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(f"checkpoint {path} cannot be written: {error}") from error
 
@@ -233,6 +239,20 @@ class Checkpoint:
             )
 
 
+class _Recorded(BaseModel):
+    """What a run says of its storage, as ``recorded_storage`` has it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    asked: str
+    used: StorageKind
+    lean: bool
+    at_once: int = Field(ge=1)
+    roomy: bool
+    spilled: Spilled
+    compares_rows: bool
+
+
 def has_stages(directory: str | Path) -> bool:
     """Whether a checkpoint has a finished stage."""
     return any(user_path(directory).glob(f"*{_SUFFIX}"))
@@ -243,11 +263,10 @@ def kept_storage(directory: str | Path) -> Storage | None:
     if not has_stages(directory):
         return None
     try:
-        recorded = dict(_read_run(user_path(directory))["storage"])
-        del recorded["asked"]
-        return Storage(kind=recorded.pop("used"), scratch=Path(), **recorded)
+        recorded = _Recorded.model_validate(_read_run(user_path(directory))["storage"])
     except (KeyError, TypeError, ValueError):  # it is another's, as will be seen, or holds none
         return None
+    return Storage(kind=recorded.used, scratch=Path(), **recorded.model_dump(exclude={"asked", "used"}))
 
 
 def _read_run(directory: Path) -> dict[str, Any]:
@@ -261,11 +280,17 @@ def _read_run(directory: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"checkpoint {directory} cannot be used: {error.strerror or error}") from error
-    except ValueError as error:  # no JSON, or no text
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
         raise ValueError(f"{path} was altered: choose another directory") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} was altered: choose another directory")
     return found
+
+
+def _digest(state: Mapping[str, Tensor], stages: str) -> str:
+    """Return a hash of all that a file keeps."""
+    tensors = tensors_sha256({name: state[name] for name in sorted(state)})
+    return hashlib.sha256(f"{tensors}\n{stages}".encode()).hexdigest()
 
 
 def _can_be_stored(dtype: torch.dtype) -> bool:

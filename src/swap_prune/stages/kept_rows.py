@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from swap_prune.artifact import weights_sha256
 from swap_prune.checks import user_path
-from swap_prune.files import replacing
+from swap_prune.files import delete_abandoned, replacing
 from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.rows import Capture
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.report import versions
 from swap_prune.request import Request
 from swap_prune.samples.batches import digest_whole
@@ -115,7 +116,8 @@ class KeptRows:
             factor = MappedFactor.open(self._path(".fisher"), self.device)
             losses = torch.tensor(about["losses"], dtype=factor.dtype, device=self.device)
             found = Capture(factor, losses, str(about["backend"]), int(about["chunk"]))
-        except (OSError, ValueError, KeyError, TypeError):  # not there, not whole, or not ours: it is taken anew
+        except Exception as error:  # not there, not whole, or not ours: it is taken anew
+            pass_on_shortage(error)
             return None
         if about.get("crc32") != factor.checksum:
             return None
@@ -144,6 +146,7 @@ class KeptRows:
         try:
             self._path(".json").unlink(missing_ok=True)  # or it would stand beside other rows for a moment
             factor.path.replace(self._path(".fisher"))
+            delete_abandoned(self.directory)
             with replacing(self._path(".json")) as scratch:
                 scratch.write_text(json.dumps(about), encoding="utf-8")
         except OSError as error:
