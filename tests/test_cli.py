@@ -283,7 +283,10 @@ BAD = {
         "epochs of fine-tuning must be below 2**63",
     ),
     "memory past counting": ([*PRUNE, "--memory", 400 * "9" + "GB"], "memory must be bytes or an amount such as"),
-    "deep setting": ([*PRUNE, "--method", "lr", "--set", "floor=" + 5000 * "["], "floor must be 'auto' or lie in [0, 1)"),
+    "deep setting": (
+        [*PRUNE, "--method", "lr", "--set", "floor=" + 5000 * "["],
+        "floor must be 'auto' or lie in [0, 1)",
+    ),
     "stages text": ([*PRUNE, "--stages", "many"], "--stages needs a whole number or auto"),
     "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
     "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),

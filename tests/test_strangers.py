@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from swap_prune import LR, FineTune, TokenCrossEntropy, finetune, keep_masks, load_pruned, masks_of, plan, prune
@@ -1331,6 +1332,57 @@ def test_a_pattern_in_a_stack_of_matrices_is_noted() -> None:
     assert notes["last",] == []
     assert [note.partition(":")[0] for note in notes["Experts",]] == ["pattern 2"]
     assert "runs along the second of three dimensions of stack: leave them out" in notes["Experts",][0]
+
+
+class Conv1D(nn.Module):
+    """A linear layer as transformers has it for GPT-2: its weight is (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf, self.weight = 8, nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight
+
+
+def test_a_pattern_along_outputs_is_noted() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(Conv1D(), nn.ReLU(), nn.Linear(8, 4))
+
+    report = prune(drawn(network), DATA, 0.5, "magnitude", targets=("Conv1D",), pattern="2:4", progress=False)
+    assert any(note.startswith("pattern 2:4 runs along the outputs of 0.weight, their second") for note in report.notes)
+    others = prune(drawn(network), DATA, 0.5, "magnitude", pattern="2:4", progress=False).notes
+    assert not any("pattern" in note for note in others)
+
+
+def test_gradients_that_only_training_would_have_are_refused() -> None:
+    """A reentrant checkpoint behind a layer that is not selected gives what is in it gradients only in training."""
+
+    class Hidden(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.embed, self.body, self.last = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+            self.reentrant = reentrant
+
+        def forward(self, words: Tensor) -> Tensor:
+            seen = self.embed(words).mean(1)
+            inner = checkpoint(lambda x: torch.relu(self.body(x)), seen, use_reentrant=self.reentrant)
+            return self.last(inner)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randint(20, (60, 5)), torch.randint(4, (60,)))
+    for method in ("obd", "lr"):
+        model = drawn(lambda: Hidden(reentrant=True))
+        before = copy.deepcopy(model.state_dict())
+        with (
+            pytest.raises(ValueError, match=r"'body.weight' would get gradients in training.*use_reentrant=False"),
+            warnings.catch_warnings(action="ignore"),  # torch's own, that no input requires a gradient
+        ):
+            prune(model, data, 0.5, method, samples=32, progress=False)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        report = prune(drawn(lambda: Hidden(reentrant=False)), data, 0.5, method, samples=32, progress=False)
+        assert not any("no gradient" in note for note in report.notes)
 
 
 def test_parameters_of_one_dimension_have_to_be_named() -> None:

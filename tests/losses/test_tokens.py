@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -383,6 +384,26 @@ def test_a_decoder_gets_what_the_model_would_make_of_the_labels() -> None:
     assert keys == [["input_ids"]], "a function of one's own gets what the batch holds"
     report = prune(model, [sources], 0.5, loss_fn=loss, samples=32, progress=False)
     assert report.kept == report.total // 2 and not report.notes
+
+
+def test_a_decoder_whose_model_shifts_labels_itself_gets_them_shifted() -> None:
+    """As of Whisper and M2M100: there is no method, and the configuration says how."""
+
+    class Speaker(Translator):
+        prepare_decoder_input_ids_from_labels = None  # type: ignore[assignment]
+        config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=2, pad_token_id=0)
+
+    torch.manual_seed(0)
+    model, loss = Speaker(), TokenCrossEntropy()
+    labels = torch.randint(1, WORDS, (40, 7))
+    labels[::2, 4:] = -100
+    sources = {"input_ids": torch.randint(1, WORDS, (40, 5)), "labels": labels}
+    shifted = torch.cat([torch.full((40, 1), 2), labels[:, :-1].clamp_min(0)], 1)
+    torch.testing.assert_close(loss(model, sources), loss(model, sources | {"decoder_input_ids": shifted}))
+    assert prune(model, [sources], 0.5, "lr", loss_fn=loss, samples=32, progress=False).kept > 0
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        prune(model, [sources], 0.5, "lr", loss_fn=loss, samples=32, progress=False)
 
 
 def test_labels_that_are_no_classes_are_refused() -> None:

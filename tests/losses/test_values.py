@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,3 +336,20 @@ def test_targets_that_do_not_count_are_told_in_their_own_type(ignore: float, tar
     loss = SquaredError(ignore=ignore)(nn.Identity(), (torch.zeros(1, 2).half(), targets))
     expected = targets.double()[0, -counted:].square().mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+@LOSSES
+def test_outputs_under_the_name_of_logits_are_taken(loss: _ValueLoss) -> None:
+    """As the models of transformers give them, for one number or several labels a sample."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, inputs: Tensor) -> Any:
+            return SimpleNamespace(logits=self.inner(inputs))
+
+    batch = (normal(20, 4), answers(20, 3))
+    assert torch.equal(loss(Wrapped(), batch), loss(network(), batch))
+    assert torch.equal(loss(lambda inputs: {"logits": network()(inputs)}, batch), loss(network(), batch))

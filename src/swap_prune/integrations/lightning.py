@@ -13,7 +13,7 @@ try:
     from lightning.pytorch import Callback
 except ImportError as error:
     raise ImportError(
-        "swap_prune.integrations.lightning needs the package lightning: pip install 'lightning>=2'"
+        "swap_prune.integrations.lightning needs the package lightning: pip install 'lightning>=2.1'"
     ) from error
 
 __all__ = ["KeepMasks"]

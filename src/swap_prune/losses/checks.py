@@ -149,7 +149,12 @@ def check_losses(losses: Any, expected: int | None) -> Tensor:
             "use reduction='none', and let the samples be the first dimension of a batch's first tensor; a batch whose "
             "tensors are not so, such as a list of sequences of several lengths, has to be an object of its own"
         )
-        if losses.ndim > 1:
+        if losses.ndim == 0:
+            remedy = (
+                "use reduction='none'; in place of the loss that a model returns itself, which is a mean, pass "
+                "swap_prune.TokenCrossEntropy(), which takes dicts with labels of samples or of tokens"
+            )
+        elif losses.ndim > 1:
             remedy = "average over all dimensions but the first, which is that of the samples"
         raise ValueError(f"loss_fn must return one loss a sample, shape {wanted}, got {tuple(losses.shape)}; {remedy}")
     if not losses.is_floating_point():

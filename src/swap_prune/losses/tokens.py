@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from swap_prune.losses import CrossEntropy, check_labels, describe
 from swap_prune.losses.base import IGNORE_INDEX, precise
 
-__all__ = ["TokenCrossEntropy", "call_model", "told_apart"]
+__all__ = ["TokenCrossEntropy", "call_model", "logits_in", "told_apart"]
 
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
@@ -53,13 +54,31 @@ def told_apart(batch: Any, key: str, loss: object) -> tuple[Any, Tensor]:
     return inputs, targets
 
 
+def logits_in(outputs: Any) -> Any:
+    """Return what a mapping or an object has under the name ``logits``; what has none, as it is."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits", outputs)
+    return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
+
+
 def _with_decoder_inputs(model: nn.Module, inputs: Any, labels: Tensor) -> Any:
-    """Return what a model takes, with what it would have made of the labels for its decoder, as in transformers."""
-    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    """Return what a model takes, with what it would have made of the labels for its decoder, as in transformers.
+
+    Some have a method for it. Others do it on the way, and their configuration says how: the start, then the labels but
+    for the last, padding in place of those that do not count.
+    """
     given = isinstance(inputs, Mapping) and not inputs.keys().isdisjoint(_DECODER_INPUTS)
-    if make is None or given or labels.ndim != 2 or not isinstance(inputs, Mapping):
+    if given or labels.ndim != 2 or not isinstance(inputs, Mapping):
         return inputs
-    return {**inputs, _DECODER_INPUTS[0]: make(labels=labels)}
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if make is not None:
+        return {**inputs, _DECODER_INPUTS[0]: make(labels=labels)}
+    config = getattr(model, "config", None)
+    start, padding = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    if not getattr(config, "is_encoder_decoder", False) or start is None or padding is None:
+        return inputs
+    shifted = functional.pad(labels[:, :-1], (1, 0), value=start)
+    return {**inputs, _DECODER_INPUTS[0]: shifted.masked_fill(shifted == IGNORE_INDEX, padding)}
 
 
 @dataclass(frozen=True)
@@ -103,11 +122,7 @@ class TokenCrossEntropy:
             )
         if self.forward is call_model:
             inputs = _with_decoder_inputs(model, inputs, labels)
-        logits = self.forward(model, inputs)
-        if isinstance(logits, Mapping):
-            logits = logits.get("logits", logits)
-        elif not isinstance(logits, Tensor):
-            logits = getattr(logits, "logits", logits)
+        logits = logits_in(self.forward(model, inputs))
         wanted = labels.shape
         if self.causal and len(wanted) < 2:
             raise ValueError(

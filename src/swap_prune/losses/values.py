@@ -25,7 +25,7 @@ from torch.nn import functional
 from swap_prune.checks import positive_number
 from swap_prune.losses import describe
 from swap_prune.losses.base import precise
-from swap_prune.losses.tokens import call_model, told_apart
+from swap_prune.losses.tokens import call_model, logits_in, told_apart
 
 __all__ = ["BinaryCrossEntropy", "SquaredError"]
 
@@ -49,7 +49,7 @@ class _ValueLoss:
             ValueError: If the batch holds no targets, or the outputs are not of their shape.
         """
         inputs, targets = told_apart(batch, self.labels, self)
-        outputs = self.forward(model, inputs)
+        outputs = logits_in(self.forward(model, inputs))
         if not isinstance(outputs, Tensor) or _without_ones(outputs) != _without_ones(targets):
             raise ValueError(
                 f"{type(self).__name__} needs a target for each output, got outputs {describe(outputs)} and targets "
@@ -90,8 +90,8 @@ class SquaredError(_ValueLoss):
     Attributes:
         labels: Key of the targets in dict batches.
         ignore: Targets of this value are missing and do not count, such as -9999 or NaN; None: all count.
-        forward: ``(model, what the model takes) -> outputs``; by default the model is called with what the batch holds:
-            a dict by name, a pair or list in order.
+        forward: ``(model, what the model takes) -> outputs``, or what has them under the name ``logits``; by default
+            the model is called with what the batch holds: a dict by name, a pair or list in order.
     """
 
     def losses(self, outputs: Tensor, batch: Any) -> Tensor:

@@ -82,4 +82,6 @@ def check_values(model: nn.Module, name: str = "model") -> None:
         ValueError: If one lies on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError(f"the {name} lies on the meta device, which holds no values: load its weights first")
+        raise ValueError(
+            f"the {name} lies on the meta device, which holds no values: load its weights first, none of them offloaded"
+        )

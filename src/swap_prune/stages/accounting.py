@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from swap_prune.artifact import count_layers, not_dense, save_artifact
 from swap_prune.checks import some_of
@@ -93,8 +93,9 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
         )
     elif "without_gradient" in first.evidence:
         notes.append(
-            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), "
-            "or not used by the calibration samples? They say nothing of these weights: ignore= leaves them alone"
+            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), in "
+            "a reversible block, or not used by the calibration samples? They say nothing of these weights: ignore= "
+            "leaves them alone"
         )
     if "few_classes" in last.evidence:
         seen, classes, count = last.evidence["few_classes"]
@@ -146,21 +147,35 @@ def _of_layers(model: nn.Module, request: Request, settings: dict[str, Any], emp
             f"report.save cannot write this network, whose state_dict holds more than dense tensors ({some_of(odd)}): "
             "use torch.save(model.state_dict(), ...)"
         )
-    if request.pattern is not None and (stacks := _stacks(model, request)):
-        notes.append(
-            f"pattern {request.pattern} runs along the second of three dimensions of {some_of(stacks)}: leave them out "
-            "by ignore= if their inputs are another"
-        )
+    if request.pattern is not None:
+        notes += _along_others(model, request)
     if emptied:
         notes.append(f"layers without a weight left: {', '.join(emptied)}")
     return notes
 
 
-def _stacks(model: nn.Module, request: Request) -> list[str]:
-    """Return the selected parameters of three dimensions that are no convolution's, such as those of experts."""
+def _along_others(model: nn.Module, request: Request) -> list[str]:
+    """Say of which parameters the second dimension, along which a pattern runs, is or may not be that of the inputs."""
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in request.selection.names}
-    shapes = request.selection.shapes
-    return [name for name, owner in owners.items() if len(shapes[name]) == 3 and not isinstance(owner, _ConvNd)]
+    shapes, notes = request.selection.shapes, list[str]()
+    stacks = [name for name, owner in owners.items() if len(shapes[name]) == 3 and not isinstance(owner, _ConvNd)]
+    turned = [name for name, owner in owners.items() if isinstance(owner, _ConvTransposeNd) or _is_turned(owner)]
+    if stacks:
+        notes.append(
+            f"pattern {request.pattern} runs along the second of three dimensions of {some_of(stacks)}: leave them out "
+            "by ignore= if their inputs are another"
+        )
+    if turned:
+        notes.append(
+            f"pattern {request.pattern} runs along the outputs of {some_of(turned)}, their second dimension, and is of "
+            "no use to sparse hardware there: leave them out by ignore="
+        )
+    return notes
+
+
+def _is_turned(module: nn.Module) -> bool:
+    """Whether a module is a ``Conv1D`` of transformers: a linear layer whose weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Gradients are taken of stand-ins for the selected weights, which take the place of the modules' attributes
 (:mod:`swap_prune.fisher.capture.bound`). A forward pass that keeps a list of parameters of its own, or a wrapper that
-works on one flat copy of them, does not see these; what is written into the weights it sees.
+works on one flat copy of them, does not see these; what is written into the weights it sees. A reentrant checkpoint and
+a reversible block give their weights gradients only where their inputs have one, which these may not.
 
 Place in the pipeline: before the first capture.
 """
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from swap_prune.fisher.capture.bound import Bound
+from swap_prune.checks import some_of
+from swap_prune.fisher.capture.bound import Bound, dense, functional_call
 from swap_prune.losses import LossFn
 from swap_prune.network.modes import eval_mode
 from swap_prune.process_memory import pass_on_shortage
@@ -44,7 +46,7 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
         batches: Calibration batches on the model's device.
 
     Raises:
-        ValueError: If the network does not see all that stands in.
+        ValueError: If the network does not see all that stands in, or gives it no gradients that training would have.
     """
     few = next((slice_batch(batch, 0, _FEW) for batch in batches if is_sliceable(batch)), None)
     if few is None:
@@ -70,3 +72,35 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
             "would be zero: let forward() use module.weight in place of a list of its own; prune a network before it "
             "is wrapped, as by FSDP; or leave such weights out with ignore="
         )
+    hidden = _hidden(model, selection, loss_fn, few)
+    if hidden:
+        raise ValueError(
+            f"{some_of(map(repr, hidden))} would get gradients in training, and none where no weight before them is "
+            "selected, as behind a reentrant checkpoint or in a reversible block: pass use_reentrant=False to "
+            "torch.utils.checkpoint, or leave them out with ignore="
+        )
+
+
+def _hidden(model: nn.Module, selection: Selection, loss_fn: LossFn, few: Any) -> list[str]:
+    """Return the selected parameters whose gradients are zero where the selected ones alone ask for some."""
+
+    def forth_and_back(model: nn.Module, batch: Any) -> Tensor:
+        losses = loss_fn(model, batch)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+    parameters = model.named_parameters()
+    trained = {f"model.{name}": p.detach().requires_grad_() for name, p in parameters if p.is_floating_point()}
+    try:
+        with eval_mode(model), torch.enable_grad():
+            losses, leaves = Bound(model, loss_fn).with_leaves(selection, few)
+            alone = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            functional_call(Bound(model, forth_and_back), trained, (few,))
+    except Exception as error:  # said where gradients are taken
+        pass_on_shortage(error)
+        return []
+    names = [
+        name for name, own in zip(selection.names, alone, strict=True) if own is None or not bool(dense(own).any())
+    ]
+    gradients = {name: trained[f"model.{name}"].grad for name in names}
+    return [name for name, gradient in gradients.items() if gradient is not None and bool(dense(gradient).any())]
