@@ -93,8 +93,8 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
         )
     elif "without_gradient" in first.evidence:
         notes.append(
-            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), in "
-            "a reversible block, or not used by the calibration samples? They say nothing of these weights: ignore= "
+            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), "
+            "in a reversible block, or not used by the calibration samples? They say nothing of these weights: ignore= "
             "leaves them alone"
         )
     if "few_classes" in last.evidence:
