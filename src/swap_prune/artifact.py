@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "weights_sha256",
 ]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _WEIGHTS, _REPORT = "weights.safetensors", "report.json"
 
 
@@ -108,7 +110,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_pruned(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_pruned(model: _Model, directory: str | Path) -> _Model:
     """Load an artifact into a model of the same architecture, in place, and verify it.
 
     Args:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -25,8 +25,10 @@ from swap_prune.surgery.snapshot import restored_on_error
 
 __all__ = ["check_not_meta", "load_state", "load_weights", "read_weights"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+
+def load_weights(model: _Model, path: str | Path) -> _Model:
     """Load a checkpoint into a model, in place.
 
     Args:
