@@ -287,6 +287,18 @@ def test_damaged_files_of_torch_are_refused_whatever_they_lead_to(tmp_path: Path
                 read_weights(path)
 
 
+def test_a_file_that_asks_for_more_memory_than_there_is_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+    torch.save(network().state_dict(), tmp_path / "w.pt")
+    monkeypatch.setattr(torch, "load", short)
+    with pytest.raises(MemoryError, match=r"no memory for weights file .*w.pt, or it is damaged: .*allocate"):
+        read_weights(tmp_path / "w.pt")
+
+
 def test_a_network_whose_only_child_is_called_module(tmp_path: Path) -> None:
     model, data = nn.DataParallel(network()), [(torch.randn(20, 8), torch.arange(20) % 3)]
     prune(model, data, 0.5, "magnitude", progress=False).save(tmp_path / "out")

@@ -20,7 +20,7 @@ from swap_prune.checks import first_line, some_of, user_path
 from swap_prune.network.aliasing import is_expanded
 from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
-from swap_prune.process_memory import pass_on_shortage
+from swap_prune.process_memory import is_out_of_memory, pass_on_shortage
 from swap_prune.surgery.snapshot import restored_on_error
 
 __all__ = ["check_not_meta", "load_state", "load_weights", "read_weights"]
@@ -51,6 +51,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         ValueError: If the file is missing, damaged, or holds anything but tensors.
+        MemoryError: If there is no memory for what it says that it holds.
     """
     path = user_path(path)
     if not path.is_file():
@@ -73,8 +74,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except ValueError:
         raise
     except Exception as error:  # a damaged file raises whatever it leads torch to
-        pass_on_shortage(error)
         reason = first_line(error)
+        if is_out_of_memory(error):
+            raise MemoryError(f"there was no memory for weights file {path}, or it is damaged: {reason}") from error
         raise ValueError(f"weights file {path} is damaged or not a checkpoint: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
