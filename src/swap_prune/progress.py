@@ -35,14 +35,16 @@ class StageProgress:
 
     def __enter__(self) -> StageProgress:
         """Start the bar."""
-        self._bar.start()
+        if not self._bar.disable:  # rich before 15 writes an empty line all the same
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the bar."""
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
     def expect(self, stages: int) -> None:
         """Say how many stages come next."""

@@ -45,7 +45,7 @@ def leading_singular_triples(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     scaled, exponent = _scaled(rows)
     basis = _leading_basis(scaled, rank)
     inner, s, v = torch.linalg.svd(basis.transpose(1, 2) @ scaled, full_matrices=False)
-    return basis @ inner, torch.ldexp(s, exponent.squeeze(2)), v.transpose(1, 2)
+    return basis @ inner, torch.ldexp(s, exponent.squeeze(2)).to(s), v.transpose(1, 2)
 
 
 def energies(matrices: Tensor) -> tuple[float, float]:
@@ -69,7 +69,8 @@ def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return matrices of entries up to 1, and the powers of two (n, 1, 1) that make them what they were."""
     largest = torch.linalg.vector_norm(rows, torch.inf, (1, 2), keepdim=True)
     exponent = torch.frexp(largest).exponent.clamp(-_EXPONENT, _EXPONENT)
-    return rows * torch.ldexp(torch.ones_like(largest), -exponent), exponent  # the fourth power of one may be no number
+    unit = torch.ldexp(torch.ones_like(largest), -exponent).to(rows)  # torch before 2.9 takes the default dtype
+    return rows * unit, exponent  # the fourth power of one may be no number
 
 
 def _leading_basis(rows: Tensor, rank: int) -> Tensor:
