@@ -252,7 +252,7 @@ def row_scales(rows: Tensor) -> Tensor:
     """Return the power of two (n,) that each row (n, p) is divided by before it is rounded to float16."""
     largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
     exponent = torch.frexp(largest).exponent - _TOP
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=_LEAST))
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=_LEAST)).to(largest)
     return torch.where(largest > 0, scale, torch.ones_like(scale))
 
 

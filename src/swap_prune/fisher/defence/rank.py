@@ -29,7 +29,7 @@ def low_rank_rows(rows: Tensor, rank: int) -> Tensor:
         return low_rank_rows(rows.transpose(1, 2), rank).transpose(1, 2)
     scaled, exponent = _scaled(rows)
     basis = _leading_basis(scaled, rank)
-    return torch.ldexp(basis, exponent) @ (basis.transpose(1, 2) @ scaled)
+    return torch.ldexp(basis, exponent).to(basis) @ (basis.transpose(1, 2) @ scaled)
 
 
 def leading_singular_triples(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
