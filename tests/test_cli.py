@@ -7,10 +7,10 @@ import json
 import math
 import os
 import pickle
-import signal
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from swap_prune import LR, METHODS, FineTune, console
+from swap_prune import LR, METHODS, FineTune
 from swap_prune.artifact import load_report
 from swap_prune.cli import app, main, run
 from swap_prune.experiments.datasets import ImageData
@@ -360,16 +360,16 @@ def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp
     assert not list(scratch.iterdir())
 
 
-def test_a_terminal_that_closes_ends_a_command_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGHUP)
-    assert console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 129
-    assert capsys.readouterr().err == "swap-prune: error: ended by SIGHUP; files that were written are complete\n"
-    assert signal.getsignal(signal.SIGHUP) is before
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        assert console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_ends_a_command_in_words_unless_that_is_ignored(ignored: bool) -> None:
+    code = (
+        "import os, signal; from swap_prune import console; "
+        + "signal.signal(signal.SIGHUP, signal.SIG_IGN); " * ignored  # as nohup does
+        + "raise SystemExit(console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    words = "swap-prune: error: ended by SIGHUP; files that were written are complete\n"
+    assert (ended.returncode, ended.stderr) == ((0, "") if ignored else (129, words))
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -388,7 +388,9 @@ def test_work_is_saved_where_nothing_can_be_said(
     monkeypatch.setattr(sys, "stdout", results)
     assert run(lambda: app([*named, "--out", str(tmp_path / "out")], standalone_mode=False)) == 0
     assert json.loads(results.getvalue())["notes"] and (tmp_path / "out" / "report.json").exists()
+    there = results.getvalue()
     assert run(lambda: app([*named, "--sparsity", "2"], standalone_mode=False)) == 2
+    assert results.getvalue() == there, "errors are no results"
 
 
 def test_rows_are_kept_for_the_next_command(call, tmp_path: Path) -> None:
@@ -704,10 +706,20 @@ def test_images_are_scaled_as_the_network_was_trained(call, monkeypatch, data: s
 
 
 def test_one_process_of_several_speaks_and_writes(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def magnitude(out: Path) -> tuple[int, str, str]:
+        found: tuple[int, str, str] = call(*PRUNE, "--method", "magnitude", "--out", str(out), "--json")
+        return found
+
+    monkeypatch.setattr("swap_prune.cli.launched", nullcontext)  # the group of torchrun is joined, and left again
     monkeypatch.setenv("RANK", "1")
-    out = tmp_path / "out"
-    assert call(*PRUNE, "--method", "magnitude", "--out", str(out), "--json") == (0, "", "")
-    assert not out.exists()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert magnitude(tmp_path / "second") == (0, "", "") and not (tmp_path / "second").exists()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for rank, count in (("1", "2"), ("x", "y")):  # set by something else: there is no group, and this process is alone
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        status, text, _ = magnitude(tmp_path / rank)
+        assert status == 0 and json.loads(text)["kept"] > 0 and (tmp_path / rank / "report.json").exists()
 
 
 def test_a_plan_knows_that_nothing_is_recalibrated(call, monkeypatch: pytest.MonkeyPatch) -> None:

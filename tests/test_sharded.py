@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from swap_prune import FineTune, distributed, pipeline, plan, prune
 from swap_prune.distributed import PARTS, Team, local_count, own_device, team_of
@@ -163,22 +165,33 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
 
     data = small_data(seed=rank if case == "samples" else 1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settle = pipeline.settle_storage
-    if case == "plan" and rank == 1:  # as where memory is short
-        pipeline.settle_storage = lambda *_: (Storage("sharded", lean=True, at_once=32), [])
-    if case == "room" and rank == 1:
-        pipeline.settle_storage = no_room
+    settle, look = pipeline.settle_storage, pipeline.no_number
+    if rank == 1:
+        pipeline.settle_storage = {"plan": less_memory, "room": no_room}.get(case, settle)
+        pipeline.no_number = full_disk if case == "end" else look
     sparsity = 2.0 if case == "early" and rank == 1 else 0.7
+    kept = tempfile.mkdtemp() if case == "kept" and rank == 1 else None
+    wrapped = DistributedDataParallel(model) if case == "wrapped" else model
+    seed = rank if case == "seed" else 0
     try:
-        prune(
-            model, data, sparsity, "lr", samples=30, loss_fn=loss_fn, seed=rank if case == "seed" else 0, progress=False
-        )
+        prune(wrapped, data, sparsity, "lr", samples=30, loss_fn=loss_fn, seed=seed, checkpoint=kept, progress=False)
     except (ValueError, OSError, MemoryError) as error:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         return type(error).__name__, str(error), time.perf_counter() - started
     finally:
-        pipeline.settle_storage = settle
+        pipeline.settle_storage, pipeline.no_number = settle, look
     return "", "nothing", time.perf_counter() - started
+
+
+def full_disk(model: nn.Module, *_: Any) -> list[str]:
+    """Fail on a network that was pruned, at the end of a run."""
+    if any(bool((parameter == 0).any()) for parameter in model.parameters() if parameter.ndim > 1):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return []
+
+
+def less_memory(*_: Any) -> Any:
+    return Storage("sharded", lean=True, at_once=32), []
 
 
 def no_room(*_: Any) -> Any:
@@ -194,7 +207,7 @@ def work(rank: int, folder: Path) -> None:
             found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
             torch.save(found, folder / f"pruned-{size}-{rank}.pt")
     pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "room": 0, "early": 0}
-    pairs["silence"] = 0
+    pairs |= {"end": 0, "wrapped": 0, "kept": 0, "silence": 0}
     for case, first in pairs.items():
         if case == "silence":
             os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
@@ -254,6 +267,21 @@ def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(folder: 
     assert (kind, text) == ("ValueError", "G cannot be held")
     kind, text, seconds = torch.load(folder / "room-0.pt")
     assert (kind, text) == ("ValueError", "process 1 of 2: G cannot be held") and seconds < 10
+
+
+def test_none_is_left_pruned_where_one_fails_at_the_last_moment(folder: Path) -> None:
+    kind, text, _ = torch.load(folder / "end-1.pt")
+    assert kind == "OSError" and "No space left" in text
+    kind, text, seconds = torch.load(folder / "end-0.pt")
+    assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
+
+
+def test_what_would_make_processes_wait_for_each_other_is_refused_by_all(folder: Path) -> None:
+    words = {"wrapped": "pass model.module, the network in it", "kept": "must have the same settings, but process 1"}
+    for case, expected in words.items():
+        for rank in range(2):
+            kind, text, seconds = torch.load(folder / f"{case}-{rank}.pt")
+            assert kind == "ValueError" and expected in text and seconds < 10
 
 
 @pytest.mark.parametrize(

@@ -1385,6 +1385,29 @@ def test_gradients_that_only_training_would_have_are_refused() -> None:
         assert not any("no gradient" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("method", ["obd", "lr"])
+def test_gradients_of_what_else_a_loss_trains_are_left_alone(method: str) -> None:
+    """A loss with a parameter of its own, which an optimiser steps when it has its gradient; and an idle layer."""
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.used(inputs)  # type: ignore[no-any-return]
+
+    scale = nn.Parameter(torch.ones(()))
+    scale.register_post_accumulate_grad_hook(lambda parameter: parameter.data.add_(1))
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return functional.cross_entropy(scale * model(batch[0]), batch[1], reduction="none")
+
+    report = prune(drawn(Idle), DATA, 0.5, method, loss_fn=loss, samples=32, progress=False)
+    assert any(note.startswith("no gradient reaches idle.weight") for note in report.notes)
+    assert scale.grad is None and float(scale.detach()) == 1
+
+
 def test_parameters_of_one_dimension_have_to_be_named() -> None:
     words = "targets pattern '1' matches no parameter of two dimensions: name others, such as '1.bias'"
     with pytest.raises(ValueError, match=words):

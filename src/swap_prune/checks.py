@@ -90,11 +90,11 @@ def user_path(path: str | Path) -> Path:
         raise ValueError(f"a path must be a pathlib.Path or a string that is not empty, got {path!r}")
     try:
         found = Path(path).expanduser()
-        str(found.absolute()).encode()
+        str(found).encode()
     except RuntimeError as error:
         raise ValueError(f"{path} names a home directory that is not known; write the path in full") from error
     except UnicodeEncodeError as error:
-        raise ValueError(f"{str(path)!r} is, or lies in, a path that is not UTF-8: choose another") from error
+        raise ValueError(f"{str(path)!r} is a path that is not UTF-8: choose another") from error
     return found
 
 

@@ -92,16 +92,15 @@ def _ended_in_words() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
-    ends = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in ends}
-    for number in ends:
-        if number == signal.SIGTERM or before[number] is signal.SIG_DFL:  # nohup has one ignored
-            signal.signal(number, end)
+    ends = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+        ends.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in ends}
     try:
         yield
     finally:
-        for number in ends:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _status_of(stop: typer.Exit | typer.Abort | SystemExit) -> int:

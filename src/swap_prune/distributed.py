@@ -43,6 +43,7 @@ __all__ = [
 PARTS = 8  # of every sum over the columns of G, and of the calibration batches; as many processes at the most
 _TIMEOUT = 25.0  # seconds; torchrun takes 30 more to end what does not end by itself
 _PIECE_BYTES = 32 * 2**20  # of what is gathered at once
+_STARTED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 _FAILED = "swap-prune failed"  # key of the first failure in the store
 
 _T = TypeVar("_T")
@@ -133,7 +134,8 @@ class Team:
         if others:
             raise ValueError(
                 f"the {self.size} processes must have the same {what}, but process {others[0]} differs from process 0; "
-                "give them the same arguments, model and data (a Dataset, or a loader that does not shuffle)"
+                "give them the same arguments, model and data (a Dataset, or a loader that neither shuffles nor has a "
+                "DistributedSampler)"
             )
 
     def wait(self) -> None:
@@ -232,12 +234,15 @@ def process_count() -> int:
 
 def local_count() -> int:
     """Return how many of them share this machine, as far as the launcher says; at least 1."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", process_count())))
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(count) if count.isdecimal() else process_count())
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return (dist.get_rank() if process_count() > 0 else int(os.environ.get("RANK", "0"))) == 0
+    """Whether this process is the one that prints and writes; one that belongs to no group is, whatever RANK says."""
+    if process_count() > 0:
+        return dist.get_rank() == 0
+    return _STARTED not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def own_device(name: str) -> str:
@@ -321,7 +326,7 @@ def launched() -> Iterator[None]:
     Raises:
         EndedByAnother: With status 2 on a process that ends because another one failed.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or process_count() > 0:
+    if _STARTED not in os.environ or process_count() > 0:
         yield
         return
     from torch.distributed.rendezvous import rendezvous  # a build of torch may lack it

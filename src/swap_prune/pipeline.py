@@ -207,8 +207,7 @@ def prune(
         nullcontext() if spill is None else spill.around(),
         StageProgress(progress and is_first()) as shown,
     ):
-        if placed.team is not None:
-            agree(placed.team, model, request, recorded)
+        agree(placed.team, model, request, recorded, checkpoint)
         if keep_rows:
             check_dense(model, "which keep_rows cannot name (leave keep_rows out)")
         if checkpoint is not None:
@@ -228,6 +227,8 @@ def prune(
         notes += no_number(model, request.loss, first if sound else None)
         if finetune is None:
             before.restore_bystanders()
+        if placed.team is not None:  # where one fails at the last moment, none is left pruned
+            placed.team.wait()
         note_pruned(model, request.selection.names)
     budget = memory if memory is None or isinstance(memory, str) else int(memory)  # NumPy's are no JSON
     settings = request.settings | {"device": str(place), "channels_last": laid, "memory": budget}

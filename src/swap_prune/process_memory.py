@@ -46,7 +46,7 @@ def parse_memory(budget: str | int) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(budget).strip().upper())
     size = 0.0 if match is None else float(match[1]) * _UNITS.get(match[2], 0)
-    if isinstance(budget, bool) or not 0 < size < 2**63:
+    if isinstance(budget, bool) or not 1 <= size < 2**63:
         raise ValueError(f"memory must be bytes or an amount such as '4GB' or '512MiB', got {budget!r}")
     return int(size)
 

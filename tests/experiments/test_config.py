@@ -67,7 +67,10 @@ BAD = {
     "unknown storage": (GOOD.replace('name = "lr"', 'name = "lr"\nstorage = "shed"'), "methods.0.storage: "),
     "unknown defence": (GOOD.replace('name = "lr"', 'name = "lr"\ndefence = "wall"'), "methods.0.defence: "),
     "equal settings": (GOOD + '[[methods]]\nname = "lr"\nlabel = "again"', "under two labels"),
-    "label": (GOOD + 'label = "a|b"', "methods.1.label: must be one line of text without |, and not only blanks"),
+    "label": (
+        GOOD + 'label = "a|b"',
+        "methods.1.label: must be one line of text without | and control characters",
+    ),
     "label with a return": (GOOD + 'label = "a\\rb"', "methods.1.label: must be one line"),
     "label that ends a line": (GOOD + 'label = "a\\r"', "methods.1.label: must be one line"),
     "blank label": (GOOD + 'label = " \\t"', "methods.1.label: must be one line"),

@@ -93,7 +93,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'lightning>=2'"):
+    with pytest.raises(ImportError, match=r"pip install 'lightning>=2.1'"):
         importlib.import_module(NAME)
 
 

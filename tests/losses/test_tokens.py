@@ -401,6 +401,13 @@ def test_a_decoder_whose_model_shifts_labels_itself_gets_them_shifted() -> None:
     shifted = torch.cat([torch.full((40, 1), 2), labels[:, :-1].clamp_min(0)], 1)
     torch.testing.assert_close(loss(model, sources), loss(model, sources | {"decoder_input_ids": shifted}))
     assert prune(model, [sources], 0.5, "lr", loss_fn=loss, samples=32, progress=False).kept > 0
+
+    class Tagger(Speaker):  # of the encoder alone; its configuration is that of the whole
+        def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+            return self.head(self.embed(input_ids))  # type: ignore[no-any-return]
+
+    tagged = {"input_ids": sources["input_ids"], "labels": sources["input_ids"]}
+    assert loss(Tagger(), tagged).shape == (40,)
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="decoder_input_ids"):
         prune(model, [sources], 0.5, "lr", loss_fn=loss, samples=32, progress=False)

@@ -18,15 +18,16 @@ def removal_cost(F, w, kept):
     return float(v @ F @ v / 2)
 
 
-def swap_exhaustively(F, w, kept):
-    """Make the best of all swaps, until none helps: the kept set and the number of swaps."""
+def swap_exhaustively(F, w, kept, floors=()):
+    """Make the best of all swaps that floors allow, until none helps: the kept set and the number of swaps."""
     kept, swaps = kept.clone(), 0
     while True:
         tried = []
         for i, j in itertools.product(kept.nonzero().flatten().tolist(), (~kept).nonzero().flatten().tolist()):
             other = kept.clone()
             other[i], other[j] = False, True
-            tried.append((removal_cost(F, w, other), i, j))
+            if all(int(other[place].sum()) >= least for place, least in floors):
+                tried.append((removal_cost(F, w, other), i, j))
         cost, i, j = min(tried)
         if not cost < removal_cost(F, w, kept) - 1e-9:
             return kept, swaps
@@ -64,18 +65,35 @@ def test_few_candidates_lower_the_cost_and_say_when_they_are_done(candidates):
     assert used < 1000 and swaps > 0 and more == 0 and torch.equal(again, done)
 
 
-@pytest.mark.parametrize("candidates", [2, 30])
-def test_layers_keep_to_their_floors(candidates):
-    floors, held = [(slice(0, 10), 4), (slice(20, 30), 2)], 0
-    for seed in range(5):
-        G, w = normal(12, 30, seed=seed), normal(30, seed=seed + 100)
-        F, start, factor = damped_fisher(G, 0.01), torch.arange(30) % 3 == 0, DenseFactor(G)
-        kept, made, _ = improve_by_swaps(factor, w, start, 0.01, candidates, 1000, floors)
-        free, _, _ = improve_by_swaps(factor, w, start, 0.01, candidates, 1000)
-        assert int(kept.sum()) == 10 and all(int(kept[place].sum()) >= least for place, least in floors)
-        assert made > 0 and removal_cost(F, w, free) <= removal_cost(F, w, kept) < removal_cost(F, w, start)
-        held += any(int(free[place].sum()) < least for place, least in floors)
-    assert held > 0
+FLOORS = {
+    "one layer of all": [(slice(0, 9), 4)],
+    "binding everywhere": [(slice(0, 3), 2), (slice(3, 6), 1), (slice(6, 9), 1)],
+    "some": [(slice(0, 3), 1), (slice(6, 9), 1)],
+    "none": [(slice(0, 3), 0)],
+}
+
+
+@pytest.mark.parametrize("case", FLOORS)
+def test_with_all_weights_as_candidates_every_swap_is_the_best_that_floors_allow(case):
+    floors = FLOORS[case]
+    held = 0
+    for seed in range(8):
+        G, w = normal(20, 9, seed=seed), normal(9, seed=seed + 100)
+        start = torch.zeros(9, dtype=torch.bool).index_fill(0, torch.tensor([0, 1, 3, 6]), True)
+        F = damped_fisher(G, 0.01)
+        expected, swaps = swap_exhaustively(F, w, start, floors)
+        kept, made, _ = improve_by_swaps(DenseFactor(G), w, start, 0.01, 9, 50, floors)
+        assert torch.equal(kept, expected) and made == swaps
+        held += not torch.equal(kept, swap_exhaustively(F, w, start)[0])
+    assert (held > 0) == (case in ("binding everywhere", "some"))
+
+
+def test_a_layer_at_its_floor_does_not_stop_the_others():
+    """The cheapest candidates are all of a layer that can spare none."""
+    w = torch.cat([torch.full((6,), 1e-3), torch.tensor([1.0, 2.0, 3.0, 0.5])]).double()
+    kept = torch.tensor([True] * 6 + [False, True, True, True])
+    found, swaps, _ = improve_by_swaps(DenseFactor(torch.zeros(2, 10).double()), w, kept, 1.0, 2, 9, [(slice(0, 6), 6)])
+    assert swaps == 1 and found.tolist() == [True] * 6 + [True, True, True, False]
 
 
 def test_two_weights_that_cancel_are_removed_together():

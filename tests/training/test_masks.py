@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from swap_prune import finetune, keep_masks, load_pruned, masks_of, prune, recalibrate_batchnorm
@@ -404,6 +404,24 @@ def test_a_step_under_masks_of_before_an_artifact_is_refused(tmp_path: Path) -> 
         load_pruned(model, tmp_path / "pruned")
         with pytest.raises(ValueError, match="or a pruned one was loaded, since keep_masks was called"):
             optimizer.step()
+
+
+def test_an_artifact_is_loaded_where_a_shared_weight_has_its_other_name_first(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__()
+            setattr(self, first, nn.Linear(6, 6))
+            setattr(self, second, nn.Linear(6, 6))
+            getattr(self, second).weight = getattr(self, first).weight
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.a(torch.relu(self.b(inputs)))  # type: ignore[no-any-return]
+
+    data = [(torch.randn(20, 6), torch.arange(20) % 6)]
+    prune(Tied("a", "b"), data, 0.5, "magnitude", progress=False).save(tmp_path / "out")
+    other = Tied("b", "a")
+    load_pruned(other, tmp_path / "out")
+    assert int(other.a.weight.count_nonzero()) == 18
 
 
 def two_layers() -> nn.Sequential:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import tomllib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -51,8 +52,11 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 def _check_label(label: str) -> str:
-    if not label.strip() or not label.isprintable() or "|" in label:
-        raise ValueError(f"must be one line of text without |, and not only blanks, got {label!r}")
+    control = any(unicodedata.category(letter) == "Cc" for letter in label)
+    if not label.strip() or label.splitlines() != [label] or control or "|" in label:
+        raise ValueError(
+            f"must be one line of text without | and control characters, and not only blanks, got {label!r}"
+        )
     return label
 
 

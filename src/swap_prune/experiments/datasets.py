@@ -180,14 +180,13 @@ def _existing(folder: Path, name: str) -> Path | None:
 def _find(name: str, source: Source, data_dir: Path | str | None) -> Path:
     """Return the folder that holds all of the data set, downloading it where it is in none."""
     environment = os.environ.get("SWAP_PRUNE_DATA")
-    given = data_dir if data_dir is not None else environment
+    places = [environment, "~/.cache/swap-prune/data"] if environment else ["~/.cache/swap-prune/data"]
     roots: list[Path] = []
-    for place in (given, None if data_dir is not None else "~/.cache/swap-prune/data"):
-        if place:
-            roots.append(user_path(place))  # the home directory may not be known, and not be needed
-            folder = roots[-1] / source.folder
-            if all(_existing(folder, need) for need in source.train + source.test):
-                return folder
+    for place in places if data_dir is None else [data_dir]:
+        roots.append(user_path(place))  # one by one: the home directory may not be known, and not be needed
+        folder = roots[-1] / source.folder
+        if all(_existing(folder, need) for need in source.train + source.test):
+            return folder
     looked = " and ".join(str(root / source.folder) for root in roots)
     if not source.downloads:
         raise ValueError(

@@ -134,7 +134,7 @@ class Results:
                 f"{self.path.parent} was deleted, moved or replaced while the experiment was running, and this result "
                 "is not written; go on with --resume where the others are"
             )
-        with _in_words(self.path), self.path.open("ab") as file:
+        with _in_words(self.path, "; what is there is whole, and --resume goes on"), self.path.open("ab") as file:
             file.write(record.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -174,11 +174,11 @@ def open_results(directory: str | Path, config: Mapping[str, Any], *, resume: bo
         ValueError: If another process holds it, it belongs to another experiment, or it cannot be written.
     """
     target = check_directory(directory, resume=resume)
-    with _in_words(target):
+    with _in_words(f"output directory {target}"):
         target.mkdir(parents=True, exist_ok=True)
         lock = (target / _LOCK).open("a")
     with lock:
-        with _in_words(target):
+        with _in_words(f"output directory {target}"):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -190,17 +190,18 @@ def open_results(directory: str | Path, config: Mapping[str, Any], *, resume: bo
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[None]:
+def _in_words(what: str | Path, then: str = "") -> Iterator[None]:
     """Run a block that writes files; a ValueError says where it failed.
 
     Args:
-        path: What is written.
+        what: What is written.
+        then: What more is to be said.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{path} cannot be written: {reason}; what is there is whole, and --resume goes on") from error
+        raise ValueError(f"{what} cannot be written: {reason}{then}") from error
 
 
 def read_results(directory: str | Path) -> list[RunResult]:

@@ -292,7 +292,8 @@ def _few_logits(model: nn.Module, inputs: Tensor) -> Tensor:
 def check_independence(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> None:
     """Check that the losses of two samples do not depend on the others in a batch, as gradients of single samples need.
 
-    A network that is random, and has another loss each time, is not judged.
+    The first ``_SOME`` samples of a batch are looked at. A network that is random, and has another loss each time, is
+    not judged.
 
     Args:
         model: The network, in the mode that the caller wants.

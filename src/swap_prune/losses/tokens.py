@@ -8,6 +8,7 @@ Place in the pipeline: a loss, as :mod:`swap_prune.losses` describes them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,10 @@ def _with_decoder_inputs(model: nn.Module, inputs: Any, labels: Tensor) -> Any:
         return {**inputs, _DECODER_INPUTS[0]: make(labels=labels)}
     config = getattr(model, "config", None)
     start, padding = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    takes = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     if not getattr(config, "is_encoder_decoder", False) or start is None or padding is None:
+        return inputs
+    if _DECODER_INPUTS[0] not in takes:  # the encoder alone, with a head
         return inputs
     shifted = functional.pad(labels[:, :-1], (1, 0), value=start)
     return {**inputs, _DECODER_INPUTS[0]: shifted.masked_fill(shifted == IGNORE_INDEX, padding)}

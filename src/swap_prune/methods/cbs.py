@@ -21,7 +21,6 @@ from swap_prune.fisher.factor import FisherFactor
 from swap_prune.methods.scoring import select_best
 from swap_prune.methods.woodfisher import joint_update
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.regression.swap import spared
 from swap_prune.regression.top_k import Floors, chosen
 
 __all__ = ["CBS", "improve_by_swaps"]
@@ -78,7 +77,8 @@ def improve_by_swaps(
     """Lower S by exchanging a kept and a removed weight at a time.
 
     A round takes the candidates that promise most when looked at alone, on each side, and makes the best swap among
-    them until none lowers S. With at least p candidates every swap is the best one there is.
+    them until none lowers S; with floors, of those that layers can spare as many more. With at least p candidates every
+    swap is the best one that floors allow.
 
     Args:
         factor: G, (n, p).
@@ -99,11 +99,14 @@ def improve_by_swaps(
         residual = factor.matvec(w.masked_fill(kept, 0))
         pull = (w * factor.rmatvec(residual)).double() / n  # w_j g_j . r / n
         removal, comeback = own + pull, own - pull - unit  # change of S when j is removed; when it comes back
-        inside = _least(removal, _removable(removal, kept, floors), candidates)
+        inside = _least(removal, kept, candidates)
+        if floors:
+            inside = torch.cat([inside, _least(removal, _spared(kept, floors), candidates)]).unique()  # type: ignore[no-untyped-call]
         outside = _least(comeback, ~kept, candidates)
         index = torch.cat([inside, outside])
         scaled = (factor.columns(index) * w[index]).double()
-        chosen, made = _swap_among(scaled.T @ scaled / n, own[index], unit[index], pull[index], len(inside))
+        layers = _Layers.of(index, kept, floors)
+        chosen, made = _swap_among(scaled.T @ scaled / n, own[index], unit[index], pull[index], len(inside), layers)
         if made == 0:
             return kept, swaps, done
         kept[index] = chosen
@@ -111,13 +114,45 @@ def improve_by_swaps(
     return kept, swaps, rounds
 
 
-def _removable(removal: Tensor, kept: Tensor, floors: Floors) -> Tensor:
-    """Return which of the kept weights can all be removed at once, the cheapest of each layer, (p,), boolean."""
-    if not floors:
-        return kept
-    support = kept.nonzero().squeeze(1)
-    order = support[removal[support].argsort()]
-    return chosen(order[spared(order, floors, support)], kept)
+@dataclass
+class _Layers:
+    """What layers allow of swaps among m candidates.
+
+    Attributes:
+        number: Of the layer of each candidate, (m,); 0 for those without a floor.
+        spare: How many weights each layer keeps beyond its floor; the first entry is never used up.
+    """
+
+    number: Tensor
+    spare: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, kept: Tensor, floors: Floors) -> _Layers:
+        """Look at candidates, by their indices."""
+        number, spare = torch.zeros(len(index), dtype=torch.int64, device="cpu"), [len(kept)]
+        for layer, (place, least) in enumerate(floors, start=1):
+            number[((index >= place.start) & (index < place.stop)).cpu()] = layer
+            spare.append(int(kept[place].sum()) - least)
+        return cls(number, torch.tensor(spare, device="cpu"))
+
+    def refuse(self, leaving: Tensor, entering: Tensor) -> Tensor:
+        """Return which pairs would leave a layer fewer weights than its floor, (leaving, entering), boolean."""
+        needed = self.spare[self.number[leaving]] < 1
+        return needed[:, None] & (self.number[leaving][:, None] != self.number[entering])
+
+    def exchange(self, leaving: int, entering: int) -> None:
+        """Count a swap."""
+        self.spare[self.number[leaving]] -= 1
+        self.spare[self.number[entering]] += 1
+
+
+def _spared(kept: Tensor, floors: Floors) -> Tensor:
+    """Return which of the kept weights are of no layer at its floor, (p,), boolean."""
+    free = kept.clone()
+    for place, least in floors:
+        if int(kept[place].sum()) <= least:
+            free[place] = False
+    return free
 
 
 def _least(values: Tensor, among: Tensor, count: int) -> Tensor:
@@ -126,7 +161,9 @@ def _least(values: Tensor, among: Tensor, count: int) -> Tensor:
     return torch.topk(values.masked_fill(~among, torch.inf), count, largest=False).indices
 
 
-def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: int) -> tuple[Tensor, int]:
+def _swap_among(
+    cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: int, layers: _Layers
+) -> tuple[Tensor, int]:
     """Make the best swap among m candidates until none lowers S, m swaps at the most: rounding lowers S for ever.
 
     Args:
@@ -135,6 +172,7 @@ def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: 
         unit: ``c w_j^2``, (m,).
         pull: ``w_j g_j . r / n``, (m,).
         inside: Number of candidates that are kept; they come first.
+        layers: What floors allow; it counts the swaps.
 
     Returns:
         Which are kept now, (m,), boolean, and the number of swaps.
@@ -144,6 +182,7 @@ def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: 
     swaps = 0
     while len(removed) and len(kept) and swaps < len(own):
         change = (own + pull)[kept, None] + (own - pull - unit)[removed] - cross[kept][:, removed]
+        change = change.masked_fill(layers.refuse(kept, removed).to(change.device), torch.inf)
         best = int(change.argmin())
         a, b = divmod(best, len(removed))
         if not float(change[a, b]) < least:
@@ -151,5 +190,6 @@ def _swap_among(cross: Tensor, own: Tensor, unit: Tensor, pull: Tensor, inside: 
         i, j = int(kept[a]), int(removed[b])
         pull = pull + cross[:, i] - cross[:, j]
         kept[a], removed[b] = j, i
+        layers.exchange(i, j)
         swaps += 1
     return chosen(kept.to(own.device), own), swaps

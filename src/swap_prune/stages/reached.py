@@ -10,7 +10,7 @@ Place in the pipeline: before the first capture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
             "would be zero: let forward() use module.weight in place of a list of its own; prune a network before it "
             "is wrapped, as by FSDP; or leave such weights out with ignore="
         )
+    del own, other, shares
     hidden = _hidden(model, selection, loss_fn, few)
     if hidden:
         raise ValueError(
@@ -82,25 +83,53 @@ def check_reached(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
 
 
 def _hidden(model: nn.Module, selection: Selection, loss_fn: LossFn, few: Any) -> list[str]:
-    """Return the selected parameters whose gradients are zero where the selected ones alone ask for some."""
+    """Return the selected parameters whose gradients are zero where the selected ones alone ask for some.
+
+    A backward pass as in training is made only where there are such; not where it would reach tensors that are not the
+    network's parameters, whose own gradients it would change.
+    """
+    try:
+        with eval_mode(model), torch.enable_grad():
+            losses, leaves = Bound(model, loss_fn).with_leaves(selection, few)
+            known = {id(leaf) for leaf in (*leaves, *model.parameters())}
+            others = any(id(leaf) not in known for leaf in _leaves_of(losses))
+            gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    except Exception as error:  # said where gradients are taken
+        pass_on_shortage(error)
+        return []
+    found = [gradient is not None and bool(dense(gradient).any()) for gradient in gradients]
+    silent = [name for name, some in zip(selection.names, found, strict=True) if not some]
+    if others or not silent:
+        return []
+    del losses, leaves, gradients
+    trained = {
+        f"model.{name}": p.detach().requires_grad_(p.requires_grad or name in silent)
+        for name, p in model.named_parameters()
+        if p.is_floating_point() or p.is_complex()
+    }
 
     def forth_and_back(model: nn.Module, batch: Any) -> Tensor:
         losses = loss_fn(model, batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 
-    parameters = model.named_parameters()
-    trained = {f"model.{name}": p.detach().requires_grad_() for name, p in parameters if p.is_floating_point()}
     try:
         with eval_mode(model), torch.enable_grad():
-            losses, leaves = Bound(model, loss_fn).with_leaves(selection, few)
-            alone = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
             functional_call(Bound(model, forth_and_back), trained, (few,))
-    except Exception as error:  # said where gradients are taken
-        pass_on_shortage(error)
+    except Exception:  # it is only a look
         return []
-    names = [
-        name for name, own in zip(selection.names, alone, strict=True) if own is None or not bool(dense(own).any())
-    ]
-    gradients = {name: trained[f"model.{name}"].grad for name in names}
-    return [name for name, gradient in gradients.items() if gradient is not None and bool(dense(gradient).any())]
+    seen = {name: trained[f"model.{name}"].grad for name in silent}
+    return [name for name, gradient in seen.items() if gradient is not None and bool(dense(gradient).any())]
+
+
+def _leaves_of(losses: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a backward pass would give gradients."""
+    nodes, seen = [losses.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [one for one, _ in node.next_functions]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from swap_prune.defences import DEFENCES
 from swap_prune.distributed import Team, local_count, team_of
@@ -89,15 +90,29 @@ def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
     return {"asked": asked, "used": held.kind} | {name: getattr(held, name) for name in names}
 
 
-def agree(team: Team, model: nn.Module, request: Request, recorded: dict[str, Any] | None) -> None:
-    """Make sure that all processes were asked for the same.
+def agree(
+    team: Team | None,
+    model: nn.Module,
+    request: Request,
+    recorded: dict[str, Any] | None,
+    checkpoint: str | Path | None,
+) -> None:
+    """Make sure that all processes that share G were asked for the same, of a network that does not wait for others.
 
     Raises:
         ValueError: If they were not.
     """
+    if team is None:
+        return
+    if isinstance(model, DistributedDataParallel) and model.broadcast_buffers and team.size > 1 and [*model.buffers()]:
+        raise ValueError(
+            "DistributedDataParallel sends buffers around at each forward pass, of which processes that share G do not "
+            "make as many: pass model.module, the network in it, or make it with broadcast_buffers=False"
+        )
     compared = dict(request.settings, noise=None)  # that may hold any object
-    team.agree("settings", repr((compared, dict(request.selection.shapes), request.seed)))
-    team.agree("weights", model.state_dict())
+    asked = (compared, dict(request.selection.shapes), request.seed, checkpoint is not None)
+    team.agree("settings", repr(asked))
+    team.agree("weights", {**dict(model.named_buffers()), **model.state_dict()})
     team.agree("storage, found by the free memory of each (memory= gives a budget)", repr(recorded))
 
 

@@ -38,8 +38,8 @@ def note_pruned(model: nn.Module, names: Iterable[str]) -> None:
         model: The network, as it is now.
         names: Of the parameters that have zeros.
     """
-    parameters = dict(model.named_parameters())
-    pruned = {id(parameters[name]) for name in names}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    pruned = {id(parameters[name]) for name in names if name in parameters}
     for keeper in list(_LIVE):
         keeper.note(pruned)
 
