@@ -364,8 +364,8 @@ def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp
 def test_a_terminal_that_closes_ends_a_command_in_words_unless_that_is_ignored(ignored: bool) -> None:
     code = (
         "import os, signal; from swap_prune import console; "
-        + "signal.signal(signal.SIGHUP, signal.SIG_IGN); " * ignored  # as nohup does
-        + "raise SystemExit(console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)))"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'}); "  # as nohup does, or a terminal
+        "raise SystemExit(console.run(lambda: os.kill(os.getpid(), signal.SIGHUP)))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     words = "swap-prune: error: ended by SIGHUP; files that were written are complete\n"
