@@ -248,18 +248,20 @@ def test_the_mask_is_that_of_one_process_without_a_group(name: str, folder: Path
     assert min(same) > 0.9
 
 
-def test_an_error_on_one_process_ends_the_other(folder: Path) -> None:
-    kind, text, _ = torch.load(folder / "error-1.pt")
-    assert kind == "ValueError" and "out of luck" in text
-    kind, text, seconds = torch.load(folder / "error-0.pt")
-    assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
-
-
-def test_a_process_that_is_refused_before_it_asks_the_others_ends_them(folder: Path) -> None:
-    kind, text, _ = torch.load(folder / "early-1.pt")
-    assert kind == "ValueError" and "sparsity must lie in [0, 1)" in text
-    kind, text, seconds = torch.load(folder / "early-0.pt")
-    assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        ("error", "ValueError", "out of luck"),
+        ("early", "ValueError", "sparsity must lie in [0, 1)"),
+        ("end", "OSError", "No space left"),
+    ],
+)
+def test_what_fails_on_one_process_ends_the_other(case: str, kind: str, words: str, folder: Path) -> None:
+    """In the middle, before it asks the others for anything, and at the last moment: neither is left pruned."""
+    own, text, _ = torch.load(folder / f"{case}-1.pt")
+    assert own == kind and words in text
+    own, text, seconds = torch.load(folder / f"{case}-0.pt")
+    assert own == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
 
 
 def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(folder: Path) -> None:
@@ -267,13 +269,6 @@ def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(folder: 
     assert (kind, text) == ("ValueError", "G cannot be held")
     kind, text, seconds = torch.load(folder / "room-0.pt")
     assert (kind, text) == ("ValueError", "process 1 of 2: G cannot be held") and seconds < 10
-
-
-def test_none_is_left_pruned_where_one_fails_at_the_last_moment(folder: Path) -> None:
-    kind, text, _ = torch.load(folder / "end-1.pt")
-    assert kind == "OSError" and "No space left" in text
-    kind, text, seconds = torch.load(folder / "end-0.pt")
-    assert kind == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
 
 
 def test_what_would_make_processes_wait_for_each_other_is_refused_by_all(folder: Path) -> None:

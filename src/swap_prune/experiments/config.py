@@ -258,11 +258,9 @@ class Experiment(_Table):
     @classmethod
     def _by_name(cls, methods: Any) -> Any:
         """Take a name alone for a method with its default settings."""
-        return (
-            [{"name": one} if isinstance(one, str) else one for one in methods]
-            if isinstance(methods, list)
-            else methods
-        )
+        if not isinstance(methods, list):
+            return methods
+        return [{"name": one} if isinstance(one, str) else one for one in methods]
 
     @field_validator("methods")
     @classmethod

@@ -10,7 +10,7 @@ and the update problem (CBS-U) is the joint optimal-brain-surgeon update. S know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -99,14 +99,14 @@ def improve_by_swaps(
         residual = factor.matvec(w.masked_fill(kept, 0))
         pull = (w * factor.rmatvec(residual)).double() / n  # w_j g_j . r / n
         removal, comeback = own + pull, own - pull - unit  # change of S when j is removed; when it comes back
-        inside = _least(removal, kept, candidates)
+        inside, layers = _least(removal, kept, candidates), _Layers.of(kept, floors)
         if floors:
-            inside = torch.cat([inside, _least(removal, _spared(kept, floors), candidates)]).unique()  # type: ignore[no-untyped-call]
+            inside = torch.cat([inside, _least(removal, layers.spared(kept), candidates)]).unique()  # type: ignore[no-untyped-call]
         outside = _least(comeback, ~kept, candidates)
         index = torch.cat([inside, outside])
         scaled = (factor.columns(index) * w[index]).double()
-        layers = _Layers.of(index, kept, floors)
-        chosen, made = _swap_among(scaled.T @ scaled / n, own[index], unit[index], pull[index], len(inside), layers)
+        parts = own[index], unit[index], pull[index]
+        chosen, made = _swap_among(scaled.T @ scaled / n, *parts, len(inside), layers.among(index))
         if made == 0:
             return kept, swaps, done
         kept[index] = chosen
@@ -116,43 +116,51 @@ def improve_by_swaps(
 
 @dataclass
 class _Layers:
-    """What layers allow of swaps among m candidates.
+    """What layers allow of swaps.
 
     Attributes:
-        number: Of the layer of each candidate, (m,); 0 for those without a floor.
-        spare: How many weights each layer keeps beyond its floor; the first entry is never used up.
+        floors: Layers of which so many weights are kept at least.
+        spare: How many each keeps beyond that, (layers + 1,); the last entry, of all other weights, is never used up.
+        number: Of the layer of each candidate, (m,), where there are some.
     """
 
-    number: Tensor
+    floors: Floors
     spare: Tensor
+    number: Tensor
 
     @classmethod
-    def of(cls, index: Tensor, kept: Tensor, floors: Floors) -> _Layers:
-        """Look at candidates, by their indices."""
-        number, spare = torch.zeros(len(index), dtype=torch.int64, device="cpu"), [len(kept)]
-        for layer, (place, least) in enumerate(floors, start=1):
-            number[((index >= place.start) & (index < place.stop)).cpu()] = layer
-            spare.append(int(kept[place].sum()) - least)
-        return cls(number, torch.tensor(spare, device="cpu"))
+    def of(cls, kept: Tensor, floors: Floors) -> _Layers:
+        """Look at a kept set, (p,), boolean."""
+        spare = [int(kept[place].sum()) - least for place, least in floors]
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        return cls(floors, torch.tensor([*spare, len(kept)], device="cpu"), none)
 
-    def refuse(self, leaving: Tensor, entering: Tensor) -> Tensor:
-        """Return which pairs would leave a layer fewer weights than its floor, (leaving, entering), boolean."""
+    def spared(self, kept: Tensor) -> Tensor:
+        """Return which of the kept weights are of no layer at its floor, (p,), boolean."""
+        free = kept.clone()
+        for (place, _), spare in zip(self.floors, self.spare.tolist(), strict=False):  # all but the last
+            free[place] &= spare > 0
+        return free
+
+    def among(self, index: Tensor) -> _Layers:
+        """Return the same for candidates, by their indices."""
+        number = torch.full((len(index),), len(self.floors), device="cpu")
+        for layer, (place, _) in enumerate(self.floors):
+            number[((index >= place.start) & (index < place.stop)).cpu()] = layer
+        return replace(self, number=number)
+
+    def barred(self, change: Tensor, leaving: Tensor, entering: Tensor) -> Tensor:
+        """Return what pairs change, (leaving, entering), infinity where a layer would keep fewer than its floor."""
         needed = self.spare[self.number[leaving]] < 1
-        return needed[:, None] & (self.number[leaving][:, None] != self.number[entering])
+        if not bool(needed.any()):
+            return change
+        less = needed[:, None] & (self.number[leaving][:, None] != self.number[entering])
+        return change.masked_fill(less.to(change.device), torch.inf)
 
     def exchange(self, leaving: int, entering: int) -> None:
         """Count a swap."""
         self.spare[self.number[leaving]] -= 1
         self.spare[self.number[entering]] += 1
-
-
-def _spared(kept: Tensor, floors: Floors) -> Tensor:
-    """Return which of the kept weights are of no layer at its floor, (p,), boolean."""
-    free = kept.clone()
-    for place, least in floors:
-        if int(kept[place].sum()) <= least:
-            free[place] = False
-    return free
 
 
 def _least(values: Tensor, among: Tensor, count: int) -> Tensor:
@@ -182,7 +190,7 @@ def _swap_among(
     swaps = 0
     while len(removed) and len(kept) and swaps < len(own):
         change = (own + pull)[kept, None] + (own - pull - unit)[removed] - cross[kept][:, removed]
-        change = change.masked_fill(layers.refuse(kept, removed).to(change.device), torch.inf)
+        change = layers.barred(change, kept, removed)
         best = int(change.argmin())
         a, b = divmod(best, len(removed))
         if not float(change[a, b]) < least:

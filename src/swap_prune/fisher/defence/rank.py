@@ -29,7 +29,7 @@ def low_rank_rows(rows: Tensor, rank: int) -> Tensor:
         return low_rank_rows(rows.transpose(1, 2), rank).transpose(1, 2)
     scaled, exponent = _scaled(rows)
     basis = _leading_basis(scaled, rank)
-    return torch.ldexp(basis, exponent).to(basis) @ (basis.transpose(1, 2) @ scaled)
+    return _times_power(basis, exponent) @ (basis.transpose(1, 2) @ scaled)
 
 
 def leading_singular_triples(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,7 @@ def leading_singular_triples(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     scaled, exponent = _scaled(rows)
     basis = _leading_basis(scaled, rank)
     inner, s, v = torch.linalg.svd(basis.transpose(1, 2) @ scaled, full_matrices=False)
-    return basis @ inner, torch.ldexp(s, exponent.squeeze(2)).to(s), v.transpose(1, 2)
+    return basis @ inner, _times_power(s, exponent.squeeze(2)), v.transpose(1, 2)
 
 
 def energies(matrices: Tensor) -> tuple[float, float]:
@@ -69,8 +69,13 @@ def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return matrices of entries up to 1, and the powers of two (n, 1, 1) that make them what they were."""
     largest = torch.linalg.vector_norm(rows, torch.inf, (1, 2), keepdim=True)
     exponent = torch.frexp(largest).exponent.clamp(-_EXPONENT, _EXPONENT)
-    unit = torch.ldexp(torch.ones_like(largest), -exponent).to(rows)  # torch before 2.9 takes the default dtype
+    unit = _times_power(torch.ones_like(largest), -exponent)
     return rows * unit, exponent  # the fourth power of one may be no number
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """Return ``x 2^exponent`` in the precision of x; torch before 2.9 takes the default dtype."""
+    return torch.ldexp(x, exponent).to(x)
 
 
 def _leading_basis(rows: Tensor, rank: int) -> Tensor:
