@@ -14,7 +14,7 @@ LEVELS = (  # a module or package imports from lower levels, and from itself
     ("files", "process_memory", "schedule"),
     ("samples",),
     ("distributed", "network"),
-    ("losses", "selection"),
+    ("losses", "meeting", "selection"),
     ("surgery",),
     ("fisher", "weights_file"),
     ("regression", "training"),

@@ -31,11 +31,12 @@ __all__ = [
     "PARTS",
     "EndedByAnother",
     "Team",
-    "all_or_none",
     "is_first",
     "launched",
     "local_count",
+    "lost",
     "own_device",
+    "patience",
     "process_count",
     "team_of",
 ]
@@ -130,7 +131,26 @@ class Team:
         """
         numbers = list(_digest(value))
         seen = self.gather(torch.tensor(numbers, dtype=torch.int32, device=self.device))
-        others = [rank for rank, one in enumerate(seen) if not torch.equal(one, seen[0])]
+        self._refuse(what, [rank for rank, one in enumerate(seen) if not torch.equal(one, seen[0])])
+
+    def agree_within(self, what: str, own: Tensor, rtol: float = 1e-2) -> None:
+        """Check that all ranks have nearly the same numbers: machines may round in their own ways.
+
+        Args:
+            what: Their name.
+            own: Those of this rank; of one shape on all.
+            rtol: How far they may be apart, as a share of the largest.
+
+        Raises:
+            ValueError: On every rank, if they have not.
+        """
+        seen = self.gather(own.detach().to(self.device, torch.float64))
+        far = rtol * float(seen[0].nan_to_num(0, 0, 0).abs().max())
+        alike = [torch.allclose(one, seen[0], rtol=0, atol=far, equal_nan=True) for one in seen]
+        self._refuse(what, [rank for rank, same in enumerate(alike) if not same])
+
+    def _refuse(self, what: str, others: list[int]) -> None:
+        """Raise an error if other ranks have not the same of something as the first."""
         if others:
             raise ValueError(
                 f"the {self.size} processes must have the same {what}, but process {others[0]} differs from process 0; "
@@ -223,7 +243,7 @@ def lost(rank: int, size: int, error: Exception) -> ConnectionError:
     reason = " ".join(str(error).split())[:150]
     return ConnectionError(
         f"process {rank} of {size} lost the others: one of them failed, was ended, or did not answer for "
-        f"{_timeout().total_seconds():.0f} s (SWAP_PRUNE_TIMEOUT); its own output has the cause. ({reason})"
+        f"{patience().total_seconds():.0f} s (SWAP_PRUNE_TIMEOUT); its own output has the cause. ({reason})"
     )
 
 
@@ -271,9 +291,7 @@ def team_of(device: torch.device) -> Iterator[Team]:
         raise ValueError(f"storage 'sharded' is for {PARTS} processes at the most, got {size}; start fewer")
     rank, cuda = dist.get_rank(), device.type == "cuda" and dist.is_nccl_available()
     try:
-        if dist.get_backend() == "gloo":
-            dist.barrier()  # with the patience of the group: processes may start minutes apart
-        group = dist.new_group(timeout=_timeout(), backend="nccl" if cuda else "gloo")
+        group = dist.new_group(timeout=patience(), backend="nccl" if cuda else "gloo")
     except RuntimeError as error:
         pass_on_shortage(error)
         raise lost(rank, size, error) from error
@@ -282,39 +300,6 @@ def team_of(device: torch.device) -> Iterator[Team]:
     finally:
         with suppress(RuntimeError, ValueError):  # what has failed may refuse to be ended
             dist.destroy_process_group(group)
-
-
-@contextmanager
-def all_or_none(shared: bool) -> Iterator[None]:
-    """Run a block that all processes of the group run, and that may fail in some of them; then it fails in all.
-
-    Args:
-        shared: Whether the others run it too; else nothing is asked.
-
-    Raises:
-        ValueError: If it failed in another process.
-        ConnectionError: If another process is gone.
-    """
-    if not shared or process_count() < 2 or dist.get_backend() != "gloo":
-        yield
-        return
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    reasons: list[str | None] = [None] * process_count()
-    try:
-        dist.all_gather_object(reasons, None if failure is None else str(failure))
-    except RuntimeError as error:
-        if failure is None:
-            pass_on_shortage(error)
-            raise lost(dist.get_rank(), len(reasons), error) from error
-    if failure is not None:
-        raise failure
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise ValueError(f"process {rank} of {len(reasons)}: {reason}")
 
 
 @contextmanager
@@ -356,7 +341,8 @@ def _fails_first(store: Any, rank: int) -> bool:
         return True
 
 
-def _timeout() -> timedelta:
+def patience() -> timedelta:
+    """Return how long a process that does not answer is waited for."""
     text = os.environ.get("SWAP_PRUNE_TIMEOUT", str(_TIMEOUT))
     try:
         seconds = float(text)

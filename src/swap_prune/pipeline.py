@@ -22,8 +22,9 @@ from torch import nn
 
 from swap_prune.artifact import check_dense
 from swap_prune.checks import user_path
-from swap_prune.distributed import all_or_none, is_first, local_count
+from swap_prune.distributed import is_first, local_count
 from swap_prune.losses import LossFn
+from swap_prune.meeting import all_or_none
 from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.scratch import scratch_directory
 from swap_prune.methods import Method
@@ -163,31 +164,33 @@ def prune(
         ConnectionError: If another process of the group failed or is gone.
     """
     started = time.perf_counter()
-    request = check_request(
-        model,
-        sparsity=sparsity,
-        method=method,
-        loss_fn=loss_fn,
-        targets=targets,
-        ignore=ignore,
-        samples=samples,
-        stages=stages,
-        schedule=schedule,
-        min_keep=min_keep,
-        pattern=pattern,
-        recalibrate_batchnorm=recalibrate_batchnorm,
-        finetune=finetune,
-        noise=noise,
-        defence=defence,
-        storage="mapped" if keep_rows and storage == "auto" else storage,
-        seed=seed,
-    )
-    if keep_rows:
-        with suppress(OSError):  # which the plan will word
-            check_keepable(request, scratch).mkdir(parents=True, exist_ok=True)
-    place, data = _place(model, device), calibrating(data, recalibration_data, request)
-    earlier = None if checkpoint is None else kept_storage(checkpoint)
-    with all_or_none(request.storage == "sharded" and request.solver.needs_gradients):
+    wanted = "mapped" if keep_rows and storage == "auto" else storage
+    with all_or_none(wanted in ("auto", "sharded")) as meeting:
+        request = check_request(
+            model,
+            sparsity=sparsity,
+            method=method,
+            loss_fn=loss_fn,
+            targets=targets,
+            ignore=ignore,
+            samples=samples,
+            stages=stages,
+            schedule=schedule,
+            min_keep=min_keep,
+            pattern=pattern,
+            recalibrate_batchnorm=recalibrate_batchnorm,
+            finetune=finetune,
+            noise=noise,
+            defence=defence,
+            storage=wanted,
+            seed=seed,
+        )
+        if keep_rows:
+            with suppress(OSError):  # which the plan will word
+                check_keepable(request, scratch).mkdir(parents=True, exist_ok=True)
+        place, data = _place(model, device), calibrating(data, recalibration_data, request)
+        earlier = None if checkpoint is None else kept_storage(checkpoint)
+        meeting.shared = request.storage == "sharded" and request.solver.needs_gradients
         held, notes = settle_storage(model, data, request, place, memory, scratch, earlier)
     held = replace(held, kept=user_path(scratch) if keep_rows and scratch is not None else None)
     recorded = recorded_storage(storage, held) if request.solver.needs_gradients else None

@@ -217,6 +217,9 @@ class StageRunner:
         in_batches = rows_in_batches(self.request, fitting)
         rows = RowCapture(self.model, self.request, self.storage, number, in_batches)
         capture, reused = rows.capture(self.disturb(weights, self.noise_generator), fitting, advance)
+        if self.storage.team is not None and number == 1:
+            with eval_mode(self.model), torch.no_grad():
+                self.storage.team.agree_within("losses", run_loss(self.model, fitting[0], self.request.loss))
         silent: list[str] = []
         if isinstance(capture.factor, DenseFactor):
             silent = without_gradient(capture.factor, self.request.selection)
