@@ -152,7 +152,7 @@ def prune(
             same data, goes on after the last one that was finished, and ends in the same bytes. It stays there.
         seed: Seed of the run's own random state; the global one is neither read nor changed.
         device: Where to compute; the model is moved there. By default where it is.
-        progress: Show progress on standard error.
+        progress: Show progress: on standard error where that is a terminal, and in notebooks with ipywidgets.
 
     Returns:
         The report; ``report.save(directory)`` writes the pruned model.

@@ -91,19 +91,23 @@ class WatchedLosses:
     Args:
         losses: Maps weights w (p,) and a kept set (p,) to losses, (n_v,).
         loss_fn: What they are computed by.
+        tell: Called for each candidate.
 
     Attributes:
         share_of_largest: Its share; None: none has.
     """
 
-    def __init__(self, losses: Callable[[Tensor, Tensor], Tensor], loss_fn: LossFn) -> None:
-        self._losses, self._loss_fn = losses, loss_fn
+    def __init__(
+        self, losses: Callable[[Tensor, Tensor], Tensor], loss_fn: LossFn, tell: Callable[[], None] = lambda: None
+    ) -> None:
+        self._losses, self._loss_fn, self._tell = losses, loss_fn, tell
         self._least = math.inf
         self.share_of_largest: float | None = None
 
     def __call__(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Return the losses of a candidate."""
         found = self._losses(weights, kept)
+        self._tell()
         mean = float(found.double().mean())
         if mean < self._least and not bool(kept.all()):  # the dense network may have learned an odd target
             self._least, self.share_of_largest = mean, share_of_largest(found, self._loss_fn)

@@ -159,7 +159,7 @@ class StageRunner:
             samples, loss, defence = len(losses), float(losses.double().mean()), defended.defence
             slopes = forked_generator(self.request.seed, f"slopes {number}")
             trials, rate = self._trials(fitting, spare, defended, slopes)
-            watched = WatchedLosses(trials.losses, self.request.loss)
+            watched = WatchedLosses(trials.losses, self.request.loss, shown.try_one)
             problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
             compares = self.request.compares_rows and self.storage.compares_rows and defended.is_clean
             if compares and rows_in_batches(self.request, fitting):
@@ -171,6 +171,7 @@ class StageRunner:
             weights = self.disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
+        shown.choose()
         solution = self._solution(problem, number)
         few = few_classes(self.model, self.request.loss, fitting) if fitting else None
         findings = replace(findings, few_classes=few, passes=self._let_go(problem.factor))
