@@ -76,8 +76,8 @@ class _Fitted(NamedTuple):
 
 
 def _with_weights(fit: SparseFit, weights: Tensor) -> SparseFit:
-    """Return a fit and its refit with weights that are held otherwise, and without a system, which is large."""
-    refit = None if fit.refit is None else replace(fit.refit, weights=weights, system=None)
+    """Return a fit and its refit with weights that are held otherwise, and without systems, which are large."""
+    refit = None if fit.refit is None else replace(fit.refit, weights=weights, normal=None, system=None)
     return replace(fit, weights=weights, refit=refit)
 
 

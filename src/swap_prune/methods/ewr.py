@@ -166,7 +166,7 @@ class EWR:
                 regression,
                 len(fit.support),
                 start=fit.support,
-                previous=None if fit.refit is None else fit.refit.gram,
+                previous=None if fit.refit is None else fit.refit.known,
                 max_iterations=self.iterations,
             )
         return fit, converged

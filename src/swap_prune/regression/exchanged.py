@@ -6,6 +6,10 @@ Then no weight is needed to know Q at its minimum on the support, and no pass ov
     Q = n lam/2 (r^T v + sum over dropped of m_j w_bar_j^2)
     K + C diag(+-1/m) C^T,      r - C (+- w_bar),      C the columns that leave (-) and enter (+)
 
+For k <= n the same is known of the k equations of the weights themselves, of which most stay as they were::
+
+    Q = 1/2 (r^T S r - d^T G_s^T S r + n lam sum over dropped of m_j w_bar_j^2)
+
 Place in the pipeline: what swaps (:mod:`swap_prune.regression.swap`) try.
 """
 
@@ -17,10 +21,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from swap_prune.regression.normal import NormalMatrix, smoothed
 from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
 from swap_prune.regression.square import SquareSystem
 
-__all__ = ["DirectFit", "DualFit", "fit_behind"]
+__all__ = ["DirectFit", "DualFit", "KnownFit", "PrimalFit", "fit_behind"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,53 @@ class DualFit:
 
 
 @dataclass(frozen=True)
+class PrimalFit:
+    """The minimiser of Q on a support of at most n weights, as their own system knows it.
+
+    Attributes:
+        problem: The regression.
+        normal: The support, and what its system is made of.
+        drift: ``m_j w_bar_j^2``, summed over all weights, float64, ().
+    """
+
+    problem: WeightedRidge
+    normal: NormalMatrix
+    drift: Tensor
+
+    @property
+    def support(self) -> Tensor:
+        """Indices of the kept weights, (k,)."""
+        return self.normal.support
+
+    @cached_property
+    def solved(self) -> tuple[SquareSystem, Tensor, Tensor]:
+        """The system, r, (n,), and d, (k,)."""
+        return self.problem.solve_normal(self.normal)
+
+    @cached_property
+    def value(self) -> float:
+        """Q."""
+        _, residual, change = self.solved
+        pull = smoothed(residual, self.problem.smoothing)
+        dropped = self.drift - _drift(self.problem, self.support)
+        fit = torch.dot(residual - change @ self.normal.columns, pull)
+        return 0.5 * float(fit + self.problem.penalty * dropped)
+
+    def exchanged(self, leaving: Tensor, entering: Tensor, columns: Tensor | None = None) -> PrimalFit:
+        """Return the fit after an exchange; see :meth:`DualFit.exchanged`."""
+        del columns  # they are copied as float64
+        support = exchanged_support(self.support, leaving, entering)
+        normal = NormalMatrix.of(self.problem.factor, support, self.problem.smoothing, self.normal)
+        return replace(self, normal=normal)
+
+    def refit(self) -> Refit:
+        """Return the refit."""
+        return self.problem.normal_refit(self.normal, *self.solved)
+
+
+@dataclass(frozen=True)
 class DirectFit:
-    """A fit whose support is refitted, from its columns, to be judged.
+    """A fit whose support is refitted to be judged, for its system of n equations cannot be told from a singular one.
 
     Attributes:
         problem: The regression.
@@ -112,7 +162,7 @@ class DirectFit:
 
     def exchanged(self, leaving: Tensor, entering: Tensor, columns: Tensor | None = None) -> DirectFit:
         """Return the fit after an exchange."""
-        del columns  # all of the support are needed
+        del columns  # they would be of no use
         support = exchanged_support(self.support, leaving, entering)
         return DirectFit(self.problem, support, self.problem.refit(support, self.known.gram))
 
@@ -136,11 +186,24 @@ def exchanged_support(support: Tensor, leaving: Tensor, entering: Tensor) -> Ten
     return torch.empty_like(support).index_copy_(0, places, entering).masked_scatter_(is_old, staying)
 
 
-def fit_behind(problem: WeightedRidge, support: Tensor, refit: Refit) -> DualFit | DirectFit:
-    """Return what can be exchanged of a refit: the dual system where one was solved."""
+KnownFit = PrimalFit | DualFit | DirectFit
+
+
+def fit_behind(problem: WeightedRidge, support: Tensor, refit: Refit) -> KnownFit:
+    """Return what can be exchanged of a refit: the system that was solved."""
+    if len(support) <= problem.factor.shape[0]:
+        normal = refit.normal or NormalMatrix.of(problem.factor, support, problem.smoothing)
+        return PrimalFit(problem, normal, _drift(problem))
     if refit.gram is None or refit.dual is None or refit.fitted is None:
         return DirectFit(problem, support, refit)
     residual = (problem.target - refit.fitted + refit.gram.matrix @ refit.dual).double()
-    weight = problem.reference.square().mul_(problem.metric)
-    dropped = weight.sum(dtype=torch.float64) - weight[support].sum(dtype=torch.float64)
+    dropped = _drift(problem) - _drift(problem, support)
     return DualFit(problem, refit.gram, residual, refit.dual.double(), dropped, refit.system)
+
+
+def _drift(problem: WeightedRidge, support: Tensor | None = None) -> Tensor:
+    """Return ``m_j w_bar_j^2``, summed over a support or all weights, float64, ()."""
+    reference, metric = problem.reference, problem.metric
+    if support is not None:
+        reference, metric = reference[support], metric[support]
+    return (reference.square() * metric).sum(dtype=torch.float64)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swap_prune.regression.normal import NormalMatrix
 from swap_prune.regression.objective import Refit, ScaledGram, WeightedRidge
 from swap_prune.regression.top_k import chosen, top_k
 
@@ -71,7 +72,7 @@ def solve_sparse(
     keep: int,
     *,
     start: Tensor | None = None,
-    previous: ScaledGram | None = None,
+    previous: ScaledGram | NormalMatrix | None = None,
     max_iterations: int = 10,
     swaps_follow: bool = False,
 ) -> SparseFit:
@@ -81,7 +82,7 @@ def solve_sparse(
         problem: The regression.
         keep: k, ``1 <= k <= p``.
         start: Indices of a first support, (k,); by default the end of the path.
-        previous: The Gram matrix of an earlier refit of the same factor and metric, on a support near the first one or
+        previous: What is known of an earlier refit of the same factor and metric, on a support near the first one or
             near that of the path; it is up- and downdated in place of being computed anew.
         max_iterations: Gradient steps tried; with 0, the first support is all that is wanted.
         swaps_follow: Whether the caller swaps weights then. No gradient step is tried after a path with refits.
@@ -103,7 +104,7 @@ def solve_sparse(
         gradient, refit = problem.gradient_of(refit), refit.lighter()
         candidate = _next_support(problem, refit.weights, gradient, keep)
         del gradient
-        tried = problem.refit(candidate, refit.gram)
+        tried = problem.refit(candidate, refit.known)
         tried_value = problem.value_of(tried)
         if tried_value < value - _RELATIVE_GAIN * abs(value):
             support, refit, value = candidate, tried, tried_value
@@ -115,18 +116,18 @@ def solve_sparse(
 
 
 def shrink_support(
-    problem: WeightedRidge, keep: int, previous: ScaledGram | None = None
-) -> tuple[Tensor, ScaledGram | None, ScaledGram | None]:
+    problem: WeightedRidge, keep: int, previous: ScaledGram | NormalMatrix | None = None
+) -> tuple[Tensor, ScaledGram | NormalMatrix | None, ScaledGram | None]:
     """Follow the path from about ``_PATH_START`` of the weights down to ``keep`` of them.
 
     Args:
         problem: The regression.
         keep: k, ``1 <= k <= p``.
-        previous: The Gram matrix of another path's first refit, of the same factor and metric.
+        previous: What is known of another path's first refit, of the same factor and metric.
 
     Returns:
-        Indices of the support, (k,), in increasing order, and the Gram matrices of the path's last refit, if there was
-        one, and of the first, unless it began with another's.
+        Indices of the support, (k,), in increasing order; what is known of the path's last refit, if there was one; and
+        the Gram matrix of the first, if it has one that is not another's.
     """
     w, known, beginning = problem.reference, previous, None
     sizes = path_sizes(w, keep)
@@ -135,10 +136,10 @@ def shrink_support(
         if step < len(sizes):
             del w  # as large as p, and not asked for any more
             refit = problem.refit(support, known)
-            w, known = refit.weights, refit.gram
-            del refit
+            w, known = refit.weights, refit.known
             if step == 1 and previous is None:
-                beginning = known
+                beginning = refit.gram
+            del refit
     return support, known, beginning
 
 

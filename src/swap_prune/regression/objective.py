@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import FisherFactor
 from swap_prune.regression.conjugate import DualSystem, symmetric_root
+from swap_prune.regression.normal import NormalMatrix, smoothed
 from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.square import SquareSystem, solve_square
 from swap_prune.regression.top_k import Floors
@@ -44,20 +45,27 @@ class Refit:
     Attributes:
         weights: w, (p,), zero outside the support.
         gram: The Gram matrix behind it, or None where the k x k system was solved, or none was formed.
+        normal: What the k x k system was made of, where that was solved.
         fitted: ``G w``, (n,), where solving gave it.
         dual: v with ``S (G w - t) = -n lam v``, (n,), where it was solved for.
         pulled: ``G^T v``, (p,), of which the gradient is made; None where it is not held any more.
-        system: The factorised system of n equations, where one was solved.
+        system: The factorised system, where one was solved.
         exact: Whether it is the minimiser, and not what conjugate gradients had come to at their limit.
     """
 
     weights: Tensor
-    gram: ScaledGram | None
+    gram: ScaledGram | None = None
+    normal: NormalMatrix | None = None
     fitted: Tensor | None = None
     dual: Tensor | None = None
     pulled: Tensor | None = None
     system: SquareSystem | None = None
     exact: bool = True
+
+    @property
+    def known(self) -> ScaledGram | NormalMatrix | None:
+        """What a refit on a support near its own can begin with."""
+        return self.gram or self.normal
 
     def lighter(self) -> Refit:
         """Return this refit with a vector of p less: asking for its gradient again takes a pass."""
@@ -121,7 +129,7 @@ class WeightedRidge:
         pulled = self.factor.rmatvec(refit.dual) if refit.pulled is None else refit.pulled
         return (refit.weights - self.reference).mul_(self.metric).sub_(pulled).mul_(self.penalty)
 
-    def refit(self, support: Tensor, previous: ScaledGram | None = None) -> Refit:
+    def refit(self, support: Tensor, previous: ScaledGram | NormalMatrix | None = None) -> Refit:
         """Minimise Q over the weights of a support, exactly.
 
         The stationarity condition for the change ``d`` on the support is
@@ -134,34 +142,43 @@ class WeightedRidge:
 
         Args:
             support: Indices of the kept weights, (k,).
-            previous: The Gram matrix of an earlier refit of the same factor and metric; where the supports differ by
+            previous: What is ``known`` of an earlier refit of the same factor and metric; where the supports differ by
                 less than k, it is up- and downdated instead of being computed anew.
 
         Returns:
             The weights, zero outside the support, and what the next refit can use.
         """
-        n = self.factor.shape[0]
-        kept = self.reference.index_select(0, support)
-        residual = self.target - self.factor.matvec(self._placed(support, kept))
-        if len(support) <= n:
-            change, moved = self._direct(support, residual)
-            return Refit(self._placed(support, kept + change), None, self.target - residual + moved)
+        if len(support) <= self.factor.shape[0]:
+            near = previous if isinstance(previous, NormalMatrix) else None
+            normal = NormalMatrix.of(self.factor, support, self.smoothing, near)
+            return self.normal_refit(normal, *self.solve_normal(normal))
+        residual = self.target - self.factor.matvec(self._placed(support, self.reference.index_select(0, support)))
         if self.factor.iterative:
             scale = self._placed(support, self._inverse(support))
             dual, exact = DualSystem.of(self.factor, scale, self.penalty, self.smoothing).approach(residual)
             return replace(self.primal(support, residual, dual, None, None), exact=exact)
-        gram, system, dual = self._dual(support, residual, previous)
+        gram, system, dual = self._dual(support, residual, previous if isinstance(previous, ScaledGram) else None)
         return self.primal(support, residual, dual, gram, system)
 
-    def _direct(self, support: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return d on a support, (k,), and ``G_s d``, (n,), from the k x k system, which is made in float64."""
-        columns = self.factor.columns(support).double()  # a small ridge would be lost in float32
-        weighted = columns if self.smoothing is None else self.smoothing.double() @ columns
-        matrix = columns.T @ weighted
+    def solve_normal(self, normal: NormalMatrix) -> tuple[SquareSystem, Tensor, Tensor]:
+        """Solve for the weights of a support of at most n, in float64: a small ridge would be lost in float32.
+
+        Returns:
+            The factorised ``G_s^T S G_s + n lam M``, ``r``, (n,), and ``d``, (k,).
+        """
+        support, matrix = normal.support, normal.matrix.clone()
         matrix.diagonal().add_(self.penalty * self.metric.index_select(0, support).double())
-        rounding = 8 * torch.finfo(residual.dtype).eps ** 2  # of the columns, squared as they are
-        change = solve_square(matrix, weighted.T @ residual.double(), rounding)
-        return change.to(residual.dtype), (columns @ change).to(residual.dtype)
+        rounding = 8 * torch.finfo(self.target.dtype).eps ** 2  # of the columns, squared as they are
+        system = SquareSystem.of(matrix, rounding=rounding)
+        residual = self.target.double() - self.reference.index_select(0, support).double() @ normal.columns
+        return system, residual, system.solve(normal.columns @ smoothed(residual, self.smoothing))
+
+    def normal_refit(self, normal: NormalMatrix, system: SquareSystem, residual: Tensor, change: Tensor) -> Refit:
+        """Return the refit that :meth:`solve_normal` has found."""
+        kept, dtype = self.reference.index_select(0, normal.support), self.target.dtype
+        fitted = self.target - (residual - change @ normal.columns).to(dtype)
+        weights = self._placed(normal.support, kept + change.to(kept.dtype))
+        return Refit(weights, normal=normal, fitted=fitted, system=system)
 
     def primal(
         self, support: Tensor, residual: Tensor, dual: Tensor, gram: ScaledGram | None, system: SquareSystem | None
@@ -182,7 +199,7 @@ class WeightedRidge:
         if gram is None or self.penalty == 0 or system is None or system.kind == "inverse":
             return Refit(weights, gram)
         fitted = self.target - residual.to(self.target.dtype) + gram.matrix @ dual
-        return Refit(weights, gram, fitted, dual, pulled, system)
+        return Refit(weights, gram, None, fitted, dual, pulled, system)
 
     def dual_system(self, gram: Tensor) -> SquareSystem:
         """Factorise ``S K + n lam I`` for a Gram matrix K, (n, n)."""

@@ -25,11 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.regression.exchanged import DirectFit, DualFit, fit_behind
+from swap_prune.regression.exchanged import KnownFit, fit_behind
 from swap_prune.regression.iht import SparseFit
+from swap_prune.regression.normal import NormalMatrix
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.pattern import GroupPattern
-from swap_prune.regression.square import SquareSystem
 from swap_prune.regression.top_k import Floors, kept_beyond, top_k
 
 __all__ = ["Exchange", "Swaps", "can_swap", "exchange_of", "propose_swaps", "swap_weights"]
@@ -84,7 +84,7 @@ def swap_weights(
     return replace(fit, refit=refit.lighter())
 
 
-def _first_gain(fit: DualFit | DirectFit, swaps: Swaps, value: float) -> tuple[DualFit | DirectFit, int] | None:
+def _first_gain(fit: KnownFit, swaps: Swaps, value: float) -> tuple[KnownFit, int] | None:
     """Return the fit of the longest batch, of those halved and halved again, that lowers Q, and its size; else None."""
     count = len(swaps.leaving)
     for _ in range(_HALVINGS + 1):
@@ -200,17 +200,18 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
             return (1 - h / own).clamp_min(_TINY) / (penalty * own)
 
         return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse, True)
-    kept = problem.factor.columns(support).double()
-    matrix = kept.T @ smooth(kept)
-    matrix.diagonal().add_(penalty * metric)
-    solved = SquareSystem.of(matrix).solve(torch.eye(len(support), dtype=matrix.dtype, device=matrix.device))
+    normal = refit.normal or NormalMatrix.of(problem.factor, support, problem.smoothing)
+    own = problem.solve_normal(normal)[0] if refit.system is None else refit.system
 
     def residual(columns: Tensor) -> Tensor:
         g = smooth(columns.double())
-        shared = kept.T @ g
-        return (columns.double() * g).sum(0) - (shared * (solved @ shared)).sum(0)
+        return (columns.double() * g).sum(0) - own.forms(normal.columns @ g)
 
-    return Exchange(problem, support, refit.weights, gradient, residual, lambda at, _: solved.diagonal()[at], False)
+    def of_inverse(position: Tensor, columns: Tensor | None) -> Tensor:
+        del columns
+        return own.forms(torch.eye(len(support), dtype=torch.float64, device=support.device)[:, position])
+
+    return Exchange(problem, support, refit.weights, gradient, residual, of_inverse, False)
 
 
 def spared(leaving: Tensor, floors: Floors, support: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from swap_prune.regression.top_k import top_k
 
 __all__ = ["critical_step", "two_regime_step"]
 
+_PAST = 1 + 2.0**-10  # of tau_c, where growth begins: at tau_c itself rounding decides which of two supports it is
 _FIRST = 1e-3  # of tau_m: where tau starts if tau_c is 0, since a kept weight is exactly zero
 
 
@@ -85,8 +86,8 @@ def two_regime_step(
         return _better(before, _at(problem, w - tau_m * inside, keep))
     if tau_m < 0 or tau_c == float("inf") or (tau_c == 0 and tau_m == float("inf")):
         return before  # no descent on the support, or nothing that could change it, or no length to begin with
-    tau = tau_c
-    edge = w - tau * inside  # the last point on the old support, where one entry ties with its rival
+    edge = w - tau_c * inside  # the last point on the old support, where one entry ties with its rival
+    tau = tau_c * _PAST
     found = _at(problem, w - tau * gradient, keep)
     for _ in range(max_growths):
         tau = tau * growth if tau > 0 else _FIRST * tau_m
