@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import platform
+import resource
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -348,6 +349,38 @@ def test_what_a_killed_process_left_of_a_directory_is_deleted_by_the_next(made: 
         (directory / "weights").write_bytes(b"half")
     write_directory(check_output_directory(target), {"weights": b"whole"})
     assert not left.exists() and living.exists() and (target / "weights").read_bytes() == b"whole"
+
+
+def test_weights_are_written_from_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are made of tensors that share memory, and of no others: a network may take half of what there is."""
+    model, report = pruned("magnitude")
+    model.register_buffer("again", model[1].running_mean)
+    model.register_buffer("part", model[1].running_var[:5])
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    written, save_file = {}, safetensors.torch.save_file
+
+    def watched(state: dict[str, torch.Tensor], path: Path) -> None:
+        written.update({name: tensor.data_ptr() for name, tensor in state.items()})
+        save_file(state, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", watched)
+    report.save(tmp_path / "out")
+    assert {name for name in places if written[name] != places[name]} == {"1.running_mean", "part"}
+    state = safetensors.torch.load_file(tmp_path / "out" / "weights.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
+    """The limit of a process on the size of files fails in the same calls."""
+    report = pruned("magnitude")[1]
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, size[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*out: "):
+            report.save(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_digest_of_weights_tells_shapes_and_names_apart() -> None:

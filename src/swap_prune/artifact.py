@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,21 +59,44 @@ def save_artifact(model: nn.Module, report: PruningReport, directory: str | Path
             "prune again, or train under swap_prune.keep_masks"
         )
     check_dense(model, "which is not saved")
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    state = _on_its_own(model.state_dict())
     other = [name for name, layer in report.layers.items() if name not in state or _counted(state[name]) != layer]
     if other:
         raise ValueError(
             f"state_dict of {type(model).__name__}, which is what is saved, leaves out or changes the pruned weights "
             f"{some_of(map(repr, other))}: take off the hooks that do so"
         )
+
+    def write_report(path: Path) -> None:
+        content = {**report.to_dict(), "weights_sha256": _sha256(path.with_name(_WEIGHTS))}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    files: dict[str, Callable[[Path], None]] = {_WEIGHTS: partial(_write_weights, state), _REPORT: write_report}
+    return write_directory(target, files)  # the report makes it an artifact
+
+
+def _on_its_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU that share no memory with each other; of others it is their own, and not a copy."""
+    seen, result = set[int](), {}
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        plain = type(tensor) is Tensor and not (tensor.is_conj() or tensor.is_neg())
+        if plain and tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+        else:
+            tensor = tensor.clone()
+        result[name] = tensor
+    return result
+
+
+def _write_weights(state: dict[str, Tensor], path: Path) -> None:
     try:
-        data = safetensors.torch.save(state)
+        safetensors.torch.save_file(state, path)
     except (KeyError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "I/O" in str(error):
+            raise OSError(str(error)) from error
         kinds = ", ".join(sorted({str(value.dtype) for value in state.values()}))
         raise ValueError(f"safetensors cannot hold the model's state_dict, of {kinds}: {error}") from error
-    content = {**report.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
-    text = json.dumps(content, indent=2) + "\n"
-    return write_directory(target, {_WEIGHTS: data, _REPORT: text.encode()})  # the report makes it an artifact
 
 
 def check_dense(model: nn.Module, trouble: str) -> None:

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -94,14 +94,14 @@ def delete_abandoned(directory: Path) -> None:
         shutil.rmtree(entry, ignore_errors=True)
 
 
-def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
+def write_directory(target: Path, files: Mapping[str, bytes | Callable[[Path], object]]) -> Path:
     """Write files to a directory: a new one appears whole or not at all.
 
     In an empty one that is there already the files appear one after the other, in their order.
 
     Args:
         target: The directory, as :func:`check_output_directory` gave it before the work.
-        files: Contents by name, in the order in which they appear.
+        files: By name, in the order in which they are written and appear: what they hold, or what writes it to a path.
 
     Raises:
         ValueError: If it cannot be written, or something has come into it meanwhile.
@@ -114,7 +114,10 @@ def write_directory(target: Path, files: Mapping[str, bytes]) -> Path:
         try:
             made.mkdir()
             for name, content in files.items():
-                (made / name).write_bytes(content)
+                if isinstance(content, bytes):
+                    (made / name).write_bytes(content)
+                else:
+                    content(made / name)
                 force_to_disk(made / name)
             if target.is_dir():  # maybe a mount point: it stays
                 _move_all(files, made, target)
