@@ -19,8 +19,8 @@ class _Count(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the column of a task."""
         if task.total is None:
-            return Text(f"{task.completed:g} {task.fields['unit']}" if task.completed else "")
-        return Text(f"{task.completed:g}/{task.total:g} {task.fields['unit']}")
+            return Text(f"{task.completed} {task.fields['unit']}" if task.completed else "")
+        return Text(f"{task.completed}/{task.total} {task.fields['unit']}")
 
 
 class StageProgress:

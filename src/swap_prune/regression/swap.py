@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.regression.exchanged import KnownFit, fit_behind
+from swap_prune.regression.exchanged import KnownFit, PrimalFit, fit_behind
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.normal import NormalMatrix
 from swap_prune.regression.objective import Refit, WeightedRidge
@@ -66,6 +66,8 @@ def swap_weights(
     scale.clamp_min_(torch.finfo(scale.dtype).tiny)
     batch = max(1, round(SHARE * keep))
     refit, tried = fit.refit, fit_behind(problem, fit.support, fit.refit)
+    if isinstance(tried, PrimalFit):
+        refit = replace(refit, normal=tried.normal, system=tried.solved[0])
     for _ in range(max_batches):
         gradient, refit = problem.gradient_of(refit), refit.lighter()
         fit = replace(fit, refit=refit)
@@ -201,15 +203,15 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
 
         return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse, True)
     normal = refit.normal or NormalMatrix.of(problem.factor, support, problem.smoothing)
-    own = problem.solve_normal(normal)[0] if refit.system is None else refit.system
+    primal = problem.solve_normal(normal)[0] if refit.system is None else refit.system
 
     def residual(columns: Tensor) -> Tensor:
         g = smooth(columns.double())
-        return (columns.double() * g).sum(0) - own.forms(normal.columns @ g)
+        return (columns.double() * g).sum(0) - primal.forms(normal.columns @ g)
 
     def of_inverse(position: Tensor, columns: Tensor | None) -> Tensor:
         del columns
-        return own.forms(torch.eye(len(support), dtype=torch.float64, device=support.device)[:, position])
+        return primal.forms(torch.eye(len(support), dtype=torch.float64, device=support.device)[:, position])
 
     return Exchange(problem, support, refit.weights, gradient, residual, of_inverse, False)
 
