@@ -722,6 +722,25 @@ def test_one_process_of_several_speaks_and_writes(call, tmp_path: Path, monkeypa
         assert status == 0 and json.loads(text)["kept"] > 0 and (tmp_path / rank / "report.json").exists()
 
 
+@pytest.mark.parametrize("command", ["demo", "eval", "experiment", "report"])
+def test_what_processes_do_not_share_is_refused_where_there_are_several(
+    command: str, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = {
+        "eval": ["--model", "mlpnet", "--data", "mnist"],
+        "experiment": ["x.toml", "--out", "y"],
+        "report": ["z"],
+    }
+    for rank, said in (("0", f"swap-prune: error: {command} runs in one process, and torchrun started 2"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        status, text, error = call(command, *arguments.get(command, []))
+        assert (status, text) == (2, "") and error.startswith(said) and bool(error) == bool(said)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "torchrun" not in call(command, *arguments.get(command, []), "--bad")[2]
+
+
 def test_a_plan_knows_that_nothing_is_recalibrated(call, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 

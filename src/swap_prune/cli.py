@@ -30,7 +30,7 @@ from swap_prune.console import (
     show_plan,
     show_table,
 )
-from swap_prune.distributed import is_first, launched, own_device
+from swap_prune.distributed import check_alone, is_first, launched, own_device
 from swap_prune.experiments import commands
 from swap_prune.experiments.bench import repair
 from swap_prune.experiments.datasets import ImageData, calibration_data, load_dataset, recalibration_data
@@ -96,11 +96,14 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _any_command(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     """Prune trained networks by sparse entropic Wasserstein regression."""
+    if context.invoked_subcommand not in (None, "prune", "plan"):
+        check_alone(context.invoked_subcommand)
 
 
 @app.command()

@@ -31,6 +31,7 @@ __all__ = [
     "PARTS",
     "EndedByAnother",
     "Team",
+    "check_alone",
     "is_first",
     "launched",
     "local_count",
@@ -263,6 +264,20 @@ def is_first() -> bool:
     if process_count() > 0:
         return dist.get_rank() == 0
     return _STARTED not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def check_alone(command: str) -> None:
+    """Refuse a command that several processes would each run for itself.
+
+    Raises:
+        ValueError: If ``torchrun`` started more than this one; the others end in silence.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if _STARTED not in os.environ or size == "1":
+        return
+    if not is_first():
+        raise EndedByAnother(2)
+    raise ValueError(f"{command} runs in one process, and torchrun started {size}: call it without torchrun")
 
 
 def own_device(name: str) -> str:
