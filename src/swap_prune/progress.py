@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from importlib.util import find_spec
 from types import TracebackType
 
@@ -11,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 __all__ = ["StageProgress"]
+
+_BAR = 10  # characters: with all else a line of 80 is full
 
 
 class _Count(ProgressColumn):
@@ -23,6 +28,21 @@ class _Count(ProgressColumn):
         return Text(f"{task.completed}/{task.total} {task.fields['unit']}")
 
 
+class _Left(ProgressColumn):
+    """How long the rest will take about, once that is known."""
+
+    max_refresh = 1.0  # seconds
+
+    def __init__(self, seconds: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def render(self, task: Task) -> Text:
+        """Return the column of a task."""
+        seconds = self._seconds()
+        return Text("" if seconds is None else f"{timedelta(seconds=round(seconds))} left", style="dim")
+
+
 class StageProgress:
     """A bar over the calibration samples of the running stage, what its method tries, or the epochs of its fine-tuning.
 
@@ -32,12 +52,14 @@ class StageProgress:
 
     def __init__(self, shown: bool) -> None:
         console = Console(stderr=True)
-        self._stages, self._stage = 1, "pruning"
+        self._stages, self._number = 1, 0
+        self._starts: list[float] = []  # of the stages so far, seconds
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(_BAR),
             _Count(),
             TimeElapsedColumn(),
+            _Left(self.seconds_left),
             console=console,
             transient=True,
             disable=not (shown and (console.is_terminal or _in_notebook(console))),
@@ -59,21 +81,29 @@ class StageProgress:
             self._bar.stop()
 
     def expect(self, stages: int) -> None:
-        """Say how many stages come next."""
-        self._stages = stages
+        """Say how many stages there are; the next one begins anew, or goes on after those of a checkpoint."""
+        self._stages, self._starts = stages, []
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest of the stages takes, if each takes as long as those before; None in the first."""
+        done = len(self._starts) - 1
+        if done < 1:
+            return None
+        each = (self._starts[-1] - self._starts[0]) / done
+        return max(0.0, each - (time.monotonic() - self._starts[-1])) + each * (self._stages - self._number)
 
     def stage(self, number: int, sparsity: float, samples: int) -> None:
         """Begin a stage that will take the gradients of some samples."""
-        self._stage = f"stage {number}/{self._stages}: sparsity {sparsity:.4f}"
-        self._begin(self._stage, samples, "samples")
+        self._number, self._starts = number, [*self._starts, time.monotonic()]
+        self._begin(f"stage {number}/{self._stages}: sparsity {sparsity:.4f}", samples, "samples")
 
     def advance(self, samples: int) -> None:
         """Count samples whose gradients were taken."""
         self._bar.advance(self._task, samples)
 
-    def choose(self) -> None:
-        """Say that the method of the stage chooses its weights, which takes as long as it takes."""
-        self._begin(f"{self._stage}, choosing weights", None, "tried")
+    def choose(self, number: int) -> None:
+        """Say that the method of a stage chooses its weights, which takes as long as it takes."""
+        self._begin(f"stage {number}/{self._stages}: choosing weights", None, "tried")
 
     def try_one(self) -> None:
         """Count a network that the method has tried."""

@@ -171,7 +171,7 @@ class StageRunner:
             weights = self.disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
             problem = replace(problem, inputs=inputs)
-        shown.choose()
+        shown.choose(number)
         solution = self._solution(problem, number)
         few = few_classes(self.model, self.request.loss, fitting) if fitting else None
         findings = replace(findings, few_classes=few, passes=self._let_go(problem.factor))
