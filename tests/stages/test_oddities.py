@@ -127,6 +127,55 @@ def test_layers_that_no_gradient_reaches_are_named(method: str) -> None:
         assert report.stages[0].evidence.get("without_gradient") == (["backbone.weight"] if named else None)
 
 
+ROUNDING = "gradients are no more than rounding at the dense network"
+
+
+def own_outputs(model: nn.Module, error: float) -> tuple[Tensor, Tensor]:
+    """Return inputs, and the network's outputs as another machine would have them."""
+    inputs = data()[0]
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).double()(inputs.double())
+    return inputs, (outputs + error * torch.randn(outputs.shape, dtype=torch.float64)).float()
+
+
+def squares(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "noted"),
+    [
+        ("obd", SquaredError(), True),
+        ("woodfisher", BinaryCrossEntropy(), True),
+        ("ewr", squares, True),
+        ("ewr", SquaredError(), False),  # which takes no gradients of the loss
+        ("magnitude", SquaredError(), False),
+    ],
+)
+def test_gradients_of_rounding_size_are_said(method: str, loss: LossFn, *, noted: bool) -> None:
+    model = network()
+    inputs, outputs = own_outputs(model, 0.0)
+    if isinstance(loss, BinaryCrossEntropy):
+        outputs = outputs.sigmoid()
+    report = prune(model, TensorDataset(inputs, outputs), 0.5, method, loss_fn=loss, stages=2, progress=False)
+    assert any(note.startswith(ROUNDING) for note in report.notes) == noted
+    assert [stage.evidence.get("gradients_are_rounding", False) for stage in report.stages] == [noted, False]
+
+
+def test_small_gradients_that_say_something_are_not_rounding() -> None:
+    """Targets that are a thousandth off, and a classifier that has learnt its labels by heart."""
+    model = network()
+    given = TensorDataset(*own_outputs(model, 1e-3))
+    report = prune(model, given, 0.5, "obd", loss_fn=SquaredError(), progress=False)
+    assert 0 < report.stages[0].loss < 1e-5 and not any(note.startswith(ROUNDING) for note in report.notes)
+    inputs = data()[0]
+    labels = (inputs[:, 0] > 0).long()
+    kept = inputs[:, 0].abs() > 0.2
+    learnt = trained(network(), inputs[kept], labels[kept], 3000, lr=3e-2)
+    report = prune(learnt, TensorDataset(inputs[kept], labels[kept]), 0.5, "obd", progress=False)
+    assert report.stages[0].loss < 1e-3 and not any(note.startswith(ROUNDING) for note in report.notes)
+
+
 @pytest.mark.parametrize("source", ["numpy", "python"])
 def test_a_loss_that_draws_from_other_states_gives_the_same_and_leaves_them(source: str) -> None:
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:

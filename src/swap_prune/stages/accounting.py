@@ -86,17 +86,7 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
             f"zeros of {some_of(last.evidence['zeros_elsewhere'])}, which were not selected, stayed in fine-tuning "
             "as if pruned by an earlier call: ignore= trains them"
         )
-    if "gradients_are_zero" in last.evidence:
-        notes.append(
-            "all gradients of the calibration samples are zero, so that they say nothing of any weight: check the "
-            "labels and the loss; if it is zero with good reason, SelfDistillation goes by the outputs"
-        )
-    elif "without_gradient" in first.evidence:
-        notes.append(
-            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), "
-            "in a reversible block, or not used by the calibration samples? They say nothing of these weights: ignore= "
-            "leaves them alone"
-        )
+    notes += _of_gradients(request.solver.name, first, last)
     if "few_classes" in last.evidence:
         seen, classes, count = last.evidence["few_classes"]
         notes.append(
@@ -109,6 +99,28 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
             "above their median: check its target, for instance for a number that stands for a missing one"
         )
     return notes
+
+
+def _of_gradients(method: str, first: StageReport, last: StageReport) -> list[str]:
+    """Say what gradients there are none of."""
+    if "gradients_are_zero" in last.evidence:
+        return [
+            "all gradients of the calibration samples are zero, so that they say nothing of any weight: check the "
+            "labels and the loss; if it is zero with good reason, SelfDistillation goes by the outputs"
+        ]
+    if "gradients_are_rounding" in first.evidence:
+        return [
+            "gradients are no more than rounding at the dense network, as where targets are its own outputs: what "
+            f"{method} makes of them is chance, or the size of weights alone; ewr and lr go by the outputs, with "
+            "SelfDistillation or another loss that knows its curvature"
+        ]
+    if "without_gradient" in first.evidence:
+        return [
+            f"no gradient reaches {some_of(first.evidence['without_gradient'])}: behind torch.no_grad() or detach(), "
+            "in a reversible block, or not used by the calibration samples? They say nothing of these weights: ignore= "
+            "leaves them alone"
+        ]
+    return []
 
 
 def _held_against(request: Request, stages: list[StageReport]) -> list[str]:

@@ -27,6 +27,7 @@ class StageFindings:
         nothing_held_out: Whether no sample was left to choose settings by, for a method that does.
         one_sample_rules: Share of one sample in what losses have above their median.
         gradients_are_zero: Whether all of them are.
+        gradients_are_rounding: Whether they are no more than that in the first stage, though not zero.
         without_gradient: Layers whose gradients are all zero in the first stage, where others' are not.
         rows_of_samples_left: Why rows of single samples were not compared with those of mini-batches after all.
         rows_clipped: Share of the rows that were scaled down.
@@ -47,6 +48,7 @@ class StageFindings:
     nothing_held_out: bool = False
     one_sample_rules: float | None = None
     gradients_are_zero: bool = False
+    gradients_are_rounding: bool = False
     without_gradient: list[str] | None = None
     rows_of_samples_left: str | None = None
     rows_clipped: float | None = None

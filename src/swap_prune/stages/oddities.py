@@ -12,19 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.fisher.capture.bound import Bound, dense
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.losses import CrossEntropy, LossFn
 from swap_prune.losses.tokens import TokenCrossEntropy
 from swap_prune.losses.values import BinaryCrossEntropy
 from swap_prune.network.modes import eval_mode
-from swap_prune.samples.batches import slice_batch
+from swap_prune.process_memory import pass_on_shortage
+from swap_prune.randomness import forked_generator, uniform
+from swap_prune.samples.batches import batch_size, is_sliceable, slice_batch
 from swap_prune.selection import Selection
 
-__all__ = ["WatchedLosses", "few_classes", "no_number", "share_of_largest", "without_gradient"]
+__all__ = ["WatchedLosses", "few_classes", "is_stationary", "no_number", "share_of_largest", "without_gradient"]
 
 _RULES = 0.5  # of what losses have above their median: as much for one sample alone,
 _AHEAD = 20.0  # and so many times as much as for the next: one that is merely hard is not far ahead
 _LEAST_SAMPLES = 32  # of which one is not to have that much
+_LOOKED_AT = 4  # samples whose gradients are compared
+_NEAR = 1e-3  # share by which weights are changed for that
+_ROUNDING = 1e-2  # of a gradient there: one that is smaller is rounding
 _OF_CLASSES = (CrossEntropy, BinaryCrossEntropy, TokenCrossEntropy)
 _WRONG_CLASS = 50.0  # nats: a network that is wrong about a class loses less, however seldom it is wrong
 
@@ -70,6 +76,38 @@ def without_gradient(factor: DenseFactor, selection: Selection) -> list[str]:
     """Return the names of the layers whose gradients are zero in all rows of G (n, p)."""
     places = selection.slices()
     return [name for name, place in places.items() if not bool(factor.matrix[:, place].any())]
+
+
+def is_stationary(model: nn.Module, selection: Selection, loss_fn: LossFn, batches: Sequence[Any]) -> bool:
+    """Whether a few samples' losses have gradients of rounding size, as where targets are the network's own outputs.
+
+    Such a gradient is nothing beside that with weights that differ by a thousandth; another hardly changes.
+
+    Args:
+        model: The network; nothing of it changes.
+        selection: The p weights.
+        loss_fn: Per-sample loss.
+        batches: Calibration batches on the model's device.
+    """
+    few = next((batch for batch in batches if is_sliceable(batch)), None)
+    if few is None:
+        return False
+    own, bound = selection.read(model), Bound(model, loss_fn)
+    share = max(_NEAR, 4 * torch.finfo(own.dtype).eps)
+    near = own * uniform(own.shape, forked_generator(0, "near")).mul_(2 * share).add_(1 - share).to(own)
+
+    def size(sample: Any, weights: Tensor) -> float:
+        losses, leaves = bound.with_leaves(selection, sample, weights)
+        found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        return math.sqrt(sum(float(dense(one).double().square().sum()) for one in found if one is not None))
+
+    try:
+        with eval_mode(model), torch.enable_grad():
+            samples = [slice_batch(few, number, number + 1) for number in range(min(_LOOKED_AT, batch_size(few)))]
+            return all(size(sample, own) < _ROUNDING * size(sample, near) for sample in samples)
+    except Exception as error:  # it is only a look
+        pass_on_shortage(error)
+        return False
 
 
 def no_number(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:

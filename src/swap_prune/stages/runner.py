@@ -49,7 +49,7 @@ from swap_prune.stages.capturing import RowCapture, rows_in_batches
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defended, Defender
 from swap_prune.stages.findings import StageFindings, check_names
-from swap_prune.stages.oddities import WatchedLosses, few_classes, share_of_largest, without_gradient
+from swap_prune.stages.oddities import WatchedLosses, few_classes, is_stationary, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.single_rows import SingleRows
 from swap_prune.stages.trials import Trials
@@ -154,7 +154,10 @@ class StageRunner:
         single: SingleRows | None = None
         if solver.needs_gradients:
             if number == 1:
-                check_reached(self.model, self.request.selection, self.request.loss, fitting)
+                seen = self.model, self.request.selection, self.request.loss, fitting
+                check_reached(*seen)
+                rounding = self.request.curvature is None and is_stationary(*seen)
+                findings = replace(findings, gradients_are_rounding=rounding)
             defended, losses, findings = self._gradients(problem.reference, fitting, number, shown.advance, findings)
             samples, loss, defence = len(losses), float(losses.double().mean()), defended.defence
             slopes = forked_generator(self.request.seed, f"slopes {number}")
@@ -231,6 +234,7 @@ class StageRunner:
             rows_reused=reused,
             one_sample_rules=share_of_largest(capture.losses, self.request.loss),
             gradients_are_zero=all_silent,
+            gradients_are_rounding=findings.gradients_are_rounding and not all_silent,
             without_gradient=silent if silent and number == 1 and not all_silent else None,
             rows_clipped=defended.clipped or None,
             rows_left_out=None if defended.defence is None else defended.defence.left_out,
