@@ -95,7 +95,12 @@ def test_patterns_match_whole_names():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(targets=("Conv3d",)), "targets .*'Conv3d'"),
+        (
+            dict(targets=("Conv3d",)),
+            r"targets .*'Conv3d'.* did you mean 'Conv2d'\? \(classes: .*Conv2d.*; parameters: ",
+        ),
+        (dict(targets=("Linear", "blocks.1.key")), "did you mean 'blocks.1.query"),
+        (dict(targets=("Q7",)), r"'re:\.\.\.' \(classes"),
         (dict(targets=("Linear", "fc")), "targets .*'fc'"),
         (dict(targets=("norm",)), "targets .*'norm'"),
         (dict(targets=("Module",)), "targets .*'Module'"),

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from swap_prune.checks import some_of
 from swap_prune.network.device import check_module
 
 __all__ = ["Candidate", "around", "as_patterns", "candidates_of", "is_prunable", "matches", "unmatched"]
@@ -130,8 +132,11 @@ def unmatched(parameter: str, pattern: str, model: nn.Module, flat: Sequence[str
             f"{parameter} pattern {pattern!r} matches no parameter of two dimensions: name others, such as {flat[0]!r}"
         )
     names = [name for name, _ in model.named_parameters()]
-    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    holders = [(name, module) for name, module in model.named_modules() if [*module.parameters(recurse=False)]]
+    classes = sorted({type(module).__name__ for _, module in holders})
+    near = get_close_matches(pattern, [*classes, *names, *(name for name, _ in holders)], n=1)
     return (
         f"{parameter} pattern {pattern!r} matches no prunable parameter of {type(model).__name__}; "
-        f"use a class name, a module or parameter name, or 're:...' (parameters: {shown})"
+        "use a class name, a module or parameter name, or 're:...'"
+        f"{f'; did you mean {near[0]!r}?' if near else ''} (classes: {some_of(classes)}; parameters: {some_of(names)})"
     )
