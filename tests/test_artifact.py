@@ -359,15 +359,26 @@ def test_weights_are_written_from_where_they_lie(tmp_path: Path, monkeypatch: py
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     written, save_file = {}, safetensors.torch.save_file
 
-    def watched(state: dict[str, torch.Tensor], path: Path) -> None:
+    def watched(state: dict[str, torch.Tensor], path: Path, **options: object) -> None:
         written.update({name: tensor.data_ptr() for name, tensor in state.items()})
-        save_file(state, path)
+        save_file(state, path, **options)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", watched)
+    monkeypatch.setattr("swap_prune.files.save_file", watched)
     report.save(tmp_path / "out")
     assert {name for name in places if written[name] != places[name]} == {"1.running_mean", "part"}
     state = safetensors.torch.load_file(tmp_path / "out" / "weights.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_whoever_may_read_what_a_user_writes_may_read_what_is_saved(tmp_path: Path) -> None:
+    report = pruned("magnitude")[1]
+    before = os.umask(0o027)
+    try:
+        report.save(tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {"weights.safetensors": 0o640, "report.json": 0o640}
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
@@ -376,7 +387,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     size = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, size[1]))
     try:
-        with pytest.raises(ValueError, match=r"cannot write .*out: "):
+        with pytest.raises(ValueError, match=r"cannot write .*out: File too large"):
             report.save(tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, size)

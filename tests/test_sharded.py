@@ -165,9 +165,11 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if rank == 1 and len(calls) == 5 and case == "silence":
             time.sleep(3 * PATIENCE)
-        return cross_entropy(net, batch) * (2 if rank == 1 and case == "losses" else 1)
+        unit = {"losses": 1 + rank, "itself": 1e-15 * (1 + rank)}.get(case, 1)  # rounding, on two machines
+        return cross_entropy(net, batch) * unit
 
     data = small_data(seed=rank if case == "samples" else 1)
+    {"alone": calls_before}.get(case, lambda _: None)(rank)
     if case == "absent" and rank == 1:  # it speaks over the group for itself, which none may take for an answer
         with suppress(RuntimeError):
             dist.barrier()
@@ -194,6 +196,17 @@ def refused(case: str, rank: int) -> tuple[str, str, float]:
     return "", "nothing", time.perf_counter() - started
 
 
+def calls_before(rank: int) -> None:
+    """Make calls that processes do not share, or that are refused to both: they are no meeting of a later call."""
+    options: dict[str, Any] = {"samples": 30, "progress": False}
+    with suppress(ValueError):
+        prune(small_network(), small_data(), 2.0 if rank == 1 else 0.5, "magnitude", **options)
+    if rank == 0:
+        prune(small_network(), small_data(), 0.5, "lr", storage="float32", **options)
+    with pytest.raises(ValueError, match="sparsity must lie in"):
+        prune(small_network(), small_data(), 2.0 if rank == 0 else 0.5, "lr", **options)
+
+
 def full_disk(model: nn.Module, *_: Any) -> list[str]:
     """Fail on a network that was pruned, at the end of a run."""
     if any(bool((parameter == 0).any()) for parameter in model.parameters() if parameter.ndim > 1):
@@ -218,7 +231,7 @@ def work(rank: int, folder: Path) -> None:
             found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
             torch.save(found, folder / f"pruned-{size}-{rank}.pt")
     pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "room": 0, "early": 0}
-    pairs |= {"end": 0, "wrapped": 0, "kept": 0, "losses": 0, "absent": 0, "silence": 0}
+    pairs |= {"end": 0, "wrapped": 0, "kept": 0, "losses": 0, "alone": 0, "itself": 0, "absent": 0, "silence": 0}
     for case, first in pairs.items():
         if case in ("absent", "silence"):
             os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
@@ -280,6 +293,14 @@ def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(case: st
     assert kind == "ValueError" and words in own
     kind, text, seconds = torch.load(folder / f"{case}-0.pt")
     assert (kind, text) == ("ValueError", f"process 1 of 2: {own}") and seconds < 10
+
+
+@pytest.mark.parametrize("case", ["alone", "itself"])
+def test_what_is_no_difference_keeps_no_process_from_its_run(case: str, folder: Path) -> None:
+    """Calls that are not shared, or are refused by both, and losses that are rounding."""
+    for rank in (0, 1):
+        kind, text, _ = torch.load(folder / f"{case}-{rank}.pt")
+        assert (kind, text) == ("", "nothing")
 
 
 def test_a_process_that_prunes_alone_in_a_group_hears_whom_it_waits_for(folder: Path) -> None:

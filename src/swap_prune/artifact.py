@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from swap_prune.checks import some_of, user_path
-from swap_prune.files import check_output_directory, write_directory
+from swap_prune.files import check_output_directory, write_directory, write_tensors
 from swap_prune.network.device import check_network
 from swap_prune.network.names import renamed
 from swap_prune.report import LayerReport, PruningReport
@@ -91,10 +90,8 @@ def _on_its_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_weights(state: dict[str, Tensor], path: Path) -> None:
     try:
-        safetensors.torch.save_file(state, path)
+        write_tensors(state, path)
     except (KeyError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "I/O" in str(error):
-            raise OSError(str(error)) from error
         kinds = ", ".join(sorted({str(value.dtype) for value in state.values()}))
         raise ValueError(f"safetensors cannot hold the model's state_dict, of {kinds}: {error}") from error
 

@@ -45,6 +45,7 @@ __all__ = [
 PARTS = 8  # of every sum over the columns of G, and of the calibration batches; as many processes at the most
 _TIMEOUT = 25.0  # seconds; torchrun takes 30 more to end what does not end by itself
 _PIECE_BYTES = 32 * 2**20  # of what is gathered at once
+_ROUNDING = 1e-6  # of losses, such as those of a network that is compared with itself
 _STARTED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 _FAILED = "swap-prune failed"  # key of the first failure in the store
 
@@ -140,13 +141,13 @@ class Team:
         Args:
             what: Their name.
             own: Those of this rank; of one shape on all.
-            rtol: How far they may be apart, as a share of the largest.
+            rtol: How far they may be apart, as a share of the largest, beside what rounding alone may leave.
 
         Raises:
             ValueError: On every rank, if they have not.
         """
         seen = self.gather(own.detach().to(self.device, torch.float64))
-        far = rtol * float(seen[0].nan_to_num(0, 0, 0).abs().max())
+        far = rtol * float(seen[0].nan_to_num(0, 0, 0).abs().max()) + _ROUNDING
         alike = [torch.allclose(one, seen[0], rtol=0, atol=far, equal_nan=True) for one in seen]
         self._refuse(what, [rank for rank, same in enumerate(alike) if not same])
 

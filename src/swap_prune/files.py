@@ -9,10 +9,15 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from swap_prune.checks import user_path
 
@@ -24,6 +29,7 @@ __all__ = [
     "replaced_name",
     "replacing",
     "write_directory",
+    "write_tensors",
 ]
 
 
@@ -92,6 +98,25 @@ def delete_abandoned(directory: Path) -> None:
     """Delete what processes that are gone have left of :func:`replacing` in a directory."""
     for entry in filter(is_abandoned, directory.iterdir()):
         shutil.rmtree(entry, ignore_errors=True)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read what the process writes can read.
+
+    Raises:
+        OSError: If it cannot be written.
+        KeyError, SafetensorError: If the format cannot hold such tensors.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that the user alone can read
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        said = str(error).split("I/O error: ")
+        if len(said) > 1:
+            raise OSError(said[-1]) from error
+        raise
+    path.chmod(stat.S_IMODE(mode))
 
 
 def write_directory(target: Path, files: Mapping[str, bytes | Callable[[Path], object]]) -> Path:

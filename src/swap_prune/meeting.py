@@ -95,9 +95,9 @@ class _Board:
 
     def _wait(self) -> None:
         """Wait for all others; name those who let one wait."""
-        absent, warned = [rank for rank in range(self._size) if rank != self._rank], False
+        others, warned = [rank for rank in range(self._size) if rank != self._rank], False
         began, limit = time.monotonic(), getattr(self._store, "timeout", _LIMIT).total_seconds()
-        while absent := [rank for rank in absent if not self._comes(rank)]:
+        while absent := [rank for rank in others if not self._comes(rank)]:  # one that came may give up
             waited = time.monotonic() - began
             if waited > limit:
                 raise ConnectionError(f"{self._waiting_for(absent)}; it gave up after {waited:.0f} s")

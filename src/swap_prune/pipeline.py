@@ -27,7 +27,7 @@ from swap_prune.losses import LossFn
 from swap_prune.meeting import all_or_none
 from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.scratch import scratch_directory
-from swap_prune.methods import Method
+from swap_prune.methods import Method, takes_gradients
 from swap_prune.network.device import moved, usable_device
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.network.modes import isolated
@@ -165,7 +165,7 @@ def prune(
     """
     started = time.perf_counter()
     wanted = "mapped" if keep_rows and storage == "auto" else storage
-    with all_or_none(wanted in ("auto", "sharded")) as meeting:
+    with all_or_none(wanted in ("auto", "sharded") and takes_gradients(method)) as meeting:
         request = check_request(
             model,
             sparsity=sparsity,

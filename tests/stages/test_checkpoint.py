@@ -486,7 +486,7 @@ def test_what_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"cannot be written: .*No space left"):
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(checkpoint, "write_tensors", full)
         run("dataset", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     expected, found = run("dataset", None)[1], run("dataset", tmp_path)[1]

@@ -162,6 +162,23 @@ def test_gradients_of_rounding_size_are_said(method: str, loss: LossFn, *, noted
     assert [stage.evidence.get("gradients_are_rounding", False) for stage in report.stages] == [noted, False]
 
 
+def test_targets_that_are_the_networks_own_in_part_are_not_rounding() -> None:
+    """Those come first, and are more than are looked at."""
+    model = network()
+    inputs, outputs = own_outputs(model, 0.0)
+    outputs[20:] = data()[1][20:]
+    batches = [(inputs[a : a + 10], outputs[a : a + 10]) for a in range(0, 300, 10)]
+    report = prune(model, batches, 0.5, "obd", loss_fn=SquaredError(), progress=False)
+    assert not any(note.startswith(ROUNDING) for note in report.notes)
+
+
+def test_a_fit_in_float64_is_not_rounding_where_it_is_one_in_float32() -> None:
+    model = network()
+    given = TensorDataset(*own_outputs(model, 0.0))
+    report = prune(model.double(), TensorDataset(*(t.double() for t in given.tensors)), 0.5, "lr", loss_fn=squares)
+    assert 0 < report.stages[0].loss < 1e-12 and not any(note.startswith(ROUNDING) for note in report.notes)
+
+
 def test_small_gradients_that_say_something_are_not_rounding() -> None:
     """Targets that are a thousandth off, and a classifier that has learnt its labels by heart."""
     model = network()

@@ -31,6 +31,7 @@ __all__ = [
     "Wanda",
     "WoodFisher",
     "resolve_method",
+    "takes_gradients",
 ]
 
 
@@ -89,3 +90,9 @@ def resolve_method(method: str | Method, settings: dict[str, Any] | None = None)
     if not is_dataclass(method):
         raise ValueError(f"method {type(method).__name__} must be a dataclass: the report states its fields")
     return method
+
+
+def takes_gradients(method: Any) -> bool:
+    """Whether what was asked for as a method takes gradients, as far as can be told before it is checked."""
+    known = METHODS.get(method) if isinstance(method, str) else method
+    return bool(getattr(known, "needs_gradients", True))

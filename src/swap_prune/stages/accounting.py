@@ -86,7 +86,7 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
             f"zeros of {some_of(last.evidence['zeros_elsewhere'])}, which were not selected, stayed in fine-tuning "
             "as if pruned by an earlier call: ignore= trains them"
         )
-    notes += _of_gradients(request.solver.name, first, last)
+    notes += _of_gradients(first, last)
     if "few_classes" in last.evidence:
         seen, classes, count = last.evidence["few_classes"]
         notes.append(
@@ -101,7 +101,7 @@ def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageRe
     return notes
 
 
-def _of_gradients(method: str, first: StageReport, last: StageReport) -> list[str]:
+def _of_gradients(first: StageReport, last: StageReport) -> list[str]:
     """Say what gradients there are none of."""
     if "gradients_are_zero" in last.evidence:
         return [
@@ -110,9 +110,9 @@ def _of_gradients(method: str, first: StageReport, last: StageReport) -> list[st
         ]
     if "gradients_are_rounding" in first.evidence:
         return [
-            "gradients are no more than rounding at the dense network, as where targets are its own outputs: what "
-            f"{method} makes of them is chance, or the size of weights alone; ewr and lr go by the outputs, with "
-            "SelfDistillation or another loss that knows its curvature"
+            "gradients are no more than rounding at the dense network, as where targets are its own outputs, and say "
+            "next to nothing of any weight: ewr and lr go by the outputs, with SelfDistillation or another loss that "
+            "knows its curvature"
         ]
     if "without_gradient" in first.evidence:
         return [

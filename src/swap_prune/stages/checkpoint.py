@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from swap_prune.artifact import tensors_sha256
 from swap_prune.checks import user_path
 from swap_prune.distributed import Team
-from swap_prune.files import delete_abandoned, replaced_name, replacing
+from swap_prune.files import delete_abandoned, replaced_name, replacing, write_tensors
 from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.network.aliasing import unexpanded
 from swap_prune.randomness import global_states, set_global_states
@@ -197,7 +197,7 @@ class Checkpoint:
         try:
             text = json.dumps([record.model_dump() for record in records])
             with replacing(path, durable=True) as scratch:
-                save_file(state, scratch, metadata={_STAGES: text, _DIGEST: _digest(state, text)})
+                write_tensors(state, scratch, {_STAGES: text, _DIGEST: _digest(state, text)})
         except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(f"checkpoint {path} cannot be written: {error}") from error
 

@@ -30,7 +30,7 @@ _AHEAD = 20.0  # and so many times as much as for the next: one that is merely h
 _LEAST_SAMPLES = 32  # of which one is not to have that much
 _LOOKED_AT = 4  # samples whose gradients are compared
 _NEAR = 1e-3  # share by which weights are changed for that
-_ROUNDING = 1e-2  # of a gradient there: one that is smaller is rounding
+_ROUNDINGS = 32  # of outputs: what they may be off from targets that are their own
 _OF_CLASSES = (CrossEntropy, BinaryCrossEntropy, TokenCrossEntropy)
 _WRONG_CLASS = 50.0  # nats: a network that is wrong about a class loses less, however seldom it is wrong
 
@@ -79,7 +79,7 @@ def without_gradient(factor: DenseFactor, selection: Selection) -> list[str]:
 
 
 def is_stationary(model: nn.Module, selection: Selection, loss_fn: LossFn, batches: Sequence[Any]) -> bool:
-    """Whether a few samples' losses have gradients of rounding size, as where targets are the network's own outputs.
+    """Whether some samples' losses have gradients of rounding size, as where targets are the network's own outputs.
 
     Such a gradient is nothing beside that with weights that differ by a thousandth; another hardly changes.
 
@@ -89,25 +89,31 @@ def is_stationary(model: nn.Module, selection: Selection, loss_fn: LossFn, batch
         loss_fn: Per-sample loss.
         batches: Calibration batches on the model's device.
     """
-    few = next((batch for batch in batches if is_sliceable(batch)), None)
-    if few is None:
-        return False
     own, bound = selection.read(model), Bound(model, loss_fn)
-    share = max(_NEAR, 4 * torch.finfo(own.dtype).eps)
+    eps = torch.finfo(own.dtype).eps
+    share = max(_NEAR, 4 * eps)
     near = own * uniform(own.shape, forked_generator(0, "near")).mul_(2 * share).add_(1 - share).to(own)
 
-    def size(sample: Any, weights: Tensor) -> float:
+    def energy(sample: Any, weights: Tensor) -> float:
         losses, leaves = bound.with_leaves(selection, sample, weights)
         found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-        return math.sqrt(sum(float(dense(one).double().square().sum()) for one in found if one is not None))
+        return sum(dense(one).double().square().sum().item() for one in found if one is not None)
 
     try:
         with eval_mode(model), torch.enable_grad():
-            samples = [slice_batch(few, number, number + 1) for number in range(min(_LOOKED_AT, batch_size(few)))]
-            return all(size(sample, own) < _ROUNDING * size(sample, near) for sample in samples)
+            samples = _spread([batch for batch in batches if is_sliceable(batch)])
+            here, there = (sum(energy(sample, weights) for sample in samples) for weights in (own, near))
+            return here < (_ROUNDINGS * eps / share) ** 2 * there
     except Exception as error:  # it is only a look
         pass_on_shortage(error)
         return False
+
+
+def _spread(batches: Sequence[Any]) -> list[Any]:
+    """Return a few samples from all over the batches."""
+    places = [(batch, number) for batch in batches for number in range(batch_size(batch))]
+    step = max(1, len(places) // _LOOKED_AT)
+    return [slice_batch(batch, number, number + 1) for batch, number in places[::step][:_LOOKED_AT]]
 
 
 def no_number(model: nn.Module, loss_fn: LossFn, batch: Any) -> list[str]:
