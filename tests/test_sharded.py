@@ -276,13 +276,15 @@ def test_the_mask_is_that_of_one_process_without_a_group(name: str, folder: Path
     ("case", "kind", "words"),
     [
         ("error", "ValueError", "out of luck"),
-        ("end", "OSError", "No space left"),
+        ("memory", "MemoryError", "there was not enough memory .*: say with memory= how much there is"),
+        ("disk", "OSError", "No space left on device"),
+        ("end", "OSError", "No space left on device"),
     ],
 )
 def test_what_fails_on_one_process_ends_the_other(case: str, kind: str, words: str, folder: Path) -> None:
     """In the middle, and at the last moment: neither is left pruned."""
     own, text, _ = torch.load(folder / f"{case}-1.pt")
-    assert own == kind and words in text
+    assert own == kind and re.search(words, text)
     own, text, seconds = torch.load(folder / f"{case}-0.pt")
     assert own == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
 
@@ -317,20 +319,6 @@ def test_what_would_make_processes_wait_for_each_other_is_refused_by_all(folder:
         for rank in range(2):
             kind, text, seconds = torch.load(folder / f"{case}-{rank}.pt")
             assert kind == "ValueError" and expected in text and seconds < 10
-
-
-@pytest.mark.parametrize(
-    ("case", "kind", "words"),
-    [
-        ("memory", "MemoryError", "there was not enough memory .*: say with memory= how much there is"),
-        ("disk", "OSError", "No space left on device"),
-    ],
-)
-def test_what_one_process_lacks_ends_both(case: str, kind: str, words: str, folder: Path) -> None:
-    own, text, _ = torch.load(folder / f"{case}-1.pt")
-    assert own == kind and re.search(words, text)
-    other, text, seconds = torch.load(folder / f"{case}-0.pt")
-    assert other == "ConnectionError" and "lost the others" in text and seconds < 30
 
 
 def test_a_process_that_says_nothing_is_not_waited_for_for_ever(folder: Path) -> None:

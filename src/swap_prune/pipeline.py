@@ -190,7 +190,7 @@ def prune(
                 check_keepable(request, scratch).mkdir(parents=True, exist_ok=True)
         place, data = _place(model, device), calibrating(data, recalibration_data, request)
         earlier = None if checkpoint is None else kept_storage(checkpoint)
-        meeting.shared = request.storage == "sharded" and request.solver.needs_gradients
+        meeting.shared = request.storage == "sharded"
         held, notes = settle_storage(model, data, request, place, memory, scratch, earlier)
     held = replace(held, kept=user_path(scratch) if keep_rows and scratch is not None else None)
     recorded = recorded_storage(storage, held) if request.solver.needs_gradients else None

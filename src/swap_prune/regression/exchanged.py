@@ -191,9 +191,8 @@ KnownFit = PrimalFit | DualFit | DirectFit
 
 def fit_behind(problem: WeightedRidge, support: Tensor, refit: Refit) -> KnownFit:
     """Return what can be exchanged of a refit: the system that was solved."""
-    if len(support) <= problem.factor.shape[0]:
-        normal = refit.normal or NormalMatrix.of(problem.factor, support, problem.smoothing)
-        return PrimalFit(problem, normal, _drift(problem))
+    if refit.normal is not None:
+        return PrimalFit(problem, refit.normal, _drift(problem))
     if refit.gram is None or refit.dual is None or refit.fitted is None:
         return DirectFit(problem, support, refit)
     residual = (problem.target - refit.fitted + refit.gram.matrix @ refit.dual).double()

@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.regression.exchanged import KnownFit, PrimalFit, fit_behind
+from swap_prune.regression.exchanged import KnownFit, fit_behind
 from swap_prune.regression.iht import SparseFit
-from swap_prune.regression.normal import NormalMatrix
 from swap_prune.regression.objective import Refit, WeightedRidge
 from swap_prune.regression.pattern import GroupPattern
 from swap_prune.regression.top_k import Floors, kept_beyond, top_k
@@ -65,9 +64,8 @@ def swap_weights(
     scale = torch.add(f, problem.metric, alpha=problem.ridge).mul_(problem.factor.shape[0])
     scale.clamp_min_(torch.finfo(scale.dtype).tiny)
     batch = max(1, round(SHARE * keep))
-    refit, tried = fit.refit, fit_behind(problem, fit.support, fit.refit)
-    if isinstance(tried, PrimalFit):
-        refit = replace(refit, normal=tried.normal, system=tried.solved[0])
+    refit = fit.refit if fit.refit.known is not None else problem.refit(fit.support)  # what waits holds no k equations
+    tried = fit_behind(problem, fit.support, refit)
     for _ in range(max_batches):
         gradient, refit = problem.gradient_of(refit), refit.lighter()
         fit = replace(fit, refit=refit)
@@ -202,8 +200,8 @@ def exchange_of(problem: WeightedRidge, support: Tensor, refit: Refit, gradient:
             return (1 - h / own).clamp_min(_TINY) / (penalty * own)
 
         return Exchange(problem, support, refit.weights, gradient, lambda g: penalty * explained(g), inverse, True)
-    normal = refit.normal or NormalMatrix.of(problem.factor, support, problem.smoothing)
-    primal = problem.solve_normal(normal)[0] if refit.system is None else refit.system
+    normal, primal = refit.normal, refit.system
+    assert normal is not None and primal is not None, "k equations were solved"
 
     def residual(columns: Tensor) -> Tensor:
         g = smooth(columns.double())
