@@ -61,7 +61,6 @@ class Workload:
         itemsize: Bytes of an entry of a gradient.
         kept_bytes: Bytes that one sample keeps for its backward pass; 0: none was run.
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
-        row_bytes: Bytes that a row takes while it is made, where that is more than what a sample keeps; else 0.
         in_batches: Whether a row is the gradient of a mini-batch.
         compared: Rows of single samples that may be taken beside those of mini-batches; 0: none.
         row_noise: Whether a noise model changes the rows of G.
@@ -94,7 +93,6 @@ class Workload:
     itemsize: int = 4
     kept_bytes: int = 0
     largest_bytes: int = 0
-    row_bytes: int = 0
     sample_bytes: int = 0
     can_spill: bool = False
     output_bytes: int = 0
@@ -262,10 +260,9 @@ def _capture(load: Workload, storage: Storage) -> int:
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
     if load.in_batches:
         return MINI_BATCH * _backward_bytes(load, storage.spilled) + 3 * vector
-    chunk = max(1, min(2 * at_once, load.rows, budget // (max(load.kept_bytes, load.row_bytes) + vector)))
+    chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
-    own = max(_backward_bytes(load), load.row_bytes)
-    return chunk * (own + (1 + buffered) * vector) + 2 * vector + 2 * piece
+    return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece
 
 
 def _passes(load: Workload, storage: Storage) -> int:

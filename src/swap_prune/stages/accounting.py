@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from swap_prune.artifact import count_layers, not_dense, save_artifact
 from swap_prune.checks import some_of
 from swap_prune.defences import name_of
+from swap_prune.network.calls import is_turned
 from swap_prune.report import PruningReport, StageReport, versions
 from swap_prune.request import Request
 from swap_prune.selection import DEFAULT_TARGETS, unnamed_weights
@@ -171,7 +172,7 @@ def _along_others(model: nn.Module, request: Request) -> list[str]:
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in request.selection.names}
     shapes, notes = request.selection.shapes, list[str]()
     stacks = [name for name, owner in owners.items() if len(shapes[name]) == 3 and not isinstance(owner, _ConvNd)]
-    turned = [name for name, owner in owners.items() if isinstance(owner, _ConvTransposeNd) or _is_turned(owner)]
+    turned = [name for name, owner in owners.items() if isinstance(owner, _ConvTransposeNd) or is_turned(owner)]
     if stacks:
         notes.append(
             f"pattern {request.pattern} runs along the second of three dimensions of {some_of(stacks)}: leave them out "
@@ -183,11 +184,6 @@ def _along_others(model: nn.Module, request: Request) -> list[str]:
             "no use to sparse hardware there: leave them out by ignore="
         )
     return notes
-
-
-def _is_turned(module: nn.Module) -> bool:
-    """Whether a module is a ``Conv1D`` of transformers: a linear layer whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _left_alone(selected: int, others: Mapping[str, int]) -> list[str]:

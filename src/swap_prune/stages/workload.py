@@ -18,7 +18,6 @@ from swap_prune.distributed import process_count
 from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes, trainable
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
-from swap_prune.fisher.capture.rows import bytes_of_a_row
 from swap_prune.fisher.capture.sketch import most_rows, sketch_draws, sketch_rows
 from swap_prune.fisher.noise import NoiseModel
 from swap_prune.losses import CrossEntropy
@@ -114,7 +113,7 @@ def _count_row_numbers(model: nn.Module, request: Request) -> dict[str, Any]:
             "unsuited": "",
         }
     except UnsupportedLayerError as error:
-        reason = f"only the weights of Linear and Conv layers have rows of low rank: {error}"
+        reason = f"rows of low rank are not to be had: {error}"
         return {"row_numbers": 0, "unsuited": reason}
 
 
@@ -122,7 +121,7 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     """Return the bytes that one sample takes; 0 of what could not be found."""
     nothing = SavedBytes(0, 0)
     if sample is None:
-        return dict.fromkeys(("kept_bytes", "largest_bytes", "row_bytes", "output_bytes", "sample_bytes"), 0)
+        return dict.fromkeys(("kept_bytes", "largest_bytes", "output_bytes", "sample_bytes"), 0)
     curvature, own_bytes = request.curvature, list[int]()
     teacher = curvature if request.solver.needs_held_out else None
     function = request.loss if teacher is None else partial(losses_beside_own, teacher)
@@ -131,9 +130,6 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     def saved() -> SavedBytes:
         with eval_mode(model), trainable(model):  # the selected weights have slopes, whether or not they are frozen
             return saved_bytes(lambda: function(model, sample), (*model.parameters(), *model.buffers()))
-
-    def row() -> int:
-        return bytes_of_a_row(model, request.selection, request.loss, sample)
 
     def outputs() -> int:
         assert curvature is not None
@@ -144,7 +140,6 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     found = {
         "kept_bytes": kept.total,
         "largest_bytes": kept.largest,
-        "row_bytes": 0 if request.in_batches and not request.compares_rows else _measured(row, 0, model),
         "output_bytes": 0 if curvature is None else _measured(outputs, 0, model),
         "sample_bytes": sum(own_bytes),
     }

@@ -103,6 +103,24 @@ class Attention(nn.Module):
         return self.inner(x, x, x, need_weights=False)[0]
 
 
+def test_the_output_layer_of_attention_sees_what_was_attended_to():
+    model, x = Attention().double(), normal(3, 5, 4)
+    (squares,) = inputs_of(model, x, targets=["inner.out_proj.weight"]).mean_squares().values()
+    with torch.no_grad():
+        model.inner.out_proj.weight.copy_(torch.eye(4))
+        model.inner.out_proj.bias.zero_()
+        torch.testing.assert_close(squares, model(x).square().mean((0, 1))[None])
+
+
+class Unrun(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.fc = nn.Linear(*sizes)
+
+    def forward(self, x):
+        return x @ self.fc.weight.T
+
+
 class Loud(nn.Linear):
     def forward(self, x):
         return super().forward(10 * x)
@@ -128,7 +146,7 @@ class Loud(nn.Linear):
             ["Linear"],
             r"'0.weight' is .*, and no more is '2.weight'; leave out .* ignore=\['0.weight', '2.weight'\]",
         ),
-        (Attention(), ["inner.out_proj.weight"], "no inputs of 'inner.out_proj.weight' were seen"),
+        (Unrun(5, 3), ["fc.weight"], "no inputs of 'fc.weight' were seen"),
     ],
 )
 def test_weights_that_no_hook_sees_are_refused(model, targets, message):

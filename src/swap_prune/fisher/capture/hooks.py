@@ -4,9 +4,9 @@ In the forward pass hooks keep the input of every selected layer. The backward p
 no further: autograd forms no weight gradient, which it would sum over the samples. The gradient at an output and the
 input make the gradients of the single samples (:mod:`swap_prune.fisher.capture.layers`), while the pass is under way.
 
-This holds if every selected weight is used by Linear and Conv layers alone, and if the loss of one sample does not
-depend on the others. Neither can be seen from outside, so :func:`check_against` compares some samples with backward
-passes of their own.
+This holds if every selected weight is used by such layers alone (:mod:`swap_prune.fisher.capture.seen_layers`), and if
+the loss of one sample does not depend on the others. Neither can be seen from outside, so :func:`check_against`
+compares some samples with backward passes of their own.
 
 Place in the pipeline: a back end of capture.
 """
@@ -14,55 +14,21 @@ Place in the pipeline: a back end of capture.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swap_prune.checks import some_of
 from swap_prune.fisher.capture.bound import Bound, functional_call
-from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported, items_of, put_weight_gradients
+from swap_prune.fisher.capture.joined import JoinedCalls, Sink
+from swap_prune.fisher.capture.layers import UnsupportedLayerError, items_of, put_weight_gradients
+from swap_prune.fisher.capture.seen_layers import SeenLayer, seen_layers
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.network.calls import layer_input
 from swap_prune.samples.batches import batch_size, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
-__all__ = ["OutputGradients", "check_against", "hooked_layers", "without_gradient"]
-
-Sink = Callable[[str, nn.Module, Tensor, Tensor], None]  # (parameter name, layer, inputs, gradient of its output)
-
-
-def hooked_layers(model: nn.Module, selection: Selection) -> dict[nn.Module, str]:
-    """Return the layers of the selected weights and the parameter's name of each.
-
-    Args:
-        model: The network.
-        selection: The selected parameters; one that several layers share has several.
-
-    Raises:
-        UnsupportedLayerError: If a selected parameter is anything but the weight of Linear and Conv layers.
-    """
-    parameters = dict(model.named_parameters())
-    names = {id(parameters[name]): name for name in selection.names}
-    layers: dict[nn.Module, str] = {}
-    others: dict[str, str] = {}
-    for module in model.modules():
-        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            if own != "weight" or not is_supported(module):
-                others[name] = f"{name!r} is {own!r} of a {type(module).__module__}.{type(module).__name__}"
-            layers[module] = name
-    if others:
-        first, *more = others
-        raise UnsupportedLayerError(
-            f"{others[first]}, not the weight of a Linear or Conv layer that computes as torch's own"
-            + (f", and no more {'is' if len(more) == 1 else 'are'} {some_of(map(repr, more))}" if more else ""),
-            tuple(others),
-        )
-    return layers
+__all__ = ["OutputGradients", "check_against", "without_gradient"]
 
 
 class OutputGradients:
@@ -72,19 +38,21 @@ class OutputGradients:
     are removed whatever happens.
 
     Raises:
-        UnsupportedLayerError: As for :func:`hooked_layers`.
+        UnsupportedLayerError: As for :func:`seen_layers`.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> None:
-        self._layers = hooked_layers(model, selection)
+        self._seen = seen_layers(model, selection)
         self._places = selection.slices()
         self._loss_fn = loss_fn
         self._bound = Bound(model, self._forth_and_back)
         tensors = (*self._bound.named_parameters(), *self._bound.named_buffers())
         self._state = {name: without_gradient(tensor) for name, tensor in tensors}
         self._starts: list[Tensor] = []  # where the backward pass ends
-        self._sink: Sink | None = None
+        self._calls: JoinedCalls | None = None  # of the pass under way
         self._recording = False
+        self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
+        self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
         self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
         self._items: dict[str, set[float]] = {}  # the same for each sample, where they were last told apart
         self.changed = False  # whether they were others than before, in the last pass whose samples are told apart
@@ -99,7 +67,8 @@ class OutputGradients:
 
         Args:
             batch: Samples that ``loss_fn`` takes.
-            sink: Called during the backward pass, once for each call of each selected layer that the losses depend on.
+            sink: Called during the backward pass with the calls of each selected layer that the losses depend on, one
+                by one or several of a Linear layer together.
             size: How many samples there are, where those of a layer's inputs are to be told apart: a layer must then
                 see as many items of each as of single samples. None: they are summed.
 
@@ -111,14 +80,9 @@ class OutputGradients:
                 the items that a layer sees of a sample vary.
             ValueError: If a loss is not finite or not per sample.
         """
-        self._sink, self._recording, self._counts = sink, True, {}
-        try:
-            with ExitStack() as hooks:
-                for layer in self._layers:
-                    hooks.callback(layer.register_forward_hook(self._see, prepend=True, with_kwargs=True).remove)
-                losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
-        finally:
-            self._sink, self._recording, self._starts = None, False, []
+        if self._axes is None and size is not None and size > 1:
+            self._axes = self._find_axes(batch)
+        losses = self._run(batch, JoinedCalls(sink, size or 1))
         if size is not None:
             self._check_items(batch, size)
         return losses
@@ -151,6 +115,29 @@ class OutputGradients:
                 rows[:size, place] = 0
         return losses
 
+    def _run(self, batch: Any, calls: JoinedCalls) -> Tensor:
+        """Do both passes, and return the losses."""
+        self._calls, self._recording, self._counts, self._shapes = calls, True, {}, {}
+        try:
+            with self._seen.watched(self._see):
+                losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
+            calls.finish()
+        finally:
+            self._calls, self._recording, self._starts = None, False, []
+        return losses
+
+    def _find_axes(self, batch: Any) -> dict[str, int]:
+        """Return for each parameter which dimension of its layers' inputs grows with the samples, where not the first.
+
+        Where tokens come before samples, as in ``nn.TransformerEncoder`` unless it is told otherwise, it is another.
+        """
+        shapes = []
+        for count in (1, 2):
+            self._run(slice_batch(batch, 0, count), JoinedCalls(lambda *_: None, 1))
+            shapes.append(self._shapes)
+        one, two = shapes
+        return {name: _grown(one[name], two[name]) for name in one.keys() & two.keys()}
+
     def _check_items(self, batch: Any, size: int) -> None:
         """Compare the items that layers saw of each sample with those of single samples, where they are new.
 
@@ -162,7 +149,7 @@ class OutputGradients:
         if not self.changed:
             return
         for place in sorted({0, size // 2, size - 1}):
-            self.run(slice_batch(batch, place, place + 1), lambda *_: None)
+            self._run(slice_batch(batch, place, place + 1), JoinedCalls(lambda *_: None, 1))
             if self._items_of(1) != items:
                 raise UnsupportedLayerError(
                     "the layers do not see as many items of each sample: they cannot be told apart where their number "
@@ -195,24 +182,37 @@ class OutputGradients:
             output = replaced = start.clone()  # a layer that works in place cannot do so on the start itself
         if self._recording:  # else a checkpointed block, computed again
             output.register_hook(  # type: ignore[no-untyped-call]
-                self._receiver(layer, layer_input(arguments, named))
+                self._receiver(self._seen.calls[layer], layer_input(arguments, named))
             )
         return replaced
 
-    def _receiver(self, layer: nn.Module, inputs: Tensor) -> Callable[[Tensor], None]:
+    def _receiver(self, seen: SeenLayer, inputs: Tensor) -> Callable[[Tensor], None]:
         inputs = inputs.detach()
-        version = inputs._version
+        version, calls = inputs._version, self._calls
+        assert calls is not None
+        calls.expect(seen.layer)
 
         def receive(gradient: Tensor) -> None:
             if inputs._version != version:
-                raise UnsupportedLayerError(f"the input of a {type(layer).__name__} was changed in place")
-            assert self._sink is not None
-            name = self._layers[layer]
-            self._counts.setdefault(name, set()).add(items_of(layer, inputs))
+                raise UnsupportedLayerError(f"the input of a {type(seen.layer).__name__} was changed in place")
+            went, came = seen.sides(inputs, gradient)
+            self._shapes.setdefault(seen.name, []).append(went.shape)
+            if self._axes and isinstance(seen.layer, nn.Linear) and (axis := self._axes.get(seen.name, 0)):
+                went, came = went.movedim(axis, 0), came.movedim(axis, 0)
+            self._counts.setdefault(seen.name, set()).add(items_of(seen.layer, went))
             with torch.no_grad():
-                self._sink(name, layer, inputs, gradient)
+                calls.add(seen.name, seen.layer, went, came)
 
         return receive
+
+
+def _grown(one: list[torch.Size], two: list[torch.Size]) -> int:
+    """Return the dimension that is twice as large for two samples as for one, in every call; the first, if none is."""
+    axes = range(min(len(shape) for shape in one) - 1)  # the last is that of the features
+    return next(
+        (axis for axis in axes if all(more[axis] == 2 * own[axis] for own, more in zip(one, two, strict=False))),
+        0,
+    )
 
 
 def check_against(

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.checks import some_of
-from swap_prune.fisher.capture.hooks import hooked_layers
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, unfold_inputs
+from swap_prune.fisher.capture.seen_layers import SeenLayers, plain_layers
 from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.network.calls import layer_input
 from swap_prune.network.modes import eval_mode
@@ -83,8 +83,12 @@ class LayerInputs:
         with eval_mode(self.model), torch.no_grad(), ExitStack() as hooks:
             check_calibration(self.model, self.loss_fn, self.batches)
             hooks.enter_context(self._disturbed())
-            for layer, name in self._layers().items():
-                hooks.callback(layer.register_forward_hook(sums[name].add, with_kwargs=True).remove)
+            layers = self._layers()
+
+            def see(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], _output: Tensor) -> None:
+                sums[layers.calls[layer].name].add(layer, layer_input(arguments, named))
+
+            hooks.enter_context(layers.watched(see))
             for batch in self.batches:
                 run_loss(self.model, batch, self.loss_fn)
         if unseen := [name for name, total in sums.items() if total.count == 0]:
@@ -100,10 +104,10 @@ class LayerInputs:
                 )
         return {name: total.value / total.count for name, total in sums.items()}
 
-    def _layers(self) -> dict[nn.Module, str]:
-        """Return each layer with its parameter's name; a shared parameter has several."""
+    def _layers(self) -> SeenLayers:
+        """Return the layers."""
         try:
-            return hooked_layers(self.model, self.selection)
+            return plain_layers(self.model, self.selection)
         except UnsupportedLayerError as error:
             raise ValueError(
                 f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave out what is "
@@ -113,15 +117,15 @@ class LayerInputs:
 
 @dataclass
 class _Sum:
-    """A statistic of one parameter's inputs, added up over batches by a forward hook."""
+    """A statistic of one parameter's inputs, added up over batches."""
 
     reduce: _Reduce
     value: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     count: int = 0
 
-    def add(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+    def add(self, layer: nn.Module, inputs: Tensor) -> None:
         """Add the inputs of one call."""
-        for x in _as_rows(layer, layer_input(arguments, named).detach()):
+        for x in _as_rows(layer, inputs.detach()):
             self.value = self.value.to(x.device) + self.reduce(x)
             self.count += x.shape[1]
 

@@ -26,10 +26,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.checks import whole_number
 from swap_prune.fisher.backends.low_rank import LowRankFactor
-from swap_prune.fisher.capture.hooks import OutputGradients, check_against, hooked_layers
+from swap_prune.fisher.capture.hooks import OutputGradients, check_against
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.outer_products import Collector, LayerCalls, is_outer
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
+from swap_prune.fisher.capture.seen_layers import seen_layers
 from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
@@ -79,7 +80,7 @@ def capture_low_rank(
             f"has a first dimension of 1, such as mask[None]); {_OTHERWISE}"
         )
     try:
-        hooked_layers(model, selection)
+        seen_layers(model, selection)
         collector = Collector({name: LayerCalls(kept) for name in selection.names})
         if source.in_batches:
             losses, chunk = _capture_batches(model, selection, batches, loss_fn, collector, advance)
@@ -103,7 +104,7 @@ def numbers_of_a_row(model: nn.Module, selection: Selection, *, in_batches: bool
         UnsupportedLayerError: If a selected weight is not that of Linear or Conv layers.
     """
     rank, total = BATCH_RANK if in_batches else RANK, 0
-    layers = {name: layer for layer, name in hooked_layers(model, selection).items()}
+    layers = seen_layers(model, selection).by_name
     for name, shape in selection.shapes.items():
         layer = layers[name]
         groups = layer.groups if isinstance(layer, _ConvNd) else 1

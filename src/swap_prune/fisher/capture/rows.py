@@ -4,9 +4,10 @@ The network runs in eval mode (dropout off, BatchNorm with its running
 statistics), so that samples do not see each other. Three back ends give the same rows within rounding:
 
 - ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers
-  (:mod:`swap_prune.fisher.capture.hooks`). For weights of Linear and Conv layers. The rows of largest loss are checked
-  against backward passes of their own, until two that are not zero have been.
-- ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters.
+  (:mod:`swap_prune.fisher.capture.hooks`). For weights of Linear and Conv layers, transposed ones too, of attention and
+  of recurrent layers. The rows of largest loss are checked against backward passes of their own, until two that are not
+  zero have been.
+- ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters, beside no recurrent layer.
 - ``loop``: one backward pass a sample, for networks, losses or batches that neither can take.
 
 A chunk is sized from a measurement of what one sample keeps for its backward pass. Bytes are measured and not seconds,
@@ -27,7 +28,7 @@ from torch.func import grad_and_value, vmap
 
 from swap_prune.checks import first_line
 from swap_prune.fisher.capture.bound import Bound, dense, functional_call
-from swap_prune.fisher.capture.footprint import allocated_bytes, saved_bytes, unrolls
+from swap_prune.fisher.capture.footprint import saved_bytes
 from swap_prune.fisher.capture.hooks import OutputGradients, check_against, without_gradient
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, piece_bytes
 from swap_prune.fisher.capture.row_buffer import RowSink
@@ -41,12 +42,11 @@ from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, is_sliceable, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
-__all__ = ["Backend", "Capture", "Passed", "bytes_of_a_row", "capture_gradients", "pass_rows"]
+__all__ = ["Backend", "Capture", "Passed", "capture_gradients", "pass_rows"]
 
 Backend = Literal["auto", "hooks", "vmap", "loop"]
 
 _MAX_CHUNK = 256
-_HEAP = 6  # measured: bytes that the heap holds for many short-lived pieces, in units of those in use
 _UNCOUNTED_CHUNK = 8  # samples, where what one keeps cannot be counted
 _CHECKED = 2  # gradients, zeros apart, with backward passes of their own; one cannot show a loss that mixes samples
 _CHECKED_OF_MANY = 8  # the same where a layer sees several items of a sample, which may not lie side by side
@@ -198,7 +198,11 @@ class _Capturer:
             except UnsupportedLayerError as error:
                 if not self._fallback:
                     raise ValueError(f"backend 'hooks' does not suit the selection: {error}; use 'auto'") from error
-                self.backend = "vmap"
+                self.backend = self._without_hooks()
+
+    def _without_hooks(self) -> Backend:
+        """Return the back end after hooks: vmap forms a recurrent layer's gradients at every step anew."""
+        return "loop" if any(isinstance(module, nn.RNNBase) for module in self._module.modules()) else "vmap"
 
     def chunks(self, batch: Any) -> Iterator[Any]:
         """Split a batch in chunks of the size found by measurement."""
@@ -224,7 +228,7 @@ class _Capturer:
                     pass_on_shortage(error)
                     if isinstance(error, ValueError) or not self._fallback:
                         raise
-                    self.backend = "vmap" if self.backend == "hooks" else "loop"
+                    self.backend = self._without_hooks() if self.backend == "hooks" else "loop"
             if not is_sliceable(batch):
                 return self._fill_loop(batch, rows, losses)
             size = batch_size(batch)  # one sample at a time: a backward pass costs what its whole batch costs
@@ -291,15 +295,6 @@ class _Capturer:
         losses[: len(values)] = values.detach()
         return len(values)
 
-    def _bytes_of_a_row(self, sample: Any) -> int:
-        """Count the bytes that making one row by vmap takes; 0 where that does not work."""
-        rows = next(iter(self._weights.values())).new_empty(1, self._selection.total)
-        try:
-            return _HEAP * allocated_bytes(lambda: self._fill_vmap(sample, rows, rows.new_empty(1)))
-        except Exception as error:  # a network may refuse in many ways; rows are then made otherwise
-            pass_on_shortage(error)
-            return 0
-
     def _measure_chunk(self, sample: Any) -> int:
         """Count the bytes that one sample keeps for its backward pass, and fit a chunk to the budget."""
         weights = {name: w.detach().requires_grad_() for name, w in self._weights.items()}
@@ -314,29 +309,10 @@ class _Capturer:
             if "saved tensor hooks" not in str(error):  # torch.func inside the network knows none: nothing is counted
                 raise
             return _UNCOUNTED_CHUNK
-        if self.backend == "vmap" and unrolls(self._module):
-            kept = max(kept, self._bytes_of_a_row(sample))
         own = next(iter(self._weights.values()))
         gradient, place = own.element_size() * self._selection.total, own.device
         budget = self._chunk_bytes - (piece_bytes(place) if self.backend == "hooks" else 0)
         return max(1, min(_MAX_CHUNK, budget // (kept + gradient)))
-
-
-def bytes_of_a_row(model: nn.Module, selection: Selection, loss_fn: LossFn, sample: Any) -> int:
-    """Return the bytes that making a row takes where that is more than a sample keeps for its backward pass; else 0.
-
-    Args:
-        model: The network.
-        selection: The p weights.
-        loss_fn: Per-sample loss.
-        sample: A batch of one sample.
-    """
-    if not unrolls(model):
-        return 0
-    with eval_mode(model):
-        capturer = _Capturer(Bound(model, loss_fn), selection, "auto", CHUNK_BYTES)
-        one = map_tensors(without_gradient, sample)
-        return capturer._bytes_of_a_row(one) if capturer.backend == "vmap" else 0
 
 
 def check_dependence(losses: Tensor) -> None:

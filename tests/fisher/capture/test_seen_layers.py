@@ -1,0 +1,327 @@
+"""Rows of recurrent, attention and transposed layers from their outputs, against one backward pass a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from swap_prune import prune
+from swap_prune.fisher.capture import joined, seen_layers
+from swap_prune.fisher.capture.hooks import OutputGradients
+from swap_prune.fisher.capture.layers import UnsupportedLayerError
+from swap_prune.fisher.capture.low_rank import capture_low_rank
+from swap_prune.fisher.capture.rows import capture_gradients
+from swap_prune.fisher.capture.source import RowSource
+from swap_prune.losses import cross_entropy
+from swap_prune.selection import Selection, select_parameters
+from tests.cases import normal
+
+N, STEPS, WIDTH = 5, 4, 6
+
+
+class Head(nn.Module):
+    """A Linear layer before the layer in question and one after it, so that it is neither the first nor the last."""
+
+    def __init__(self, body: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.run = body, run
+        self.before, self.after = nn.Linear(3, WIDTH), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.run(self.body, self.before(x).tanh()).flatten(1))
+
+
+def outputs(body: nn.Module, x: Tensor) -> Tensor:
+    return body(x)[0]
+
+
+def everything(body: nn.Module, x: Tensor) -> Tensor:
+    """Outputs and last states, for which both have a slope."""
+    out, state = body(x)
+    states = state if isinstance(state, tuple) else (state,)
+    return torch.cat([out.flatten(1), *(part.transpose(0, 1).flatten(1) for part in states)], 1)
+
+
+def steps_first(body: nn.Module, x: Tensor) -> Tensor:
+    return body(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+def from_a_state(body: nn.Module, x: Tensor) -> Tensor:
+    """Begin with states that depend on the inputs."""
+    first = x[:, :2].transpose(0, 1).contiguous()
+    return body(x, (first, first.sin()) if isinstance(body, nn.LSTM) else first)[0]
+
+
+def of_unlike_lengths(body: nn.Module, x: Tensor) -> Tensor:
+    """Pack sequences whose lengths go up and down, each told by its sample."""
+    lengths = 1 + (x[:, 0, 0] * 1e3).long().remainder(STEPS)
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    out, state = body(packed)
+    assert isinstance(out, PackedSequence)
+    states = state if isinstance(state, tuple) else (state,)
+    padded = pad_packed_sequence(out, batch_first=True, total_length=STEPS)[0]
+    return torch.cat([padded.flatten(1), *(part.transpose(0, 1).flatten(1) for part in states)], 1)
+
+
+def cell(body: nn.Module, x: Tensor) -> Tensor:
+    state: Any = None
+    out: list[Tensor] = []
+    for step in x.unbind(1):
+        state = body(step, state)
+        out.append(state[0] if isinstance(state, tuple) else state)
+    return torch.stack(out, 1)
+
+
+RECURRENT: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "lstm": (lambda: nn.LSTM(WIDTH, 5, batch_first=True), everything),
+    "gru": (lambda: nn.GRU(WIDTH, 5, batch_first=True), everything),
+    "rnn": (lambda: nn.RNN(WIDTH, 5, batch_first=True), everything),
+    "rnn, relu, no bias": (lambda: nn.RNN(WIDTH, 5, nonlinearity="relu", bias=False, batch_first=True), everything),
+    "lstm of two layers, both ways": (lambda: nn.LSTM(WIDTH, 5, 2, batch_first=True, bidirectional=True), everything),
+    "gru of two layers, both ways": (lambda: nn.GRU(WIDTH, 5, 2, batch_first=True, bidirectional=True), everything),
+    "lstm projected": (lambda: nn.LSTM(WIDTH, 5, 2, batch_first=True, bidirectional=True, proj_size=3), everything),
+    "lstm with dropout": (lambda: nn.LSTM(WIDTH, 5, 2, batch_first=True, dropout=0.5), everything),
+    "lstm, steps first": (lambda: nn.LSTM(WIDTH, 5), steps_first),
+    "gru, steps first": (lambda: nn.GRU(WIDTH, 5, bidirectional=True), steps_first),
+    "lstm from a state": (lambda: nn.LSTM(WIDTH, WIDTH, 2, batch_first=True), from_a_state),
+    "gru from a state": (lambda: nn.GRU(WIDTH, WIDTH, 2, batch_first=True), from_a_state),
+    "lstm packed": (lambda: nn.LSTM(WIDTH, 5, 2, batch_first=True, bidirectional=True), of_unlike_lengths),
+    "gru packed": (lambda: nn.GRU(WIDTH, 5, bidirectional=True), of_unlike_lengths),
+    "lstm cell": (lambda: nn.LSTMCell(WIDTH, 5), cell),
+    "gru cell": (lambda: nn.GRUCell(WIDTH, 5, bias=False), cell),
+    "rnn cell": (lambda: nn.RNNCell(WIDTH, 5, nonlinearity="relu"), cell),
+}
+
+
+def attention(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.MultiheadAttention(WIDTH, 2, batch_first=True, **options)
+
+
+def to_itself(body: nn.Module, x: Tensor) -> Tensor:
+    return body(x, x, x)[0]
+
+
+def to_itself_tokens_first(body: nn.Module, x: Tensor) -> Tensor:
+    x = x.transpose(0, 1)
+    return body(x, x, x, need_weights=False)[0].transpose(0, 1)
+
+
+def to_another(body: nn.Module, x: Tensor) -> Tensor:
+    memory = x.sin()[:, 1:]
+    out, shares = body(x, memory, memory, average_attn_weights=False)
+    return torch.cat([out.flatten(1), shares.flatten(1)], 1)
+
+
+def to_another_tokens_first(body: nn.Module, x: Tensor) -> Tensor:
+    x, memory = x.transpose(0, 1), x.sin()[:, 1:].transpose(0, 1)
+    return body(x, memory, memory.cos())[0].transpose(0, 1)
+
+
+def masked(body: nn.Module, x: Tensor) -> Tensor:
+    hidden = torch.zeros(len(x), STEPS, dtype=torch.bool)
+    hidden[:, -1] = True
+    later = torch.ones(STEPS, STEPS, dtype=torch.bool).triu(1)
+    return body(x, x, x, key_padding_mask=hidden, attn_mask=later, is_causal=True)[0]
+
+
+ATTENTION: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "self": (attention(), to_itself),
+    "self, no bias": (attention(bias=False), to_itself),
+    "self, tokens first": (lambda: nn.MultiheadAttention(WIDTH, 2), to_itself_tokens_first),
+    "masked": (attention(), masked),
+    "cross": (attention(), to_another),
+    "cross, tokens first": (lambda: nn.MultiheadAttention(WIDTH, 2), to_another_tokens_first),
+    "keys and values of more": (attention(add_bias_kv=True, add_zero_attn=True), to_itself),
+    "own widths": (
+        attention(kdim=4, vdim=3),
+        lambda body, x: body(x, x[..., :4], x[..., :3])[0],
+    ),
+    "own widths, no bias": (
+        attention(kdim=4, vdim=3, bias=False),
+        lambda body, x: body(x, x[..., :4], x[..., :3])[0],
+    ),
+}
+
+
+class Conv1D(nn.Module):
+    """As in transformers: a Linear layer whose weight is (inputs, outputs)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def upsampled(body: nn.Module, x: Tensor) -> Tensor:
+    """Give (n, 4, 6) as many dimensions as a transposed convolution takes."""
+    dimensions = len(body.kernel_size)
+    return body(x.unflatten(2, (6, 1, 1)[:dimensions]))
+
+
+TURNED: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3), upsampled),
+    "conv1d strided": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=3, padding=2, output_padding=2), upsampled),
+    "conv1d dilated": (lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, padding=1), upsampled),
+    "conv1d grouped": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2), upsampled),
+    "conv1d, a channel a group": (lambda: nn.ConvTranspose1d(4, 4, 3, groups=4), upsampled),
+    "conv1d of one place": (lambda: nn.ConvTranspose1d(4, 6, 1), upsampled),
+    "conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3, padding=1), upsampled),
+    "conv2d oblong": (lambda: nn.ConvTranspose2d(4, 6, (2, 3), (1, 2), (0, 1), (0, 1), dilation=(3, 1)), upsampled),
+    "conv2d, a channel a group": (lambda: nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4), upsampled),
+    "conv3d": (lambda: nn.ConvTranspose3d(4, 6, 2, stride=(2, 1, 1)), upsampled),
+    "transformers' Conv1D": (lambda: Conv1D(7, WIDTH), lambda body, x: body(x)),
+}
+
+
+class Tied(nn.Module):
+    """Words that the head reads with the weight that they were looked up by."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, WIDTH, **options), nn.Linear(WIDTH, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x[..., 0] * 1e3).long().remainder(7)
+        return self.head(self.embed(words).cumsum(1).tanh() + x)
+
+
+WORDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "tied": (Tied, lambda body, x: body(x)),
+    "tied, with padding": (lambda: Tied(padding_idx=2), lambda body, x: body(x)),
+    "embedding": (lambda: nn.Embedding(7, 4), lambda body, x: body((x * 1e3).long().remainder(7))),
+}
+CASES = {**RECURRENT, **ATTENTION, **TURNED, **WORDS}
+
+
+def case(name: str) -> tuple[nn.Module, Selection, tuple[Tensor, Tensor]]:
+    make, run = CASES[name]
+    torch.manual_seed(0)
+    model = Head(make(), run).eval().double()
+    x = normal(N, STEPS, 3, seed=1)
+    model(x)
+    return model, select_parameters(model, ["re:.*weight.*"]), (x, torch.arange(N) % 3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_are_those_of_single_backward_passes(name: str) -> None:
+    model, selection, batch = case(name)
+    singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
+    found = capture_gradients(model, selection, [batch], cross_entropy)
+    assert found.backend == "hooks" and len(selection.names) > 2
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.losses, singles.losses)
+    assert (singles.factor.matrix.abs().amax(0) > 0).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_outer_products_are_the_rows(name: str) -> None:
+    model, selection, batch = case(name)
+    whole = capture_gradients(model, selection, [batch], cross_entropy, backend="loop").factor
+    found = capture_low_rank(model, selection, RowSource(cross_entropy, [batch]), rank=64).factor
+    w = normal(selection.total, seed=2)
+    torch.testing.assert_close(found.gram(w.square()), whole.gram(w.square()), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.matvec(w), whole.matvec(w), rtol=1e-8, atol=1e-10)
+    v = normal(N, seed=3)
+    torch.testing.assert_close(found.rmatvec(v), whole.rmatvec(v), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_leaves_the_model_as_it_was(name: str) -> None:
+    model, selection, batch = case(name)
+    before, own = model(batch[0]), {module: dict(vars(module)).keys() for module in model.modules()}
+    OutputGradients(model, selection, cross_entropy).run(batch, lambda *_: None, N)
+    assert all(vars(module).keys() == names for module, names in own.items())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model(batch[0]), before) and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, *ATTENTION])
+def test_stand_ins_compute_what_the_modules_do(name: str) -> None:
+    model, selection, (x, _) = case(name)
+    expected = model(x)
+    with seen_layers.seen_layers(model, selection).watched(lambda *_: None):
+        assert "forward" in vars(model.body)
+        torch.testing.assert_close(model(x), expected)
+
+
+class Encoder(nn.Module):
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head, self.batch_first = nn.Linear(8, 3), batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x if self.batch_first else x.transpose(0, 1))
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("count", [4, 5, 8])
+@pytest.mark.parametrize("targets", [("Linear",), ("Linear", "MultiheadAttention")])
+def test_transformers_of_torch_with_samples_in_either_place(
+    batch_first: bool, count: int, targets: tuple[str, ...]
+) -> None:
+    """4 tokens a sample: as many as samples, and fewer, so that no place can be told by its length."""
+    torch.manual_seed(0)
+    model = Encoder(batch_first=batch_first).eval().double()
+    selection = select_parameters(model, targets)
+    batch = torch.randn(count, 4, 8, dtype=torch.float64), torch.arange(count) % 3
+    singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
+    found = capture_gradients(model, selection, [batch], cross_entropy)
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+def test_steps_make_one_product_as_far_as_a_piece_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, selection, batch = case("lstm")
+    tokens: list[int] = []
+
+    def see(name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        if name == "body.weight_hh_l0":
+            tokens.append(inputs[0].numel() // 5)
+
+    gradients = OutputGradients(model, selection, cross_entropy)
+    gradients.run(batch, see, N)
+    assert tokens == [STEPS]
+    monkeypatch.setattr(joined, "piece_bytes", lambda device: 2 * N * 25 * 8)  # of two steps: 5 inputs, 20 outputs
+    tokens.clear()
+    gradients.run(batch, see, N)
+    assert tokens == [2, 2]
+
+
+def test_layers_with_a_forward_of_their_own_are_refused() -> None:
+    class Odd(nn.LSTM):
+        def forward(self, x: Tensor, hx: Any = None) -> Any:
+            return super().forward(x * 2, hx)
+
+    model = Head(Odd(WIDTH, 5, batch_first=True), outputs)
+    model(torch.zeros(1, STEPS, 3))
+    selection = select_parameters(model, ["re:body.weight.*"])
+    with pytest.raises(UnsupportedLayerError, match=r"'body\.weight_ih_l0' is 'weight_ih_l0' of a .*Odd, not the"):
+        seen_layers.seen_layers(model, selection)
+    batch = torch.randn(N, STEPS, 3), torch.arange(N) % 3
+    found = capture_gradients(model, selection, [batch], cross_entropy)
+    assert found.backend == "loop"  # vmap would form a gradient a step
+    model.body = nn.LSTM(WIDTH, 5, batch_first=True)
+    model.body.forward = lambda x: nn.LSTM.forward(model.body, x * 2)
+    with pytest.raises(UnsupportedLayerError, match="LSTM, not the weight"):
+        seen_layers.seen_layers(model, select_parameters(model, ["re:body.weight.*"]))
+
+
+@pytest.mark.parametrize("name", ["lstm projected", "masked", "conv2d oblong"])
+@pytest.mark.parametrize("storage", ["float32", "low-rank"])
+def test_pruned_by_one_call(name: str, storage: str) -> None:
+    model, selection, (x, y) = case(name)
+    data = torch.utils.data.TensorDataset(torch.cat([x] * 8), torch.cat([y] * 8))
+    report = prune(model, data, 0.5, targets=["re:.*weight.*"], storage=storage, progress=False)
+    assert report.kept == selection.total - selection.total // 2
