@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _BLOCK_BYTES = 256 * 2**20  # size of the temporary copies in `gram`
-_BLOCK_ROWS = 128  # of a Gram matrix at least, and a quarter of them: smaller products are slower than what they save
+_BLOCK_ROWS = 96  # of a Gram matrix at least, and a tenth of them: smaller products are slower than what they save
 
 
 class FisherFactor(Protocol):
@@ -264,7 +264,7 @@ def add_gram_(total: Tensor, columns: Tensor, scale: Tensor) -> None:
         scale: (r,), of any sign.
     """
     scaled, n = columns * scale, len(columns)
-    size = n if columns.device.type == "cuda" else max(_BLOCK_ROWS, -(-n // 4))
+    size = n if columns.device.type == "cuda" else max(_BLOCK_ROWS, -(-n // 10))
     for start in range(0, n, size):
         stop = min(start + size, n)
         total[start:stop, :stop].addmm_(scaled[start:stop], columns[:stop].T)
