@@ -244,6 +244,30 @@ def test_rows(trained: nn.Module, in_batches: bool) -> None:
             compare(half.columns(torch.arange(selection.total, device=CUDA)), expected.matrix, 2.0**-7)
 
 
+class Sequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.LSTM(8, 12, 2, batch_first=True, bidirectional=True)
+        self.mix = nn.TransformerEncoderLayer(24, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.steps(x)[0]).mean(1))
+
+
+def test_rows_of_recurrent_layers_and_attention() -> None:
+    torch.manual_seed(0)
+    model = Sequences()
+    selection = select_parameters(model, ("LSTM", "MultiheadAttention", "Linear"))
+    batch = torch.randn(24, 10, 8, generator=generator(1)), torch.arange(24) % 3
+    with exact_kernels(CUDA):
+        expected = capture_gradients(model, selection, [batch], cross_entropy)
+        there = copy.deepcopy(model).to(CUDA)
+        found = capture_gradients(there, selection, [(batch[0].cuda(), batch[1].cuda())], cross_entropy)
+    assert found.backend == expected.backend == "hooks"
+    compare(found.factor.matrix, expected.factor.matrix)
+
+
 def compare(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     off = (found.cpu().double() - expected.double()).norm() / expected.double().norm()
     assert off <= tolerance, f"relative error {float(off):.2e}"
