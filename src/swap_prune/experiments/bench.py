@@ -147,7 +147,7 @@ def _check_methods(experiment: Experiment, network: nn.Module, selection: Select
                 numbers_of_a_row(network, selection, in_batches=False)
             except UnsupportedLayerError as error:
                 raise ValueError(
-                    f"method {method.label!r}: storage 'low-rank' holds those of Linear and Conv layers ({error})"
+                    f"method {method.label!r}: storage 'low-rank' does not hold such weights ({error})"
                 ) from error
 
 

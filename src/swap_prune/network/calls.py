@@ -18,4 +18,5 @@ def layer_input(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
 
 def is_turned(module: nn.Module) -> bool:
     """Whether a module is a ``Conv1D`` of transformers: a linear layer whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.ndim == 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from swap_prune import prune
-from swap_prune.fisher.capture import joined, seen_layers
+from swap_prune.fisher.capture import joined, layers, outer_products, recurrent, seen_layers
 from swap_prune.fisher.capture.hooks import OutputGradients
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import capture_low_rank
@@ -68,6 +68,11 @@ def of_unlike_lengths(body: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([padded.flatten(1), *(part.transpose(0, 1).flatten(1) for part in states)], 1)
 
 
+def from_a_list(body: nn.Module, x: Tensor) -> Tensor:
+    """torch takes one for a tuple."""
+    return body(x, [x[:, 0][None], x[:, 1][None]])[0]
+
+
 def cell(body: nn.Module, x: Tensor) -> Tensor:
     state: Any = None
     out: list[Tensor] = []
@@ -75,6 +80,12 @@ def cell(body: nn.Module, x: Tensor) -> Tensor:
         state = body(step, state)
         out.append(state[0] if isinstance(state, tuple) else state)
     return torch.stack(out, 1)
+
+
+def tied_layers() -> nn.Module:
+    lstm = nn.LSTM(WIDTH, WIDTH, 2, batch_first=True)
+    lstm.weight_ih_l1 = lstm.weight_ih_l0
+    return lstm
 
 
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
@@ -89,6 +100,8 @@ RECURRENT: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor]
     "lstm, steps first": (lambda: nn.LSTM(WIDTH, 5), steps_first),
     "gru, steps first": (lambda: nn.GRU(WIDTH, 5, bidirectional=True), steps_first),
     "lstm from a state": (lambda: nn.LSTM(WIDTH, WIDTH, 2, batch_first=True), from_a_state),
+    "lstm from a list": (lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True), from_a_list),
+    "lstm, tied layers": (tied_layers, everything),
     "gru from a state": (lambda: nn.GRU(WIDTH, WIDTH, 2, batch_first=True), from_a_state),
     "lstm packed": (lambda: nn.LSTM(WIDTH, 5, 2, batch_first=True, bidirectional=True), of_unlike_lengths),
     "gru packed": (lambda: nn.GRU(WIDTH, 5, bidirectional=True), of_unlike_lengths),
@@ -136,6 +149,7 @@ ATTENTION: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor]
     "masked": (attention(), masked),
     "cross": (attention(), to_another),
     "cross, tokens first": (lambda: nn.MultiheadAttention(WIDTH, 2), to_another_tokens_first),
+    "keys that are the queries": (attention(), lambda body, x: body(x, x, x.sin())[0]),
     "keys and values of more": (attention(add_bias_kv=True, add_zero_attn=True), to_itself),
     "own widths": (
         attention(kdim=4, vdim=3),
@@ -279,6 +293,118 @@ def test_transformers_of_torch_with_samples_in_either_place(
     singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
     found = capture_gradients(model, selection, [batch], cross_entropy)
     assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+class ByHand(nn.Module):
+    """Sequences sorted by their lengths, packed, and put back in their order, as before torch did that by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x[..., 0] != 0).sum(1)
+        order = lengths.argsort(descending=True, stable=True)
+        last = self.body(pack_padded_sequence(x[order], lengths[order], batch_first=True))[1][-1]
+        return self.head(last[order.argsort()])
+
+
+@pytest.mark.parametrize("lengths", [([5, 4, 3, 2], [2, 5, 3, 4]), ([5, 5, 5], [3, 5, 4]), ([3], [4], [2, 5, 3, 4])])
+def test_samples_that_the_network_sorts_are_not_mixed_up(lengths: tuple[list[int], ...]) -> None:
+    """The first chunk, whose rows are compared with others, is in order already."""
+    torch.manual_seed(0)
+    model, batches = ByHand().double(), []
+    for own in lengths:
+        x = 1 + torch.rand(len(own), 5, 3, dtype=torch.float64)
+        for sample, length in zip(x, own, strict=True):
+            sample[length:] = 0
+        batches.append((x, torch.arange(len(own)) % 3))
+    selection = select_parameters(model, ["GRU", "Linear"])
+    found, singles = (
+        capture_gradients(model, selection, batches, cross_entropy, backend=kind).factor.matrix
+        for kind in ("auto", "loop")
+    )
+    torch.testing.assert_close(found, singles, rtol=1e-9, atol=1e-12)
+
+
+def test_words_are_held_as_numbers_as_long_as_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in the place of each word and zeros elsewhere take a piece of samples at a time, and rows need none of it."""
+    model, selection, batch = case("embedding")
+    made: list[tuple[int, ...]] = []
+    whole = layers.whole_gradient
+
+    def watched(layer: nn.Module, *arguments: Any) -> Tensor:
+        if isinstance(layer, layers.Lookup):
+            made.append(tuple(whole(layer, *arguments).shape))
+        return whole(layer, *arguments)
+
+    monkeypatch.setattr(outer_products, "whole_gradient", watched)
+    monkeypatch.setattr(layers, "whole_gradient", watched)
+    monkeypatch.setattr(outer_products, "piece_bytes", lambda device: 1)
+    capture_gradients(model, selection, [batch], cross_entropy)
+    assert not made
+    capture_low_rank(model, selection, RowSource(cross_entropy, [batch]), rank=2)
+    assert made == N * [(1, STEPS * 3, 7)]
+
+
+def test_a_way_of_calling_that_is_not_known_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_arguments: Any) -> Any:
+        raise ValueError("not this way")
+
+    model, selection, batch = case("gru")
+    monkeypatch.setattr(recurrent, "_all_layers", failing)
+    assert capture_gradients(model, selection, [batch], cross_entropy).backend == "loop"
+    with pytest.raises(ValueError, match=r"low-rank rows.*told in others failed: ValueError: not this way"):
+        capture_low_rank(model, selection, RowSource(cross_entropy, [batch]))
+
+
+def test_a_module_called_conv1d_need_not_be_that_of_transformers() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nf, self.weight = 4, nn.Parameter(torch.randn(4, STEPS, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv1d(x, self.weight)
+
+    torch.manual_seed(0)
+    model = Head(Conv1D(), lambda body, x: body(x))
+    batch = torch.randn(N, STEPS, 3), torch.arange(N) % 3
+    model(batch[0])
+    assert capture_gradients(model, select_parameters(model, ["Conv1D"]), [batch], cross_entropy).backend == "vmap"
+
+
+def test_what_layers_that_come_back_hold_is_bounded_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of a pair run through three layers: the first half's calls of the last ones wait for the second's."""
+
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layers(x[:, 0]) * self.layers(x[:, 1]))
+
+    torch.manual_seed(0)
+    model = Siamese().double()
+    selection, batch = select_parameters(model), (torch.randn(N, 2, 3).double(), torch.arange(N) % 3)
+    call = 2 * N * 3 * 8
+    monkeypatch.setattr(joined, "piece_bytes", lambda device: 2 * call)
+    most = 0
+    add = joined.JoinedCalls.add
+
+    def counted(self: joined.JoinedCalls, *arguments: Any) -> None:
+        nonlocal most
+        add(self, *arguments)
+        most = max(most, self._bytes)
+        assert self._bytes == sum(held.bytes for held in self._held.values())
+
+    monkeypatch.setattr(joined.JoinedCalls, "add", counted)
+    found, singles = (
+        capture_gradients(model, selection, [batch], cross_entropy, backend=kind) for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks" and 0 < most < 2 * call
     torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
 
 

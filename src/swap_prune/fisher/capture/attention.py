@@ -9,15 +9,14 @@ Place in the pipeline: beneath :mod:`~swap_prune.fisher.capture.seen_layers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["attention_forward", "slow_path"]
+__all__ = ["attention_forward", "weights_of"]
 
 
 def attention_forward(module: nn.MultiheadAttention, linears: Mapping[str, nn.Module]) -> Callable[..., Any]:
@@ -34,9 +33,9 @@ def attention_forward(module: nn.MultiheadAttention, linears: Mapping[str, nn.Mo
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         turned = module.batch_first and query.ndim == 3
-        projected = _projections(module, linears, (query, key, value), int(turned))
+        projected = _projections(module, linears, (query, key, value))
         queries, keys, values = (part.transpose(0, 1) if turned else part for part in projected)
-        own = torch.eye(module.embed_dim, dtype=query.dtype, device=query.device)
+        identity = torch.eye(module.embed_dim, dtype=query.dtype, device=query.device)
         out, shares = functional.multi_head_attention_forward(
             queries,
             keys,
@@ -49,16 +48,16 @@ def attention_forward(module: nn.MultiheadAttention, linears: Mapping[str, nn.Mo
             module.bias_v,
             module.add_zero_attn,
             0.0,
-            own,
+            identity,
             None,
             training=False,
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
             attn_mask=attn_mask,
             use_separate_proj_weight=True,
-            q_proj_weight=own,
-            k_proj_weight=own,
-            v_proj_weight=own,
+            q_proj_weight=identity,
+            k_proj_weight=identity,
+            v_proj_weight=identity,
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
@@ -68,30 +67,21 @@ def attention_forward(module: nn.MultiheadAttention, linears: Mapping[str, nn.Mo
 
 
 def _projections(
-    module: nn.MultiheadAttention, linears: Mapping[str, nn.Module], given: tuple[Tensor, Tensor, Tensor], tokens: int
+    module: nn.MultiheadAttention, linears: Mapping[str, nn.Module], given: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """Return queries, keys and values, each (..., width), from tensors whose dimension of tokens is ``tokens``."""
-    query, key, value = given
+    """Return queries, keys and values, each (..., width), of what attention was called with."""
     if module.in_proj_weight is None:
         biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        products = [linears[name](x) for name, x in zip(names, given, strict=True)]
+        products = [linears[name](x) for name, x in zip(weights_of(module), given, strict=True)]
         return [x if bias is None else x + bias for x, bias in zip(products, biases, strict=True)]
-    project = linears["in_proj_weight"]
-    if query is key and key is value:
-        return list(project(query).chunk(3, -1))
-    # one parameter, so one layer, for different inputs: all projections of all of them, and of each its own
-    lengths = [x.shape[tokens] for x in given]
-    pieces = project(torch.cat(given, tokens)).split(lengths, tokens)
-    return [piece.chunk(3, -1)[place] for place, piece in enumerate(pieces)]
+    found: dict[int, tuple[Tensor, ...]] = {}  # all three of each tensor: one parameter is one layer
+    for x in given:
+        if id(x) not in found:
+            found[id(x)] = linears["in_proj_weight"](x).chunk(3, -1)
+    return [found[id(x)][place] for place, x in enumerate(given)]
 
 
-@contextmanager
-def slow_path() -> Iterator[None]:
-    """Run a block in which the modules of transformers call those that they are made of."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def weights_of(module: nn.MultiheadAttention) -> list[str]:
+    """Return the names of the weights of the projections."""
+    one = module.in_proj_weight is not None
+    return ["in_proj_weight"] if one else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]

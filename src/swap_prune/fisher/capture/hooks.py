@@ -127,13 +127,13 @@ class OutputGradients:
         return losses
 
     def _find_axes(self, batch: Any) -> dict[str, int]:
-        """Return for each parameter which dimension of its layers' inputs grows with the samples, where not the first.
+        """Return for each parameter which dimension of its layers' inputs grows with the samples.
 
-        Where tokens come before samples, as in ``nn.TransformerEncoder`` unless it is told otherwise, it is another.
+        It is not the first where tokens come before samples, as in ``nn.TransformerEncoder`` unless told otherwise.
         """
         shapes = []
         for count in (1, 2):
-            self._run(slice_batch(batch, 0, count), JoinedCalls(lambda *_: None, 1))
+            self._run(slice_batch(batch, 0, count), JoinedCalls(None, 1))
             shapes.append(self._shapes)
         one, two = shapes
         return {name: _grown(one[name], two[name]) for name in one.keys() & two.keys()}
@@ -149,7 +149,7 @@ class OutputGradients:
         if not self.changed:
             return
         for place in sorted({0, size // 2, size - 1}):
-            self._run(slice_batch(batch, place, place + 1), JoinedCalls(lambda *_: None, 1))
+            self._run(slice_batch(batch, place, place + 1), JoinedCalls(None, 1))
             if self._items_of(1) != items:
                 raise UnsupportedLayerError(
                     "the layers do not see as many items of each sample: they cannot be told apart where their number "
@@ -208,7 +208,7 @@ class OutputGradients:
 
 def _grown(one: list[torch.Size], two: list[torch.Size]) -> int:
     """Return the dimension that is twice as large for two samples as for one, in every call; the first, if none is."""
-    axes = range(min(len(shape) for shape in one) - 1)  # the last is that of the features
+    axes = range(min(map(len, (*one, *two))) - 1)  # the last is that of the features
     return next(
         (axis for axis in axes if all(more[axis] == 2 * own[axis] for own, more in zip(one, two, strict=False))),
         0,

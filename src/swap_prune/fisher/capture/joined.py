@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,16 @@ class JoinedCalls:
     """Hands calls on during a backward pass; those of one Linear layer together, as many as a bounded piece holds.
 
     Args:
-        sink: What takes them.
+        sink: What takes them; None: nothing.
         size: Samples of the batch.
     """
 
-    def __init__(self, sink: Sink, size: int) -> None:
+    def __init__(self, sink: Sink | None, size: int) -> None:
         self._sink = sink
         self._size = size
         self._ahead: Counter[nn.Module] = Counter()  # calls of each layer that are still to come back
-        self._held: dict[nn.Module, tuple[str, list[tuple[Tensor, Tensor]]]] = {}
+        self._held: dict[nn.Module, _Held] = {}
+        self._bytes = 0  # of all that is held
 
     def expect(self, layer: nn.Module) -> None:
         """Count a call of the forward pass."""
@@ -42,15 +44,20 @@ class JoinedCalls:
 
     def add(self, name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         """Take a call whose gradient came back."""
+        if self._sink is None:
+            return
         self._ahead[layer] -= 1
         if not isinstance(layer, nn.Linear):
             self._sink(name, layer, inputs, gradient)
             return
-        parts = self._held.setdefault(layer, (name, []))[1]
-        parts.append((inputs, gradient))
-        held = sum(x.nbytes + d.nbytes for x, d in parts)
-        if self._ahead[layer] == 0 or held >= piece_bytes(inputs.device):
+        held = self._held.setdefault(layer, _Held(name))
+        held.calls.append((inputs, gradient))
+        held.bytes += inputs.nbytes + gradient.nbytes
+        self._bytes += inputs.nbytes + gradient.nbytes
+        if self._ahead[layer] == 0:
             self._hand_on(layer)
+        elif self._bytes >= piece_bytes(inputs.device):
+            self._hand_on(max(self._held, key=lambda one: self._held[one].bytes))
 
     def finish(self) -> None:
         """Hand on what is left: of layers of which the losses do not depend on every call."""
@@ -59,10 +66,20 @@ class JoinedCalls:
 
     @torch.no_grad()
     def _hand_on(self, layer: nn.Module) -> None:
-        name, parts = self._held.pop(layer)
-        if len(parts) > 1:
-            shaped = (as_samples(layer, inputs, gradient, self._size) for inputs, gradient in parts)
+        assert self._sink is not None
+        held = self._held.pop(layer)
+        self._bytes -= held.bytes
+        inputs, gradient = held.calls[0]
+        if len(held.calls) > 1:
+            shaped = (as_samples(layer, *call, self._size) for call in held.calls)
             inputs, gradient = (torch.cat(side, 1) for side in zip(*shaped, strict=True))
-        else:
-            inputs, gradient = parts[0]
-        self._sink(name, layer, inputs, gradient)
+        self._sink(held.name, layer, inputs, gradient)
+
+
+@dataclass
+class _Held:
+    """Calls of one layer."""
+
+    name: str
+    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    bytes: int = 0

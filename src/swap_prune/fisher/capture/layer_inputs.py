@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.checks import some_of
 from swap_prune.fisher.capture.layers import UnsupportedLayerError, unfold_inputs
-from swap_prune.fisher.capture.seen_layers import SeenLayers, plain_layers
+from swap_prune.fisher.capture.seen_layers import SeenLayers, seen_layers
 from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.network.calls import layer_input
 from swap_prune.network.modes import eval_mode
@@ -107,7 +107,7 @@ class LayerInputs:
     def _layers(self) -> SeenLayers:
         """Return the layers."""
         try:
-            return plain_layers(self.model, self.selection)
+            return seen_layers(self.model, self.selection, plain=True)
         except UnsupportedLayerError as error:
             raise ValueError(
                 f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave out what is "

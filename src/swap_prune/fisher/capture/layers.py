@@ -26,6 +26,7 @@ from torch.nn import functional, grad
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
+    "Lookup",
     "UnsupportedLayerError",
     "as_samples",
     "is_supported",
@@ -34,6 +35,7 @@ __all__ = [
     "put_weight_gradients",
     "unfold_inputs",
     "unfolded_bytes",
+    "whole_gradient",
 ]
 
 PIECE_BYTES = 16 * 2**20  # unfolded inputs and weight gradients that are held at once; larger pieces were no faster
@@ -56,6 +58,14 @@ class UnsupportedLayerError(RuntimeError):
     def __init__(self, message: str, names: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.names = names
+
+
+class Lookup(nn.Linear):
+    """An embedding as a Linear layer with its weight, (words, width).
+
+    ``A`` are the gradients at what was looked up, and ``D`` has a one at each token's word among zeros. It is as large
+    as there are words, and told by the words alone, (..., 1), until it is needed.
+    """
 
 
 def piece_bytes(device: torch.device) -> int:
@@ -90,14 +100,14 @@ def as_samples(layer: nn.Module, inputs: Tensor, gradient: Tensor, size: int) ->
         size: Samples of the batch. Several items of one sample must lie side by side.
 
     Returns:
-        For a Linear layer (size, tokens, in) and (size, tokens, out); for a convolution (items, channels, ...), the
-        number of items being a multiple of ``size``.
+        For a Linear layer (size, tokens, in) and (size, tokens, out), for a lookup 1 in the place of out; for a
+        convolution (items, channels, ...), the number of items being a multiple of ``size``.
 
     Raises:
         UnsupportedLayerError: If the leading dimension is not that of the samples.
     """
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    inputs, gradient = inputs.to(dtype), gradient.to(dtype)
+    dtype = torch.promote_types(inputs.dtype if isinstance(layer, Lookup) else gradient.dtype, torch.float32)
+    inputs, gradient = inputs.to(dtype), gradient if isinstance(layer, Lookup) else gradient.to(dtype)
     if inputs.ndim == (len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1):
         inputs, gradient = inputs.unsqueeze(0), gradient.unsqueeze(0)
     if inputs.shape[0] == 0 or inputs.shape[0] % size:
@@ -125,7 +135,12 @@ def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out
         UnsupportedLayerError: As for :func:`as_samples`.
     """
     inputs, gradient = as_samples(layer, inputs, gradient, len(out))
+    if isinstance(layer, Lookup) and out.device.type == "cpu":  # a GPU adds them up in any order
+        place = out.view(len(out), layer.out_features, layer.in_features)
+        (place if add else place.zero_()).scatter_add_(1, gradient.expand(inputs.shape), inputs.to(out.dtype))
+        return
     if isinstance(layer, nn.Linear) and inputs.shape[1] == 1:
+        gradient = whole_gradient(layer, inputs, gradient)
         place = out.view(len(out), layer.out_features, layer.in_features)
         left, right = gradient.mT, inputs
         if add:
@@ -146,6 +161,13 @@ def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out
             place.copy_(value)
 
 
+def whole_gradient(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return D, (size, tokens, out) for a Linear layer, of what :func:`as_samples` gave."""
+    if not isinstance(layer, Lookup):
+        return gradient
+    return inputs.new_zeros(*gradient.shape[:2], layer.out_features).scatter_(2, gradient, 1)
+
+
 def unfold_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Cut inputs into what the weight sees at each token or position.
 
@@ -163,9 +185,9 @@ def unfold_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def unfolded_bytes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> int:
-    """Return the size of what :func:`unfold_inputs` makes of one item."""
+    """Return the size of what :func:`unfold_inputs` and :func:`whole_gradient` make of one item."""
     if not isinstance(layer, _ConvNd):
-        return 0
+        return inputs.shape[1] * layer.out_features * inputs.element_size() if isinstance(layer, Lookup) else 0
     positions = math.prod(gradient.shape[2:])
     return positions * inputs.shape[1] * math.prod(layer.kernel_size) * inputs.element_size()
 
@@ -201,7 +223,7 @@ def _pieces(layer: nn.Module, inputs: Tensor, gradient: Tensor, each: int) -> It
 def _weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradients of items, (items, out, in) or (items, out, in, kernel)."""
     if not isinstance(layer, _ConvNd):
-        return gradient.mT @ inputs
+        return whole_gradient(layer, inputs, gradient).mT @ inputs
     if layer.groups == layer.in_channels:
         return _of_depthwise(layer, inputs, gradient)
     if unfolded_bytes(layer, inputs, gradient) > piece_bytes(inputs.device):

@@ -59,7 +59,7 @@ def capture_low_rank(
 
     Args:
         model: The network; its weights, buffers and modes are as before when this returns.
-        selection: The p weights that gradients are taken of: of Linear and Conv layers only.
+        selection: The p weights that gradients are taken of, of :func:`seen_layers` only.
         source: What the rows are gradients of.
         advance: Called with the number of samples that were done, for progress.
         at_once: Samples that run through the network at once, at the most, where memory is a GPU's.
@@ -69,8 +69,8 @@ def capture_low_rank(
         G as a :class:`LowRankFactor`, and the losses.
 
     Raises:
-        ValueError: If the rank is not at least 1, a batch cannot be split in samples, a selected weight is not that of
-            Linear or Conv layers, or as for ``capture_gradients``.
+        ValueError: If the rank is not at least 1, a batch cannot be split in samples, a selected weight is none of
+            :func:`seen_layers`, or as for ``capture_gradients``.
     """
     batches, loss_fn = source.batches, source.function
     kept = whole_number("rank", rank if rank is not None else BATCH_RANK if source.in_batches else RANK)
@@ -101,7 +101,7 @@ def numbers_of_a_row(model: nn.Module, selection: Selection, *, in_batches: bool
         in_batches: Whether a mini-batch makes one row.
 
     Raises:
-        UnsupportedLayerError: If a selected weight is not that of Linear or Conv layers.
+        UnsupportedLayerError: As for :func:`seen_layers`.
     """
     rank, total = BATCH_RANK if in_batches else RANK, 0
     layers = seen_layers(model, selection).by_name

@@ -26,6 +26,7 @@ from swap_prune.fisher.capture.layers import (
     put_weight_gradients,
     unfold_inputs,
     unfolded_bytes,
+    whole_gradient,
 )
 
 __all__ = ["Collector", "LayerCalls", "is_outer", "leading_outer_products"]
@@ -179,7 +180,7 @@ def _matrices(layer: nn.Module, inputs: Tensor, gradient: Tensor, count: int) ->
     if isinstance(layer, _ConvNd):
         d = gradient.reshape(len(gradient), groups, gradient.shape[1] // groups, -1).mT
     else:
-        d = gradient.unsqueeze(1)
+        d = whole_gradient(layer, inputs, gradient).unsqueeze(1)
     return _joined(a, count), _joined(d, count)
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from swap_prune.fisher.capture.layers import UnsupportedLayerError
+
 __all__ = ["CELLS", "LAYERS", "cell_forward", "layer_forward"]
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM; (n, width) each
@@ -59,8 +61,9 @@ def cell_forward(module: nn.RNNCellBase, linears: Linears) -> Callable[..., Any]
         x = _in_rows(input)
         given = linears["weight_ih"](x)
         if hx is None:
-            hx = (given.new_zeros(len(x), module.hidden_size),) * (2 if is_lstm else 1)
-        state = tuple(map(_in_rows, hx if isinstance(hx, tuple) else (hx,)))
+            zeros = given.new_zeros(len(x), module.hidden_size)
+            hx = (zeros, zeros) if is_lstm else zeros
+        state = tuple(map(_in_rows, hx if is_lstm else (hx,)))
         new = step(given, linears["weight_hh"](state[0]), state)
         new = new if input.ndim == 2 else tuple(part.squeeze(0) for part in new)
         return new if is_lstm else new[0]
@@ -79,7 +82,7 @@ def layer_forward(module: nn.RNNBase, linears: Linears) -> Callable[..., Any]:
     def forward(input: Any, hx: Any = None) -> Any:  # torch's name
         x, alive = _samples_first(input, batch_first=module.batch_first)
         batched = isinstance(input, PackedSequence) or input.ndim == 3
-        given = hx if isinstance(hx, tuple) or hx is None else (hx,)
+        given = None if hx is None else tuple(hx) if isinstance(module, nn.LSTM) else (hx,)
         if given is not None and not batched:
             given = tuple(part.unsqueeze(1) for part in given)
         out: Any
@@ -96,9 +99,15 @@ def layer_forward(module: nn.RNNBase, linears: Linears) -> Callable[..., Any]:
 
 
 def _samples_first(given: Any, *, batch_first: bool) -> tuple[Tensor, Tensor | None]:
-    """Return inputs (n, steps, width), and which steps are a sample's own, (steps, n, 1), where they differ."""
+    """Return inputs (n, steps, width), and which steps are a sample's own, (steps, n, 1), where they differ.
+
+    Raises:
+        UnsupportedLayerError: If sequences of unlike lengths came sorted: the network may have put them in that order.
+    """
     if isinstance(given, PackedSequence):
         x, lengths = pad_packed_sequence(given, batch_first=True)
+        if given.sorted_indices is None and int(lengths[0]) != int(lengths[-1]):
+            raise UnsupportedLayerError("packed sequences came sorted (enforce_sorted=False leaves that to torch)")
         steps = torch.arange(x.shape[1], device=x.device)
         return x, (steps[:, None] < lengths.to(x.device)).unsqueeze(2)
     if given.ndim == 2:

@@ -4,9 +4,9 @@ The network runs in eval mode (dropout off, BatchNorm with its running
 statistics), so that samples do not see each other. Three back ends give the same rows within rounding:
 
 - ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers
-  (:mod:`swap_prune.fisher.capture.hooks`). For weights of Linear and Conv layers, transposed ones too, of attention and
-  of recurrent layers. The rows of largest loss are checked against backward passes of their own, until two that are not
-  zero have been.
+  (:mod:`swap_prune.fisher.capture.hooks`), for the weights of layers that can be seen
+  (:mod:`swap_prune.fisher.capture.seen_layers`). The rows of largest loss are checked against backward passes of their
+  own, until two that are not zero have been.
 - ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters, beside no recurrent layer.
 - ``loop``: one backward pass a sample, for networks, losses or batches that neither can take.
 
@@ -191,7 +191,7 @@ class _Capturer:
         self.backend: Backend = "hooks" if backend == "auto" else backend
         self.chunk = 0
         self._chunk_bytes = chunk_bytes
-        self._checked = 0
+        self._checked = {True: 0, False: 0}  # in chunks of several samples, which could be mixed up, and of one
         if self.backend == "hooks":
             try:
                 self._hooks = OutputGradients(module.model, selection, module.function)
@@ -246,7 +246,7 @@ class _Capturer:
         size = batch_size(batch)
         values = self._hooks.fill_rows(batch, rows)
         losses[:size] = values
-        if self._checked < _CHECKED or self._hooks.changed:
+        if self._checked[size > 1] < _CHECKED or self._hooks.changed:
             count = min(size, _CHECKED_OF_MANY if self._hooks.flattened else _CHECKED)
             chosen = losses[:size].topk(count).indices  # those of no loss may have no gradient either
             found = rows[chosen], losses[chosen]
@@ -254,7 +254,7 @@ class _Capturer:
             for i, place in enumerate(chosen.tolist()):
                 self._fill_loop(slice_batch(batch, place, place + 1), singles[i:], expected[i:])
             check_against(found, (singles, expected), self._selection, least_precise(self._weights.values()))
-            self._checked += int(singles.any(1).sum())
+            self._checked[size > 1] += int(singles.any(1).sum())
         return size
 
     def _fill_vmap(self, batch: Any, rows: Tensor, losses: Tensor) -> int:

@@ -19,46 +19,44 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from swap_prune.checks import some_of
-from swap_prune.fisher.capture import recurrent
-from swap_prune.fisher.capture.attention import attention_forward, slow_path
-from swap_prune.fisher.capture.layers import UnsupportedLayerError, is_supported
+from swap_prune.checks import first_line, some_of
+from swap_prune.fisher.capture import attention, recurrent
+from swap_prune.fisher.capture.layers import Lookup, UnsupportedLayerError, is_supported
 from swap_prune.network.calls import is_turned
+from swap_prune.network.modes import slow_attention
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.selection import Selection
 
-__all__ = ["SeenLayer", "SeenLayers", "plain_layers", "seen_layers"]
+__all__ = ["SeenLayer", "SeenLayers", "seen_layers"]
 
 _TRANSPOSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose1d: nn.Conv1d,
     nn.ConvTranspose2d: nn.Conv2d,
     nn.ConvTranspose3d: nn.Conv3d,
 }
-
-
-Sides = Callable[
-    [Tensor, Tensor], tuple[Tensor, Tensor]
-]  # what a call was given and what came back -> (inputs, gradient)
-
-_SEVERAL: dict[type[nn.Module], Callable[[Any, Mapping[str, nn.Module]], Callable[..., Any]]] = {
+_FORWARDS: dict[type[nn.Module], Callable[[Any, Mapping[str, nn.Module]], Callable[..., Any]]] = {
     **dict.fromkeys(recurrent.LAYERS, recurrent.layer_forward),
     **dict.fromkeys(recurrent.CELLS, recurrent.cell_forward),
-    nn.MultiheadAttention: attention_forward,
+    nn.MultiheadAttention: attention.attention_forward,
 }
+
+# (what a layer was called with, gradient at its output) -> (inputs, gradient at the output) of the layer that it is
+Sides = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class SeenLayer:
-    """How the calls of a layer make the gradient of a parameter.
+    """How the calls of a module make the gradient of a parameter.
 
     Attributes:
         name: The parameter.
         layer: A Linear or Conv layer with a weight of the parameter's shape.
-        sides: Its inputs and the gradient at its output, from what a call was given and what came back to its output.
+        sides: The layer's inputs and output gradients, of those of the module.
     """
 
     name: str
     layer: nn.Module
-    sides: Sides = lambda given, back: (given, back)
+    sides: Sides = lambda inputs, gradient: (inputs, gradient)
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,10 @@ class SeenLayers:
     @contextmanager
     def watched(self, hook: Callable[..., Any]) -> Iterator[None]:
         """Run a block with a forward hook, ``(module, arguments, named, output)``, on each module that is watched."""
-        with slow_path(), ExitStack() as undo:
+        with slow_attention(), ExitStack() as undo:
             for module, forward in self.forwards.items():
                 undo.callback(delattr, module, "forward")
-                module.forward = forward
+                module.forward = _refusing(forward)
             for module in self.calls:
                 undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
@@ -93,9 +91,9 @@ class SeenLayers:
 class _StandIn(nn.Linear):
     """A Linear layer whose weight and bias are those of another module, read when it runs."""
 
-    _of: tuple[nn.Module, str, str | None]
+    _of: tuple[nn.Module, str, str]
 
-    def __init__(self, owner: nn.Module, weight: str, bias: str | None) -> None:
+    def __init__(self, owner: nn.Module, weight: str = "weight", bias: str = "") -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = getattr(owner, weight).shape
         object.__setattr__(self, "_of", (owner, weight, bias))  # no child of it
@@ -108,80 +106,55 @@ class _StandIn(nn.Linear):
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         owner, _, name = self._of
-        return None if name is None else getattr(owner, name)
+        return getattr(owner, name, None)
 
 
-def seen_layers(model: nn.Module, selection: Selection) -> SeenLayers:
+class _LookupStandIn(Lookup, _StandIn):
+    """An embedding."""
+
+
+def seen_layers(model: nn.Module, selection: Selection, *, plain: bool = False) -> SeenLayers:
     """Find the layers of the selected weights.
 
     Args:
         model: The network.
         selection: The selected parameters; one that several layers share has several.
+        plain: Whether they may be Linear and Conv layers only.
 
     Raises:
-        UnsupportedLayerError: If a selected parameter is none that the calls of layers make the gradient of.
+        UnsupportedLayerError: If a selected parameter is none that the calls of such layers make the gradient of.
     """
-    names = _selected(model, selection)
+    parameters = dict(model.named_parameters())
+    names = {id(parameters[name]): name for name in selection.names}
     calls: dict[nn.Module, SeenLayer] = {}
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     others: dict[str, str] = {}
     for module in model.modules():
-        stand_ins, forward = _told_apart(module)
-        for own, name in _own_names(module, names):
-            if own in stand_ins:
+        stand_ins: dict[str, nn.Module] = {}
+        if any(id(parameter) in names for parameter in module.parameters()) and (kind := _composite(module)):
+            stand_ins = {weight: _StandIn(module, weight, _bias_of(weight)) for weight in _weights_of(module)}
+            forwards[module] = _FORWARDS[kind](module, stand_ins)
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = names.get(id(parameter))
+            if name is None:
+                continue
+            if own in stand_ins and not plain:
                 calls[stand_ins[own]] = SeenLayer(name, stand_ins[own])
-            elif own == "weight" and (found := _as_layer(module, name)) is not None:
-                calls[module] = found
+            elif own == "weight" and (seen := _as_layer(module, name)) and (seen.layer is module or not plain):
+                calls[module] = seen
             else:
-                others[name] = _told(name, own, module)
-        if forward is not None and any(id(parameter) in names for parameter in module.parameters()):
-            forwards[module] = forward
-    _check_none(others, "Linear, Conv, recurrent or attention layer")
+                others[name] = f"{name!r} is {own!r} of a {type(module).__module__}.{type(module).__name__}"
+    _check_none(others, plain=plain)
     return SeenLayers(calls, forwards)
 
 
-def plain_layers(model: nn.Module, selection: Selection) -> SeenLayers:
-    """Find the layers of the selected weights where these are of Linear and Conv layers alone.
-
-    Raises:
-        UnsupportedLayerError: If a selected parameter is anything else.
-    """
-    names = _selected(model, selection)
-    found = {(module, own): name for module in model.modules() for own, name in _own_names(module, names)}
-    _check_none(
-        {
-            name: _told(name, own, module)
-            for (module, own), name in found.items()
-            if own != "weight" or not is_supported(module)
-        },
-        "Linear or Conv layer",
-    )
-    return seen_layers(model, selection)
-
-
-def _selected(model: nn.Module, selection: Selection) -> dict[int, str]:
-    """Return the name of each selected parameter by its identity."""
-    parameters = dict(model.named_parameters())
-    return {id(parameters[name]): name for name in selection.names}
-
-
-def _own_names(module: nn.Module, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
-    """Yield the selected parameters that a module itself holds: their names in it, and in the model."""
-    for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if id(parameter) in names:
-            yield own, names[id(parameter)]
-
-
-def _told(name: str, own: str, module: nn.Module) -> str:
-    return f"{name!r} is {own!r} of a {type(module).__module__}.{type(module).__name__}"
-
-
-def _check_none(others: Mapping[str, str], wanted: str) -> None:
-    """Refuse parameters of other layers than are wanted."""
+def _check_none(others: Mapping[str, str], *, plain: bool) -> None:
+    """Refuse parameters of other layers."""
     if others:
         first, *more = others
+        wanted = "Linear or Conv" if plain else "Linear, Conv, recurrent, attention or embedding"
         raise UnsupportedLayerError(
-            f"{others[first]}, not the weight of a {wanted} that computes as torch's own"
+            f"{others[first]}, not the weight of a {wanted} layer that computes as torch's own"
             + (f", and no more {'is' if len(more) == 1 else 'are'} {some_of(map(repr, more))}" if more else ""),
             tuple(others),
         )
@@ -192,10 +165,10 @@ def _as_layer(module: nn.Module, name: str) -> SeenLayer | None:
     if is_supported(module):
         return SeenLayer(name, module)
     if is_turned(module):
-        return SeenLayer(name, _StandIn(module, "weight", None), _swapped)
+        return SeenLayer(name, _StandIn(module), _swapped)
     if isinstance(module, nn.Embedding):
-        plain = type(module).forward is nn.Embedding.forward and not (module.scale_grad_by_freq or module.max_norm)
-        return SeenLayer(name, _StandIn(module, "weight", None), _looked_up(module)) if plain else None
+        is_plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        return SeenLayer(name, _LookupStandIn(module), _looked_up(module)) if is_plain else None
     for kind, convolution in _TRANSPOSED.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             assert isinstance(module, _ConvTransposeNd)
@@ -204,18 +177,18 @@ def _as_layer(module: nn.Module, name: str) -> SeenLayer | None:
     return None
 
 
-def _swapped(given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-    return back, given
+def _swapped(inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient, inputs
 
 
 def _looked_up(module: nn.Embedding) -> Sides:
-    """Return the sides of a Linear layer with the weight of an embedding, (words, width)."""
+    """Return the sides of a :class:`Lookup`."""
 
-    def sides(given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-        words = back.new_zeros(*given.shape, module.num_embeddings).scatter_(-1, given.long().unsqueeze(-1), 1)
-        if module.padding_idx is not None:
-            words[..., module.padding_idx] = 0  # torch gives it no gradient
-        return back, words
+    def sides(words: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        words = words.long().unsqueeze(-1)
+        if module.padding_idx is not None:  # torch gives it no gradient
+            gradient = gradient.masked_fill(words == module.padding_idx, 0)
+        return gradient, words
 
     return sides
 
@@ -237,26 +210,37 @@ def _convolution(module: _ConvTransposeNd, kind: type[nn.Module]) -> nn.Module |
     )
 
 
-def _told_apart(module: nn.Module) -> tuple[dict[str, nn.Module], Callable[..., Any] | None]:
-    """Return Linear layers for the weights of a module that computes several products, and the ``forward`` by them."""
-    if "forward" in vars(module):  # not its class's own
-        return {}, None
-    for kind, make in _SEVERAL.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            linears: dict[str, nn.Module] = {
-                name: _StandIn(module, name, _bias_of(module, name)) for name in _products(module)
-            }
-            return linears, make(module, linears)
-    return {}, None
+def _composite(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of a module that computes several products as torch's own."""
+    if "forward" in vars(module):
+        return None
+    return next((kind for kind in _FORWARDS if isinstance(module, kind) and type(module).forward is kind.forward), None)
 
 
-def _products(module: nn.Module) -> list[str]:
-    """Return the weights of the products of a recurrent layer or of attention, output layers apart."""
-    own = dict(module.named_parameters(recurse=False))
-    return [name for name, parameter in own.items() if parameter.ndim == 2]
+def _weights_of(module: nn.Module) -> list[str]:
+    """Return the names of the weights of a recurrent layer's or of attention's products, output layers apart."""
+    if isinstance(module, nn.MultiheadAttention):
+        return attention.weights_of(module)
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name.startswith("weight")]
+    return ["weight_ih", "weight_hh"]
 
 
-def _bias_of(module: nn.Module, weight: str) -> str | None:
-    """Return the name of the bias that goes with a weight."""
-    name = weight.replace("weight", "bias")
-    return name if getattr(module, name, None) is not None else None
+def _bias_of(weight: str) -> str:
+    """Return the name of the bias that goes with a weight, where there is one."""
+    return weight.replace("weight", "bias")
+
+
+def _refusing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``forward`` whose failure is no error of the network, which may be called in ways that are not known."""
+
+    def attempt(*arguments: Any, **named: Any) -> Any:
+        try:
+            return forward(*arguments, **named)
+        except UnsupportedLayerError:
+            raise
+        except Exception as error:
+            pass_on_shortage(error)
+            raise UnsupportedLayerError(f"a layer told in others failed: {first_line(error, typed=True)}") from error
+
+    return attempt
