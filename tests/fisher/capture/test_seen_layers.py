@@ -345,7 +345,7 @@ def test_words_are_held_as_numbers_as_long_as_they_can_be(monkeypatch: pytest.Mo
     capture_gradients(model, selection, [batch], cross_entropy)
     assert not made
     capture_low_rank(model, selection, RowSource(cross_entropy, [batch]), rank=2)
-    assert made == N * [(1, STEPS * 3, 7)]
+    assert made == N * [(1, STEPS * WIDTH, 7)]
 
 
 def test_a_way_of_calling_that_is_not_known_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
