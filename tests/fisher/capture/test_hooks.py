@@ -339,9 +339,15 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_a_subclass_that_computes_something_else() -> None:
-    model = build(lambda: nn.Sequential(Scaled(4, 5), nn.Tanh(), nn.Linear(5, 3)))
-    assert_same(model, labelled(4), backend="vmap")
+class Rounded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.tanh())
+
+
+@pytest.mark.parametrize(("kind", "inner"), [(Scaled, True), (Rounded, False)])
+def test_a_subclass_that_computes_something_else(kind: type[nn.Module], inner: bool) -> None:
+    model = build(lambda: nn.Sequential(kind(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    assert_same(model, labelled(4), backend="hooks" if inner else "vmap")
 
 
 def test_what_the_losses_do_not_depend_on_has_gradient_zero() -> None:

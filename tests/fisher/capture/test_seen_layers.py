@@ -251,19 +251,19 @@ def test_all_outer_products_are_the_rows(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_pass_leaves_the_model_as_it_was(name: str) -> None:
     model, selection, batch = case(name)
-    before, own = model(batch[0]), {module: dict(vars(module)).keys() for module in model.modules()}
+    before, own = model(batch[0]), {module: (type(module), dict(vars(module)).keys()) for module in model.modules()}
     OutputGradients(model, selection, cross_entropy).run(batch, lambda *_: None, N)
-    assert all(vars(module).keys() == names for module, names in own.items())
+    assert all((type(module), vars(module).keys()) == seen for module, seen in own.items())
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(model(batch[0]), before) and torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("name", [*RECURRENT, *ATTENTION])
 def test_stand_ins_compute_what_the_modules_do(name: str) -> None:
-    model, selection, (x, _) = case(name)
+    make, (model, selection, (x, _)) = CASES[name][0], case(name)
     expected = model(x)
     with seen_layers.seen_layers(model, selection).watched(lambda *_: None):
-        assert "forward" in vars(model.body)
+        assert type(model.body).forward is not type(make()).forward
         torch.testing.assert_close(model(x), expected)
 
 
@@ -425,23 +425,72 @@ def test_steps_make_one_product_as_far_as_a_piece_holds(monkeypatch: pytest.Monk
     assert tokens == [2, 2]
 
 
-def test_layers_with_a_forward_of_their_own_are_refused() -> None:
-    class Odd(nn.LSTM):
-        def forward(self, x: Tensor, hx: Any = None) -> Any:
-            return super().forward(x * 2, hx)
+class LoudLSTM(nn.LSTM):
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
+        return super().forward(x * 2, hx)
 
-    model = Head(Odd(WIDTH, 5, batch_first=True), outputs)
-    model(torch.zeros(1, STEPS, 3))
-    selection = select_parameters(model, ["re:body.weight.*"])
-    with pytest.raises(UnsupportedLayerError, match=r"'body\.weight_ih_l0' is 'weight_ih_l0' of a .*Odd, not the"):
-        seen_layers.seen_layers(model, selection)
-    batch = torch.randn(N, STEPS, 3), torch.arange(N) % 3
+
+class LoudAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, 2 * x, x.sin())
+
+
+class Adapted(nn.Linear):
+    """With what was added to a Linear layer for fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 5)
+        self.down, self.up = nn.Linear(WIDTH, 2), nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.tanh()) + self.up(self.down(x))
+
+
+class ScaledWords(nn.Embedding):
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(words) * 4
+
+
+class ScaledTied(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = ScaledWords(7, WIDTH)
+        self.head.weight = self.embed.weight
+
+
+SUBCLASSES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "lstm": (lambda: LoudLSTM(WIDTH, 5, batch_first=True), everything),
+    "attention": (lambda: LoudAttention(WIDTH, 2, batch_first=True), outputs),
+    "adapted": (Adapted, lambda body, x: body(x)),
+    "scaled words": (ScaledTied, lambda body, x: body(x)),
+}
+CASES |= {f"subclass: {name}": case for name, case in SUBCLASSES.items()}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_layers_that_do_more_around_what_torch_computes(name: str) -> None:
+    model, selection, batch = case(f"subclass: {name}")
+    before, kinds = model(batch[0]), [type(module) for module in model.modules()]
+    singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
+    found = capture_gradients(model, selection, [batch], cross_entropy)
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+    assert torch.equal(model(batch[0]), before) and [type(module) for module in model.modules()] == kinds
+
+
+def test_a_module_whose_forward_was_replaced_is_left_to_others() -> None:
+    model, selection, batch = case("lstm")
+    model.body.forward = lambda x: nn.LSTM.forward(model.body, x * 2)
     found = capture_gradients(model, selection, [batch], cross_entropy)
     assert found.backend == "loop"  # vmap would form a gradient a step
-    model.body = nn.LSTM(WIDTH, 5, batch_first=True)
-    model.body.forward = lambda x: nn.LSTM.forward(model.body, x * 2)
-    with pytest.raises(UnsupportedLayerError, match="LSTM, not the weight"):
-        seen_layers.seen_layers(model, select_parameters(model, ["re:body.weight.*"]))
+    singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+def test_an_embedding_that_changes_its_weight_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' is 'weight' of a torch.*Embedding, not the weight"):
+        seen_layers.seen_layers(model, select_parameters(model, ["Embedding"]))
 
 
 @pytest.mark.parametrize("name", ["lstm projected", "masked", "conv2d oblong"])

@@ -150,10 +150,12 @@ class OutputGradients:
             return
         for place in sorted({0, size // 2, size - 1}):
             self._run(slice_batch(batch, place, place + 1), JoinedCalls(None, 1))
-            if self._items_of(1) != items:
+            alone = self._items_of(1)
+            if alone != items:
+                name = min(name for name in items.keys() | alone.keys() if items.get(name) != alone.get(name))
                 raise UnsupportedLayerError(
-                    "the layers do not see as many items of each sample: they cannot be told apart where their number "
-                    "depends on the data"
+                    f"the layer of {name!r} does not see as many items of each sample in a batch as alone: samples "
+                    "cannot be told apart where they share an input, or where the number of items depends on the data"
                 )
         self._items = items
 

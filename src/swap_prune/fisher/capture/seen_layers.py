@@ -4,13 +4,15 @@ Those of a Linear or Conv layer do as they are. A transposed convolution, and th
 weight is (inputs, outputs), are a convolution and a Linear layer whose inputs and output gradients change places. So is
 an embedding, a Linear layer of words that are ones among zeros; its head may be tied to it. Recurrent layers and
 attention compute several products in one call: while a pass is watched, their ``forward`` is one that does the same by
-Linear layers that stand in for their weights.
+Linear layers that stand in for their weights. A subclass may do more around what torch's own class computes: then that
+is watched, and not the whole.
 
 Place in the pipeline: beneath :mod:`~swap_prune.fisher.capture.hooks`.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,11 +31,16 @@ from swap_prune.selection import Selection
 
 __all__ = ["SeenLayer", "SeenLayers", "seen_layers"]
 
-_TRANSPOSED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.ConvTranspose1d: nn.Conv1d,
-    nn.ConvTranspose2d: nn.Conv2d,
-    nn.ConvTranspose3d: nn.Conv3d,
-}
+_PRODUCTS: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
 _FORWARDS: dict[type[nn.Module], Callable[[Any, Mapping[str, nn.Module]], Callable[..., Any]]] = {
     **dict.fromkeys(recurrent.LAYERS, recurrent.layer_forward),
     **dict.fromkeys(recurrent.CELLS, recurrent.cell_forward),
@@ -65,11 +72,11 @@ class SeenLayers:
 
     Attributes:
         calls: By the module whose calls are watched.
-        forwards: What modules compute with that call others while they are watched.
+        forwards: By other modules, a class of torch, and what these compute in the place of its ``forward`` meanwhile.
     """
 
     calls: Mapping[nn.Module, SeenLayer]
-    forwards: Mapping[nn.Module, Callable[..., Any]]
+    forwards: Mapping[nn.Module, tuple[type[nn.Module], Callable[..., Any]]]
 
     @property
     def by_name(self) -> dict[str, nn.Module]:
@@ -80,9 +87,9 @@ class SeenLayers:
     def watched(self, hook: Callable[..., Any]) -> Iterator[None]:
         """Run a block with a forward hook, ``(module, arguments, named, output)``, on each module that is watched."""
         with slow_attention(), ExitStack() as undo:
-            for module, forward in self.forwards.items():
-                undo.callback(delattr, module, "forward")
-                module.forward = _refusing(forward)
+            for module, (kind, forward) in self.forwards.items():
+                undo.callback(setattr, module, "__class__", type(module))
+                module.__class__ = _with_forward(type(module), kind, forward)
             for module in self.calls:
                 undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
@@ -113,6 +120,20 @@ class _LookupStandIn(Lookup, _StandIn):
     """An embedding."""
 
 
+class _Inner(nn.Module):
+    """What a class of torch computes of a module whose own class does more."""
+
+    _of: tuple[nn.Module, type[nn.Module]]
+
+    def __init__(self, owner: nn.Module, kind: type[nn.Module]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_of", (owner, kind))
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        owner, kind = self._of
+        return kind.forward(owner, *arguments, **named)
+
+
 def seen_layers(model: nn.Module, selection: Selection, *, plain: bool = False) -> SeenLayers:
     """Find the layers of the selected weights.
 
@@ -127,21 +148,27 @@ def seen_layers(model: nn.Module, selection: Selection, *, plain: bool = False) 
     parameters = dict(model.named_parameters())
     names = {id(parameters[name]): name for name in selection.names}
     calls: dict[nn.Module, SeenLayer] = {}
-    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    forwards: dict[nn.Module, tuple[type[nn.Module], Callable[..., Any]]] = {}
     others: dict[str, str] = {}
     for module in model.modules():
         stand_ins: dict[str, nn.Module] = {}
-        if any(id(parameter) in names for parameter in module.parameters()) and (kind := _composite(module)):
+        kind = next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
+        if kind is not None and any(id(parameter) in names for parameter in module.parameters()):
             stand_ins = {weight: _StandIn(module, weight, _bias_of(weight)) for weight in _weights_of(module)}
-            forwards[module] = _FORWARDS[kind](module, stand_ins)
+            forwards[module] = kind, _refusing(_FORWARDS[kind](module, stand_ins))
         for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names.get(id(parameter))
             if name is None:
                 continue
             if own in stand_ins and not plain:
                 calls[stand_ins[own]] = SeenLayer(name, stand_ins[own])
-            elif own == "weight" and (seen := _as_layer(module, name)) and (seen.layer is module or not plain):
-                calls[module] = seen
+            elif own == "weight" and is_supported(module):
+                calls[module] = SeenLayer(name, module)
+            elif own == "weight" and not plain and (seen := _as_layer(module, name)):
+                called = _called(module)
+                calls[called] = seen
+                if isinstance(called, _Inner):
+                    forwards[module] = called._of[1], called
             else:
                 others[name] = f"{name!r} is {own!r} of a {type(module).__module__}.{type(module).__name__}"
     _check_none(others, plain=plain)
@@ -162,19 +189,31 @@ def _check_none(others: Mapping[str, str], *, plain: bool) -> None:
 
 def _as_layer(module: nn.Module, name: str) -> SeenLayer | None:
     """Return the Linear or Conv layer that a module is, be it with inputs and output gradients swapped."""
-    if is_supported(module):
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return SeenLayer(name, module)
     if is_turned(module):
         return SeenLayer(name, _StandIn(module), _swapped)
     if isinstance(module, nn.Embedding):
-        is_plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
-        return SeenLayer(name, _LookupStandIn(module), _looked_up(module)) if is_plain else None
-    for kind, convolution in _TRANSPOSED.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            assert isinstance(module, _ConvTransposeNd)
-            layer = _convolution(module, convolution)
-            return None if layer is None else SeenLayer(name, layer, _swapped)
+        return SeenLayer(name, _LookupStandIn(module), _looked_up(module)) if module.max_norm is None else None
+    if isinstance(module, _ConvTransposeNd):
+        layer = _convolution(module)
+        return None if layer is None else SeenLayer(name, layer, _swapped)
     return None
+
+
+def _called(module: nn.Module) -> nn.Module:
+    """Return what is called for a product: a module itself, or what it calls of a class of torch."""
+    kind = next((kind for kind in _PRODUCTS if isinstance(module, kind)), type(module))
+    return module if type(module).forward is kind.forward else _Inner(module, kind)
+
+
+def _with_forward(own: type[nn.Module], kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """Return a class like a module's own in which ``forward`` of one of torch's, that it comes from, is another."""
+    replaced = type(kind.__name__, (kind,), {"forward": lambda _self, *args, **named: forward(*args, **named)})
+    if own is kind:
+        return replaced
+    found: type[nn.Module] = types.new_class(own.__name__, (own, replaced))  # looks in own, then replaced, then kind
+    return found
 
 
 def _swapped(inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,11 +232,12 @@ def _looked_up(module: nn.Embedding) -> Sides:
     return sides
 
 
-def _convolution(module: _ConvTransposeNd, kind: type[nn.Module]) -> nn.Module | None:
+def _convolution(module: _ConvTransposeNd) -> nn.Module | None:
     """Return the convolution whose gradient with respect to its inputs a transposed one computes."""
     if any(more >= step for more, step in zip(module.output_padding, module.stride, strict=True)):
         return None  # the convolution would have more places than the inputs
-    return kind(
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]
+    layer: nn.Module = kind(
         module.out_channels,
         module.in_channels,
         module.kernel_size,
@@ -208,13 +248,7 @@ def _convolution(module: _ConvTransposeNd, kind: type[nn.Module]) -> nn.Module |
         bias=False,
         device="meta",
     )
-
-
-def _composite(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class of a module that computes several products as torch's own."""
-    if "forward" in vars(module):
-        return None
-    return next((kind for kind in _FORWARDS if isinstance(module, kind) and type(module).forward is kind.forward), None)
+    return layer
 
 
 def _weights_of(module: nn.Module) -> list[str]:
