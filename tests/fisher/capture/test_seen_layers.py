@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -297,35 +298,65 @@ def test_transformers_of_torch_with_samples_in_either_place(
 
 
 class ByHand(nn.Module):
-    """Sequences sorted by their lengths, packed, and put back in their order, as before torch did that by itself."""
+    """Sequences sorted by their lengths, packed or padded, and put back in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, packs: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
-        self.body, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+        self.body, self.head, self.packs = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3), packs
 
     def forward(self, x: Tensor) -> Tensor:
         lengths = (x[..., 0] != 0).sum(1)
         order = lengths.argsort(descending=True, stable=True)
-        last = self.body(pack_padded_sequence(x[order], lengths[order], batch_first=True))[1][-1]
+        last = self.body(self.packs(x[order], lengths[order]))[1][-1]
         return self.head(last[order.argsort()])
 
 
+PACKS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "sorted": lambda x, lengths: pack_padded_sequence(x, lengths, batch_first=True),
+    "sorted again": lambda x, lengths: pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False),
+    "padded": lambda x, lengths: x,
+}
+
+
+def sequences(*lengths: int) -> tuple[Tensor, Tensor]:
+    x = 1 + torch.rand(len(lengths), 5, 3, dtype=torch.float64)
+    for sample, length in zip(x, lengths, strict=True):
+        sample[length:] = 0
+    return x, torch.arange(len(lengths)) % 3
+
+
+@pytest.mark.parametrize("packs", PACKS)
 @pytest.mark.parametrize("lengths", [([5, 4, 3, 2], [2, 5, 3, 4]), ([5, 5, 5], [3, 5, 4]), ([3], [4], [2, 5, 3, 4])])
-def test_samples_that_the_network_sorts_are_not_mixed_up(lengths: tuple[list[int], ...]) -> None:
+def test_samples_that_the_network_sorts_are_not_mixed_up(lengths: tuple[list[int], ...], packs: str) -> None:
     """The first chunk, whose rows are compared with others, is in order already."""
     torch.manual_seed(0)
-    model, batches = ByHand().double(), []
-    for own in lengths:
-        x = 1 + torch.rand(len(own), 5, 3, dtype=torch.float64)
-        for sample, length in zip(x, own, strict=True):
-            sample[length:] = 0
-        batches.append((x, torch.arange(len(own)) % 3))
+    model, batches = ByHand(PACKS[packs]).double(), [sequences(*own) for own in lengths]
     selection = select_parameters(model, ["GRU", "Linear"])
     found, singles = (
-        capture_gradients(model, selection, batches, cross_entropy, backend=kind).factor.matrix
-        for kind in ("auto", "loop")
+        capture_gradients(model, selection, batches, cross_entropy, backend=kind) for kind in ("auto", "loop")
     )
-    torch.testing.assert_close(found, singles, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+    assert found.backend == "loop"
+    with pytest.raises(ValueError, match="puts samples in another order before a recurrent layer"):
+        capture_low_rank(model, selection, RowSource(cross_entropy, batches))
+
+
+def test_samples_that_come_sorted_stay_with_hooks() -> None:
+    torch.manual_seed(0)
+    model, batches = ByHand(PACKS["sorted"]).double(), [sequences(5, 4, 4, 2), sequences(4, 3, 1)]
+    found = capture_gradients(model, select_parameters(model, ["GRU", "Linear"]), batches, cross_entropy)
+    assert found.backend == "hooks"
+
+
+def test_vanishing_gradients_are_in_order() -> None:
+    torch.manual_seed(0)
+    model = Head(nn.RNN(WIDTH, 5, batch_first=True), lambda body, x: body(x)[1][-1])
+    batch = torch.randn(70, 60, 3), torch.arange(70) % 3
+    with torch.no_grad():
+        model(batch[0])
+        model.body.weight_hh_l0 *= 0.2
+    found = capture_gradients(model, select_parameters(model, ["RNN"]), [batch], cross_entropy)
+    assert found.backend == "hooks"
 
 
 def test_words_are_held_as_numbers_as_long_as_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,10 +518,88 @@ def test_a_module_whose_forward_was_replaced_is_left_to_others() -> None:
     torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
 
 
-def test_an_embedding_that_changes_its_weight_is_refused() -> None:
-    model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 3))
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embeddings_whose_samples_touch_each_other_are_refused(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, **options), nn.Flatten(), nn.Linear(8, 3))
     with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' is 'weight' of a torch.*Embedding, not the weight"):
         seen_layers.seen_layers(model, select_parameters(model, ["Embedding"]))
+
+
+def test_other_convolutions_are_refused() -> None:
+    class Clamped(nn.Conv1d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x.clamp(-2, 2), weight, bias)
+
+    far = nn.ConvTranspose1d(4, 6, 3, dilation=3, output_padding=2)
+    for layer in (Clamped(4, 6, 3), far):
+        with pytest.raises(UnsupportedLayerError, match="not the weight of"):
+            seen_layers.seen_layers(layer, select_parameters(layer, ["weight"]))
+
+
+def test_a_layer_that_does_more_on_some_data_is_looked_at_in_every_chunk() -> None:
+    class Outliers(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            apart = nn.functional.linear(x.clamp(-2, 2), self.weight, self.bias)
+            return torch.where((x.abs() > 2).any(1, keepdim=True), apart, super().forward(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Outliers(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    near, far = torch.rand(6, 3).double(), torch.full((2, 3), 3.0).double()
+    batches = [(near, torch.arange(6) % 3), (far, torch.arange(2))]
+    found, singles = (
+        capture_gradients(model, select_parameters(model), batches, cross_entropy, backend=kind)
+        for kind in ("auto", "loop")
+    )
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+def test_classes_that_keep_account_of_their_subclasses_see_none() -> None:
+    known: list[str] = []
+
+    class Registered(nn.Linear):
+        def __init_subclass__(cls, *, tag: str, **named: Any) -> None:
+            known.append(tag)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Registered(3, 4), nn.Linear(4, 3))
+    batch = torch.randn(N, 3), torch.arange(N) % 3
+    assert capture_gradients(model, select_parameters(model), [batch], cross_entropy).backend == "hooks"
+    assert not known and type(model[0]) is Registered
+
+
+def test_a_copy_made_meanwhile_computes_by_itself() -> None:
+    model, selection, _ = case("lstm")
+    with seen_layers.seen_layers(model, selection).watched(lambda *_: None):
+        other = copy.deepcopy(model.body)
+    inputs = normal(2, STEPS, WIDTH)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(inputs)[0].any() and model.body(inputs)[0].any()
+
+
+def test_calls_that_the_losses_do_not_depend_on_keep_nothing_back() -> None:
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.fc(x)
+            self.fc(out)
+            return out
+
+    torch.manual_seed(0)
+    model, batch = Looped().double(), (torch.randn(N, 3).double(), torch.arange(N) % 3)
+    found, singles = (
+        capture_gradients(model, select_parameters(model), [batch], cross_entropy, backend=kind)
+        for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix)
 
 
 @pytest.mark.parametrize("name", ["lstm projected", "masked", "conv2d oblong"])

@@ -6,7 +6,9 @@ input make the gradients of the single samples (:mod:`swap_prune.fisher.capture.
 
 This holds if every selected weight is used by such layers alone (:mod:`swap_prune.fisher.capture.seen_layers`), and if
 the loss of one sample does not depend on the others. Neither can be seen from outside, so :func:`check_against`
-compares some samples with backward passes of their own.
+compares some samples with backward passes of their own. Before recurrent layers networks like to sort samples by their
+lengths: a second backward pass, with another weight on each loss, shows whether the items of such a layer are those of
+the samples in the same places.
 
 Place in the pipeline: a back end of capture.
 """
@@ -30,6 +32,8 @@ from swap_prune.selection import Selection
 
 __all__ = ["OutputGradients", "check_against", "without_gradient"]
 
+_VANISHED = 1e-30  # a gradient that may have lost its digits
+
 
 class OutputGradients:
     """Runs a network forwards and backwards and hands over what its selected layers saw.
@@ -51,6 +55,8 @@ class OutputGradients:
         self._starts: list[Tensor] = []  # where the backward pass ends
         self._calls: JoinedCalls | None = None  # of the pass under way
         self._recording = False
+        self._weights: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
+        self._sorting = any(seen.recurrent for seen in self._seen.calls.values())  # may be
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
         self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
         self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
@@ -61,6 +67,11 @@ class OutputGradients:
     def flattened(self) -> bool:
         """Whether a layer sees several items of a sample side by side, which cannot be told from those of others."""
         return any(items != {1.0} for items in self._items.values())
+
+    @property
+    def within(self) -> bool:
+        """Whether a layer is watched within a module that does more."""
+        return self._seen.within
 
     def run(self, batch: Any, sink: Sink, size: int | None = None) -> Tensor:
         """Run a batch through the network.
@@ -123,7 +134,7 @@ class OutputGradients:
                 losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
             calls.finish()
         finally:
-            self._calls, self._recording, self._starts = None, False, []
+            self._calls, self._recording, self._starts, self._weights = None, False, [], None
         return losses
 
     def _find_axes(self, batch: Any) -> dict[str, int]:
@@ -170,7 +181,13 @@ class OutputGradients:
         if not losses.requires_grad:
             raise UnsupportedLayerError("the losses depend on none of the selected layers")
         self._recording = False
-        torch.autograd.grad(losses, list(self._starts), torch.ones_like(losses), allow_unused=True)
+        assert self._calls is not None
+        starts, weights = list(self._starts), torch.ones_like(losses)
+        compares = self._sorting and 1 < len(losses) == self._calls.size
+        torch.autograd.grad(losses, starts, weights, allow_unused=True, retain_graph=compares)
+        if compares:
+            self._weights = weights.ldexp(_exponents(losses))
+            torch.autograd.grad(losses, starts, self._weights, allow_unused=True)
         return losses.detach()
 
     def _see(self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Any:
@@ -193,8 +210,13 @@ class OutputGradients:
         version, calls = inputs._version, self._calls
         assert calls is not None
         calls.expect(seen.layer)
+        sizes: list[Tensor] = []  # of the gradient of each item
 
         def receive(gradient: Tensor) -> None:
+            if self._weights is not None:
+                if sizes and not _is_in_order(sizes[0], _sizes_of(gradient), self._weights):
+                    raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
+                return
             if inputs._version != version:
                 raise UnsupportedLayerError(f"the input of a {type(seen.layer).__name__} was changed in place")
             went, came = seen.sides(inputs, gradient)
@@ -203,9 +225,34 @@ class OutputGradients:
                 went, came = went.movedim(axis, 0), came.movedim(axis, 0)
             self._counts.setdefault(seen.name, set()).add(items_of(seen.layer, went))
             with torch.no_grad():
+                if seen.recurrent:
+                    sizes.append(_sizes_of(gradient))
                 calls.add(seen.name, seen.layer, went, came)
 
         return receive
+
+
+def _sizes_of(gradient: Tensor) -> Tensor:
+    """Return the norm of each item's gradient at the output of a recurrent layer's product, (items,)."""
+    sizes: Tensor = torch.linalg.vector_norm(gradient.detach().flatten(1).double(), dim=1)
+    return sizes
+
+
+def _exponents(losses: Tensor) -> Tensor:
+    """Return powers of two for losses, (n,), the same for one in 64 (8, where numbers do not reach so far)."""
+    levels = 8 if losses.dtype == torch.float16 else 64
+    return torch.arange(len(losses), device=losses.device) % levels - levels // 2
+
+
+def _is_in_order(sizes: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+    """Whether items are those of the samples in the same places: their gradients have the weights of these losses.
+
+    Weights are powers of two, which change no digit of a gradient.
+    """
+    if len(sizes) != len(weights):
+        return True  # several of a sample, which are counted
+    expected = weights.double() * sizes
+    return bool(((weighted - expected).abs() <= 0.01 * expected + _VANISHED).all())
 
 
 def _grown(one: list[torch.Size], two: list[torch.Size]) -> int:

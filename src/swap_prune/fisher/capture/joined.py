@@ -33,7 +33,7 @@ class JoinedCalls:
 
     def __init__(self, sink: Sink | None, size: int) -> None:
         self._sink = sink
-        self._size = size
+        self.size = size
         self._ahead: Counter[nn.Module] = Counter()  # calls of each layer that are still to come back
         self._held: dict[nn.Module, _Held] = {}
         self._bytes = 0  # of all that is held
@@ -71,7 +71,7 @@ class JoinedCalls:
         self._bytes -= held.bytes
         inputs, gradient = held.calls[0]
         if len(held.calls) > 1:
-            shaped = (as_samples(layer, *call, self._size) for call in held.calls)
+            shaped = (as_samples(layer, *call, self.size) for call in held.calls)
             inputs, gradient = (torch.cat(side, 1) for side in zip(*shaped, strict=True))
         self._sink(held.name, layer, inputs, gradient)
 

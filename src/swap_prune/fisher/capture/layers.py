@@ -29,6 +29,7 @@ __all__ = [
     "Lookup",
     "UnsupportedLayerError",
     "as_samples",
+    "convolves_as_torch",
     "is_supported",
     "items_of",
     "piece_bytes",
@@ -78,10 +79,13 @@ def is_supported(module: nn.Module) -> bool:
     forward = type(module).forward
     if isinstance(module, nn.Linear):
         return forward is nn.Linear.forward
-    for kind in _CONVOLUTIONS:
-        if isinstance(module, kind):
-            return forward is kind.forward and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
-    return False
+    return convolves_as_torch(module) and any(forward is kind.forward for kind in _CONVOLUTIONS)
+
+
+def convolves_as_torch(module: nn.Module) -> bool:
+    """Whether a module is a Conv layer whose own ``forward``, if it has one, comes upon torch's convolution."""
+    kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+    return kind is not None and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
 
 
 def items_of(layer: nn.Module, inputs: Tensor) -> int:

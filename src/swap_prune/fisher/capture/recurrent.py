@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from swap_prune.fisher.capture.layers import UnsupportedLayerError
-
 __all__ = ["CELLS", "LAYERS", "cell_forward", "layer_forward"]
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM; (n, width) each
@@ -99,15 +97,9 @@ def layer_forward(module: nn.RNNBase, linears: Linears) -> Callable[..., Any]:
 
 
 def _samples_first(given: Any, *, batch_first: bool) -> tuple[Tensor, Tensor | None]:
-    """Return inputs (n, steps, width), and which steps are a sample's own, (steps, n, 1), where they differ.
-
-    Raises:
-        UnsupportedLayerError: If sequences of unlike lengths came sorted: the network may have put them in that order.
-    """
+    """Return inputs (n, steps, width), and which steps are a sample's own, (steps, n, 1), where they differ."""
     if isinstance(given, PackedSequence):
         x, lengths = pad_packed_sequence(given, batch_first=True)
-        if given.sorted_indices is None and int(lengths[0]) != int(lengths[-1]):
-            raise UnsupportedLayerError("packed sequences came sorted (enforce_sorted=False leaves that to torch)")
         steps = torch.arange(x.shape[1], device=x.device)
         return x, (steps[:, None] < lengths.to(x.device)).unsqueeze(2)
     if given.ndim == 2:

@@ -246,7 +246,7 @@ class _Capturer:
         size = batch_size(batch)
         values = self._hooks.fill_rows(batch, rows)
         losses[:size] = values
-        if self._checked[size > 1] < _CHECKED or self._hooks.changed:
+        if self._checked[size > 1] < _CHECKED or self._hooks.changed or self._hooks.within:
             count = min(size, _CHECKED_OF_MANY if self._hooks.flattened else _CHECKED)
             chosen = losses[:size].topk(count).indices  # those of no loss may have no gradient either
             found = rows[chosen], losses[chosen]

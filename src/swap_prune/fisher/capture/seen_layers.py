@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from swap_prune.checks import first_line, some_of
 from swap_prune.fisher.capture import attention, recurrent
-from swap_prune.fisher.capture.layers import Lookup, UnsupportedLayerError, is_supported
+from swap_prune.fisher.capture.layers import Lookup, UnsupportedLayerError, convolves_as_torch, is_supported
 from swap_prune.network.calls import is_turned
 from swap_prune.network.modes import slow_attention
 from swap_prune.process_memory import pass_on_shortage
@@ -59,11 +59,13 @@ class SeenLayer:
         name: The parameter.
         layer: A Linear or Conv layer with a weight of the parameter's shape.
         sides: The layer's inputs and output gradients, of those of the module.
+        recurrent: Whether it belongs to a recurrent layer, before which networks like to sort samples by their lengths.
     """
 
     name: str
     layer: nn.Module
     sides: Sides = lambda inputs, gradient: (inputs, gradient)
+    recurrent: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,16 @@ class SeenLayers:
 
     Attributes:
         calls: By the module whose calls are watched.
-        forwards: By other modules, a class of torch, and what these compute in the place of its ``forward`` meanwhile.
+        classes: By other modules, the class that they have meanwhile.
     """
 
     calls: Mapping[nn.Module, SeenLayer]
-    forwards: Mapping[nn.Module, tuple[type[nn.Module], Callable[..., Any]]]
+    classes: Mapping[nn.Module, type[nn.Module]]
+
+    @property
+    def within(self) -> bool:
+        """Whether some calls are within a module that does more, which may be more on some data than on others."""
+        return any(isinstance(module, _Inner) for module in self.calls)
 
     @property
     def by_name(self) -> dict[str, nn.Module]:
@@ -87,9 +94,9 @@ class SeenLayers:
     def watched(self, hook: Callable[..., Any]) -> Iterator[None]:
         """Run a block with a forward hook, ``(module, arguments, named, output)``, on each module that is watched."""
         with slow_attention(), ExitStack() as undo:
-            for module, (kind, forward) in self.forwards.items():
-                undo.callback(setattr, module, "__class__", type(module))
-                module.__class__ = _with_forward(type(module), kind, forward)
+            for module, replaced in self.classes.items():
+                undo.callback(object.__setattr__, module, "__class__", type(module))
+                object.__setattr__(module, "__class__", replaced)
             for module in self.calls:
                 undo.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
@@ -123,15 +130,22 @@ class _LookupStandIn(Lookup, _StandIn):
 class _Inner(nn.Module):
     """What a class of torch computes of a module whose own class does more."""
 
-    _of: tuple[nn.Module, type[nn.Module]]
+    owner: nn.Module
 
     def __init__(self, owner: nn.Module, kind: type[nn.Module]) -> None:
         super().__init__()
-        object.__setattr__(self, "_of", (owner, kind))
+        self.kind = kind
+        object.__setattr__(self, "owner", owner)  # no child of it
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        owner, kind = self._of
-        return kind.forward(owner, *arguments, **named)
+        return self.kind.forward(self.owner, *arguments, **named)
+
+
+class _Quiet:
+    """Keeps a class that comes from it first from its other ancestors, which may keep account of theirs."""
+
+    def __init_subclass__(cls, **_named: Any) -> None:
+        pass
 
 
 def seen_layers(model: nn.Module, selection: Selection, *, plain: bool = False) -> SeenLayers:
@@ -148,31 +162,31 @@ def seen_layers(model: nn.Module, selection: Selection, *, plain: bool = False) 
     parameters = dict(model.named_parameters())
     names = {id(parameters[name]): name for name in selection.names}
     calls: dict[nn.Module, SeenLayer] = {}
-    forwards: dict[nn.Module, tuple[type[nn.Module], Callable[..., Any]]] = {}
+    classes: dict[nn.Module, type[nn.Module]] = {}
     others: dict[str, str] = {}
     for module in model.modules():
         stand_ins: dict[str, nn.Module] = {}
         kind = next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
         if kind is not None and any(id(parameter) in names for parameter in module.parameters()):
             stand_ins = {weight: _StandIn(module, weight, _bias_of(weight)) for weight in _weights_of(module)}
-            forwards[module] = kind, _refusing(_FORWARDS[kind](module, stand_ins))
+            classes[module] = _class_with(module, kind, _refusing(_FORWARDS[kind](module, stand_ins)))
         for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names.get(id(parameter))
             if name is None:
                 continue
             if own in stand_ins and not plain:
-                calls[stand_ins[own]] = SeenLayer(name, stand_ins[own])
+                calls[stand_ins[own]] = SeenLayer(name, stand_ins[own], recurrent=kind is not nn.MultiheadAttention)
             elif own == "weight" and is_supported(module):
                 calls[module] = SeenLayer(name, module)
             elif own == "weight" and not plain and (seen := _as_layer(module, name)):
-                called = _called(module)
-                calls[called] = seen
-                if isinstance(called, _Inner):
-                    forwards[module] = called._of[1], called
+                inner = _inner(module)
+                calls[inner or module] = seen
+                if inner is not None:
+                    classes[module] = _class_with(module, inner.kind, inner)
             else:
                 others[name] = f"{name!r} is {own!r} of a {type(module).__module__}.{type(module).__name__}"
     _check_none(others, plain=plain)
-    return SeenLayers(calls, forwards)
+    return SeenLayers(calls, classes)
 
 
 def _check_none(others: Mapping[str, str], *, plain: bool) -> None:
@@ -189,30 +203,46 @@ def _check_none(others: Mapping[str, str], *, plain: bool) -> None:
 
 def _as_layer(module: nn.Module, name: str) -> SeenLayer | None:
     """Return the Linear or Conv layer that a module is, be it with inputs and output gradients swapped."""
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, nn.Linear) or convolves_as_torch(module):
         return SeenLayer(name, module)
     if is_turned(module):
         return SeenLayer(name, _StandIn(module), _swapped)
     if isinstance(module, nn.Embedding):
-        return SeenLayer(name, _LookupStandIn(module), _looked_up(module)) if module.max_norm is None else None
+        is_plain = module.max_norm is None and not module.scale_grad_by_freq
+        return SeenLayer(name, _LookupStandIn(module), _looked_up(module)) if is_plain else None
     if isinstance(module, _ConvTransposeNd):
         layer = _convolution(module)
         return None if layer is None else SeenLayer(name, layer, _swapped)
     return None
 
 
-def _called(module: nn.Module) -> nn.Module:
-    """Return what is called for a product: a module itself, or what it calls of a class of torch."""
+def _inner(module: nn.Module) -> _Inner | None:
+    """Return what a module calls of a class of torch for its product, where its own class does more."""
     kind = next((kind for kind in _PRODUCTS if isinstance(module, kind)), type(module))
-    return module if type(module).forward is kind.forward else _Inner(module, kind)
+    return None if type(module).forward is kind.forward else _Inner(module, kind)
 
 
-def _with_forward(own: type[nn.Module], kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """Return a class like a module's own in which ``forward`` of one of torch's, that it comes from, is another."""
-    replaced = type(kind.__name__, (kind,), {"forward": lambda _self, *args, **named: forward(*args, **named)})
+def _class_with(module: nn.Module, kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """Return a class like a module's own in which ``forward`` of one of torch's, that it comes from, is another.
+
+    Raises:
+        UnsupportedLayerError: If Python makes none.
+    """
+
+    def replacing(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if self is not module:  # a copy
+            return kind.forward(self, *arguments, **named)
+        return forward(*arguments, **named)
+
+    own, replaced = type(module), type(kind.__name__, (kind,), {"forward": replacing})
     if own is kind:
         return replaced
-    found: type[nn.Module] = types.new_class(own.__name__, (own, replaced))  # looks in own, then replaced, then kind
+    try:
+        found: type[nn.Module] = types.new_class(own.__name__, (_Quiet, own, replaced))  # own, then replaced, then kind
+        object.__setattr__(module, "__class__", found)
+        object.__setattr__(module, "__class__", own)
+    except Exception as error:  # whatever its metaclass raises, or another layout
+        raise UnsupportedLayerError(f"{own.__name__} cannot be watched: {first_line(error, typed=True)}") from error
     return found
 
 
