@@ -177,7 +177,7 @@ def test_missing_files_are_one_line(call, arguments: tuple[str, ...], message: s
     ("setting", "method", "words"),
     [
         ('pattern = "1:2"', 'name = "cbs"', "'cbs' does not support pattern='1:2': use one of .*magnitude"),
-        ('targets = ["Linear", "0.bias"]', 'storage = "low-rank"', "storage 'low-rank' holds those of Linear and Conv"),
+        ('targets = ["Linear", "0.bias"]', 'storage = "low-rank"', "storage 'low-rank' does not hold such weights"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_first(call, tmp_path: Path, setting: str, method: str, words: str) -> None:
