@@ -56,6 +56,7 @@ class OutputGradients:
         self._calls: JoinedCalls | None = None  # of the pass under way
         self._recording = False
         self._weights: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
+        self._in_order: list[Tensor] = []  # for each call of a recurrent layer's product, whether they were the same
         self._sorting = any(seen.recurrent for seen in self._seen.calls.values())  # may be
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
         self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
@@ -134,7 +135,8 @@ class OutputGradients:
                 losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
             calls.finish()
         finally:
-            self._calls, self._recording, self._starts, self._weights = None, False, [], None
+            self._calls, self._recording, self._starts = None, False, []
+            self._weights, self._in_order = None, []
         return losses
 
     def _find_axes(self, batch: Any) -> dict[str, int]:
@@ -188,6 +190,8 @@ class OutputGradients:
         if compares:
             self._weights = weights.ldexp(_exponents(losses))
             torch.autograd.grad(losses, starts, self._weights, allow_unused=True)
+            if self._in_order and not bool(torch.stack(self._in_order).all()):
+                raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
         return losses.detach()
 
     def _see(self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Any:
@@ -214,8 +218,8 @@ class OutputGradients:
 
         def receive(gradient: Tensor) -> None:
             if self._weights is not None:
-                if sizes and not _is_in_order(sizes[0], _sizes_of(gradient), self._weights):
-                    raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
+                if sizes and len(sizes[0]) == len(self._weights):  # else several of a sample, which are counted
+                    self._in_order.append(_is_in_order(sizes[0], _sizes_of(gradient), self._weights))
                 return
             if inputs._version != version:
                 raise UnsupportedLayerError(f"the input of a {type(seen.layer).__name__} was changed in place")
@@ -225,7 +229,7 @@ class OutputGradients:
                 went, came = went.movedim(axis, 0), came.movedim(axis, 0)
             self._counts.setdefault(seen.name, set()).add(items_of(seen.layer, went))
             with torch.no_grad():
-                if seen.recurrent:
+                if seen.recurrent and calls.size > 1:
                     sizes.append(_sizes_of(gradient))
                 calls.add(seen.name, seen.layer, went, came)
 
@@ -244,15 +248,13 @@ def _exponents(losses: Tensor) -> Tensor:
     return torch.arange(len(losses), device=losses.device) % levels - levels // 2
 
 
-def _is_in_order(sizes: Tensor, weighted: Tensor, weights: Tensor) -> bool:
-    """Whether items are those of the samples in the same places: their gradients have the weights of these losses.
+def _is_in_order(sizes: Tensor, weighted: Tensor, weights: Tensor) -> Tensor:
+    """Say, (), whether items are those of the samples in the same places: their gradients have these losses' weights.
 
     Weights are powers of two, which change no digit of a gradient.
     """
-    if len(sizes) != len(weights):
-        return True  # several of a sample, which are counted
     expected = weights.double() * sizes
-    return bool(((weighted - expected).abs() <= 0.01 * expected + _VANISHED).all())
+    return ((weighted - expected).abs() <= 0.01 * expected + _VANISHED).all()
 
 
 def _grown(one: list[torch.Size], two: list[torch.Size]) -> int:

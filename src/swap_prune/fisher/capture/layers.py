@@ -79,13 +79,14 @@ def is_supported(module: nn.Module) -> bool:
     forward = type(module).forward
     if isinstance(module, nn.Linear):
         return forward is nn.Linear.forward
-    return convolves_as_torch(module) and any(forward is kind.forward for kind in _CONVOLUTIONS)
+    return convolves_as_torch(module) and forward is _kind(module).forward
 
 
 def convolves_as_torch(module: nn.Module) -> bool:
     """Whether a module is a Conv layer whose own ``forward``, if it has one, comes upon torch's convolution."""
-    kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
-    return kind is not None and type(module)._conv_forward is kind._conv_forward  # type: ignore[attr-defined]
+    if not isinstance(module, tuple(_CONVOLUTIONS)):
+        return False
+    return type(module)._conv_forward is _kind(module)._conv_forward  # type: ignore[attr-defined]
 
 
 def items_of(layer: nn.Module, inputs: Tensor) -> int:
@@ -288,7 +289,7 @@ def _pad_channels_last(layer: _ConvNd, inputs: Tensor) -> Tensor:
     return padded
 
 
-def _kind(layer: _ConvNd) -> type[nn.Module]:
+def _kind(layer: nn.Module) -> type[nn.Module]:
     return next(kind for kind in _CONVOLUTIONS if isinstance(layer, kind))
 
 

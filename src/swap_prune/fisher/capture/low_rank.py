@@ -80,7 +80,6 @@ def capture_low_rank(
             f"has a first dimension of 1, such as mask[None]); {_OTHERWISE}"
         )
     try:
-        seen_layers(model, selection)
         collector = Collector({name: LayerCalls(kept) for name in selection.names})
         if source.in_batches:
             losses, chunk = _capture_batches(model, selection, batches, loss_fn, collector, advance)
