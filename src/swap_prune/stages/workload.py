@@ -18,6 +18,7 @@ from swap_prune.distributed import process_count
 from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes, trainable
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
+from swap_prune.fisher.capture.products import watched
 from swap_prune.fisher.capture.sketch import most_rows, sketch_draws, sketch_rows
 from swap_prune.fisher.noise import NoiseModel
 from swap_prune.losses import CrossEntropy
@@ -45,7 +46,8 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
     """Count what the need of a run depends on, on the device where it will take place."""
     own, noise, finetune = next(model.parameters()).device, request.noise, request.finetune
     with isolated(own), bystanders_given_back(model):
-        need = _need_of(peek(data, own), model, request)
+        sample = peek(data, own)
+        need = _need_of(sample, model, request) | _count_row_numbers(sample, model, request)
     numbered = NumberedSamples.of(data)
     known = None if numbered is None else known_length(numbered.dataset)
     counts = partial(_count_samples, known, request)
@@ -55,7 +57,6 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
     return Workload(
         **need,
         **counts(request.samples),
-        **_count_row_numbers(model, request),
         counts=counts,
         weights=request.selection.total,
         kept=keep_count(request.selection.total, request.schedules[-1][0]),
@@ -105,16 +106,28 @@ def _count_samples(known: int | None, request: Request, samples: int) -> dict[st
     }
 
 
-def _count_row_numbers(model: nn.Module, request: Request) -> dict[str, Any]:
+def _count_row_numbers(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     """Return how many numbers a row of low rank takes, or why there are none."""
+    selection = request.selection
+    weights = {name: p for name, p in model.named_parameters() if name in selection.shapes}
+    refused: list[UnsupportedLayerError] = []
+
+    def run() -> None:
+        try:
+            with eval_mode(model), trainable(model), torch.enable_grad(), watched(model, weights, lambda *_: None):
+                request.loss(model, sample)
+        except UnsupportedLayerError as error:
+            refused.append(error)
+
     try:
-        return {
-            "row_numbers": numbers_of_a_row(model, request.selection, in_batches=request.in_batches),
-            "unsuited": "",
-        }
+        numbers = numbers_of_a_row(model, selection, in_batches=request.in_batches)
+        if sample is not None:
+            _measured(run, None, model)
+        if refused:
+            raise refused[0]
     except UnsupportedLayerError as error:
-        reason = f"rows of low rank are not to be had: {error}"
-        return {"row_numbers": 0, "unsuited": reason}
+        return {"row_numbers": 0, "unsuited": f"rows of low rank are not to be had: {error}"}
+    return {"row_numbers": numbers, "unsuited": ""}
 
 
 def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:

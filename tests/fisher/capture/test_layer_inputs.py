@@ -112,7 +112,7 @@ def test_the_output_layer_of_attention_sees_what_was_attended_to():
         torch.testing.assert_close(squares, model(x).square().mean((0, 1))[None])
 
 
-class Unrun(nn.Module):
+class Functional(nn.Module):
     def __init__(self, *sizes):
         super().__init__()
         self.fc = nn.Linear(*sizes)
@@ -126,32 +126,44 @@ class Loud(nn.Linear):
         return super().forward(10 * x)
 
 
+@pytest.mark.parametrize(("model", "scale"), [(Functional(5, 3), 1), (nn.Sequential(Loud(5, 3)), 10)])
+def test_weights_see_what_they_are_multiplied_with_whoever_does_it(model, scale):
+    x = normal(3, 2, 5)
+    (squares,) = inputs_of(model.double(), x).mean_squares().values()
+    torch.testing.assert_close(squares, (scale * x).square().mean((0, 1))[None])
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.embed, self.fc = nn.LSTM(4, 3, batch_first=True), nn.Embedding(3, 4), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.lstm(x + self.embed.weight[x[..., 0].long() % 3])[0] + 0 * self.fc.weight.square().sum()
+
+
 @pytest.mark.parametrize(
     ("model", "targets", "message"),
     [
         (
-            nn.Sequential(Loud(5, 3)),
-            ["Linear"],
-            "'0.weight' is 'weight' of a tests.fisher.capture.test_layer_inputs.Loud, not",
-        ),
-        (
             nn.Sequential(nn.ConvTranspose1d(2, 3, 3)),
             ["ConvTranspose1d"],
-            "'0.weight' is 'weight' of a torch.nn.modules.conv.ConvTranspose1d, not",
+            r"Linear and Conv layers: '0.weight' multiplies the other way round; leave .* ignore=\['0.weight'\]",
         ),
-        (nn.Sequential(nn.Conv1d(2, 3, 3)), ["0.bias"], "'0.bias' is 'bias' of a torch.nn.modules.conv.Conv1d, not"),
-        (Attention(), ["inner.in_proj_weight"], "in_proj_weight"),
+        (nn.Sequential(nn.Conv1d(2, 3, 3)), ["0.bias"], "no inputs of '0.bias' were seen"),
+        (Attention(), ["inner.in_proj_weight"], "'inner.in_proj_weight' projects for attention"),
         (
-            nn.Sequential(Loud(5, 3), nn.Linear(3, 3), Loud(3, 3)),
-            ["Linear"],
-            r"'0.weight' is .*, and no more is '2.weight'; leave out .* ignore=\['0.weight', '2.weight'\]",
+            Recurrent(),
+            ["Embedding", "LSTM"],
+            r"'embed.weight' is an embedding; 'lstm.weight_ih_l0' belongs to a recurrent layer.*ignore=\['embed",
         ),
-        (Unrun(5, 3), ["fc.weight"], "no inputs of 'fc.weight' were seen"),
+        (Recurrent(), ["fc.weight"], "no inputs of 'fc.weight' were seen"),
     ],
 )
-def test_weights_that_no_hook_sees_are_refused(model, targets, message):
-    x = normal(3, 5, 4, dtype=torch.float32) if isinstance(model, Attention) else normal(3, 2, 5, dtype=torch.float32)
+def test_weights_of_other_layers_are_refused(model, targets, message):
+    wide = isinstance(model, Attention | Recurrent)
+    x = normal(3, 5, 4, dtype=torch.float32) if wide else normal(3, 2, 5, dtype=torch.float32)
     statistics = inputs_of(model, x, targets=targets)
     with pytest.raises(ValueError, match=message):
         statistics.mean_squares()
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

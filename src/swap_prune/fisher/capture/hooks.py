@@ -1,21 +1,21 @@
 """Gradients of single samples from one forward and one backward pass of a whole chunk of them.
 
-In the forward pass hooks keep the input of every selected layer. The backward pass goes to the layers' outputs and
-no further: autograd forms no weight gradient, which it would sum over the samples. The gradient at an output and the
-input make the gradients of the single samples (:mod:`swap_prune.fisher.capture.layers`), while the pass is under way.
+In the forward pass the inputs of every product with a selected weight are kept
+(:mod:`swap_prune.fisher.capture.products`). The backward pass goes to the products' outputs and no further: autograd
+forms no weight gradient, which it would sum over the samples. The gradient at an output and the input make those of the
+single samples (:mod:`swap_prune.fisher.capture.layers`), while the pass is under way.
 
-This holds if every selected weight is used by such layers alone (:mod:`swap_prune.fisher.capture.seen_layers`), and if
-the loss of one sample does not depend on the others. Neither can be seen from outside, so :func:`check_against`
-compares some samples with backward passes of their own. Before recurrent layers networks like to sort samples by their
-lengths: a second backward pass, with another weight on each loss, shows whether the items of such a layer are those of
-the samples in the same places.
+This holds if the weights are used in products alone, and if the loss of one sample does not depend on the others. The
+latter cannot be seen from outside, so :func:`check_against` compares some samples with backward passes of their own.
+Before recurrent layers networks like to sort samples by their lengths: a second backward pass, with another weight on
+each loss, shows whether the items of such a layer are those of the samples in the same places.
 
 Place in the pipeline: a back end of capture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.joined import JoinedCalls, Sink
-from swap_prune.fisher.capture.layers import UnsupportedLayerError, items_of, put_weight_gradients
-from swap_prune.fisher.capture.seen_layers import SeenLayer, seen_layers
+from swap_prune.fisher.capture.layers import Layer, Linear, UnsupportedLayerError, items_of, put_weight_gradients
+from swap_prune.fisher.capture.products import Product, watched
 from swap_prune.losses import LossFn, check_losses
-from swap_prune.network.calls import layer_input
 from swap_prune.samples.batches import batch_size, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
@@ -36,28 +35,24 @@ _VANISHED = 1e-30  # a gradient that may have lost its digits
 
 
 class OutputGradients:
-    """Runs a network forwards and backwards and hands over what its selected layers saw.
+    """Runs a network forwards and backwards and hands over what its selected weights were multiplied with.
 
-    The network's parameters and buffers are stood in for by copies without gradient for the time of a pass; its hooks
-    are removed whatever happens.
-
-    Raises:
-        UnsupportedLayerError: As for :func:`seen_layers`.
+    The network's parameters and buffers are stood in for by copies without gradient for the time of a pass.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> None:
-        self._seen = seen_layers(model, selection)
         self._places = selection.slices()
         self._loss_fn = loss_fn
         self._bound = Bound(model, self._forth_and_back)
         tensors = (*self._bound.named_parameters(), *self._bound.named_buffers())
         self._state = {name: without_gradient(tensor) for name, tensor in tensors}
+        self._weights = {name: self._state[f"model.{name}"] for name in selection.names}
         self._starts: list[Tensor] = []  # where the backward pass ends
         self._calls: JoinedCalls | None = None  # of the pass under way
         self._recording = False
-        self._weights: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
+        self._levels: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
         self._in_order: list[Tensor] = []  # for each call of a recurrent layer's product, whether they were the same
-        self._sorting = any(seen.recurrent for seen in self._seen.calls.values())  # may be
+        self._sorting = False  # whether the pass under way may have sorted samples: it came to a recurrent layer
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
         self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
         self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
@@ -68,11 +63,6 @@ class OutputGradients:
     def flattened(self) -> bool:
         """Whether a layer sees several items of a sample side by side, which cannot be told from those of others."""
         return any(items != {1.0} for items in self._items.values())
-
-    @property
-    def within(self) -> bool:
-        """Whether a layer is watched within a module that does more."""
-        return self._seen.within
 
     def run(self, batch: Any, sink: Sink, size: int | None = None) -> Tensor:
         """Run a batch through the network.
@@ -88,8 +78,8 @@ class OutputGradients:
             The losses, (n,).
 
         Raises:
-            UnsupportedLayerError: If the losses do not depend on a selected layer, an input was changed in place, or
-                the items that a layer sees of a sample vary.
+            UnsupportedLayerError: If something else is done with a selected weight than products, the losses do not
+                depend on any, an input was changed in place, or the items that a layer sees of a sample vary.
             ValueError: If a loss is not finite or not per sample.
         """
         if self._axes is None and size is not None and size > 1:
@@ -115,7 +105,7 @@ class OutputGradients:
         size = count or 1
         written: set[str] = set()
 
-        def put(name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        def put(name: str, layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
             put_weight_gradients(layer, inputs, gradient, rows[:size, self._places[name]], add=name in written)
             written.add(name)
 
@@ -129,14 +119,13 @@ class OutputGradients:
 
     def _run(self, batch: Any, calls: JoinedCalls) -> Tensor:
         """Do both passes, and return the losses."""
-        self._calls, self._recording, self._counts, self._shapes = calls, True, {}, {}
+        self._calls, self._recording, self._counts, self._shapes, self._sorting = calls, True, {}, {}, False
         try:
-            with self._seen.watched(self._see):
-                losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
+            losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
             calls.finish()
         finally:
             self._calls, self._recording, self._starts = None, False, []
-            self._weights, self._in_order = None, []
+            self._levels, self._in_order = None, []
         return losses
 
     def _find_axes(self, batch: Any) -> dict[str, int]:
@@ -177,55 +166,62 @@ class OutputGradients:
         return {name: {count / size for count in counts} for name, counts in self._counts.items()}
 
     def _forth_and_back(self, model: nn.Module, batch: Any) -> Tensor:
-        """Do both passes while the stand-ins are in place: a checkpointed block runs forwards once more in between."""
-        with torch.enable_grad():
+        """Do both passes while the stand-ins are in place: a checkpointed block runs forwards once more in between.
+
+        It does so under the same watch: autograd stays on this thread here, on a GPU too.
+        """
+        with torch.enable_grad(), watched(model, self._weights, self._see):
             losses = check_losses(self._loss_fn(model, batch), None)
-        if not losses.requires_grad:
-            raise UnsupportedLayerError("the losses depend on none of the selected layers")
-        self._recording = False
-        assert self._calls is not None
-        starts, weights = list(self._starts), torch.ones_like(losses)
-        compares = self._sorting and 1 < len(losses) == self._calls.size
-        torch.autograd.grad(losses, starts, weights, allow_unused=True, retain_graph=compares)
-        if compares:
-            self._weights = weights.ldexp(_exponents(losses))
-            torch.autograd.grad(losses, starts, self._weights, allow_unused=True)
-            if self._in_order and not bool(torch.stack(self._in_order).all()):
-                raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
+            if not self._starts or not losses.requires_grad:
+                raise UnsupportedLayerError("the losses depend on none of the selected weights")
+            self._recording = False
+            with torch.autograd.grad_mode.set_multithreading_enabled(False):
+                self._back(losses)
         return losses.detach()
 
-    def _see(self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Any:
-        """Forward hook: keep the input, and have the gradient of the output sent on when it is known."""
+    def _back(self, losses: Tensor) -> None:
+        """Do the backward pass, and the one that compares the order of items."""
+        assert self._calls is not None
+        starts, weights = self._starts, torch.ones_like(losses)
+        compares = self._sorting and 1 < len(losses) == self._calls.size
+        _run_backwards(losses, weights, starts, again=compares)
+        if compares:
+            self._levels = weights.ldexp(_exponents(losses))
+            _run_backwards(losses, self._levels, starts)
+            if self._in_order and not bool(torch.stack(self._in_order).all()):
+                raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
+
+    def _see(self, product: Product, inputs: Tensor, output: Tensor) -> Tensor | None:
+        """Keep the inputs of a product, and have the gradient of its output sent on when it is known."""
         if not torch.is_grad_enabled():
             return None
         replaced = None
         if not output.requires_grad:  # nothing before it does: the backward pass ends here
             start = output.detach().requires_grad_()
             self._starts.append(start)
-            output = replaced = start.clone()  # a layer that works in place cannot do so on the start itself
+            output = replaced = start.clone()  # what works in place cannot do so on the start itself
         if self._recording:  # else a checkpointed block, computed again
-            output.register_hook(  # type: ignore[no-untyped-call]
-                self._receiver(self._seen.calls[layer], layer_input(arguments, named))
-            )
+            self._sorting |= product.recurrent
+            output.register_hook(self._receiver(product, inputs))  # type: ignore[no-untyped-call]
         return replaced
 
-    def _receiver(self, seen: SeenLayer, inputs: Tensor) -> Callable[[Tensor], None]:
+    def _receiver(self, seen: Product, inputs: Tensor) -> Callable[[Tensor], None]:
         inputs = inputs.detach()
         version, calls = inputs._version, self._calls
         assert calls is not None
-        calls.expect(seen.layer)
+        calls.expect(seen.name, seen.layer)
         sizes: list[Tensor] = []  # of the gradient of each item
 
         def receive(gradient: Tensor) -> None:
-            if self._weights is not None:
-                if sizes and len(sizes[0]) == len(self._weights):  # else several of a sample, which are counted
-                    self._in_order.append(_is_in_order(sizes[0], _sizes_of(gradient), self._weights))
+            if self._levels is not None:
+                if sizes and len(sizes[0]) == len(self._levels):  # else several of a sample, which are counted
+                    self._in_order.append(_is_in_order(sizes[0], _sizes_of(gradient), self._levels))
                 return
             if inputs._version != version:
-                raise UnsupportedLayerError(f"the input of a {type(seen.layer).__name__} was changed in place")
+                raise UnsupportedLayerError(f"what {seen.name!r} was multiplied with was changed in place")
             went, came = seen.sides(inputs, gradient)
             self._shapes.setdefault(seen.name, []).append(went.shape)
-            if self._axes and isinstance(seen.layer, nn.Linear) and (axis := self._axes.get(seen.name, 0)):
+            if self._axes and isinstance(seen.layer, Linear) and (axis := self._axes.get(seen.name, 0)):
                 went, came = went.movedim(axis, 0), came.movedim(axis, 0)
             self._counts.setdefault(seen.name, set()).add(items_of(seen.layer, went))
             with torch.no_grad():
@@ -234,6 +230,17 @@ class OutputGradients:
                 calls.add(seen.name, seen.layer, went, came)
 
         return receive
+
+
+def _run_backwards(losses: Tensor, weights: Tensor, starts: Sequence[Tensor], *, again: bool = False) -> None:
+    """Run a backward pass from weighted losses to where it ends, once more or not.
+
+    ``torch.autograd.grad`` is a function that a watch sees, and what is called within one of these is not watched.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (losses,), (weights,), again, False, tuple(starts), allow_unreachable=True, accumulate_grad=False
+    )
 
 
 def _sizes_of(gradient: Tensor) -> Tensor:

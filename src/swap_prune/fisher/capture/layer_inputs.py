@@ -1,9 +1,9 @@
 """What goes into each layer on the calibration samples: the statistics of layer-wise methods.
 
 A Linear layer, or a convolution read as a matrix, maps inputs x (d,) to ``W x``. Removing weights changes its output
-by ``(W - W') x``, whose mean square over the calibration inputs depends on them through ``mean(x x^T)`` alone. Forward
-hooks gather it batch by batch; no input is stored. A convolution has one x for each output position, cut out as the
-kernel sees it (``unfold``), padding included.
+by ``(W - W') x``, whose mean square over the calibration inputs depends on them through ``mean(x x^T)`` alone. It is
+gathered batch by batch, as the weights are used; no input is stored. A convolution has one x for each output position,
+cut out as the kernel sees it (``unfold``), padding included.
 
 Place in the pipeline: beside capture, for methods with ``needs_inputs``.
 """
@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.checks import some_of
-from swap_prune.fisher.capture.layers import UnsupportedLayerError, unfold_inputs
-from swap_prune.fisher.capture.seen_layers import SeenLayers, seen_layers
+from swap_prune.fisher.capture.layers import Layer, Linear, Lookup, unfold_inputs
+from swap_prune.fisher.capture.products import Product, watched
 from swap_prune.losses import LossFn, check_calibration, run_loss
-from swap_prune.network.calls import layer_input
 from swap_prune.network.modes import eval_mode
 from swap_prune.selection import Selection
 from swap_prune.surgery.weights import temporary_weights
@@ -79,23 +77,30 @@ class LayerInputs:
         return nullcontext() if self.weights is None else temporary_weights(self.model, self.selection, self.weights)
 
     def _gather(self, reduce: _Reduce) -> dict[str, Tensor]:
-        sums = {name: _Sum(reduce) for name in self.selection.names}
-        with eval_mode(self.model), torch.no_grad(), ExitStack() as hooks:
+        sums, others = {name: _Sum(reduce) for name in self.selection.names}, dict[str, str]()
+        with eval_mode(self.model), torch.no_grad(), ExitStack() as watch:
             check_calibration(self.model, self.loss_fn, self.batches)
-            hooks.enter_context(self._disturbed())
-            layers = self._layers()
+            watch.enter_context(self._disturbed())
+            parameters = dict(self.model.named_parameters())
 
-            def see(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], _output: Tensor) -> None:
-                sums[layers.calls[layer].name].add(layer, layer_input(arguments, named))
+            def see(product: Product, inputs: Tensor, _output: Tensor) -> None:
+                if product.turned or product.within:
+                    others[product.name] = _other(product)
+                else:
+                    sums[product.name].add(product.layer, inputs)
 
-            hooks.enter_context(layers.watched(see))
+            watch.enter_context(watched(self.model, {name: parameters[name] for name in sums}, see))
             for batch in self.batches:
                 run_loss(self.model, batch, self.loss_fn)
+        if others:
+            raise ValueError(
+                f"layer-wise methods prune the weights of Linear and Conv layers: {'; '.join(others.values())}; leave "
+                f"out what is not by ignore={list(others)}, or use a method that works on gradients"
+            )
         if unseen := [name for name, total in sums.items() if total.count == 0]:
             raise ValueError(
-                f"no inputs of {some_of(map(repr, unseen))} were seen: such a layer does not run as a module of "
-                f"its own, or no sample reached it; leave them out with ignore={unseen}, or use a method that works on "
-                "gradients"
+                f"no inputs of {some_of(map(repr, unseen))} were seen: no Linear or Conv layer multiplies with it, "
+                f"or no sample reached it; leave them out with ignore={unseen}, or use a method that works on gradients"
             )
         for name, total in sums.items():
             if not bool(total.value.isfinite().all()):
@@ -104,15 +109,14 @@ class LayerInputs:
                 )
         return {name: total.value / total.count for name, total in sums.items()}
 
-    def _layers(self) -> SeenLayers:
-        """Return the layers."""
-        try:
-            return seen_layers(self.model, self.selection, plain=True)
-        except UnsupportedLayerError as error:
-            raise ValueError(
-                f"layer-wise methods prune the weights of Linear and Conv layers: {error}; leave out what is "
-                f"not by ignore={list(error.names)}, or use a method that works on gradients"
-            ) from error
+
+def _other(product: Product) -> str:
+    """Say what else than the weight of a Linear or Conv layer a parameter is."""
+    if isinstance(product.layer, Lookup):
+        return f"{product.name!r} is an embedding"
+    if product.recurrent:
+        return f"{product.name!r} belongs to a recurrent layer"
+    return f"{product.name!r} {'projects for attention' if product.within else 'multiplies the other way round'}"
 
 
 @dataclass
@@ -123,23 +127,23 @@ class _Sum:
     value: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     count: int = 0
 
-    def add(self, layer: nn.Module, inputs: Tensor) -> None:
+    def add(self, layer: Layer, inputs: Tensor) -> None:
         """Add the inputs of one call."""
         for x in _as_rows(layer, inputs.detach()):
             self.value = self.value.to(x.device) + self.reduce(x)
             self.count += x.shape[1]
 
 
-def _as_rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def _as_rows(layer: Layer, x: Tensor) -> Iterator[Tensor]:
     """Yield the inputs of a layer as (groups, m, d), in pieces and in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if not isinstance(layer, _ConvNd):
+    if isinstance(layer, Linear):
         yield x.reshape(1, -1, x.shape[-1])
         return
-    x = x.reshape(-1, *x.shape[-len(layer.kernel_size) - 1 :])  # a convolution takes unbatched inputs as well
-    places = math.prod(layer.kernel_size)
+    x = x.reshape(-1, *x.shape[-len(layer.kernel) - 1 :])  # a convolution takes unbatched inputs as well
+    places = math.prod(layer.kernel)
     if len(x) == 0:  # none came to an expert
-        yield x.new_zeros(layer.groups, 0, layer.weight[0].numel())
+        yield x.new_zeros(layer.groups, 0, math.prod(layer.shape[1:]))
         return
     bytes_each = math.prod(x.shape[1:]) * places * x.element_size()
     for part in torch.split(x, max(1, _CHUNK_BYTES // bytes_each)):

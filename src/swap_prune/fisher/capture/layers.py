@@ -1,7 +1,8 @@
-"""Weight gradients of single samples, from what goes into a layer and what comes back to its output.
+"""Weight gradients of single samples, from what goes into a product and what comes back to its output.
 
-A Linear layer, or a group of a convolution read as a matrix, computes ``W a_t`` at every token or position t. With
-``d_t`` the gradient of sample i's loss with respect to that output, the gradient with respect to W is::
+What multiplies inputs by a weight is called a layer here, be it a module of its own or not. A Linear layer, or a group
+of a convolution read as a matrix, computes ``W a_t`` at every token or position t. With ``d_t`` the gradient of sample
+i's loss with respect to that output, the gradient with respect to W is::
 
     dl_i/dW = sum_t d_t a_t^T = D^T A,        D (T, out), A (T, in)
 
@@ -18,19 +19,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional, grad
-from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
+    "Convolution",
+    "Layer",
+    "Linear",
     "Lookup",
+    "Multiply",
     "UnsupportedLayerError",
     "as_samples",
-    "convolves_as_torch",
-    "is_supported",
     "items_of",
     "piece_bytes",
     "put_weight_gradients",
@@ -42,11 +45,7 @@ __all__ = [
 PIECE_BYTES = 16 * 2**20  # unfolded inputs and weight gradients that are held at once; larger pieces were no faster
 _GPU_PIECE_BYTES = 256 * 2**20  # the same there
 
-_CONVOLUTIONS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: grad.conv1d_weight,
-    nn.Conv2d: grad.conv2d_weight,
-    nn.Conv3d: grad.conv3d_weight,
-}
+_WEIGHT_GRADIENTS: tuple[Any, ...] = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)
 
 
 class UnsupportedLayerError(RuntimeError):
@@ -61,7 +60,20 @@ class UnsupportedLayerError(RuntimeError):
         self.names = names
 
 
-class Lookup(nn.Linear):
+@dataclass(frozen=True)
+class Linear:
+    """Products with a matrix.
+
+    Attributes:
+        shape: Of the weight, (out, in).
+    """
+
+    shape: tuple[int, ...]
+
+    groups = 1
+
+
+class Lookup(Linear):
     """An embedding as a Linear layer with its weight, (words, width).
 
     ``A`` are the gradients at what was looked up, and ``D`` has a one at each token's word among zeros. It is as large
@@ -69,37 +81,56 @@ class Lookup(nn.Linear):
     """
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of one, two or three dimensions.
+
+    Attributes:
+        shape: Of the weight, (out, in / groups, kernel).
+        stride: Along each dimension.
+        padding: Zeros before and after, along each dimension.
+        dilation: Along each dimension.
+        groups: Of channels.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Its size."""
+        return self.shape[2:]
+
+
+Layer = Linear | Convolution
+
+
+class Multiply(Protocol):
+    """``x W^T + b``, by a product that may be seen; ``own`` says whether it is one within a larger call."""
+
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, own: bool = True) -> Tensor:
+        """Return (..., out) of (..., in)."""
+
+
 def piece_bytes(device: torch.device) -> int:
     """Return how many bytes of unfolded inputs and weight gradients are held at once."""
     return _GPU_PIECE_BYTES if device.type == "cuda" else PIECE_BYTES
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether a module is a Linear or Conv layer that computes what torch's own class does."""
-    forward = type(module).forward
-    if isinstance(module, nn.Linear):
-        return forward is nn.Linear.forward
-    return convolves_as_torch(module) and forward is _kind(module).forward
-
-
-def convolves_as_torch(module: nn.Module) -> bool:
-    """Whether a module is a Conv layer whose own ``forward``, if it has one, comes upon torch's convolution."""
-    if not isinstance(module, tuple(_CONVOLUTIONS)):
-        return False
-    return type(module)._conv_forward is _kind(module)._conv_forward  # type: ignore[attr-defined]
-
-
-def items_of(layer: nn.Module, inputs: Tensor) -> int:
+def items_of(layer: Layer, inputs: Tensor) -> int:
     """Return the leading dimension of what a layer was called with: one item, where it has no such dimension."""
-    own = len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1
+    own = len(layer.kernel) + 1 if isinstance(layer, Convolution) else 1
     return inputs.shape[0] if inputs.ndim > own else 1
 
 
-def as_samples(layer: nn.Module, inputs: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def as_samples(layer: Layer, inputs: Tensor, gradient: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Give a layer's inputs and output gradients the shapes of their batch, in at least float32.
 
     Args:
-        layer: A supported layer.
+        layer: The layer.
         inputs: What it was called with.
         gradient: Of the losses with respect to its output; same leading dimensions.
         size: Samples of the batch. Several items of one sample must lie side by side.
@@ -113,24 +144,24 @@ def as_samples(layer: nn.Module, inputs: Tensor, gradient: Tensor, size: int) ->
     """
     dtype = torch.promote_types(inputs.dtype if isinstance(layer, Lookup) else gradient.dtype, torch.float32)
     inputs, gradient = inputs.to(dtype), gradient if isinstance(layer, Lookup) else gradient.to(dtype)
-    if inputs.ndim == (len(layer.kernel_size) + 1 if isinstance(layer, _ConvNd) else 1):
+    if inputs.ndim == (len(layer.kernel) + 1 if isinstance(layer, Convolution) else 1):
         inputs, gradient = inputs.unsqueeze(0), gradient.unsqueeze(0)
     if inputs.shape[0] == 0 or inputs.shape[0] % size:
         raise UnsupportedLayerError(
             f"a {type(layer).__name__} saw inputs {tuple(inputs.shape)} in a batch of {size}: "
             "its leading dimension is not that of the samples"
         )
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, Linear):
         inputs = inputs.reshape(size, -1, inputs.shape[-1])
         gradient = gradient.reshape(size, -1, gradient.shape[-1])
     return inputs, gradient
 
 
-def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out: Tensor, *, add: bool) -> None:
+def put_weight_gradients(layer: Layer, inputs: Tensor, gradient: Tensor, out: Tensor, *, add: bool) -> None:
     """Write the weight gradients of a batch of samples.
 
     Args:
-        layer: A supported layer.
+        layer: The layer.
         inputs: What it was called with.
         gradient: Of the losses with respect to its output.
         out: Where the gradients go, (n, numel of the weight); any strides.
@@ -141,12 +172,12 @@ def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out
     """
     inputs, gradient = as_samples(layer, inputs, gradient, len(out))
     if isinstance(layer, Lookup) and out.device.type == "cpu":  # a GPU adds them up in any order
-        place = out.view(len(out), layer.out_features, layer.in_features)
+        place = out.view(len(out), *layer.shape)
         (place if add else place.zero_()).scatter_add_(1, gradient.expand(inputs.shape), inputs.to(out.dtype))
         return
-    if isinstance(layer, nn.Linear) and inputs.shape[1] == 1:
+    if isinstance(layer, Linear) and inputs.shape[1] == 1:
         gradient = whole_gradient(layer, inputs, gradient)
-        place = out.view(len(out), layer.out_features, layer.in_features)
+        place = out.view(len(out), *layer.shape)
         left, right = gradient.mT, inputs
         if add:
             place += left * right
@@ -166,47 +197,47 @@ def put_weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor, out
             place.copy_(value)
 
 
-def whole_gradient(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+def whole_gradient(layer: Layer, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return D, (size, tokens, out) for a Linear layer, of what :func:`as_samples` gave."""
     if not isinstance(layer, Lookup):
         return gradient
-    return inputs.new_zeros(*gradient.shape[:2], layer.out_features).scatter_(2, gradient, 1)
+    return inputs.new_zeros(*gradient.shape[:2], layer.shape[0]).scatter_(2, gradient, 1)
 
 
-def unfold_inputs(layer: nn.Module, inputs: Tensor) -> Tensor:
+def unfold_inputs(layer: Layer, inputs: Tensor) -> Tensor:
     """Cut inputs into what the weight sees at each token or position.
 
     Args:
-        layer: A supported layer.
+        layer: The layer.
         inputs: As from :func:`as_samples`.
 
     Returns:
         A, (items, groups, positions, d). The d inputs of a convolution have the kernel first and the channel last,
         which is the other way round in its weight.
     """
-    if not isinstance(layer, _ConvNd):
+    if not isinstance(layer, Convolution):
         return inputs.unsqueeze(1)
     return _cut_out(layer, _pad_channels_last(layer, inputs), 0).flatten(2, 3)
 
 
-def unfolded_bytes(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> int:
+def unfolded_bytes(layer: Layer, inputs: Tensor, gradient: Tensor) -> int:
     """Return the size of what :func:`unfold_inputs` and :func:`whole_gradient` make of one item."""
-    if not isinstance(layer, _ConvNd):
-        return inputs.shape[1] * layer.out_features * inputs.element_size() if isinstance(layer, Lookup) else 0
+    if not isinstance(layer, Convolution):
+        return inputs.shape[1] * layer.shape[0] * inputs.element_size() if isinstance(layer, Lookup) else 0
     positions = math.prod(gradient.shape[2:])
-    return positions * inputs.shape[1] * math.prod(layer.kernel_size) * inputs.element_size()
+    return positions * inputs.shape[1] * math.prod(layer.kernel) * inputs.element_size()
 
 
-def _cut_out(layer: _ConvNd, x: Tensor, first: int) -> Tensor:
+def _cut_out(layer: Convolution, x: Tensor, first: int) -> Tensor:
     """Cut padded inputs (items, ..., channels) along the axes from ``first`` on.
 
     Returns:
         (items, groups, rows, positions of the rest, d): rows are positions of axis 0, cut or not.
     """
-    dimensions = len(layer.kernel_size)
+    dimensions = len(layer.kernel)
     cut = range(first, dimensions)
     for axis in cut:
-        size, step, gap = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        size, step, gap = layer.kernel[axis], layer.stride[axis], layer.dilation[axis]
         x = x.unfold(axis + 1, gap * (size - 1) + 1, step)[..., ::gap]
     x = x.reshape(*x.shape[: dimensions + 1], layer.groups, -1, *x.shape[dimensions + 2 :])
     kernel = range(dimensions + 3, dimensions + 3 + len(cut))
@@ -216,26 +247,25 @@ def _cut_out(layer: _ConvNd, x: Tensor, first: int) -> Tensor:
     return x.contiguous()  # reshape may return a view whose rows overlap: that would be copied once for each offset
 
 
-def _pieces(layer: nn.Module, inputs: Tensor, gradient: Tensor, each: int) -> Iterator[tuple[int, int]]:
+def _pieces(layer: Layer, inputs: Tensor, gradient: Tensor, each: int) -> Iterator[tuple[int, int]]:
     """Yield ranges of samples of ``each`` items; bytes decide, so that two runs of one seed agree."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    bytes_each = each * (unfolded_bytes(layer, inputs, gradient) + 2 * weight.numel() * inputs.element_size())
+    bytes_each = each * (unfolded_bytes(layer, inputs, gradient) + 2 * math.prod(layer.shape) * inputs.element_size())
     size, count = max(1, piece_bytes(inputs.device) // bytes_each), len(inputs) // each
     for start in range(0, count, size):
         yield start, min(start + size, count)
 
 
-def _weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+def _weight_gradients(layer: Layer, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradients of items, (items, out, in) or (items, out, in, kernel)."""
-    if not isinstance(layer, _ConvNd):
+    if not isinstance(layer, Convolution):
         return whole_gradient(layer, inputs, gradient).mT @ inputs
-    if layer.groups == layer.in_channels:
+    if layer.shape[1] == 1:
         return _of_depthwise(layer, inputs, gradient)
     if unfolded_bytes(layer, inputs, gradient) > piece_bytes(inputs.device):
         return torch.cat([_of_layer(layer, inputs[i : i + 1], gradient[i : i + 1]) for i in range(len(inputs))])
     items, outputs = gradient.shape[:2]
     grouped = gradient.reshape(items, layer.groups, outputs // layer.groups, -1)
-    if math.prod(layer.kernel_size) == 1:
+    if math.prod(layer.kernel) == 1:
         steps: list[Any] = [slice(None, None, step) for step in layer.stride]
         x = _pad(layer, inputs)[(..., *steps)]
         product = grouped @ x.reshape(items, layer.groups, x.shape[1] // layer.groups, -1).mT
@@ -245,57 +275,49 @@ def _weight_gradients(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Ten
     else:  # the kernel's offsets along the first axis are views of what is cut out along the others
         strips = _cut_out(layer, _pad_channels_last(layer, inputs), 1)
         high, gap = gradient.shape[2], layer.dilation[0]
-        parts = [grouped @ strips[:, :, i * gap : i * gap + high].flatten(2, 3) for i in range(layer.kernel_size[0])]
+        parts = [grouped @ strips[:, :, i * gap : i * gap + high].flatten(2, 3) for i in range(layer.kernel[0])]
         product = torch.stack(parts, 3)
-    return product.reshape(items, outputs, math.prod(layer.kernel_size), -1).mT
+    return product.reshape(items, outputs, math.prod(layer.kernel), -1).mT
 
 
-def _of_layer(layer: _ConvNd, inputs: Tensor, gradient: Tensor) -> Tensor:
+def _of_layer(layer: Convolution, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient of a convolution's weight, summed over items, (1, out, in, kernel)."""
-    weight = _CONVOLUTIONS[_kind(layer)](
-        _pad(layer, inputs), layer.weight.shape, gradient, layer.stride, 0, layer.dilation, layer.groups
+    weight = _WEIGHT_GRADIENTS[len(layer.kernel) - 1](
+        _pad(layer, inputs), layer.shape, gradient, layer.stride, 0, layer.dilation, layer.groups
     )
     return weight.flatten(2).unsqueeze(0)  # type: ignore[no-any-return]
 
 
-def _of_depthwise(layer: _ConvNd, inputs: Tensor, gradient: Tensor) -> Tensor:
+def _of_depthwise(layer: Convolution, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradients of a layer with one channel a group, (items, out, 1, kernel)."""
     items, outputs = gradient.shape[:2]
-    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    x = inputs if plain else _pad(layer, inputs)
-    weight = _CONVOLUTIONS[_kind(layer)](
+    even = all(before == after for before, after in layer.padding)
+    x = inputs if even else _pad(layer, inputs)
+    weight = _WEIGHT_GRADIENTS[len(layer.kernel) - 1](
         x.reshape(1, -1, *x.shape[2:]),
-        (items * outputs, 1, *layer.kernel_size),
+        (items * outputs, 1, *layer.kernel),
         gradient.reshape(1, -1, *gradient.shape[2:]),
         layer.stride,
-        layer.padding if plain else 0,
+        tuple(before for before, _ in layer.padding) if even else 0,
         layer.dilation,
         items * layer.groups,
     )
     return weight.reshape(items, outputs, 1, -1)  # type: ignore[no-any-return]
 
 
-def _pad_channels_last(layer: _ConvNd, inputs: Tensor) -> Tensor:
+def _pad_channels_last(layer: Convolution, inputs: Tensor) -> Tensor:
     """Return padded inputs (items, ..., channels): whole channels can then be copied at a time."""
-    amounts = layer._reversed_padding_repeated_twice
-    if layer.padding_mode != "zeros" or not any(amounts):
-        return _pad(layer, inputs).movedim(1, -1).contiguous()
-    before, after = amounts[::2][::-1], amounts[1::2][::-1]
+    if not any(map(any, layer.padding)):
+        return inputs.movedim(1, -1).contiguous()
     sizes = inputs.shape[2:]
-    whole = [a + size + b for a, size, b in zip(before, sizes, after, strict=True)]
+    whole = [before + size + after for (before, after), size in zip(layer.padding, sizes, strict=True)]
     padded = inputs.new_zeros(len(inputs), *whole, inputs.shape[1])
-    inner = tuple(slice(a, a + size) for a, size in zip(before, sizes, strict=True))
+    inner = tuple(slice(before, before + size) for (before, _), size in zip(layer.padding, sizes, strict=True))
     padded[(slice(None), *inner)] = inputs.movedim(1, -1)
     return padded
 
 
-def _kind(layer: nn.Module) -> type[nn.Module]:
-    return next(kind for kind in _CONVOLUTIONS if isinstance(layer, kind))
-
-
-def _pad(layer: _ConvNd, inputs: Tensor) -> Tensor:
+def _pad(layer: Convolution, inputs: Tensor) -> Tensor:
     """Pad inputs as the layer does before its kernel runs over them."""
-    amounts = layer._reversed_padding_repeated_twice
-    if not any(amounts):
-        return inputs
-    return functional.pad(inputs, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    amounts = [amount for both in reversed(layer.padding) for amount in both]
+    return functional.pad(inputs, amounts) if any(amounts) else inputs

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.checks import whole_number
 from swap_prune.fisher.backends.low_rank import LowRankFactor
@@ -30,7 +29,6 @@ from swap_prune.fisher.capture.hooks import OutputGradients, check_against
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.outer_products import Collector, LayerCalls, is_outer
 from swap_prune.fisher.capture.rows import Capture, capture_gradients
-from swap_prune.fisher.capture.seen_layers import seen_layers
 from swap_prune.fisher.capture.source import RowSource, write_batch_gradient
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import LossFn, check_calibration, check_losses, least_precise
@@ -59,7 +57,7 @@ def capture_low_rank(
 
     Args:
         model: The network; its weights, buffers and modes are as before when this returns.
-        selection: The p weights that gradients are taken of, of :func:`seen_layers` only.
+        selection: The p weights that gradients are taken of: of products only.
         source: What the rows are gradients of.
         advance: Called with the number of samples that were done, for progress.
         at_once: Samples that run through the network at once, at the most, where memory is a GPU's.
@@ -69,8 +67,8 @@ def capture_low_rank(
         G as a :class:`LowRankFactor`, and the losses.
 
     Raises:
-        ValueError: If the rank is not at least 1, a batch cannot be split in samples, a selected weight is none of
-            :func:`seen_layers`, or as for ``capture_gradients``.
+        ValueError: If the rank is not at least 1, a batch cannot be split in samples, a selected weight is used
+            in other ways than in products, or as for ``capture_gradients``.
     """
     batches, loss_fn = source.batches, source.function
     kept = whole_number("rank", rank if rank is not None else BATCH_RANK if source.in_batches else RANK)
@@ -100,15 +98,18 @@ def numbers_of_a_row(model: nn.Module, selection: Selection, *, in_batches: bool
         in_batches: Whether a mini-batch makes one row.
 
     Raises:
-        UnsupportedLayerError: As for :func:`seen_layers`.
+        UnsupportedLayerError: If a selected parameter is no weight of two dimensions or more, which alone multiply.
     """
     rank, total = BATCH_RANK if in_batches else RANK, 0
-    layers = seen_layers(model, selection).by_name
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    parameters = dict(model.named_parameters())
     for name, shape in selection.shapes.items():
-        layer = layers[name]
-        groups = layer.groups if isinstance(layer, _ConvNd) else 1
+        if len(shape) < 2:
+            raise UnsupportedLayerError(f"{name!r} has shape {tuple(shape)}, and multiplies no inputs", (name,))
+        groups = int(getattr(owners[id(parameters[name])], "groups", 1)) if len(shape) > 2 else 1
         out, width = shape[0] // groups, math.prod(shape[1:])
-        total += groups * min(rank, out, width) * (out + width) if is_outer(layer, rank) else shape.numel()
+        outer = is_outer(shape, groups, rank)
+        total += groups * min(rank, out, width) * (out + width) if outer else shape.numel()
     return total
 
 

@@ -11,15 +11,16 @@ Source: Halko, Martinsson and Tropp, 2011, algorithm 4.4. Place in the pipeline:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.fisher.backends.low_rank import OuterRows, PlainRows
 from swap_prune.fisher.capture.layers import (
+    Convolution,
+    Layer,
     UnsupportedLayerError,
     as_samples,
     piece_bytes,
@@ -77,7 +78,7 @@ class LayerCalls:
     """What was seen of one parameter's layers."""
 
     rank: int
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)  # of the chunk under way
+    calls: list[tuple[Layer, Tensor, Tensor]] = field(default_factory=list)  # of the chunk under way
     left: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     plain: list[Tensor] = field(default_factory=list)
@@ -89,7 +90,7 @@ class Collector:
 
     layers: dict[str, LayerCalls]
 
-    def see(self, name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+    def see(self, name: str, layer: Layer, inputs: Tensor, gradient: Tensor) -> None:
         """Keep one call; several calls of a layer belong to one gradient."""
         self.layers[name].calls.append((layer, inputs, gradient))
 
@@ -97,7 +98,7 @@ class Collector:
         """Work up the calls of a chunk of samples."""
         for name, seen in self.layers.items():
             calls, seen.calls = seen.calls, []
-            if calls and is_outer(calls[0][0], seen.rank):
+            if calls and is_outer(calls[0][0].shape, calls[0][0].groups, seen.rank):
                 left, right = _factors(calls, size, seen.rank)
                 seen.left.append(left)
                 seen.right.append(right)
@@ -141,16 +142,14 @@ def _join(parts: list[Tensor], rank: int) -> Tensor:
     return torch.cat(padded, 1)
 
 
-def is_outer(layer: nn.Module, rank: int) -> bool:
-    """Whether outer products take less room than the gradient itself."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    out, width = weight.shape[0] // groups, math.prod(weight.shape[1:])
-    one_column = isinstance(layer, _ConvNd) and weight.shape[1] == 1
+def is_outer(shape: Sequence[int], groups: int, rank: int) -> bool:
+    """Whether outer products of a weight's gradient take less room than itself."""
+    out, width = shape[0] // groups, math.prod(shape[1:])
+    one_column = len(shape) > 2 and shape[1] == 1
     return not one_column and min(rank, out, width) * (out + width) < out * width
 
 
-def _factors(calls: list[tuple[nn.Module, Tensor, Tensor]], size: int, rank: int) -> tuple[Tensor, Tensor]:
+def _factors(calls: list[tuple[Layer, Tensor, Tensor]], size: int, rank: int) -> tuple[Tensor, Tensor]:
     """Return u and v, (groups, size, r, .), of the summed gradient of some calls, a bounded piece at a time."""
     shaped = [(layer, *as_samples(layer, inputs, gradient, size)) for layer, inputs, gradient in calls]
     bytes_each = 1
@@ -173,11 +172,11 @@ def _factors(calls: list[tuple[nn.Module, Tensor, Tensor]], size: int, rank: int
     return torch.cat(lefts).transpose(0, 1).contiguous(), torch.cat(rights).transpose(0, 1).contiguous()
 
 
-def _matrices(layer: nn.Module, inputs: Tensor, gradient: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _matrices(layer: Layer, inputs: Tensor, gradient: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return A, (count, groups, T, d), and D, (count, groups, T, out), with the items of a sample joined."""
     a = unfold_inputs(layer, inputs)
     groups = a.shape[1]
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, Convolution):
         d = gradient.reshape(len(gradient), groups, gradient.shape[1] // groups, -1).mT
     else:
         d = whole_gradient(layer, inputs, gradient).unsqueeze(1)
@@ -188,8 +187,8 @@ def _joined(x: Tensor, count: int) -> Tensor:
     return x.reshape(count, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
-def _in_weight_order(layer: nn.Module, right: Tensor) -> Tensor:
+def _in_weight_order(layer: Layer, right: Tensor) -> Tensor:
     """Put the channels of v, (batch, r, d), before the places of the kernel."""
-    if not isinstance(layer, _ConvNd):
+    if not isinstance(layer, Convolution):
         return right
-    return right.reshape(*right.shape[:2], math.prod(layer.kernel_size), -1).mT.flatten(2)
+    return right.reshape(*right.shape[:2], math.prod(layer.kernel), -1).mT.flatten(2)

@@ -1,31 +1,30 @@
-"""Recurrent layers told in Linear layers, so that what goes into each weight and comes back from it can be seen.
+"""Recurrent layers told in products, so that what goes into each weight and comes back from it can be seen.
 
 torch computes all steps of an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` in one call. Here the same steps run one by one,
-the product with the inputs by one Linear layer for all of them, that with the state by another for each. The gradient
-of a sample is then the sum over steps of outer products, as for the tokens of any Linear layer.
+one product with the inputs for all of them, and one with the state for each. The gradient of a sample is then the sum
+over steps of outer products, as for the tokens of any Linear layer.
 
 Source of the equations: the documentation of ``torch.nn.LSTM``, ``GRU`` and ``RNN``. Place in the pipeline: beneath
-:mod:`~swap_prune.fisher.capture.seen_layers`.
+:mod:`~swap_prune.fisher.capture.products`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-__all__ = ["CELLS", "LAYERS", "cell_forward", "layer_forward"]
+from swap_prune.fisher.capture.layers import Multiply, UnsupportedLayerError
+
+__all__ = ["CELLS", "LAYERS", "Order", "run_cell", "run_layers"]
 
 State = tuple[Tensor, ...]  # h, and c of an LSTM; (n, width) each
-Linears = Mapping[str, nn.Module]  # by the name of the weight
 Step = Callable[[Tensor, Tensor, State], State]  # (product with the input, product with h, state) -> state
-
-LAYERS = (nn.LSTM, nn.GRU, nn.RNN)
-CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+Order = tuple[Tensor | None, Tensor | None]  # of packed samples: what sorts them, and what puts them back
 
 
 def _lstm(given: Tensor, kept: Tensor, state: State) -> State:
@@ -45,110 +44,154 @@ def _rnn(given: Tensor, kept: Tensor, _state: State, *, nonlinearity: str) -> St
     return (total.tanh() if nonlinearity == "tanh" else total.relu(),)
 
 
-def _step_of(module: Any) -> Step:
-    if isinstance(module, nn.LSTM | nn.LSTMCell):
-        return _lstm
-    return _gru if isinstance(module, nn.GRU | nn.GRUCell) else partial(_rnn, nonlinearity=module.nonlinearity)
+LAYERS: dict[Any, Step] = {
+    torch.lstm: _lstm,
+    torch.gru: _gru,
+    torch.rnn_tanh: partial(_rnn, nonlinearity="tanh"),
+    torch.rnn_relu: partial(_rnn, nonlinearity="relu"),
+}
+CELLS: dict[Any, Step] = {
+    torch.lstm_cell: _lstm,
+    torch.gru_cell: _gru,
+    torch.rnn_tanh_cell: partial(_rnn, nonlinearity="tanh"),
+    torch.rnn_relu_cell: partial(_rnn, nonlinearity="relu"),
+}
 
 
-def cell_forward(module: nn.RNNCellBase, linears: Linears) -> Callable[..., Any]:
-    """Return what computes as a cell's own ``forward``, by Linear layers for ``weight_ih`` and ``weight_hh``."""
-    step, is_lstm = _step_of(module), isinstance(module, nn.LSTMCell)
-
-    def forward(input: Tensor, hx: Any = None) -> Any:  # torch's name
-        x = _in_rows(input)
-        given = linears["weight_ih"](x)
-        if hx is None:
-            zeros = given.new_zeros(len(x), module.hidden_size)
-            hx = (zeros, zeros) if is_lstm else zeros
-        state = tuple(map(_in_rows, hx if is_lstm else (hx,)))
-        new = step(given, linears["weight_hh"](state[0]), state)
-        new = new if input.ndim == 2 else tuple(part.squeeze(0) for part in new)
-        return new if is_lstm else new[0]
-
-    return forward
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """Return what a single sample without a dimension of its own has in one."""
-    return x if x.ndim == 2 else x.unsqueeze(0)
+def run_cell(
+    linear: Multiply,
+    step: Step,
+    x: Tensor,
+    hx: Any,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Any:
+    """Compute a function of ``CELLS``, a step of (n, width), by two products."""
+    is_lstm = isinstance(hx, list | tuple)
+    state = tuple(hx) if is_lstm else (hx,)
+    new = step(linear(x, weight_ih, bias_ih), linear(state[0], weight_hh, bias_hh), state)
+    return new if is_lstm else new[0]
 
 
-def layer_forward(module: nn.RNNBase, linears: Linears) -> Callable[..., Any]:
-    """Return what computes as a recurrent layer's own ``forward`` in eval mode, by Linear layers for its weights."""
+class _Weights(NamedTuple):
+    """Of one layer in one direction."""
 
-    def forward(input: Any, hx: Any = None) -> Any:  # torch's name
-        x, alive = _samples_first(input, batch_first=module.batch_first)
-        batched = isinstance(input, PackedSequence) or input.ndim == 3
-        given = None if hx is None else tuple(hx) if isinstance(module, nn.LSTM) else (hx,)
-        if given is not None and not batched:
-            given = tuple(part.unsqueeze(1) for part in given)
-        out: Any
-        out, state = _all_layers(module, linears, x, alive, given)
-        if not batched:
-            out, state = out.squeeze(0), tuple(part.squeeze(1) for part in state)
-        elif isinstance(input, PackedSequence):
-            out = _packed(out, input)
-        elif not module.batch_first:
-            out = out.transpose(0, 1)
-        return out, state if isinstance(module, nn.LSTM) else state[0]
-
-    return forward
+    ih: Tensor
+    hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    hr: Tensor | None  # of an LSTM's projection
 
 
-def _samples_first(given: Any, *, batch_first: bool) -> tuple[Tensor, Tensor | None]:
-    """Return inputs (n, steps, width), and which steps are a sample's own, (steps, n, 1), where they differ."""
-    if isinstance(given, PackedSequence):
-        x, lengths = pad_packed_sequence(given, batch_first=True)
-        steps = torch.arange(x.shape[1], device=x.device)
-        return x, (steps[:, None] < lengths.to(x.device)).unsqueeze(2)
-    if given.ndim == 2:
-        return given.unsqueeze(0), None
-    return given if batch_first else given.transpose(0, 1), None
+class _Layers(NamedTuple):
+    """What torch's functions are given beside inputs and states."""
+
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+
+    def weights(self) -> list[_Weights]:
+        """Return those of each layer and direction."""
+        count = len(self.params) // (self.num_layers * (1 + self.bidirectional))
+        found = []
+        for start in range(0, len(self.params), count):
+            ih, hh, *rest = self.params[start : start + count]
+            biases, others = rest[: 2 * self.has_biases], rest[2 * self.has_biases :]
+            found.append(_Weights(ih, hh, *(biases or (None, None)), *(others or (None,))))
+        return found
 
 
-def _packed(out: Tensor, like: PackedSequence) -> PackedSequence:
-    """Pack outputs (n, steps, width) in the order of the inputs."""
-    lengths = pad_packed_sequence(like, batch_first=True)[1]
-    if like.sorted_indices is not None:
-        out, lengths = out[like.sorted_indices], lengths[like.sorted_indices.to(lengths.device)]
-    data = pack_padded_sequence(out, lengths, batch_first=True).data
-    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
+def run_layers(linear: Multiply, step: Step, order: Order | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute a function of ``LAYERS``.
+
+    Args:
+        linear: Makes its products.
+        step: What it computes between them.
+        order: Of packed samples, where it is known.
+        arguments: Inputs, states, weights and settings; or packed inputs, their batch sizes and the rest.
+
+    Returns:
+        Outputs, and the last states.
+
+    Raises:
+        UnsupportedLayerError: If outputs of layers are dropped at random.
+    """
+    alive: Tensor | None = None
+    packed = isinstance(arguments[3], list | tuple)
+    layers = _Layers(*arguments[3:9]) if packed else _Layers(*arguments[2:8])
+    if layers.train and layers.dropout > 0 and layers.num_layers > 1:
+        raise UnsupportedLayerError("a recurrent layer drops outputs at random")
+    x, hx = arguments[0], arguments[2 if packed else 1]
+    state = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
+    if packed:
+        sorts, unsorts = (None, None) if order is None else order
+        x, lengths = pad_packed_sequence(PackedSequence(x, arguments[1], sorts, unsorts), batch_first=True)
+        alive = (torch.arange(x.shape[1], device=x.device)[:, None] < lengths.to(x.device)).unsqueeze(2)
+        out, state = _all_layers(linear, step, layers, x, alive, _in_order(state, unsorts))
+        out, lengths = _in_order((out, lengths), sorts, 0)
+        return pack_padded_sequence(out, lengths, batch_first=True).data, *_in_order(state, sorts)
+    batch_first = arguments[8]
+    out, state = _all_layers(linear, step, layers, x if batch_first else x.transpose(0, 1), alive, state)
+    return out if batch_first else out.transpose(0, 1), *state
+
+
+def _in_order(tensors: tuple[Tensor, ...], order: Tensor | None, axis: int = 1) -> tuple[Tensor, ...]:
+    """Put samples in another order, along an axis."""
+    if order is None:
+        return tensors
+    return tuple(one.index_select(axis, order.to(one.device)) for one in tensors)
 
 
 def _all_layers(
-    module: nn.RNNBase, linears: Linears, x: Tensor, alive: Tensor | None, given: State | None
+    linear: Multiply, step: Step, layers: _Layers, x: Tensor, alive: Tensor | None, first: State
 ) -> tuple[Tensor, State]:
-    """Run all layers and directions; return (n, steps, width) and the last states, (layers x directions, n, width)."""
-    directions = ("", "_reverse") if module.bidirectional else ("",)
+    """Run all layers and directions.
+
+    Args:
+        linear: Makes the products.
+        step: What is between them.
+        layers: Weights and settings.
+        x: Inputs, (n, steps, width).
+        alive: Which steps are a sample's own, (steps, n, 1), where they differ.
+        first: States, (layers x directions, n, width) each.
+
+    Returns:
+        Outputs, (n, steps, width), and the last states.
+    """
     last: list[State] = []
-    for layer in range(module.num_layers):
-        outputs = []
-        for direction in directions:
-            first = None if given is None else tuple(part[len(last)] for part in given)
-            out, state = _direction(module, linears, f"_l{layer}{direction}", x, alive, first)
-            outputs.append(out)
-            last.append(state)
-        x = torch.cat(outputs, 2)
+    outputs: list[Tensor] = []
+    for place, weights in enumerate(layers.weights()):
+        backwards = layers.bidirectional and place % 2 == 1
+        out, state = _direction(linear, step, weights, x, alive, tuple(part[place] for part in first), backwards)
+        outputs.append(out)
+        last.append(state)
+        if backwards or not layers.bidirectional:
+            x, outputs = torch.cat(outputs, 2), []
     return x, tuple(map(torch.stack, zip(*last, strict=True)))
 
 
 def _direction(
-    module: nn.RNNBase, linears: Linears, place: str, x: Tensor, alive: Tensor | None, state: State | None
+    linear: Multiply,
+    step: Step,
+    weights: _Weights,
+    x: Tensor,
+    alive: Tensor | None,
+    state: State,
+    backwards: bool,
 ) -> tuple[Tensor, State]:
     """Run the steps of one layer in one direction."""
-    step, project = _step_of(module), linears.get(f"weight_hr{place}")
-    products = linears[f"weight_ih{place}"](x).unbind(1)
-    if state is None:
-        widths = (module.proj_size or module.hidden_size, module.hidden_size)
-        state = tuple(products[0].new_zeros(len(x), w) for w in widths[: 2 if isinstance(module, nn.LSTM) else 1])
+    products = linear(x, weights.ih, weights.bias_ih).unbind(1)
     outputs: list[Tensor] = []
     times = range(len(products))
-    backwards = place.endswith("_reverse")
     for t in reversed(times) if backwards else times:
-        new = step(products[t], linears[f"weight_hh{place}"](state[0]), state)
-        if project is not None:
-            new = (project(new[0]), *new[1:])
+        new = step(products[t], linear(state[0], weights.hh, weights.bias_hh), state)
+        if weights.hr is not None:
+            new = (linear(new[0], weights.hr), *new[1:])
         if alive is not None:
             new = tuple(torch.where(alive[t], after, before) for after, before in zip(new, state, strict=True))
         state = new

@@ -4,8 +4,8 @@ The network runs in eval mode (dropout off, BatchNorm with its running
 statistics), so that samples do not see each other. Three back ends give the same rows within rounding:
 
 - ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers
-  (:mod:`swap_prune.fisher.capture.hooks`), for the weights of layers that can be seen
-  (:mod:`swap_prune.fisher.capture.seen_layers`). The rows of largest loss are checked against backward passes of their
+  (:mod:`swap_prune.fisher.capture.hooks`), for weights that are used in products alone
+  (:mod:`swap_prune.fisher.capture.products`). The rows of largest loss are checked against backward passes of their
   own, until two that are not zero have been.
 - ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters, beside no recurrent layer.
 - ``loop``: one backward pass a sample, for networks, losses or batches that neither can take.
@@ -193,12 +193,7 @@ class _Capturer:
         self._chunk_bytes = chunk_bytes
         self._checked = {True: 0, False: 0}  # in chunks of several samples, which could be mixed up, and of one
         if self.backend == "hooks":
-            try:
-                self._hooks = OutputGradients(module.model, selection, module.function)
-            except UnsupportedLayerError as error:
-                if not self._fallback:
-                    raise ValueError(f"backend 'hooks' does not suit the selection: {error}; use 'auto'") from error
-                self.backend = self._without_hooks()
+            self._hooks = OutputGradients(module.model, selection, module.function)
 
     def _without_hooks(self) -> Backend:
         """Return the back end after hooks: vmap forms a recurrent layer's gradients at every step anew."""
@@ -226,7 +221,11 @@ class _Capturer:
                     return fill(batch, rows, losses)
                 except Exception as error:  # a network may refuse in many ways
                     pass_on_shortage(error)
-                    if isinstance(error, ValueError) or not self._fallback:
+                    if isinstance(error, ValueError):
+                        raise
+                    if not self._fallback and isinstance(error, UnsupportedLayerError):
+                        raise ValueError(f"backend 'hooks' does not suit the network: {error}; use 'auto'") from error
+                    if not self._fallback:
                         raise
                     self.backend = self._without_hooks() if self.backend == "hooks" else "loop"
             if not is_sliceable(batch):
@@ -246,7 +245,7 @@ class _Capturer:
         size = batch_size(batch)
         values = self._hooks.fill_rows(batch, rows)
         losses[:size] = values
-        if self._checked[size > 1] < _CHECKED or self._hooks.changed or self._hooks.within:
+        if self._checked[size > 1] < _CHECKED or self._hooks.changed:
             count = min(size, _CHECKED_OF_MANY if self._hooks.flattened else _CHECKED)
             chosen = losses[:size].topk(count).indices  # those of no loss may have no gradient either
             found = rows[chosen], losses[chosen]

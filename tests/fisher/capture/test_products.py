@@ -1,8 +1,8 @@
-"""Rows of recurrent, attention and transposed layers from their outputs, against one backward pass a sample."""
+"""Rows from the outputs of products, whoever makes them, against one backward pass a sample."""
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from swap_prune import prune
-from swap_prune.fisher.capture import joined, layers, outer_products, recurrent, seen_layers
+from swap_prune.fisher.capture import joined, layers, outer_products, recurrent
 from swap_prune.fisher.capture.hooks import OutputGradients
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import capture_low_rank
+from swap_prune.fisher.capture.products import watched
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.capture.source import RowSource
 from swap_prune.losses import cross_entropy
@@ -255,7 +256,90 @@ SUBCLASSES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor
     "adapted": (Adapted, lambda body, x: body(x)),
     "scaled words": (ScaledTied, lambda body, x: body(x)),
 }
+
+
+class Functional(nn.Module):
+    """Uses the weight of a Linear layer by itself."""
+
+    def __init__(self, use: Callable[[Tensor, nn.Linear], Tensor], square: bool = False) -> None:
+        super().__init__()
+        self.fc, self.use = nn.Linear(WIDTH, WIDTH if square else 5), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.fc)
+
+
+class Weight(nn.Module):
+    """Any weight, and what is done with it."""
+
+    def __init__(self, shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.use = nn.Parameter(torch.randn(shape)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.weight)
+
+
+def functional_case(use: Callable[[Tensor, nn.Linear], Tensor], *, square: bool = False) -> Any:
+    return (lambda: Functional(use, square)), (lambda body, x: body(x))
+
+
+def weight_case(shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    return (lambda: Weight(shape, use)), (lambda body, x: body(x))
+
+
+class Standardised(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x.clamp(-2, 2), weight, bias)
+
+
+class ReplacedForward(nn.LSTM):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 5, batch_first=True)
+        self.forward = lambda x: nn.LSTM.forward(self, x * 2)  # type: ignore[method-assign]
+
+
+def autoencoded(x: Tensor, fc: nn.Linear) -> Tensor:
+    return (x @ fc.weight.T).tanh() @ fc.weight
+
+
+def looked_up(x: Tensor, weight: Tensor) -> Tensor:
+    return weight[(x * 1e3).long().remainder(7) - 3]
+
+
+FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "linear": functional_case(lambda x, fc: nn.functional.linear(x, fc.weight, fc.bias)),
+    "cast": functional_case(lambda x, fc: nn.functional.linear(x, fc.weight.to(x.dtype).contiguous().clone())),
+    "@ T": functional_case(lambda x, fc: x @ fc.weight.T),
+    "@ t": functional_case(lambda x, fc: torch.matmul(x, fc.weight.t())),
+    "@ transpose": functional_case(lambda x, fc: x.matmul(fc.weight.transpose(-1, 0))),
+    "@ permute": functional_case(lambda x, fc: x @ fc.weight.permute(1, 0)),
+    "@ turned twice": functional_case(lambda x, fc: x @ fc.weight.mT.T.transpose(0, 1)),
+    "@ not turned": functional_case(lambda x, fc: x @ fc.weight.transpose(0, -2), square=True),
+    "linear of T": functional_case(lambda x, fc: nn.functional.linear(x, fc.weight.T), square=True),
+    "both ways": functional_case(autoencoded),
+    "mm": functional_case(lambda x, fc: torch.mm(x.flatten(0, 1), fc.weight.T).unflatten(0, x.shape[:2])),
+    "addmm": functional_case(
+        lambda x, fc: torch.addmm(fc.bias, x.flatten(0, 1), fc.weight.T, beta=2).view(-1, STEPS, 5)
+    ),
+    "its shape and values beside": functional_case(
+        lambda x, fc: fc(x) * fc.weight.shape[0] * fc.weight.detach().norm() + torch.zeros_like(fc.weight).sum()
+    ),
+    "x in its type": functional_case(lambda x, fc: fc(x.to(fc.weight).type_as(fc.weight))),
+    "its zeros": functional_case(lambda x, fc: fc(x) * (fc.weight != 0).sum()),
+    "taken": weight_case((7, 3), looked_up),
+    "conv": weight_case((3, STEPS, 2), lambda x, w: nn.functional.conv1d(x, w, padding="same")),
+    "conv valid": weight_case((2, 2, 2), lambda x, w: torch.conv1d(x, w, groups=2, padding="valid", dilation=(2,))),
+    "conv of padded inputs": weight_case(
+        (3, STEPS, 3), lambda x, w: nn.functional.conv1d(nn.functional.pad(x, (2, 0)), w, None, 2)
+    ),
+    "conv transposed": weight_case((STEPS, 3, 3), lambda x, w: nn.functional.conv_transpose1d(x, w, stride=2)),
+    "conv in a circle": (lambda: nn.Conv1d(STEPS, 3, 3, padding=2, padding_mode="circular"), lambda body, x: body(x)),
+    "conv of clamped inputs": (lambda: Standardised(STEPS, 3, 3), lambda body, x: body(x)),
+    "another forward": (ReplacedForward, outputs),
+}
 CASES = {
+    **FUNCTIONS,
     **RECURRENT,
     **ATTENTION,
     **TURNED,
@@ -307,12 +391,74 @@ def test_a_pass_leaves_the_model_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECURRENT, *ATTENTION])
-def test_stand_ins_compute_what_the_modules_do(name: str) -> None:
-    make, (model, selection, (x, _)) = CASES[name][0], case(name)
-    expected = model(x)
-    with seen_layers.seen_layers(model, selection).watched(lambda *_: None):
-        assert type(model.body).forward is not type(make()).forward
+def test_what_is_told_in_products_computes_the_same(name: str) -> None:
+    model, selection, (x, _) = case(name)
+    expected, parameters = model(x), dict(model.named_parameters())
+    seen: set[str] = set()
+    with watched(model, {own: parameters[own] for own in selection.names}, lambda one, *_: seen.add(one.name)):
         torch.testing.assert_close(model(x), expected)
+    assert seen == set(selection.names)
+
+
+def penalised(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model, batch) + model.body.fc.weight.square().sum()
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor, nn.Linear], Tensor], str]] = {
+    "einsum": (lambda x, fc: torch.einsum("bti,oi->bto", x, fc.weight), "torch.functional.einsum"),
+    "masked": (lambda x, fc: nn.functional.linear(x, fc.weight * (fc.weight > 0)), "torch.Tensor.mul"),
+    "standardised": (lambda x, fc: nn.functional.linear(x, fc.weight / fc.weight.norm()), "torch.Tensor.norm"),
+    "clone changed": (lambda x, fc: nn.functional.linear(x, fc.weight.clone().mul_(2)), "torch.Tensor.mul_"),
+    "on the left": (lambda x, fc: (fc.weight @ x.mT).mT, "torch.Tensor.matmul"),
+    "scaled": (
+        lambda x, fc: torch.addmm(fc.bias, x.flatten(0, 1), fc.weight.T, alpha=2).unflatten(0, x.shape[:2]),
+        "torch.addmm",
+    ),
+    "part": (lambda x, fc: nn.functional.linear(x, fc.weight[:3]), "torch.Tensor.__getitem__"),
+    "with itself": (lambda x, fc: x @ (fc.weight.T @ fc.weight), "torch.Tensor.matmul"),
+    "beside": (lambda x, fc: fc(x) + fc.weight.sum(), "torch.Tensor.sum"),
+    "joined": (lambda x, fc: nn.functional.linear(x, torch.cat([fc.weight, fc.weight])), "torch.cat"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_uses_of_a_weight_are_seen_and_left_to_others(name: str) -> None:
+    use, function = REFUSED[name]
+    torch.manual_seed(0)
+    model = Head(Functional(use), lambda body, x: body(x)).double()
+    batch = normal(N, STEPS, 3, seed=1), torch.arange(N) % 3
+    model(batch[0])
+    selection = select_parameters(model)
+    singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
+    found = capture_gradients(model, selection, [batch], cross_entropy)
+    assert found.backend in ("vmap", "loop")
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=f"'body.fc.weight' goes to {re.escape(function)}, which is no product"):
+        capture_gradients(model, selection, [batch], cross_entropy, backend="hooks")
+
+
+def test_a_loss_that_a_weight_is_a_part_of_is_left_to_others() -> None:
+    model, selection, batch = case("linear")
+    found = capture_gradients(model, selection, [batch], penalised)
+    assert found.backend == "vmap"
+    singles = capture_gradients(model, selection, [batch], penalised, backend="loop")
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("lstm", "body.bias_hh_l0"),
+        ("gru cell", "body.bias_ih"),
+        ("self", "body.in_proj_bias"),
+        ("linear", "body.fc.bias"),
+    ],
+)
+def test_biases_are_left_to_others(name: str, target: str) -> None:
+    model, _, batch = case(name)
+    selection = select_parameters(model, [target, "re:.*weight.*"])
+    with pytest.raises(UnsupportedLayerError, match=f"'{target}' goes to torch"):
+        OutputGradients(model, selection, cross_entropy).run(batch, lambda *_: None, N)
 
 
 class Encoder(nn.Module):
@@ -412,13 +558,13 @@ def test_words_are_held_as_numbers_as_long_as_they_can_be(monkeypatch: pytest.Mo
     made: list[tuple[int, ...]] = []
     whole = layers.whole_gradient
 
-    def watched(layer: nn.Module, *arguments: Any) -> Tensor:
+    def seen(layer: layers.Layer, *arguments: Any) -> Tensor:
         if isinstance(layer, layers.Lookup):
             made.append(tuple(whole(layer, *arguments).shape))
         return whole(layer, *arguments)
 
-    monkeypatch.setattr(outer_products, "whole_gradient", watched)
-    monkeypatch.setattr(layers, "whole_gradient", watched)
+    monkeypatch.setattr(outer_products, "whole_gradient", seen)
+    monkeypatch.setattr(layers, "whole_gradient", seen)
     monkeypatch.setattr(outer_products, "piece_bytes", lambda device: 1)
     capture_gradients(model, selection, [batch], cross_entropy)
     assert not made
@@ -435,22 +581,6 @@ def test_a_way_of_calling_that_is_not_known_is_left_to_others(monkeypatch: pytes
     assert capture_gradients(model, selection, [batch], cross_entropy).backend == "loop"
     with pytest.raises(ValueError, match=r"low-rank rows.*told in others failed: ValueError: not this way"):
         capture_low_rank(model, selection, RowSource(cross_entropy, [batch]))
-
-
-def test_a_module_called_conv1d_need_not_be_that_of_transformers() -> None:
-    class Conv1D(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.nf, self.weight = 4, nn.Parameter(torch.randn(4, STEPS, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.conv1d(x, self.weight)
-
-    torch.manual_seed(0)
-    model = Head(Conv1D(), lambda body, x: body(x))
-    batch = torch.randn(N, STEPS, 3), torch.arange(N) % 3
-    model(batch[0])
-    assert capture_gradients(model, select_parameters(model, ["Conv1D"]), [batch], cross_entropy).backend == "vmap"
 
 
 def test_what_layers_that_come_back_hold_is_bounded_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +620,7 @@ def test_steps_make_one_product_as_far_as_a_piece_holds(monkeypatch: pytest.Monk
     model, selection, batch = case("lstm")
     tokens: list[int] = []
 
-    def see(name: str, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+    def see(name: str, layer: layers.Layer, inputs: Tensor, gradient: Tensor) -> None:
         if name == "body.weight_hh_l0":
             tokens.append(inputs[0].numel() // 5)
 
@@ -503,31 +633,12 @@ def test_steps_make_one_product_as_far_as_a_piece_holds(monkeypatch: pytest.Monk
     assert tokens == [2, 2]
 
 
-def test_a_module_whose_forward_was_replaced_is_left_to_others() -> None:
-    model, selection, batch = case("lstm")
-    model.body.forward = lambda x: nn.LSTM.forward(model.body, x * 2)
-    found = capture_gradients(model, selection, [batch], cross_entropy)
-    assert found.backend == "loop"  # vmap would form a gradient a step
-    singles = capture_gradients(model, selection, [batch], cross_entropy, backend="loop")
-    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_embeddings_whose_samples_touch_each_other_are_refused(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Embedding(7, 4, **options), nn.Flatten(), nn.Linear(8, 3))
-    with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' is 'weight' of a torch.*Embedding, not the weight"):
-        seen_layers.seen_layers(model, select_parameters(model, ["Embedding"]))
-
-
-def test_other_convolutions_are_refused() -> None:
-    class Clamped(nn.Conv1d):
-        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return super()._conv_forward(x.clamp(-2, 2), weight, bias)
-
-    far = nn.ConvTranspose1d(4, 6, 3, dilation=3, output_padding=2)
-    for layer in (Clamped(4, 6, 3), far):
-        with pytest.raises(UnsupportedLayerError, match="not the weight of"):
-            seen_layers.seen_layers(layer, select_parameters(layer, ["weight"]))
+    gradients = OutputGradients(model, select_parameters(model, ["Embedding"]), cross_entropy)
+    with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' goes to torch.nn.functional.embedding, which is no"):
+        gradients.run((torch.ones(N, 2, dtype=torch.long), torch.arange(N) % 3), lambda *_: None, N)
 
 
 def test_a_layer_that_does_more_on_some_data_is_looked_at_in_every_chunk() -> None:
@@ -562,17 +673,6 @@ def test_classes_that_keep_account_of_their_subclasses_see_none() -> None:
     batch = torch.randn(N, 3), torch.arange(N) % 3
     assert capture_gradients(model, select_parameters(model), [batch], cross_entropy).backend == "hooks"
     assert not known and type(model[0]) is Registered
-
-
-def test_a_copy_made_meanwhile_computes_by_itself() -> None:
-    model, selection, _ = case("lstm")
-    with seen_layers.seen_layers(model, selection).watched(lambda *_: None):
-        other = copy.deepcopy(model.body)
-    inputs = normal(2, STEPS, WIDTH)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    assert not other(inputs)[0].any() and model.body(inputs)[0].any()
 
 
 def test_calls_that_the_losses_do_not_depend_on_keep_nothing_back() -> None:
