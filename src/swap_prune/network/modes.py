@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
@@ -50,19 +50,36 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     dropouts = [] if training else [(module, module.dropout) for module in modules if _is_on_cudnn(module)]
+    undo = ExitStack()
     try:  # an interruption may come at any line
         model.train(training)
         for module in filter(is_frozen, modules):
             module.training = False
+        for layer in [] if training else filter(_is_batchnorm, modules):
+            undo.callback(layer.register_forward_hook(_straighten).remove)
         for recurrent, _ in dropouts:
             recurrent.training, recurrent.dropout = True, 0.0  # cuDNN goes back through them in training mode alone
         yield
     finally:
+        undo.close()
         for recurrent, dropout in dropouts:
             recurrent.dropout = dropout
         for module, before in modes:
             if module.training != before:
                 module.training = before
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm)
+
+
+def _straighten(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+    """Have the gradient of one sample come back to BatchNorm with strides of its own shape.
+
+    With others, which one sample may have, torch goes back wrongly through BatchNorm in eval mode on a CPU (2.13).
+    """
+    if output.requires_grad and output.device.type == "cpu" and len(output) == 1:
+        output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -61,15 +61,15 @@ class Snapshot:
     def __init__(self, model: nn.Module, selection: Selection | None = None) -> None:
         parameters = dict(model.named_parameters())
         chosen = parameters.values() if selection is None else (parameters[name] for name in selection.names)
-        self._tensors = list(map(unexpanded, chosen))
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
+        self._parameters = list(chosen)  # cuDNN may move the values of a recurrent layer's to another place
+        self._values = [unexpanded(parameter).detach().clone() for parameter in self._parameters]
         self._statistics, self._bystanders = _Buffers(batchnorm_layers(model)), _Buffers(_bystanders(model))
 
     def restore(self) -> None:
         """Write it to the network."""
         with torch.no_grad():
-            for tensor, values in zip(self._tensors, self._values, strict=True):
-                tensor.copy_(values)
+            for parameter, values in zip(self._parameters, self._values, strict=True):
+                unexpanded(parameter).copy_(values)
         self._statistics.restore()
         self.restore_bystanders()
 
@@ -86,7 +86,10 @@ class Snapshot:
     def _copies(self) -> dict[tuple[int, torch.Size, torch.dtype], Tensor]:
         """The copies by what they are copies of."""
         buffers = self._statistics.held + self._bystanders.held
-        pairs = [*((own, values) for _, _, own, values in buffers), *zip(self._tensors, self._values, strict=True)]
+        pairs = [
+            *((own, values) for _, _, own, values in buffers),
+            *zip(map(unexpanded, self._parameters), self._values, strict=True),
+        ]
         return {_identity(own): values for own, values in pairs if own.layout is torch.strided}
 
 

@@ -327,6 +327,12 @@ FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor]
     ),
     "x in its type": functional_case(lambda x, fc: fc(x.to(fc.weight).type_as(fc.weight))),
     "its zeros": functional_case(lambda x, fc: fc(x) * (fc.weight != 0).sum()),
+    "squeezed and back": weight_case(
+        (STEPS, 1, 3), lambda x, w: torch.conv1d(x, w.squeeze(1).unsqueeze(1), groups=STEPS)
+    ),
+    "in another shape": weight_case((5, 3, 2), lambda x, w: nn.functional.linear(x, w.flatten(1))),
+    "on the left": functional_case(lambda x, fc: (fc.weight @ x.mT).mT),
+    "on the left, turned": functional_case(lambda x, fc: (fc.weight.T @ x.mT).mT, square=True),
     "taken": weight_case((7, 3), looked_up),
     "conv": weight_case((3, STEPS, 2), lambda x, w: nn.functional.conv1d(x, w, padding="same")),
     "conv valid": weight_case((2, 2, 2), lambda x, w: torch.conv1d(x, w, groups=2, padding="valid", dilation=(2,))),
@@ -409,7 +415,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor, nn.Linear], Tensor], str]] = {
     "masked": (lambda x, fc: nn.functional.linear(x, fc.weight * (fc.weight > 0)), "torch.Tensor.mul"),
     "standardised": (lambda x, fc: nn.functional.linear(x, fc.weight / fc.weight.norm()), "torch.Tensor.norm"),
     "clone changed": (lambda x, fc: nn.functional.linear(x, fc.weight.clone().mul_(2)), "torch.Tensor.mul_"),
-    "on the left": (lambda x, fc: (fc.weight @ x.mT).mT, "torch.Tensor.matmul"),
+    "on the left of one": (lambda x, fc: torch.stack([fc.weight @ one for one in x[:, 0]]), "torch.Tensor.matmul"),
+    "turned and joined": (lambda x, fc: nn.functional.linear(x, fc.weight.T.reshape(5, WIDTH)), "torch.Tensor.reshape"),
     "scaled": (
         lambda x, fc: torch.addmm(fc.bias, x.flatten(0, 1), fc.weight.T, alpha=2).unflatten(0, x.shape[:2]),
         "torch.addmm",
@@ -449,7 +456,7 @@ def test_a_loss_that_a_weight_is_a_part_of_is_left_to_others() -> None:
     ("name", "target"),
     [
         ("lstm", "body.bias_hh_l0"),
-        ("gru cell", "body.bias_ih"),
+        ("lstm cell", "body.bias_ih"),
         ("self", "body.in_proj_bias"),
         ("linear", "body.fc.bias"),
     ],

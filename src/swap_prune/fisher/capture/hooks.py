@@ -15,7 +15,7 @@ Place in the pipeline: a back end of capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class OutputGradients:
         self._recording = False
         self._levels: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
         self._in_order: list[Tensor] = []  # for each call of a recurrent layer's product, whether they were the same
-        self._sorting = False  # whether the pass under way may have sorted samples: it came to a recurrent layer
+        self._recurrent: set[torch.dtype] = (
+            set()
+        )  # types of recurrent layers in the pass under way: it may sort samples
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
         self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
         self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
@@ -119,7 +121,7 @@ class OutputGradients:
 
     def _run(self, batch: Any, calls: JoinedCalls) -> Tensor:
         """Do both passes, and return the losses."""
-        self._calls, self._recording, self._counts, self._shapes, self._sorting = calls, True, {}, {}, False
+        self._calls, self._recording, self._counts, self._shapes, self._recurrent = calls, True, {}, {}, set()
         try:
             losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
             calls.finish()
@@ -183,10 +185,10 @@ class OutputGradients:
         """Do the backward pass, and the one that compares the order of items."""
         assert self._calls is not None
         starts, weights = self._starts, torch.ones_like(losses)
-        compares = self._sorting and 1 < len(losses) == self._calls.size
+        compares = bool(self._recurrent) and 1 < len(losses) == self._calls.size
         _run_backwards(losses, weights, starts, again=compares)
         if compares:
-            self._levels = weights.ldexp(_exponents(losses))
+            self._levels = weights.ldexp(_exponents(losses, self._recurrent))
             _run_backwards(losses, self._levels, starts)
             if self._in_order and not bool(torch.stack(self._in_order).all()):
                 raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
@@ -196,13 +198,16 @@ class OutputGradients:
         if not torch.is_grad_enabled():
             return None
         replaced = None
+        if output._is_view():  # what changes it in place afterwards would go past it
+            output = replaced = output.clone()
         if not output.requires_grad:  # nothing before it does: the backward pass ends here
             start = output.detach().requires_grad_()
             self._starts.append(start)
             output = replaced = start.clone()  # what works in place cannot do so on the start itself
         if self._recording:  # else a checkpointed block, computed again
-            self._sorting |= product.recurrent
-            output.register_hook(self._receiver(product, inputs))  # type: ignore[no-untyped-call]
+            if product.recurrent:
+                self._recurrent.add(output.dtype)
+            output.register_hook(_unwatched(self._receiver(product, inputs)))  # type: ignore[no-untyped-call]
         return replaced
 
     def _receiver(self, seen: Product, inputs: Tensor) -> Callable[[Tensor], None]:
@@ -232,6 +237,16 @@ class OutputGradients:
         return receive
 
 
+def _unwatched(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return a function that does its work past the watch, which would slow it down."""
+
+    def receive_unwatched(gradient: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            receive(gradient)
+
+    return receive_unwatched
+
+
 def _run_backwards(losses: Tensor, weights: Tensor, starts: Sequence[Tensor], *, again: bool = False) -> None:
     """Run a backward pass from weighted losses to where it ends, once more or not.
 
@@ -249,9 +264,12 @@ def _sizes_of(gradient: Tensor) -> Tensor:
     return sizes
 
 
-def _exponents(losses: Tensor) -> Tensor:
-    """Return powers of two for losses, (n,), the same for one in 64 (8, where numbers do not reach so far)."""
-    levels = 8 if losses.dtype == torch.float16 else 64
+def _exponents(losses: Tensor, through: Collection[torch.dtype]) -> Tensor:
+    """Return powers of two for losses, (n,), whose gradients go through some types of numbers.
+
+    One in 64 has the same, one in 8 where numbers do not reach so far.
+    """
+    levels = 8 if torch.float16 in {losses.dtype, *through} else 64
     return torch.arange(len(losses), device=losses.device) % levels - levels // 2
 
 

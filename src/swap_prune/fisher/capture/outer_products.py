@@ -95,9 +95,15 @@ class Collector:
         self.layers[name].calls.append((layer, inputs, gradient))
 
     def finish(self, size: int, parameters: Mapping[str, Tensor]) -> None:
-        """Work up the calls of a chunk of samples."""
+        """Work up the calls of a chunk of samples.
+
+        Raises:
+            UnsupportedLayerError: If a weight is used in several shapes.
+        """
         for name, seen in self.layers.items():
             calls, seen.calls = seen.calls, []
+            if len({layer.shape for layer, _, _ in calls}) > 1:
+                raise UnsupportedLayerError(f"{name!r} is used in several shapes")
             if calls and is_outer(calls[0][0].shape, calls[0][0].groups, seen.rank):
                 left, right = _factors(calls, size, seen.rank)
                 seen.left.append(left)

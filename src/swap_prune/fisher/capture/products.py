@@ -45,6 +45,7 @@ class Product:
         name: The parameter.
         layer: What it computes, with a weight of the parameter's shape.
         turned: Whether the layer's inputs are the gradients at the output of the call, and the other way round.
+        left: Whether the weight stands before what it is multiplied with, (..., in, tokens).
         padding: Of a lookup, the word that has no gradient.
         within: Whether it is one of several in a call of attention or of a recurrent layer.
         recurrent: Whether it is in a recurrent layer, before which networks like to sort samples by their lengths.
@@ -53,6 +54,7 @@ class Product:
     name: str
     layer: Layer
     turned: bool = False
+    left: bool = False
     padding: int | None = None
     within: bool = False
     recurrent: bool = False
@@ -63,6 +65,8 @@ class Product:
             inputs = inputs.long().unsqueeze(-1)
             if self.padding is not None:  # torch gives it no gradient
                 gradient = gradient.masked_fill(inputs == self.padding, 0)
+        if self.left:
+            inputs, gradient = inputs.mT, gradient.mT
         return (gradient, inputs) if self.turned else (inputs, gradient)
 
 
@@ -92,7 +96,7 @@ def watched(model: nn.Module, weights: Mapping[str, Tensor], see: See) -> Iterat
 
 @dataclass(frozen=True)
 class _Weight:
-    """A selected parameter, or a view of it the other way round, or a copy with all its values."""
+    """A selected parameter, or a view or copy of it with all its values in order, or the other way round."""
 
     name: str
     tensor: Tensor  # held, so that no other gets its id
@@ -107,6 +111,7 @@ class _Call:
     weight: Tensor
     kind: type[Linear] | Convolution = Linear
     turned: bool = False
+    left: bool = False
     padding: int | None = None
 
 
@@ -128,7 +133,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _ATTENTION or func in LAYERS or func in CELLS:
             return self._tell(func, args, kwargs, given)
-        if (call := _read(func, args, kwargs)) is not None:
+        if (call := _read(func, args, kwargs, given[0].tensor)) is not None:
             others = [one for one in given if one.tensor is not call.weight]  # such as a bias
             product = _product(given[0], call) if not others else None
             if product is not None:
@@ -195,7 +200,7 @@ class _Watch(TorchFunctionMode):
         turned = weight.turned
         if len(given) == 1 and first and not kwargs and weight.tensor.ndim == 2 and func in _TURNS:
             turned = turned != _TURNS[func](*args[1:])
-        elif not (first and func in _SAME and result.shape == weight.tensor.shape):
+        elif not (first and func in _SAME and _has_all(result, weight)):
             self._refuse([one.name for one in given], func)
             return
         self._weights.setdefault(id(result), replace(weight, tensor=result, turned=turned))
@@ -217,6 +222,13 @@ def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
             yield value
 
 
+def _has_all(result: Any, weight: _Weight) -> bool:
+    """Whether what was made of a weight has all its values in their order."""
+    if not isinstance(result, Tensor) or result.numel() != weight.tensor.numel():
+        return False
+    return result.shape == weight.tensor.shape or not weight.turned
+
+
 def _product(weight: _Weight, call: _Call) -> Product | None:
     """Return what a call makes of a parameter; None if it is not known."""
     if not isinstance(call.kind, Convolution) and weight.tensor.ndim != 2:
@@ -227,17 +239,21 @@ def _product(weight: _Weight, call: _Call) -> Product | None:
     shape = shape[::-1] if weight.turned else shape
     if call.kind is Lookup and weight.turned:
         return None
-    return Product(weight.name, call.kind(shape), call.turned != weight.turned, call.padding)
+    return Product(weight.name, call.kind(shape), call.turned != weight.turned, call.left, call.padding)
 
 
-def _read(func: Any, args: Any, kwargs: Any) -> _Call | None:
-    """Return the product that a call is; None if it is none."""
+def _read(func: Any, args: Any, kwargs: Any, weight: Tensor) -> _Call | None:
+    """Return the product with a weight that a call is; None if it is none."""
     reader = _PRODUCTS.get(func)
     try:
         call = None if reader is None else reader(*args, **kwargs)
     except (TypeError, ValueError):  # other arguments than are known
         return None
-    return call if call is not None and isinstance(call.inputs, Tensor) else None
+    if call is None or not isinstance(call.inputs, Tensor):
+        return None
+    if reader is _matmul and call.inputs is weight and call.weight.ndim > 2:
+        return _Call(call.weight, weight, left=True)
+    return call
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Call:
@@ -336,7 +352,17 @@ _TURNS: dict[Any, Callable[..., bool]] = {  # of two dimensions: whether they ch
     **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.swapaxes), lambda one, other: one % 2 != other % 2),
     **dict.fromkeys((torch.permute, Tensor.permute), lambda *order: next(iter(_flat(order))) % 2 == 1),
 }
-_SAME = {  # all values, in another type or place
+_SAME = {  # all values in their order, in another type, place or shape
+    Tensor.flatten,
+    Tensor.reshape,
+    Tensor.squeeze,
+    Tensor.unflatten,
+    Tensor.unsqueeze,
+    Tensor.view,
+    torch.flatten,
+    torch.reshape,
+    torch.squeeze,
+    torch.unsqueeze,
     Tensor.to,
     Tensor.type,
     Tensor.float,
