@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from swap_prune import prune
 from swap_prune.losses import cross_entropy
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.selection import select_parameters
@@ -192,3 +196,45 @@ def test_a_snapshot_gives_back_weights_statistics_and_all_other_buffers() -> Non
 
 
 MOVED = ("head.weight", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "written", "replaced")
+
+
+def moved(self: nn.RNNBase) -> None:
+    """Move weights into one piece of memory, as cuDNN does whenever they are not in one."""
+    if len({weight.data_ptr() for weight in self._flat_weights}) == len(self._flat_weights):
+        with torch.no_grad():
+            pieces = torch.cat([weight.detach().reshape(-1) for weight in self._flat_weights])
+            for weight, piece in zip(
+                self._flat_weights, pieces.split([weight.numel() for weight in self._flat_weights]), strict=True
+            ):
+                weight.set_(piece.view_as(weight))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0].mean(1))
+
+
+def test_weights_that_cudnn_moved_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Recurrent()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    snapshot = Snapshot(model)
+    moved(model.body)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    snapshot.restore()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_best_number_of_stages_is_found_though_cudnn_moves_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    data, first = TensorDataset(torch.randn(120, 5, 6), torch.arange(120) % 4), Recurrent()
+    second, settings = copy.deepcopy(first), {"samples": 32, "stages": "auto", "targets": ["LSTM"], "progress": False}
+    prune(first, data, 0.8, "lr", **settings)  # type: ignore[arg-type]
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", moved)
+    prune(second, data, 0.8, "lr", **settings)  # type: ignore[arg-type]
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())

@@ -7,11 +7,15 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from swap_prune.fisher.capture.rows import Backend, capture_gradients
+from swap_prune.losses import cross_entropy
 from swap_prune.network.modes import batch_statistics, eval_mode, exact_kernels
 from swap_prune.pipeline import prune
+from swap_prune.samples.batches import slice_batch
+from swap_prune.selection import select_parameters
 
 
 def test_a_batchnorm_layer_that_is_frozen_stays_on_its_statistics() -> None:
@@ -105,3 +109,42 @@ def test_modes_are_given_back_though_an_interruption_came_while_they_were_set() 
     with pytest.raises(KeyboardInterrupt), eval_mode(model):
         pass
     assert all(module.training for module in model.modules())
+
+
+class Stem(nn.Module):
+    """A convolution whose outputs become tokens, as in hybrid vision transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.after, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.after(self.norm(self.conv(x)).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_gradients_of_one_sample_go_back_rightly_through_batchnorm() -> None:
+    """torch mistakes the strides of what comes back, on a CPU."""
+    torch.manual_seed(0)
+    model = Stem().double()
+    model.norm.running_var.uniform_(0.5, 2)
+    x, weight = torch.randn(3, 2, 6, 6, dtype=torch.double), model.conv.weight
+    with eval_mode(model):
+        alone = [torch.autograd.grad(model(one).square().sum(), weight)[0] for one in x.split(1)]
+        (together,) = torch.autograd.grad(model(x).square().sum(), weight)
+    torch.testing.assert_close(sum(alone), together)
+    assert not model.norm._forward_hooks
+
+
+@pytest.mark.parametrize("backend", ["auto", "hooks", "vmap", "loop"])
+def test_rows_of_one_sample_at_a_time_where_batchnorm_comes_before_tokens(backend: Backend) -> None:
+    torch.manual_seed(0)
+    model = Stem().double()
+    model.norm.running_var.uniform_(0.5, 2)
+    batch = torch.randn(5, 2, 6, 6, dtype=torch.double), torch.arange(5) % 3
+    selection = select_parameters(model)
+    expected = capture_gradients(model, selection, [batch], cross_entropy, backend="vmap").factor.matrix
+    for batches in ([batch], [slice_batch(batch, i, i + 1) for i in range(5)]):
+        found = capture_gradients(model, selection, batches, cross_entropy, backend=backend)
+        torch.testing.assert_close(found.factor.matrix, expected)
+        assert found.backend == ("hooks" if backend == "auto" else backend)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from swap_prune import prune
+from swap_prune import plan, prune
 from swap_prune.fisher.capture import joined, layers, outer_products, recurrent
 from swap_prune.fisher.capture.hooks import OutputGradients
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
@@ -546,6 +546,67 @@ def test_samples_that_come_sorted_stay_with_hooks() -> None:
     model, batches = ByHand(PACKS["sorted"]).double(), [sequences(5, 4, 4, 2), sequences(4, 3, 1)]
     found = capture_gradients(model, select_parameters(model, ["GRU", "Linear"]), batches, cross_entropy)
     assert found.backend == "hooks"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_in_order(dtype: torch.dtype) -> None:
+    """float16 does not reach as far as the weights of losses do otherwise."""
+    torch.manual_seed(0)
+    model, batch = ByHand(PACKS["padded"]).to(dtype), sequences(*[5] * 40)
+    batch = batch[0].to(dtype), batch[1]
+    selection = select_parameters(model, ["GRU", "Linear"])
+    found, singles = (
+        capture_gradients(model, selection, [batch], cross_entropy, backend=kind) for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=0.05, atol=0.01)
+
+
+def test_what_is_changed_in_place_after_a_product_is_seen() -> None:
+    """The output of a Linear layer of tokens is a view, on a CPU."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.relu_(self.first(x))
+            out = self.second(hidden)
+            out += hidden
+            out[..., :2] *= 2
+            return self.third(out).mean(1)
+
+    torch.manual_seed(0)
+    model, batch = InPlace().double(), (normal(N, STEPS, 3), torch.arange(N) % 3)
+    found, singles = (
+        capture_gradients(model, select_parameters(model), [batch], cross_entropy, backend=kind)
+        for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+def test_low_rank_rows_of_a_weight_in_several_shapes_are_refused() -> None:
+    def both(x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight.flatten(1)) + torch.conv1d(x.mT, weight).mT
+
+    model = Head(Weight((4, WIDTH, 1), both), lambda body, x: body(x)).double()
+    batch = normal(N, STEPS, 3, seed=1), torch.arange(N) % 3
+    model(batch[0])
+    selection = select_parameters(model, ["re:.*weight"])
+    assert capture_gradients(model, selection, [batch], cross_entropy).backend == "hooks"
+    with pytest.raises(ValueError, match=r"'body\.weight' is used in several shapes; use another storage"):
+        capture_low_rank(model, selection, RowSource(cross_entropy, [batch]))
+
+
+def test_a_plan_says_what_low_rank_rows_cannot_be_had_of() -> None:
+    model = Functional(REFUSED["masked"][0])
+    data = torch.utils.data.TensorDataset(torch.randn(40, WIDTH), torch.arange(40) % 3)
+    (refused,) = plan(model, data, 0.5, samples=20, storage="low-rank").forecasts
+    assert "'fc.weight' goes to torch.Tensor.mul" in refused.obstacle
+    with pytest.raises(ValueError, match=r"'fc.weight' goes to torch.Tensor.mul"):
+        prune(model, data, 0.5, samples=20, storage="low-rank", progress=False)
 
 
 def test_vanishing_gradients_are_in_order() -> None:
