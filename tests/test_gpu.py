@@ -268,6 +268,42 @@ def test_rows_of_recurrent_layers_and_attention() -> None:
     compare(found.factor.matrix, expected.factor.matrix)
 
 
+def test_weights_that_cudnn_moves_are_given_back() -> None:
+    """It puts those of a recurrent layer into one piece of memory, whenever they are not."""
+    torch.manual_seed(0)
+    model, data = Sequences().to(CUDA), TensorDataset(torch.randn(120, 10, 8), torch.arange(120) % 3)
+    before = copy.deepcopy(model.state_dict())
+    settings: dict[str, Any] = {"samples": 48, "targets": ("LSTM", "Linear"), "progress": False}
+    calls = 0
+
+    def failing(network: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += bool((network.steps.weight_hh_l0 == 0).any())
+        if calls > 20:
+            raise RuntimeError("late")
+        return cross_entropy(network, batch)
+
+    with pytest.raises(ValueError, match="late"):
+        prune(model, data, 0.8, "lr", stages=3, loss_fn=failing, **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    report = prune(model, data, 0.8, "lr", stages="auto", **settings)
+    kept = sum(int(model.get_parameter(name).count_nonzero()) for name in report.layers)
+    assert kept == report.kept
+
+
+def test_rows_of_words() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 6), nn.Flatten(), nn.Linear(60, 3))
+    selection = select_parameters(model, ("Embedding", "Linear"))
+    batch = torch.randint(50, (24, 10), generator=generator(1)), torch.arange(24) % 3
+    with exact_kernels(CUDA):
+        expected = capture_gradients(model, selection, [batch], cross_entropy)
+        there, batches = copy.deepcopy(model).to(CUDA), [(batch[0].cuda(), batch[1].cuda())]
+        found, again = (capture_gradients(there, selection, batches, cross_entropy) for _ in range(2))
+    assert found.backend == "hooks" and torch.equal(found.factor.matrix, again.factor.matrix)
+    compare(found.factor.matrix, expected.factor.matrix)
+
+
 def compare(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     off = (found.cpu().double() - expected.double()).norm() / expected.double().norm()
     assert off <= tolerance, f"relative error {float(off):.2e}"

@@ -65,7 +65,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         can_spill=can_spill(place) and not altered,
         doubted=chooses and doubting and isinstance(request.loss, CrossEntropy),
         trained=0 if finetune is None else finetune.batch_size,
-        training=0 if finetune is None else finetune.arrays * sum(trained),
+        training=0 if finetune is None else (finetune.arrays + _temporaries(place)) * sum(trained),
         largest_parameter=max(trained, default=0),
         copies=0 if finetune is None else (4 if len(request.schedules) > 1 else 2) * _bytes(model),
         in_batches=request.in_batches,
@@ -76,6 +76,11 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         processes=max(1, process_count()),
         columns=getattr(request.solver, "columns_at_once", lambda _p: None)(request.selection.total),
     )
+
+
+def _temporaries(place: torch.device) -> int:
+    """Return how many arrays of all parameters a step of torch's optimisers makes: a GPU's take them all at once."""
+    return 2 if place.type == "cuda" else 0
 
 
 def _count_samples(known: int | None, request: Request, samples: int) -> dict[str, Any]:

@@ -171,9 +171,9 @@ def put_weight_gradients(layer: Layer, inputs: Tensor, gradient: Tensor, out: Te
         UnsupportedLayerError: As for :func:`as_samples`.
     """
     inputs, gradient = as_samples(layer, inputs, gradient, len(out))
-    if isinstance(layer, Lookup) and out.device.type == "cpu":  # a GPU adds them up in any order
+    if isinstance(layer, Lookup):
         place = out.view(len(out), *layer.shape)
-        (place if add else place.zero_()).scatter_add_(1, gradient.expand(inputs.shape), inputs.to(out.dtype))
+        _add_at_words(place if add else place.zero_(), gradient, inputs.to(out.dtype))
         return
     if isinstance(layer, Linear) and inputs.shape[1] == 1:
         gradient = whole_gradient(layer, inputs, gradient)
@@ -195,6 +195,15 @@ def put_weight_gradients(layer: Layer, inputs: Tensor, gradient: Tensor, out: Te
             place += value
         else:
             place.copy_(value)
+
+
+def _add_at_words(place: Tensor, words: Tensor, values: Tensor) -> None:
+    """Add values, (n, tokens, width), to the rows of their words, (n, tokens, 1), in place, (n, words, width)."""
+    if place.device.type == "cpu":
+        place.scatter_add_(1, words.expand(values.shape), values)
+    else:  # which would add in any order; by index it sorts words before
+        samples = torch.arange(len(place), device=place.device)[:, None]
+        place.index_put_((samples, words.squeeze(2)), values, accumulate=True)
 
 
 def whole_gradient(layer: Layer, inputs: Tensor, gradient: Tensor) -> Tensor:
