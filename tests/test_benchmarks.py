@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_a_capture_is_compared_with_a_plain_backward_pass(monkeypatch: pytest.Mo
     times = module.measure("mlpnet", 32, storage="bfloat16")  # plain, per-sample rows, mini-batch rows
     assert len(times) == 3 and all(time > 0 for time in times)
     assert kinds == {("capture_gradients", "bfloat16"), ("sketch_curvature", "bfloat16")}
+
+
+def test_what_choosing_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("tuning", monkeypatch)
+    options = Namespace(weights=None, samples=20)
+    found = {way: module.measure(way, 0.9, options) for way in module.WAYS}
+    assert all(10 < accuracy <= 100 and seconds > 0 for accuracy, seconds in found.values())
+    assert found["one candidate"][1] < found["with a coupling: `ewr`"][1]
 
 
 def test_processes_that_share_g_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
