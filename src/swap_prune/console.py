@@ -201,10 +201,10 @@ def show_plan(forecast: MemoryPlan) -> None:
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
     table = Table(title=f"GB held in each phase; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
     phases = list(forecast.forecasts[0].phases) if forecast.forecasts else []
-    for column in ("storage", *phases, "file", ""):
+    for column in ("storage", *phases, "G", "file", ""):
         table.add_column(column, justify="left" if column in ("storage", "") else "right", no_wrap=True)
     for one in forecast.forecasts:
-        cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.disk)]
+        cells = [f"{size / 1e9:.2f}" for size in (*one.phases.values(), one.gradients, one.disk)]
         table.add_row(one.name, *cells, "taken" if one is forecast.chosen else "")
     if forecast.forecasts:
         show_table(table, width=100)  # figures are not cut off

@@ -25,7 +25,7 @@ from swap_prune.regression.tuning import TUNING_ROWS
 from swap_prune.samples.spill import Spilled
 from swap_prune.surgery.batchnorm import MISFIT_SAMPLES
 
-__all__ = ["Workload", "memory_phases"]
+__all__ = ["Workload", "held_of_g", "memory_phases"]
 
 _LIBRARIES = 200 * 2**20  # code and heaps that torch touches only once it computes
 _OTHER_LIBRARIES = 64 * 2**20  # those that it has not touched when it has run one sample
@@ -133,7 +133,7 @@ def memory_phases(load: Workload, storage: Storage) -> dict[str, int]:
     phases = _phases(load, storage)
     if not load.compared:
         return phases
-    beside = _held_of_g(load, storage.kind) + (load.samples + load.spare) * load.output_bytes  # while others are taken
+    beside = held_of_g(load, storage.kind) + (load.samples + load.spare) * load.output_bytes  # while others are taken
     beside += _CONTEST * load.itemsize * load.weights
     others = _phases(replace(load, rows=load.compared, in_batches=False, compared=0), storage)
     return {name: max(need, beside + others[name]) for name, need in phases.items()}
@@ -143,7 +143,7 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
     """Return the bytes that the process holds in each phase, with one G."""
     vector, n = load.itemsize * load.weights, load.rows
     kind, at_once, lean = storage.kind, storage.at_once, not storage.copies_columns
-    factor, in_memory = _held_of_g(load, kind), storage.spilled == "nothing"
+    factor, in_memory = held_of_g(load, kind), storage.spilled == "nothing"
     libraries = _OTHER_LIBRARIES if load.kept_bytes else _LIBRARIES
     rest = load.held + load.copies + libraries + 2 * vector  # copies of the weights: to restore, and those asked of
     rest += load.judged * load.sample_bytes if in_memory else 0
@@ -231,7 +231,7 @@ def _backward_bytes(load: Workload, spilled: Spilled = "nothing") -> int:
     return min(max(twice, load.kept_bytes + 4 * largest), load.kept_bytes + _BACKWARD_TENSORS * largest)
 
 
-def _held_of_g(load: Workload, kind: StorageKind) -> int:
+def held_of_g(load: Workload, kind: StorageKind) -> int:
     """Return what is held of G itself."""
     entries = load.rows * load.weights
     match kind:
@@ -257,7 +257,7 @@ def _capture(load: Workload, storage: Storage) -> int:
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
         chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)
         chunk = MINI_BATCH if load.in_batches else chunk
-        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + _held_of_g(load, kind)
+        return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + held_of_g(load, kind)
     if load.in_batches:
         return MINI_BATCH * _backward_bytes(load, storage.spilled) + 3 * vector
     chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))

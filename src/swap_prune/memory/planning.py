@@ -19,7 +19,7 @@ from typing import Any, get_args
 from swap_prune.checks import user_path
 from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, Storage, StorageKind
-from swap_prune.memory.forecast import Workload, memory_phases
+from swap_prune.memory.forecast import Workload, held_of_g, memory_phases
 from swap_prune.samples.spill import Spilled
 
 __all__ = [
@@ -66,12 +66,14 @@ class Forecast:
     Attributes:
         storage: Which.
         phases: Phase to bytes held in it.
+        gradients: Bytes of G itself, of one kind of rows, that are held in memory.
         disk: Bytes of files.
         obstacle: Why it cannot be taken, or empty.
     """
 
     storage: Storage
     phases: dict[str, int]
+    gradients: int
     disk: int
     obstacle: str
 
@@ -146,6 +148,7 @@ class MemoryPlan:
                 "spilled": f.storage.spilled,
                 "need": f.need,
                 "phases": f.phases,
+                "gradients": f.gradients,
                 "disk": f.disk,
                 "obstacle": f.obstacle,
             }
@@ -255,7 +258,7 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
         disk += (load.samples + load.spare + load.judged) * load.sample_bytes
     if storage.spilled == "activations":
         disk += max(storage.at_once, MINI_BATCH) * load.kept_bytes
-    forecast = Forecast(storage, phases, disk, "")
+    forecast = Forecast(storage, phases, held_of_g(load, kind), disk, "")
     if load.row_noise and kind != "float32":
         remedy = ", which storage='float32' holds whole in each process" if kind == "sharded" else ""
         return replace(forecast, obstacle=f"noise on gradients needs them in float32{remedy}")
