@@ -61,6 +61,7 @@ class Workload:
         itemsize: Bytes of an entry of a gradient.
         kept_bytes: Bytes that one sample keeps for its backward pass; 0: none was run.
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
+        unfused_bytes: As ``kept_bytes``, where attention is not fused, as passes along a direction need it.
         in_batches: Whether a row is the gradient of a mini-batch.
         compared: Rows of single samples that may be taken beside those of mini-batches; 0: none.
         row_noise: Whether a noise model changes the rows of G.
@@ -93,6 +94,7 @@ class Workload:
     itemsize: int = 4
     kept_bytes: int = 0
     largest_bytes: int = 0
+    unfused_bytes: int = 0
     sample_bytes: int = 0
     can_spill: bool = False
     output_bytes: int = 0
@@ -268,12 +270,12 @@ def _capture(load: Workload, storage: Storage) -> int:
 def _passes(load: Workload, storage: Storage) -> int:
     """Return what products hold that pass through the network: columns, and a chunk of rows that they are cut out of.
 
-    A pass along a direction, or back, holds less than the chunk or what a trial does.
+    A pass along a direction, or back, holds less than the chunk or what a trial does, but where attention is not fused.
     """
     vector = load.itemsize * load.weights
     columns = 2 * max(block_bytes(load.device), min(load.rows, storage.block_vectors) * vector)
-    part = min(storage.at_once, load.samples) * _backward_bytes(load, storage.spilled)
-    return columns + max(part, _capture(load, storage))
+    part = _backward_bytes(load, storage.spilled) + max(0, _BACKWARD * (load.unfused_bytes - load.kept_bytes))
+    return columns + max(min(storage.at_once, load.samples) * part, _capture(load, storage))
 
 
 def _column_copies(load: Workload, *, lean: bool) -> int:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swap_prune.defences import MEANS
 from swap_prune.distributed import process_count
@@ -139,7 +140,7 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     """Return the bytes that one sample takes; 0 of what could not be found."""
     nothing = SavedBytes(0, 0)
     if sample is None:
-        return dict.fromkeys(("kept_bytes", "largest_bytes", "output_bytes", "sample_bytes"), 0)
+        return dict.fromkeys(("kept_bytes", "largest_bytes", "unfused_bytes", "output_bytes", "sample_bytes"), 0)
     curvature, own_bytes = request.curvature, list[int]()
     teacher = curvature if request.solver.needs_held_out else None
     function = request.loss if teacher is None else partial(losses_beside_own, teacher)
@@ -148,6 +149,10 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     def saved() -> SavedBytes:
         with eval_mode(model), trainable(model):  # the selected weights have slopes, whether or not they are frozen
             return saved_bytes(lambda: function(model, sample), (*model.parameters(), *model.buffers()))
+
+    def unfused() -> int:
+        with sdpa_kernel(SDPBackend.MATH):
+            return saved().total
 
     def outputs() -> int:
         assert curvature is not None
@@ -158,6 +163,7 @@ def _need_of(sample: Any, model: nn.Module, request: Request) -> dict[str, Any]:
     found = {
         "kept_bytes": kept.total,
         "largest_bytes": kept.largest,
+        "unfused_bytes": _measured(unfused, 0, model),
         "output_bytes": 0 if curvature is None else _measured(outputs, 0, model),
         "sample_bytes": sum(own_bytes),
     }

@@ -600,6 +600,38 @@ def test_low_rank_rows_of_a_weight_in_several_shapes_are_refused() -> None:
         capture_low_rank(model, selection, RowSource(cross_entropy, [batch]))
 
 
+class Positions(nn.Module):
+    """Words and their places, which all samples share."""
+
+    def __init__(self, places: Tensor) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(7, WIDTH), nn.Embedding(STEPS, WIDTH), nn.Linear(WIDTH, 3)
+        self.times, self.ids = nn.Linear(2, WIDTH), places
+        self.register_buffer("hours", torch.randn(1, STEPS, 2, dtype=torch.float64))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head((self.words(words) + self.places(self.ids) + self.times(self.hours)).tanh()).sum(1)
+
+
+@pytest.mark.parametrize("count", [1, 2, N, STEPS])
+@pytest.mark.parametrize("places", [torch.arange(STEPS), torch.arange(STEPS)[None]])
+def test_inputs_that_all_samples_share(places: Tensor, count: int) -> None:
+    torch.manual_seed(0)
+    model = Positions(places).double()
+    batch = torch.randint(7, (count, STEPS)), torch.arange(count) % 3
+    selection = select_parameters(model, ["Embedding", "Linear"])
+    found, singles = (
+        capture_gradients(model, selection, [batch, batch], cross_entropy, backend=kind) for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+    low, w = (
+        capture_low_rank(model, selection, RowSource(cross_entropy, [batch, batch]), rank=64),
+        normal(selection.total),
+    )
+    torch.testing.assert_close(low.factor.matvec(w), singles.factor.matvec(w), rtol=1e-8, atol=1e-10)
+
+
 def test_a_plan_says_what_low_rank_rows_cannot_be_had_of() -> None:
     model = Functional(REFUSED["masked"][0])
     data = torch.utils.data.TensorDataset(torch.randn(40, WIDTH), torch.arange(40) % 3)

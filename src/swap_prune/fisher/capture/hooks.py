@@ -56,6 +56,7 @@ class OutputGradients:
             set()
         )  # types of recurrent layers in the pass under way: it may sort samples
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
+        self._shared: set[str] = set()  # the parameters of those whose inputs are the same for all samples
         self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
         self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
         self._items: dict[str, set[float]] = {}  # the same for each sample, where they were last told apart
@@ -85,7 +86,7 @@ class OutputGradients:
             ValueError: If a loss is not finite or not per sample.
         """
         if self._axes is None and size is not None and size > 1:
-            self._axes = self._find_axes(batch)
+            self._find_axes(batch)
         losses = self._run(batch, JoinedCalls(sink, size or 1))
         if size is not None:
             self._check_items(batch, size)
@@ -130,17 +131,19 @@ class OutputGradients:
             self._levels, self._in_order = None, []
         return losses
 
-    def _find_axes(self, batch: Any) -> dict[str, int]:
-        """Return for each parameter which dimension of its layers' inputs grows with the samples.
+    def _find_axes(self, batch: Any) -> None:
+        """Find for each parameter which dimension of its layers' inputs grows with the samples.
 
         It is not the first where tokens come before samples, as in ``nn.TransformerEncoder`` unless told otherwise.
+        None does where all samples share the inputs, as positions.
         """
         shapes = []
         for count in (1, 2):
             self._run(slice_batch(batch, 0, count), JoinedCalls(None, 1))
             shapes.append(self._shapes)
         one, two = shapes
-        return {name: _grown(one[name], two[name]) for name in one.keys() & two.keys()}
+        self._axes = {name: _grown(one[name], two[name]) for name in one.keys() & two.keys()}
+        self._shared = {name for name in self._axes if one[name] == two[name]}
 
     def _check_items(self, batch: Any, size: int) -> None:
         """Compare the items that layers saw of each sample with those of single samples, where they are new.
@@ -198,6 +201,8 @@ class OutputGradients:
         if not torch.is_grad_enabled():
             return None
         replaced = None
+        if product.name in self._shared and isinstance(product.layer, Linear) and self._calls is not None:
+            inputs, output = (_for_each(one, self._calls.size) for one in (inputs, output))
         if output._is_view():  # what changes it in place afterwards would go past it
             output = replaced = output.clone()
         if not output.requires_grad:  # nothing before it does: the backward pass ends here
@@ -235,6 +240,11 @@ class OutputGradients:
                 calls.add(seen.name, seen.layer, went, came)
 
         return receive
+
+
+def _for_each(shared: Tensor, size: int) -> Tensor:
+    """Return what all samples share for each of them, (size, ...): gradients then come back for each."""
+    return (shared if shared.shape[0] == 1 else shared.unsqueeze(0)).expand(size, *shared.shape[shared.shape[0] == 1 :])
 
 
 def _unwatched(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
