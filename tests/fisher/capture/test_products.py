@@ -326,6 +326,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor]
         lambda x, fc: fc(x) * fc.weight.shape[0] * fc.weight.detach().norm() + torch.zeros_like(fc.weight).sum()
     ),
     "x in its type": functional_case(lambda x, fc: fc(x.to(fc.weight).type_as(fc.weight))),
+    "its gradient": functional_case(lambda x, fc: fc(x) if fc.weight.grad is None else x),
     "its zeros": functional_case(lambda x, fc: fc(x) * (fc.weight != 0).sum()),
     "squeezed and back": weight_case(
         (STEPS, 1, 3), lambda x, w: torch.conv1d(x, w.squeeze(1).unsqueeze(1), groups=STEPS)
@@ -410,10 +411,20 @@ def penalised(model: nn.Module, batch: Any) -> Tensor:
     return cross_entropy(model, batch) + model.body.fc.weight.square().sum()
 
 
+def set_to_zero(weight: Tensor) -> Tensor:
+    weight[0] = 0
+    return weight
+
+
 REFUSED: dict[str, tuple[Callable[[Tensor, nn.Linear], Tensor], str]] = {
     "einsum": (lambda x, fc: torch.einsum("bti,oi->bto", x, fc.weight), "torch.functional.einsum"),
     "masked": (lambda x, fc: nn.functional.linear(x, fc.weight * (fc.weight > 0)), "torch.Tensor.mul"),
     "standardised": (lambda x, fc: nn.functional.linear(x, fc.weight / fc.weight.norm()), "torch.Tensor.norm"),
+    "clone set": (lambda x, fc: nn.functional.linear(x, set_to_zero(fc.weight.clone())), "torch.Tensor.__setitem__"),
+    "spectrum": (
+        lambda x, fc: fc(x) + torch.view_as_real(torch.fft.rfft(fc.weight)).sum(),
+        "torch.fft.rfft",
+    ),
     "clone changed": (lambda x, fc: nn.functional.linear(x, fc.weight.clone().mul_(2)), "torch.Tensor.mul_"),
     "on the left of one": (lambda x, fc: torch.stack([fc.weight @ one for one in x[:, 0]]), "torch.Tensor.matmul"),
     "turned and joined": (lambda x, fc: nn.functional.linear(x, fc.weight.T.reshape(5, WIDTH)), "torch.Tensor.reshape"),

@@ -192,7 +192,7 @@ class _Watch(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any, given: list[_Weight], result: Any) -> None:
         """Keep other views of a weight in mind, and refuse what may make a gradient in a way that is not known."""
-        if func in _APART or not any(isinstance(one, Tensor) and one.is_floating_point() for one in _flat((result,))):
+        if func in _APART or _is_told(func, result):
             return
         weight, first = given[0], bool(args) and args[0] is given[0].tensor
         if func in _LIKE and not first:  # another tensor in the type or the shape of the weight
@@ -214,12 +214,21 @@ class _Watch(TorchFunctionMode):
 
 
 def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
-    """Yield arguments, and what lists and tuples among them hold."""
+    """Yield arguments, and what lists and tuples among them hold, but for those of numbers."""
     for value in values:
-        if isinstance(value, list | tuple):
-            yield from _flat(tuple(value))
-        else:
+        if not isinstance(value, list | tuple):
             yield value
+        elif value and not isinstance(value[0], int | float):
+            yield from _flat(tuple(value))
+
+
+def _is_told(func: Any, result: Any) -> bool:
+    """Whether a function only tells something of a weight, and neither computes with it nor changes it."""
+    if result is None:  # of what changes its arguments, such as ``weight[0] = 1``
+        return getattr(func, "__name__", "") == "__get__"
+    return not any(
+        isinstance(one, Tensor) and one.dtype.is_floating_point | one.is_complex() for one in _flat((result,))
+    )
 
 
 def _has_all(result: Any, weight: _Weight) -> bool:
@@ -354,6 +363,7 @@ _TURNS: dict[Any, Callable[..., bool]] = {  # of two dimensions: whether they ch
 }
 _SAME = {  # all values in their order, in another type, place or shape
     Tensor.flatten,
+    Tensor.requires_grad_,
     Tensor.reshape,
     Tensor.squeeze,
     Tensor.unflatten,
