@@ -227,7 +227,7 @@ def _is_told(func: Any, result: Any) -> bool:
     if result is None:  # of what changes its arguments, such as ``weight[0] = 1``
         return getattr(func, "__name__", "") == "__get__"
     return not any(
-        isinstance(one, Tensor) and one.dtype.is_floating_point | one.is_complex() for one in _flat((result,))
+        isinstance(one, Tensor) and (one.is_floating_point() or one.is_complex()) for one in _flat((result,))
     )
 
 
