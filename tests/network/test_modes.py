@@ -148,3 +148,15 @@ def test_rows_of_one_sample_at_a_time_where_batchnorm_comes_before_tokens(backen
         found = capture_gradients(model, selection, batches, cross_entropy, backend=backend)
         torch.testing.assert_close(found.factor.matrix, expected)
         assert found.backend == ("hooks" if backend == "auto" else backend)
+
+
+class Paired(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x.mean()
+
+
+def test_batchnorm_may_return_what_it_likes() -> None:
+    layer, x = Paired(3), torch.randn(1, 3, requires_grad=True)
+    with eval_mode(layer):
+        normed, mean = layer(x)
+    assert normed.shape == (1, 3) and mean.ndim == 0

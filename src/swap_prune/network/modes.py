@@ -73,12 +73,12 @@ def _is_batchnorm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm)
 
 
-def _straighten(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+def _straighten(_layer: nn.Module, _inputs: Any, output: Any) -> None:
     """Have the gradient of one sample come back to BatchNorm with strides of its own shape.
 
     With others, which one sample may have, torch goes back wrongly through BatchNorm in eval mode on a CPU (2.13).
     """
-    if output.requires_grad and output.device.type == "cpu" and len(output) == 1:
+    if isinstance(output, Tensor) and output.requires_grad and output.device.type == "cpu" and output.shape[:1] == (1,):
         output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
 
 

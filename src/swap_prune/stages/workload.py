@@ -19,7 +19,7 @@ from swap_prune.distributed import process_count
 from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes, trainable
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
-from swap_prune.fisher.capture.products import watched
+from swap_prune.fisher.capture.products import check_products
 from swap_prune.fisher.capture.sketch import most_rows, sketch_draws, sketch_rows
 from swap_prune.fisher.noise import NoiseModel
 from swap_prune.losses import CrossEntropy
@@ -120,8 +120,8 @@ def _count_row_numbers(sample: Any, model: nn.Module, request: Request) -> dict[
 
     def run() -> None:
         try:
-            with eval_mode(model), trainable(model), torch.enable_grad(), watched(model, weights, lambda *_: None):
-                request.loss(model, sample)
+            with eval_mode(model), trainable(model):
+                check_products(weights, lambda: request.loss(model, sample))
         except UnsupportedLayerError as error:
             refused.append(error)
 

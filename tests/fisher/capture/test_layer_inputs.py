@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from swap_prune.fisher.capture import layer_inputs as inputs
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
@@ -133,6 +134,28 @@ def test_weights_see_what_they_are_multiplied_with_whoever_does_it(model, scale)
     torch.testing.assert_close(squares, (scale * x).square().mean((0, 1))[None])
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, fc: (fc.weight @ x.mT).mT,
+        lambda x, fc: functional.linear(x.double(), fc.weight.double().clone()),
+        lambda x, fc: functional.conv1d(x.mT, fc.weight.unsqueeze(2)).mT,
+    ],
+)
+def test_weights_on_the_left_and_in_other_types_and_shapes_see_their_inputs(use):
+    class Used(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return use(x, self.fc)
+
+    x = normal(3, 2, 5)
+    moments = inputs_of(Used().double(), x).moments()["fc.weight"]
+    torch.testing.assert_close(moments, torch.einsum("btd,bte->de", x, x)[None] / 6)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -140,6 +163,15 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.lstm(x + self.embed.weight[x[..., 0].long() % 3])[0] + 0 * self.fc.weight.square().sum()
+
+
+class Reshaped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 10)
+
+    def forward(self, x):
+        return functional.linear(x, self.fc.weight.view(4, 5))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +190,7 @@ class Recurrent(nn.Module):
             r"'embed.weight' is an embedding; 'lstm.weight_ih_l0' belongs to a recurrent layer.*ignore=\['embed",
         ),
         (Recurrent(), ["fc.weight"], "no inputs of 'fc.weight' were seen"),
+        (Reshaped(), ["fc.weight"], "'fc.weight' multiplies in another shape"),
     ],
 )
 def test_weights_of_other_layers_are_refused(model, targets, message):

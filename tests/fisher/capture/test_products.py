@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -222,6 +223,14 @@ class LoudLSTM(nn.LSTM):
         return super().forward(x * 2, hx)
 
 
+class PackingLSTM(nn.LSTM):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        lengths = 1 + (x[:, 0, 0] * 1e3).long().remainder(STEPS)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, state = super().forward(packed)
+        return pad_packed_sequence(out, batch_first=True, total_length=STEPS)[0], state
+
+
 class LoudAttention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return super().forward(x, 2 * x, x.sin())
@@ -252,6 +261,7 @@ class ScaledTied(Tied):
 
 SUBCLASSES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
     "lstm": (lambda: LoudLSTM(WIDTH, 5, batch_first=True), everything),
+    "lstm that packs": (lambda: PackingLSTM(WIDTH, 5, batch_first=True, bidirectional=True), everything),
     "attention": (lambda: LoudAttention(WIDTH, 2, batch_first=True), outputs),
     "adapted": (Adapted, lambda body, x: body(x)),
     "scaled words": (ScaledTied, lambda body, x: body(x)),
@@ -326,6 +336,8 @@ FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor]
         lambda x, fc: fc(x) * fc.weight.shape[0] * fc.weight.detach().norm() + torch.zeros_like(fc.weight).sum()
     ),
     "x in its type": functional_case(lambda x, fc: fc(x.to(fc.weight).type_as(fc.weight))),
+    "its norm beside": functional_case(lambda x, fc: fc(x) * fc.weight.norm().item()),
+    "in the type of x": functional_case(lambda x, fc: nn.functional.linear(x, fc.weight.type_as(x))),
     "its gradient": functional_case(lambda x, fc: fc(x) if fc.weight.grad is None else x),
     "its zeros": functional_case(lambda x, fc: fc(x) * (fc.weight != 0).sum()),
     "squeezed and back": weight_case(
@@ -402,13 +414,18 @@ def test_what_is_told_in_products_computes_the_same(name: str) -> None:
     model, selection, (x, _) = case(name)
     expected, parameters = model(x), dict(model.named_parameters())
     seen: set[str] = set()
-    with watched(model, {own: parameters[own] for own in selection.names}, lambda one, *_: seen.add(one.name)):
+    with watched({own: parameters[own] for own in selection.names}, lambda one, *_: seen.add(one.name)):
         torch.testing.assert_close(model(x), expected)
     assert seen == set(selection.names)
 
 
 def penalised(model: nn.Module, batch: Any) -> Tensor:
     return cross_entropy(model, batch) + model.body.fc.weight.square().sum()
+
+
+def set_to(buffer: Tensor, weight: Tensor) -> Tensor:
+    buffer[:] = weight
+    return buffer
 
 
 def set_to_zero(weight: Tensor) -> Tensor:
@@ -434,6 +451,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor, nn.Linear], Tensor], str]] = {
     ),
     "part": (lambda x, fc: nn.functional.linear(x, fc.weight[:3]), "torch.Tensor.__getitem__"),
     "with itself": (lambda x, fc: x @ (fc.weight.T @ fc.weight), "torch.Tensor.matmul"),
+    "set in a buffer": (
+        lambda x, fc: x @ set_to(torch.zeros(5, WIDTH, dtype=x.dtype), fc.weight).T,
+        "torch.Tensor.__setitem__",
+    ),
     "beside": (lambda x, fc: fc(x) + fc.weight.sum(), "torch.Tensor.sum"),
     "joined": (lambda x, fc: nn.functional.linear(x, torch.cat([fc.weight, fc.weight])), "torch.cat"),
 }
@@ -453,6 +474,75 @@ def test_other_uses_of_a_weight_are_seen_and_left_to_others(name: str) -> None:
     torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match=f"'body.fc.weight' goes to {re.escape(function)}, which is no product"):
         capture_gradients(model, selection, [batch], cross_entropy, backend="hooks")
+
+
+class Scaled(torch.autograd.Function):
+    """A function that no watch sees into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return 3 * x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return 3 * gradient @ weight, 3 * gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def in_a_thread(x: Tensor, fc: nn.Linear) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(fc, 3 * x).result()
+
+
+def past_modes(x: Tensor, fc: nn.Linear) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return fc(3 * x)
+
+
+def attempted(x: Tensor, fc: nn.Linear) -> Tensor:
+    try:
+        return torch.einsum("bi,oi->bo", x, fc.weight)
+    except RuntimeError:
+        return x @ fc.weight.T.detach()
+
+
+UNSEEN: dict[str, Callable[[Tensor, nn.Linear], Tensor]] = {
+    "autograd function": lambda x, fc: Scaled.apply(x, fc.weight),
+    "thread": in_a_thread,
+    "past modes": past_modes,
+    "spectrum": lambda x, fc: torch.fft.rfft(fc.weight).abs().sum() * x[:, :5],
+    "complex": lambda x, fc: (x.to(torch.complex128) @ fc.weight.to(torch.complex128).T).real * 3,
+    "buffer": lambda x, fc: x @ set_to(torch.zeros(5, WIDTH, dtype=x.dtype), fc.weight).T * 3,
+    "attempted": attempted,
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_no_watch_sees_is_noticed_though_hardly_a_sample_goes_there(name: str) -> None:
+    """Samples of small loss, which are not compared with backward passes of their own."""
+    use = UNSEEN[name]
+
+    class Rarely(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(WIDTH, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rare = x[:, :1] > 1
+            return self.head((self.fc(x) + rare * use(x, self.fc)).tanh())
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * torch.where(batch[0][:, 0] > 1, 0.01, 1.0)
+
+    torch.manual_seed(0)
+    model, x = Rarely().double(), normal(12, WIDTH, seed=3).clamp(max=0.9)
+    x[-1, 0] = 1.5
+    batch, selection = (x, torch.arange(12) % 3), select_parameters(model)
+    found, singles = (capture_gradients(model, selection, [batch], losses, backend=kind) for kind in ("auto", "loop"))
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-8, atol=1e-11)
+    with pytest.raises(UnsupportedLayerError, match=r"'fc.weight' (goes to|is used where)"):
+        OutputGradients(model, selection, losses).run(batch, lambda *_: None, 12)
 
 
 def test_a_loss_that_a_weight_is_a_part_of_is_left_to_others() -> None:
@@ -643,6 +733,21 @@ def test_inputs_that_all_samples_share(places: Tensor, count: int) -> None:
     torch.testing.assert_close(low.factor.matvec(w), singles.factor.matvec(w), rtol=1e-8, atol=1e-10)
 
 
+def test_a_weight_of_another_module_with_groups_of_its_own() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.groups = nn.Parameter(torch.randn(2, 3, 4)), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight.flatten(0, 1).T).cos()[:, :3]
+
+    data = torch.utils.data.TensorDataset(torch.randn(40, 4), torch.arange(40) % 3)
+    options: dict[str, Any] = {"targets": ["weight"], "samples": 20, "storage": "low-rank"}
+    assert plan(Own(), data, 0.5, **options).chosen is not None
+    assert prune(Own(), data, 0.5, progress=False, **options).kept == 12
+
+
 def test_a_plan_says_what_low_rank_rows_cannot_be_had_of() -> None:
     model = Functional(REFUSED["masked"][0])
     data = torch.utils.data.TensorDataset(torch.randn(40, WIDTH), torch.arange(40) % 3)
@@ -690,7 +795,7 @@ def test_a_way_of_calling_that_is_not_known_is_left_to_others(monkeypatch: pytes
     model, selection, batch = case("gru")
     monkeypatch.setattr(recurrent, "_all_layers", failing)
     assert capture_gradients(model, selection, [batch], cross_entropy).backend == "loop"
-    with pytest.raises(ValueError, match=r"low-rank rows.*told in others failed: ValueError: not this way"):
+    with pytest.raises(ValueError, match=r"low-rank rows.*cannot be told in products: ValueError: not this way"):
         capture_low_rank(model, selection, RowSource(cross_entropy, [batch]))
 
 

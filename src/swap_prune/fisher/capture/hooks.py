@@ -46,7 +46,7 @@ class OutputGradients:
         self._bound = Bound(model, self._forth_and_back)
         tensors = (*self._bound.named_parameters(), *self._bound.named_buffers())
         self._state = {name: without_gradient(tensor) for name, tensor in tensors}
-        self._weights = {name: self._state[f"model.{name}"] for name in selection.names}
+        self._weights = {name: self._state[f"model.{name}"].requires_grad_() for name in selection.names}
         self._starts: list[Tensor] = []  # where the backward pass ends
         self._calls: JoinedCalls | None = None  # of the pass under way
         self._recording = False
@@ -175,26 +175,31 @@ class OutputGradients:
 
         It does so under the same watch: autograd stays on this thread here, on a GPU too.
         """
-        with torch.enable_grad(), watched(model, self._weights, self._see):
+        with torch.enable_grad(), watched(self._weights, self._see) as watch:
             losses = check_losses(self._loss_fn(model, batch), None)
-            if not self._starts or not losses.requires_grad:
+            if not losses.requires_grad:
                 raise UnsupportedLayerError("the losses depend on none of the selected weights")
             self._recording = False
             with torch.autograd.grad_mode.set_multithreading_enabled(False):
-                self._back(losses)
+                watch.refuse_others(self._back(losses))
         return losses.detach()
 
-    def _back(self, losses: Tensor) -> None:
-        """Do the backward pass, and the one that compares the order of items."""
+    def _back(self, losses: Tensor) -> Sequence[Tensor | None]:
+        """Do the backward pass, and the one that compares the order of items.
+
+        Returns:
+            The gradients of the weights, past all products.
+        """
         assert self._calls is not None
-        starts, weights = self._starts, torch.ones_like(losses)
+        starts, ones = tuple(self._starts), torch.ones_like(losses)
         compares = bool(self._recurrent) and 1 < len(losses) == self._calls.size
-        _run_backwards(losses, weights, starts, again=compares)
+        found = _run_backwards(losses, ones, (*starts, *self._weights.values()), again=compares)
         if compares:
-            self._levels = weights.ldexp(_exponents(losses, self._recurrent))
+            self._levels = ones.ldexp(_exponents(losses, self._recurrent))
             _run_backwards(losses, self._levels, starts)
             if self._in_order and not bool(torch.stack(self._in_order).all()):
                 raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
+        return found[len(starts) :]
 
     def _see(self, product: Product, inputs: Tensor, output: Tensor) -> Tensor | None:
         """Keep the inputs of a product, and have the gradient of its output sent on when it is known."""
@@ -257,15 +262,18 @@ def _unwatched(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     return receive_unwatched
 
 
-def _run_backwards(losses: Tensor, weights: Tensor, starts: Sequence[Tensor], *, again: bool = False) -> None:
-    """Run a backward pass from weighted losses to where it ends, once more or not.
+def _run_backwards(
+    losses: Tensor, weights: Tensor, ends: tuple[Tensor, ...], *, again: bool = False
+) -> Sequence[Tensor | None]:
+    """Run a backward pass from weighted losses and return the gradients where it ends; ``again``: not the last one.
 
     ``torch.autograd.grad`` is a function that a watch sees, and what is called within one of these is not watched.
     """
     engine: Any = torch.autograd.Variable._execution_engine
-    engine.run_backward(
-        (losses,), (weights,), again, False, tuple(starts), allow_unreachable=True, accumulate_grad=False
+    gradients: Sequence[Tensor | None] = engine.run_backward(
+        (losses,), (weights,), again, False, ends, allow_unreachable=True, accumulate_grad=False
     )
+    return gradients
 
 
 def _sizes_of(gradient: Tensor) -> Tensor:

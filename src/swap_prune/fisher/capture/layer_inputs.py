@@ -78,20 +78,20 @@ class LayerInputs:
 
     def _gather(self, reduce: _Reduce) -> dict[str, Tensor]:
         sums, others = {name: _Sum(reduce) for name in self.selection.names}, dict[str, str]()
-        with eval_mode(self.model), torch.no_grad(), ExitStack() as watch:
+        with eval_mode(self.model), torch.no_grad(), ExitStack() as disturbed:
             check_calibration(self.model, self.loss_fn, self.batches)
-            watch.enter_context(self._disturbed())
+            disturbed.enter_context(self._disturbed())
             parameters = dict(self.model.named_parameters())
 
             def see(product: Product, inputs: Tensor, _output: Tensor) -> None:
-                if product.turned or product.within:
-                    others[product.name] = _other(product)
+                if other := _other(product, parameters[product.name], sums[product.name]):
+                    others[product.name] = other
                 else:
-                    sums[product.name].add(product.layer, inputs)
+                    sums[product.name].add(product.layer, inputs.mT if product.left else inputs)
 
-            watch.enter_context(watched(self.model, {name: parameters[name] for name in sums}, see))
             for batch in self.batches:
-                run_loss(self.model, batch, self.loss_fn)
+                with watched({name: parameters[name] for name in sums}, see):
+                    run_loss(self.model, batch, self.loss_fn)
         if others:
             raise ValueError(
                 f"layer-wise methods prune the weights of Linear and Conv layers: {'; '.join(others.values())}; leave "
@@ -110,13 +110,18 @@ class LayerInputs:
         return {name: total.value / total.count for name, total in sums.items()}
 
 
-def _other(product: Product) -> str:
-    """Say what else than the weight of a Linear or Conv layer a parameter is."""
+def _other(product: Product, parameter: Tensor, total: _Sum) -> str:
+    """Say what else than the weight of a Linear or Conv layer a parameter is; nothing if it is none."""
     if isinstance(product.layer, Lookup):
         return f"{product.name!r} is an embedding"
     if product.recurrent:
         return f"{product.name!r} belongs to a recurrent layer"
-    return f"{product.name!r} {'projects for attention' if product.within else 'multiplies the other way round'}"
+    if product.within or product.turned:
+        return f"{product.name!r} {'projects for attention' if product.within else 'multiplies the other way round'}"
+    shape, groups = product.layer.shape, product.layer.groups
+    if (shape[0], math.prod(shape[1:])) != (len(parameter), parameter[0].numel()) or total.groups not in (0, groups):
+        return f"{product.name!r} multiplies in another shape"
+    return ""
 
 
 @dataclass
@@ -126,9 +131,11 @@ class _Sum:
     reduce: _Reduce
     value: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     count: int = 0
+    groups: int = 0  # 0: none was added
 
     def add(self, layer: Layer, inputs: Tensor) -> None:
         """Add the inputs of one call."""
+        self.groups = layer.groups
         for x in _as_rows(layer, inputs.detach()):
             self.value = self.value.to(x.device) + self.reduce(x)
             self.count += x.shape[1]

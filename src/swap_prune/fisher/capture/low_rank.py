@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from swap_prune.checks import whole_number
 from swap_prune.fisher.backends.low_rank import LowRankFactor
@@ -106,7 +107,8 @@ def numbers_of_a_row(model: nn.Module, selection: Selection, *, in_batches: bool
     for name, shape in selection.shapes.items():
         if len(shape) < 2:
             raise UnsupportedLayerError(f"{name!r} has shape {tuple(shape)}, and multiplies no inputs", (name,))
-        groups = int(getattr(owners[id(parameters[name])], "groups", 1)) if len(shape) > 2 else 1
+        owner = owners[id(parameters[name])]
+        groups = owner.groups if isinstance(owner, _ConvNd) else 1
         out, width = shape[0] // groups, math.prod(shape[1:])
         outer = is_outer(shape, groups, rank)
         total += groups * min(rank, out, width) * (out + width) if outer else shape.numel()

@@ -102,7 +102,7 @@ class Collector:
         """
         for name, seen in self.layers.items():
             calls, seen.calls = seen.calls, []
-            if len({layer.shape for layer, _, _ in calls}) > 1:
+            if len({(layer.shape, layer.groups) for layer, _, _ in calls}) > 1:
                 raise UnsupportedLayerError(f"{name!r} is used in several shapes")
             if calls and is_outer(calls[0][0].shape, calls[0][0].groups, seen.rank):
                 left, right = _factors(calls, size, seen.rank)

@@ -8,33 +8,32 @@ convolution, in an embedding or in ``x @ weight``, inputs and output gradients c
 layers compute several products in one call, and are told in them
 (:mod:`~swap_prune.fisher.capture.attention`, :mod:`~swap_prune.fisher.capture.recurrent`).
 
-What does not make a gradient of a weight passes: its shape, copies that are detached. Anything else that is done with
-it is not known, and refused.
+Products are computed with weights that are detached. So whatever gradient reaches a weight by itself is of something
+else that was done with it, seen or not, and none of it is known: such weights are refused
+(:meth:`Watch.refuse_others`).
 
 Place in the pipeline: beneath :mod:`~swap_prune.fisher.capture.hooks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from swap_prune.checks import first_line
 from swap_prune.fisher.capture.attention import attend
 from swap_prune.fisher.capture.layers import Convolution, Layer, Linear, Lookup, UnsupportedLayerError
 from swap_prune.fisher.capture.recurrent import CELLS, LAYERS, Order, run_cell, run_layers
-from swap_prune.network.calls import layer_input
 from swap_prune.process_memory import pass_on_shortage
 
-__all__ = ["Product", "See", "watched"]
+__all__ = ["Product", "See", "Watch", "check_products", "watched"]
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,32 @@ See = Callable[[Product, Tensor, Tensor], Tensor | None]  # (product, inputs, ou
 
 
 @contextmanager
-def watched(model: nn.Module, weights: Mapping[str, Tensor], see: See) -> Iterator[None]:
+def watched(weights: Mapping[str, Tensor], see: See) -> Iterator[Watch]:
     """Run a block in which products with some weights are shown.
 
     Args:
-        model: The network that runs.
-        weights: What its selected parameters are meanwhile, by name.
+        weights: What the selected parameters of a network are meanwhile, by name. They require gradients, where these
+            are on.
         see: Called with each product, what its weight was multiplied with and its output; may return another output.
+    """
+    with Watch(weights, see) as watch:
+        yield watch
+
+
+def check_products(weights: Mapping[str, Tensor], run: Callable[[], Tensor]) -> None:
+    """Run a network to its losses, and refuse weights that are used in other ways than in products.
+
+    Args:
+        weights: As for :func:`watched`.
+        run: Returns the losses, (n,).
 
     Raises:
-        UnsupportedLayerError: Within the block, if something else is done with a weight where gradients are on.
+        UnsupportedLayerError: As for :meth:`Watch.refuse_others`.
     """
-    watch = _Watch(weights, see)
-    with ExitStack() as undo:
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                undo.callback(module.register_forward_pre_hook(watch.note_order, with_kwargs=True).remove)
-        undo.enter_context(watch)
-        yield
+    with torch.enable_grad(), watched(weights, lambda *_: None) as watch:
+        losses = run()
+    if losses.requires_grad:
+        watch.refuse_others(torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True))
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,12 @@ class _Weight:
     name: str
     tensor: Tensor  # held, so that no other gets its id
     turned: bool = False
+    version: int | None = None  # of a view or copy: one that was changed since is none any more
+
+    @property
+    def holds(self) -> bool:
+        """Whether the tensor still has the values of the parameter."""
+        return self.version is None or self.version == _version(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -115,127 +128,151 @@ class _Call:
     padding: int | None = None
 
 
-class _Watch(TorchFunctionMode):
-    """Sees what is done with some weights."""
+class Watch(TorchFunctionMode):
+    """Sees what is done with some weights; see :func:`watched`."""
 
     def __init__(self, weights: Mapping[str, Tensor], see: See) -> None:
         super().__init__()
+        self._names = tuple(weights)
         self._weights = {id(tensor): _Weight(name, tensor) for name, tensor in weights.items()}
         self._see = see
-        self._with_gradients = torch.is_grad_enabled()  # of the watch: what has none does not matter then
+        self._with_gradients = torch.is_grad_enabled()
+        self._others: dict[str, str] = {}  # what else was done with a weight, first
+        self._taken: tuple[Tensor, int, Tensor] | None = None  # samples that were put in an order last, along an axis
         self._orders: dict[int, tuple[Tensor, Order]] = {}  # of packed samples, by their batch sizes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, and look at it where a weight is among its arguments."""
         kwargs = kwargs or {}
-        given = [self._weights[id(one)] for one in _flat((*args, *kwargs.values())) if id(one) in self._weights]
-        if not given:
-            return func(*args, **kwargs)
-        if func in _ATTENTION or func in LAYERS or func in CELLS:
-            return self._tell(func, args, kwargs, given)
-        if (call := _read(func, args, kwargs, given[0].tensor)) is not None:
-            others = [one for one in given if one.tensor is not call.weight]  # such as a bias
-            product = _product(given[0], call) if not others else None
-            if product is not None:
-                return self._shown(product, call.inputs, func(*args, **kwargs))
-            given = others or given
+        given = self._among((*args, *kwargs.values()) if kwargs else args)
+        if given:
+            return self._look(func, args, kwargs, given)
         result = func(*args, **kwargs)
-        if torch.is_grad_enabled() or not self._with_gradients:
-            self._follow(func, args, kwargs, given, result)
+        if func in _TAKING or func in _PACKING:
+            self._note_order(func, args, result)
         return result
 
-    def note_order(self, _module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Forward pre-hook of recurrent layers: keep the order of packed samples, which functions are not told."""
-        packed = layer_input(arguments, named)
-        if isinstance(packed, PackedSequence):
-            self._orders[id(packed.batch_sizes)] = packed.batch_sizes, (packed.sorted_indices, packed.unsorted_indices)
+    def refuse_others(self, gradients: Sequence[Tensor | None]) -> None:
+        """Refuse weights that are used in other ways than in products.
+
+        Args:
+            gradients: What came back to each of the weights by itself.
+
+        Raises:
+            UnsupportedLayerError: If anything did.
+        """
+        names = [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is not None]
+        if names:
+            how = self._others.get(names[0], "is used where it is not seen")
+            raise UnsupportedLayerError(f"{names[0]!r} {how}", tuple(names))
+
+    def _among(self, arguments: tuple[Any, ...]) -> list[_Weight]:
+        """Return the weights among arguments."""
+        known, found = self._weights, []
+        for one in arguments:
+            if one.__class__ is list or one.__class__ is tuple:
+                found += [known[id(inner)] for inner in _flat(one) if id(inner) in known]
+            elif id(one) in known:
+                found.append(known[id(one)])
+        return [one for one in found if one.holds] if found else found
+
+    def _look(self, func: Any, args: Any, kwargs: Any, given: list[_Weight]) -> Any:
+        """Call a function of some weights."""
+        if func in _ATTENTION or func in LAYERS or func in CELLS:
+            try:
+                return self._tell(func, args, kwargs, given)
+            except Exception as error:  # of no interest to the network, which may call in unknown ways
+                pass_on_shortage(error)
+                how = f"is in a layer that cannot be told in products: {first_line(error, typed=True)}"
+                self._others |= {one.name: how for one in given}
+        call = _read(func, args, kwargs, given[0].tensor)
+        weight = None if call is None else next((one for one in given if one.tensor is call.weight), None)
+        product = None if weight is None or call is None else _product(weight, call)
+        if product is not None and call is not None:
+            alone = call.weight.detach()
+            args = [alone if one is call.weight else one for one in args]
+            kwargs = {name: alone if one is call.weight else one for name, one in kwargs.items()}
+            self._note(func, [one for one in given if one is not weight])
+            return self._shown(product, call.inputs, func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        self._follow(func, args, kwargs, given, result)
+        return result
 
     def _shown(self, product: Product, inputs: Tensor, output: Tensor) -> Tensor:
         other = self._see(product, inputs, output)
         return output if other is None else other
 
-    def _tell(self, func: Any, args: Any, kwargs: Any, given: list[_Weight]) -> Any:
-        """Compute a call of attention or of a recurrent layer in products.
-
-        Raises:
-            UnsupportedLayerError: If it fails: that is no error of the network, which may call in unknown ways. Or if
-                some weight is in none of the products.
-        """
+    def _tell(self, func: Any, args: Any, kwargs: Any, given: Sequence[_Weight]) -> Any:
+        """Compute a call of attention or of a recurrent layer in products."""
         recurrent, shown = func not in _ATTENTION, set[str]()
 
         def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, own: bool = True) -> Tensor:
-            output = functional.linear(inputs, weight, bias)
             known = self._weights.get(id(weight))
             product = None if known is None else _product(known, _Call(inputs, weight))
             if product is None:
-                return output
+                return functional.linear(inputs, weight, bias)
             shown.add(product.name)
+            output = functional.linear(inputs, weight.detach(), bias)
             return self._shown(replace(product, within=own, recurrent=recurrent), inputs, output)
 
-        try:
-            result: Any
-            if func in LAYERS:
-                _, order = self._orders.get(id(args[1]), (None, None))
-                result = run_layers(linear, LAYERS[func], order, *args, **kwargs)
-            elif func in CELLS:
-                result = run_cell(linear, CELLS[func], *args, **kwargs)
-            else:
-                result = attend(linear, *args, **kwargs)
-        except UnsupportedLayerError:
-            raise
-        except Exception as error:
-            pass_on_shortage(error)
-            raise UnsupportedLayerError(f"a layer told in others failed: {first_line(error, typed=True)}") from error
-        if rest := [one.name for one in given if one.name not in shown]:
-            self._refuse(rest, func)
+        if func in LAYERS:
+            _, order = self._orders.get(id(args[1]), (None, None))
+            result: Any = run_layers(linear, LAYERS[func], order, *args, **kwargs)
+        else:
+            result = run_cell(linear, CELLS[func], *args, **kwargs) if recurrent else attend(linear, *args, **kwargs)
+        self._note(func, [one for one in given if one.name not in shown])
         return result
 
     def _follow(self, func: Any, args: Any, kwargs: Any, given: list[_Weight], result: Any) -> None:
-        """Keep other views of a weight in mind, and refuse what may make a gradient in a way that is not known."""
-        if func in _APART or _is_told(func, result):
-            return
-        weight, first = given[0], bool(args) and args[0] is given[0].tensor
-        if func in _LIKE and not first:  # another tensor in the type or the shape of the weight
-            return
-        turned = weight.turned
-        if len(given) == 1 and first and not kwargs and weight.tensor.ndim == 2 and func in _TURNS:
-            turned = turned != _TURNS[func](*args[1:])
-        elif not (first and func in _SAME and _has_all(result, weight)):
-            self._refuse([one.name for one in given], func)
-            return
-        self._weights.setdefault(id(result), replace(weight, tensor=result, turned=turned))
+        """Keep another view of a weight in mind, and what else is done with it."""
+        if len(given) == 1 and args and args[0] is given[0].tensor and isinstance(result, Tensor):
+            turned = _lies(func, args, kwargs, given[0], result)
+            if turned is not None and (result.requires_grad or not self._with_gradients):
+                self._weights[id(result)] = _Weight(given[0].name, result, turned, _version(result))
+                return
+        if result is None or any(isinstance(one, Tensor) and one.requires_grad for one in _flat((result,))):
+            self._note(func, given)
 
-    def _refuse(self, names: list[str], func: Any) -> None:
-        """Refuse a function of some weights, where gradients are watched."""
-        if self._with_gradients:
-            called = resolve_name(func) or getattr(func, "__name__", str(func))
-            message = f"{names[0]!r} goes to {called}, which is no product that rows are made of"
-            raise UnsupportedLayerError(message, tuple(dict.fromkeys(names)))
+    def _note(self, func: Any, others: Sequence[_Weight]) -> None:
+        """Keep in mind what weights were given to, if it should turn out to matter."""
+        called = resolve_name(func) or getattr(func, "__name__", str(func))
+        for one in others:
+            self._others.setdefault(one.name, f"goes to {called}, which is no product that rows are made of")
+
+    def _note_order(self, func: Any, args: Any, result: Any) -> None:
+        """Keep the order in which samples are packed, which functions of recurrent layers are not told."""
+        if func in _TAKING:
+            self._taken = (result, *args[1:]) if len(args) == 3 else None
+        elif self._taken is not None and args[0] is self._taken[0]:
+            _, axis, order = self._taken
+            back = order.argsort()
+            if axis == (0 if args[2] else 1) and torch.equal(
+                order[back], torch.arange(len(order), device=order.device)
+            ):
+                self._orders[id(result[1])] = result[1], (order, back)
 
 
-def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
-    """Yield arguments, and what lists and tuples among them hold, but for those of numbers."""
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    """Yield what lists and tuples hold, but for those of numbers."""
     for value in values:
         if not isinstance(value, list | tuple):
             yield value
         elif value and not isinstance(value[0], int | float):
-            yield from _flat(tuple(value))
+            yield from _flat(value)
 
 
-def _is_told(func: Any, result: Any) -> bool:
-    """Whether a function only tells something of a weight, and neither computes with it nor changes it."""
-    if result is None:  # of what changes its arguments, such as ``weight[0] = 1``
-        return getattr(func, "__name__", "") == "__get__"
-    return not any(
-        isinstance(one, Tensor) and (one.is_floating_point() or one.is_complex()) for one in _flat((result,))
-    )
-
-
-def _has_all(result: Any, weight: _Weight) -> bool:
-    """Whether what was made of a weight has all its values in their order."""
-    if not isinstance(result, Tensor) or result.numel() != weight.tensor.numel():
-        return False
-    return result.shape == weight.tensor.shape or not weight.turned
+def _lies(func: Any, args: Any, kwargs: Any, weight: _Weight, result: Tensor) -> bool | None:
+    """Say whether what a function made of a weight lies the other way round than the parameter; None: it is another."""
+    if func in _TURNS and weight.tensor.ndim == 2 and not kwargs:
+        return weight.turned != _TURNS[func](*args[1:])
+    if func not in _SAME or result.numel() != weight.tensor.numel() or not result.is_floating_point():
+        return None
+    return weight.turned if result.shape == weight.tensor.shape or not weight.turned else None
 
 
 def _product(weight: _Weight, call: _Call) -> Product | None:
@@ -355,13 +392,19 @@ _PRODUCTS: dict[Any, Callable[..., _Call | None]] = {
     Tensor.__getitem__: _taken,
 }
 _ATTENTION = {functional.multi_head_attention_forward}
+_TAKING = {torch.index_select, Tensor.index_select}
+_PACKING = {torch._C._VariableFunctions._pack_padded_sequence}
 
 _TURNS: dict[Any, Callable[..., bool]] = {  # of two dimensions: whether they change places
     **dict.fromkeys((torch.t, Tensor.t, _attribute("T"), _attribute("mT")), lambda: True),
-    **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.swapaxes), lambda one, other: one % 2 != other % 2),
+    **dict.fromkeys(
+        (torch.transpose, Tensor.transpose, Tensor.swapaxes, Tensor.swapdims), lambda one, other: one % 2 != other % 2
+    ),
     **dict.fromkeys((torch.permute, Tensor.permute), lambda *order: next(iter(_flat(order))) % 2 == 1),
 }
 _SAME = {  # all values in their order, in another type, place or shape
+    Tensor.cpu,
+    Tensor.cuda,
     Tensor.flatten,
     Tensor.requires_grad_,
     Tensor.reshape,
@@ -375,6 +418,7 @@ _SAME = {  # all values in their order, in another type, place or shape
     torch.unsqueeze,
     Tensor.to,
     Tensor.type,
+    Tensor.type_as,
     Tensor.float,
     Tensor.double,
     Tensor.half,
@@ -382,21 +426,4 @@ _SAME = {  # all values in their order, in another type, place or shape
     Tensor.contiguous,
     Tensor.clone,
     torch.clone,
-}
-_LIKE = {Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as}
-_APART = {  # what has no gradient
-    Tensor.detach,
-    torch.detach,
-    _attribute("data"),
-    Tensor.new_empty,
-    Tensor.new_full,
-    Tensor.new_ones,
-    Tensor.new_tensor,
-    Tensor.new_zeros,
-    torch.empty_like,
-    torch.full_like,
-    torch.ones_like,
-    torch.rand_like,
-    torch.randn_like,
-    torch.zeros_like,
 }
