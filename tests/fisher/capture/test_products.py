@@ -17,7 +17,7 @@ from swap_prune.fisher.capture import joined, layers, outer_products, recurrent
 from swap_prune.fisher.capture.hooks import OutputGradients
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import capture_low_rank
-from swap_prune.fisher.capture.products import watched
+from swap_prune.fisher.capture.products import Watch
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.capture.source import RowSource
 from swap_prune.losses import cross_entropy
@@ -414,7 +414,7 @@ def test_what_is_told_in_products_computes_the_same(name: str) -> None:
     model, selection, (x, _) = case(name)
     expected, parameters = model(x), dict(model.named_parameters())
     seen: set[str] = set()
-    with watched({own: parameters[own] for own in selection.names}, lambda one, *_: seen.add(one.name)):
+    with Watch({own: parameters[own] for own in selection.names}, lambda one, *_: seen.add(one.name)):
         torch.testing.assert_close(model(x), expected)
     assert seen == set(selection.names)
 

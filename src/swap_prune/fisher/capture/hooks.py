@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.joined import JoinedCalls, Sink
 from swap_prune.fisher.capture.layers import Layer, Linear, UnsupportedLayerError, items_of, put_weight_gradients
-from swap_prune.fisher.capture.products import Product, watched
+from swap_prune.fisher.capture.products import Product, Watch
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.samples.batches import batch_size, map_tensors, slice_batch
 from swap_prune.selection import Selection
@@ -175,7 +175,7 @@ class OutputGradients:
 
         It does so under the same watch: autograd stays on this thread here, on a GPU too.
         """
-        with torch.enable_grad(), watched(self._weights, self._see) as watch:
+        with torch.enable_grad(), Watch(self._weights, self._see) as watch:
             losses = check_losses(self._loss_fn(model, batch), None)
             if not losses.requires_grad:
                 raise UnsupportedLayerError("the losses depend on none of the selected weights")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from swap_prune.checks import some_of
 from swap_prune.fisher.capture.layers import Layer, Linear, Lookup, unfold_inputs
-from swap_prune.fisher.capture.products import Product, watched
+from swap_prune.fisher.capture.products import Product, Watch
 from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.network.modes import eval_mode
 from swap_prune.selection import Selection
@@ -90,7 +90,7 @@ class LayerInputs:
                     sums[product.name].add(product.layer, inputs.mT if product.left else inputs)
 
             for batch in self.batches:
-                with watched({name: parameters[name] for name in sums}, see):
+                with Watch({name: parameters[name] for name in sums}, see):
                     run_loss(self.model, batch, self.loss_fn)
         if others:
             raise ValueError(

@@ -18,7 +18,6 @@ Place in the pipeline: beneath :mod:`~swap_prune.fisher.capture.hooks`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +32,7 @@ from swap_prune.fisher.capture.layers import Convolution, Layer, Linear, Lookup,
 from swap_prune.fisher.capture.recurrent import CELLS, LAYERS, Order, run_cell, run_layers
 from swap_prune.process_memory import pass_on_shortage
 
-__all__ = ["Product", "See", "Watch", "check_products", "watched"]
+__all__ = ["Product", "See", "Watch", "check_products"]
 
 
 @dataclass(frozen=True)
@@ -72,30 +71,17 @@ class Product:
 See = Callable[[Product, Tensor, Tensor], Tensor | None]  # (product, inputs, output) -> another output
 
 
-@contextmanager
-def watched(weights: Mapping[str, Tensor], see: See) -> Iterator[Watch]:
-    """Run a block in which products with some weights are shown.
-
-    Args:
-        weights: What the selected parameters of a network are meanwhile, by name. They require gradients, where these
-            are on.
-        see: Called with each product, what its weight was multiplied with and its output; may return another output.
-    """
-    with Watch(weights, see) as watch:
-        yield watch
-
-
 def check_products(weights: Mapping[str, Tensor], run: Callable[[], Tensor]) -> None:
     """Run a network to its losses, and refuse weights that are used in other ways than in products.
 
     Args:
-        weights: As for :func:`watched`.
+        weights: As for :class:`Watch`.
         run: Returns the losses, (n,).
 
     Raises:
         UnsupportedLayerError: As for :meth:`Watch.refuse_others`.
     """
-    with torch.enable_grad(), watched(weights, lambda *_: None) as watch:
+    with torch.enable_grad(), Watch(weights, lambda *_: None) as watch:
         losses = run()
     if losses.requires_grad:
         watch.refuse_others(torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True))
@@ -129,7 +115,13 @@ class _Call:
 
 
 class Watch(TorchFunctionMode):
-    """Sees what is done with some weights; see :func:`watched`."""
+    """A block in which products with some weights are shown.
+
+    Args:
+        weights: What the selected parameters of a network are meanwhile, by name. They require gradients, where these
+            are on.
+        see: Called with each product, what its weight was multiplied with and its output; may return another output.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], see: See) -> None:
         super().__init__()
