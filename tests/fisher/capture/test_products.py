@@ -336,6 +336,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor]
         lambda x, fc: fc(x) * fc.weight.shape[0] * fc.weight.detach().norm() + torch.zeros_like(fc.weight).sum()
     ),
     "x in its type": functional_case(lambda x, fc: fc(x.to(fc.weight).type_as(fc.weight))),
+    "nothing of it beside": functional_case(lambda x, fc: fc(x) + 0.0 * fc.weight.sum()),
     "its norm beside": functional_case(lambda x, fc: fc(x) * fc.weight.norm().item()),
     "in the type of x": functional_case(lambda x, fc: nn.functional.linear(x, fc.weight.type_as(x))),
     "its gradient": functional_case(lambda x, fc: fc(x) if fc.weight.grad is None else x),
@@ -685,6 +686,99 @@ def test_what_is_changed_in_place_after_a_product_is_seen() -> None:
         for kind in ("auto", "loop")
     )
     assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+class Missing(nn.Module):
+    """One vector stands in for what is missing of any sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.embed, self.head = nn.Linear(WIDTH, 5), nn.Linear(WIDTH, 5), nn.Linear(5, 3)
+        self.register_buffer("query", normal(1, WIDTH, seed=5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.token(self.query)
+        return self.head(torch.where((x[:, 0] < -0.8)[:, None], token[0], self.embed(x)).tanh())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_that_take_one_of_what_they_share_are_not_mixed_up(seed: int) -> None:
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * torch.where(batch[0][:, 0] < -0.8, 0.2, 1.0)
+
+    torch.manual_seed(seed)
+    model, batch = Missing().double(), (normal(24, WIDTH, seed=seed), torch.arange(24) % 3)
+    selection = select_parameters(model)
+    found, singles = (capture_gradients(model, selection, [batch], losses, backend=kind) for kind in ("auto", "loop"))
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+class Latents(nn.Module):
+    """Unpacks the shape of what a shared product gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.head = nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+        self.register_buffer("latents", normal(STEPS, WIDTH, seed=5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(self.latents)
+        tokens, width = query.shape
+        return self.head((x[:, :, None] * query.reshape(1, tokens, width)).tanh().sum(1))
+
+
+def test_networks_that_do_not_bear_repeated_outputs_are_left_to_others() -> None:
+    torch.manual_seed(0)
+    model, batch = Latents().double(), (normal(N, STEPS), torch.arange(N) % 3)
+    selection = select_parameters(model)
+    found, singles = (
+        capture_gradients(model, selection, [batch], cross_entropy, backend=kind) for kind in ("auto", "loop")
+    )
+    assert found.backend == "vmap"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"low-rank rows do not suit the network: .*share the inputs of a layer"):
+        capture_low_rank(model, selection, RowSource(cross_entropy, [batch]))
+
+
+def test_layers_after_another_whose_inputs_are_shared() -> None:
+    class Chained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(2, 4), nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3)
+            self.register_buffer("hours", normal(1, STEPS, 2, seed=5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.second(self.first(self.hours).tanh())).tanh().mean(1))
+
+    torch.manual_seed(0)
+    model, batch = Chained().double(), (normal(N, STEPS, WIDTH), torch.arange(N) % 3)
+    found, singles = (
+        capture_gradients(model, select_parameters(model), [batch], cross_entropy, backend=kind)
+        for kind in ("auto", "loop")
+    )
+    assert found.backend == "hooks"
+    torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [STEPS, N])
+def test_inputs_that_are_shared_in_some_batches_alone(count: int) -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+            self.register_buffer("shared", normal(STEPS, WIDTH, seed=5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.fc(self.shared if bool(x[0, 0, 0] > 5) else x) + x[..., :4]).tanh().mean(1))
+
+    torch.manual_seed(0)
+    first, second = normal(count, STEPS, WIDTH), normal(count, STEPS, WIDTH, seed=2) + 9
+    model, batches = Sometimes().double(), [(x, torch.arange(count) % 3) for x in (first, second)]
+    found, singles = (
+        capture_gradients(model, select_parameters(model), batches, cross_entropy, backend=kind)
+        for kind in ("auto", "loop")
+    )
     torch.testing.assert_close(found.factor.matrix, singles.factor.matrix, rtol=1e-9, atol=1e-12)
 
 

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swap_prune.checks import first_line
 from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.joined import JoinedCalls, Sink
 from swap_prune.fisher.capture.layers import Layer, Linear, UnsupportedLayerError, items_of, put_weight_gradients
 from swap_prune.fisher.capture.products import Product, Watch
 from swap_prune.losses import LossFn, check_losses
+from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, map_tensors, slice_batch
 from swap_prune.selection import Selection
 
@@ -52,20 +54,19 @@ class OutputGradients:
         self._recording = False
         self._levels: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
         self._in_order: list[Tensor] = []  # for each call of a recurrent layer's product, whether they were the same
-        self._recurrent: set[torch.dtype] = (
-            set()
-        )  # types of recurrent layers in the pass under way: it may sort samples
+        self._compared: set[torch.dtype] = set()  # of products in the pass under way whose items' order is compared
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
-        self._shared: set[str] = set()  # the parameters of those whose inputs are the same for all samples
+        self._shared: dict[str, set[torch.Size]] = {}  # inputs, of products where all samples share these
         self._shapes: dict[str, list[torch.Size]] = {}  # of the inputs of each layer's calls in the pass under way
-        self._counts: dict[str, set[int]] = {}  # items that the calls of each layer had in the pass under way
-        self._items: dict[str, set[float]] = {}  # the same for each sample, where they were last told apart
+        self._asked: dict[str, list[torch.Size]] = {}  # what weights were multiplied with in the pass under way
+        self._counts: dict[str, set[tuple[int, int]]] = {}  # items and dimensions that each layer's calls had in it
+        self._items: dict[str, set[tuple[float, int]]] = {}  # the same for each sample, where they were last told apart
         self.changed = False  # whether they were others than before, in the last pass whose samples are told apart
 
     @property
     def flattened(self) -> bool:
         """Whether a layer sees several items of a sample side by side, which cannot be told from those of others."""
-        return any(items != {1.0} for items in self._items.values())
+        return any(share != 1 for items in self._items.values() for share, _ in items)
 
     def run(self, batch: Any, sink: Sink, size: int | None = None) -> Tensor:
         """Run a batch through the network.
@@ -87,7 +88,15 @@ class OutputGradients:
         """
         if self._axes is None and size is not None and size > 1:
             self._find_axes(batch)
-        losses = self._run(batch, JoinedCalls(sink, size or 1))
+        try:
+            losses = self._run(batch, JoinedCalls(sink, size or 1))
+        except Exception as error:
+            if not self._shared:
+                raise
+            pass_on_shortage(error)  # else of the repeated outputs, perhaps, which are no matter of the network's
+            raise UnsupportedLayerError(
+                f"samples share the inputs of a layer: {first_line(error, typed=True)}"
+            ) from error
         if size is not None:
             self._check_items(batch, size)
         return losses
@@ -122,7 +131,8 @@ class OutputGradients:
 
     def _run(self, batch: Any, calls: JoinedCalls) -> Tensor:
         """Do both passes, and return the losses."""
-        self._calls, self._recording, self._counts, self._shapes, self._recurrent = calls, True, {}, {}, set()
+        self._calls, self._recording, self._counts, self._shapes, self._compared = calls, True, {}, {}, set()
+        self._asked = {}
         try:
             losses: Tensor = functional_call(self._bound, self._state, (map_tensors(without_gradient, batch),))
             calls.finish()
@@ -137,13 +147,13 @@ class OutputGradients:
         It is not the first where tokens come before samples, as in ``nn.TransformerEncoder`` unless told otherwise.
         None does where all samples share the inputs, as positions.
         """
-        shapes = []
+        seen = []
         for count in (1, 2):
             self._run(slice_batch(batch, 0, count), JoinedCalls(None, 1))
-            shapes.append(self._shapes)
-        one, two = shapes
+            seen.append((self._shapes, self._asked))
+        (one, alone), (two, beside) = seen
         self._axes = {name: _grown(one[name], two[name]) for name in one.keys() & two.keys()}
-        self._shared = {name for name in self._axes if one[name] == two[name]}
+        self._shared = {name: set(shapes) for name, shapes in alone.items() if shapes == beside.get(name)}
 
     def _check_items(self, batch: Any, size: int) -> None:
         """Compare the items that layers saw of each sample with those of single samples, where they are new.
@@ -166,9 +176,9 @@ class OutputGradients:
                 )
         self._items = items
 
-    def _items_of(self, size: int) -> dict[str, set[float]]:
+    def _items_of(self, size: int) -> dict[str, set[tuple[float, int]]]:
         """Return the items of a sample that each layer saw in the last pass."""
-        return {name: {count / size for count in counts} for name, counts in self._counts.items()}
+        return {name: {(count / size, ndim) for count, ndim in counts} for name, counts in self._counts.items()}
 
     def _forth_and_back(self, model: nn.Module, batch: Any) -> Tensor:
         """Do both passes while the stand-ins are in place: a checkpointed block runs forwards once more in between.
@@ -192,10 +202,10 @@ class OutputGradients:
         """
         assert self._calls is not None
         starts, ones = tuple(self._starts), torch.ones_like(losses)
-        compares = bool(self._recurrent) and 1 < len(losses) == self._calls.size
+        compares = bool(self._compared) and 1 < len(losses) == self._calls.size
         found = _run_backwards(losses, ones, (*starts, *self._weights.values()), again=compares)
         if compares:
-            self._levels = ones.ldexp(_exponents(losses, self._recurrent))
+            self._levels = ones.ldexp(_exponents(losses, self._compared))
             _run_backwards(losses, self._levels, starts)
             if self._in_order and not bool(torch.stack(self._in_order).all()):
                 raise UnsupportedLayerError("the network puts samples in another order before a recurrent layer")
@@ -206,7 +216,11 @@ class OutputGradients:
         if not torch.is_grad_enabled():
             return None
         replaced = None
-        if product.name in self._shared and isinstance(product.layer, Linear) and self._calls is not None:
+        assert self._calls is not None
+        if self._recording:
+            self._asked.setdefault(product.name, []).append(inputs.shape)
+        shared = isinstance(product.layer, Linear) and inputs.shape in self._shared.get(product.name, ())
+        if shared:
             inputs, output = (_for_each(one, self._calls.size) for one in (inputs, output))
         if output._is_view():  # what changes it in place afterwards would go past it
             output = replaced = output.clone()
@@ -215,12 +229,13 @@ class OutputGradients:
             self._starts.append(start)
             output = replaced = start.clone()  # what works in place cannot do so on the start itself
         if self._recording:  # else a checkpointed block, computed again
-            if product.recurrent:
-                self._recurrent.add(output.dtype)
-            output.register_hook(_unwatched(self._receiver(product, inputs)))  # type: ignore[no-untyped-call]
+            compared = product.recurrent or shared
+            self._compared |= {output.dtype} if compared else set()
+            receive = _unwatched(self._receiver(product, inputs, compared=compared))
+            output.register_hook(receive)  # type: ignore[no-untyped-call]
         return replaced
 
-    def _receiver(self, seen: Product, inputs: Tensor) -> Callable[[Tensor], None]:
+    def _receiver(self, seen: Product, inputs: Tensor, *, compared: bool) -> Callable[[Tensor], None]:
         inputs = inputs.detach()
         version, calls = inputs._version, self._calls
         assert calls is not None
@@ -238,9 +253,9 @@ class OutputGradients:
             self._shapes.setdefault(seen.name, []).append(went.shape)
             if self._axes and isinstance(seen.layer, Linear) and (axis := self._axes.get(seen.name, 0)):
                 went, came = went.movedim(axis, 0), came.movedim(axis, 0)
-            self._counts.setdefault(seen.name, set()).add(items_of(seen.layer, went))
+            self._counts.setdefault(seen.name, set()).add((items_of(seen.layer, went), went.ndim))
             with torch.no_grad():
-                if seen.recurrent and calls.size > 1:
+                if compared and calls.size > 1:
                     sizes.append(_sizes_of(gradient))
                 calls.add(seen.name, seen.layer, went, came)
 
@@ -249,7 +264,8 @@ class OutputGradients:
 
 def _for_each(shared: Tensor, size: int) -> Tensor:
     """Return what all samples share for each of them, (size, ...): gradients then come back for each."""
-    return (shared if shared.shape[0] == 1 else shared.unsqueeze(0)).expand(size, *shared.shape[shared.shape[0] == 1 :])
+    one = shared.ndim > 0 and shared.shape[0] == 1
+    return (shared if one else shared.unsqueeze(0)).expand(size, *shared.shape[one:])
 
 
 def _unwatched(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

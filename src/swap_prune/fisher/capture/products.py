@@ -148,12 +148,13 @@ class Watch(TorchFunctionMode):
         """Refuse weights that are used in other ways than in products.
 
         Args:
-            gradients: What came back to each of the weights by itself.
+            gradients: What came back to each of the weights by itself; zeros are nothing.
 
         Raises:
             UnsupportedLayerError: If anything did.
         """
-        names = [name for name, gradient in zip(self._names, gradients, strict=True) if gradient is not None]
+        pairs = zip(self._names, gradients, strict=True)
+        names = [name for name, gradient in pairs if gradient is not None and bool(gradient.any())]
         if names:
             how = self._others.get(names[0], "is used where it is not seen")
             raise UnsupportedLayerError(f"{names[0]!r} {how}", tuple(names))
@@ -180,7 +181,7 @@ class Watch(TorchFunctionMode):
         call = _read(func, args, kwargs, given[0].tensor)
         weight = None if call is None else next((one for one in given if one.tensor is call.weight), None)
         product = None if weight is None or call is None else _product(weight, call)
-        if product is not None and call is not None:
+        if product is not None and call is not None and call.inputs is not call.weight:
             alone = call.weight.detach()
             args = [alone if one is call.weight else one for one in args]
             kwargs = {name: alone if one is call.weight else one for name, one in kwargs.items()}
