@@ -53,7 +53,7 @@ class OutputGradients:
         self._calls: JoinedCalls | None = None  # of the pass under way
         self._recording = False
         self._levels: Tensor | None = None  # of the losses, (n,), in a backward pass that compares the order of items
-        self._in_order: list[Tensor] = []  # for each call of a recurrent layer's product, whether they were the same
+        self._in_order: list[Tensor] = []  # for each of their calls, whether it was the same
         self._compared: set[torch.dtype] = set()  # of products in the pass under way whose items' order is compared
         self._axes: dict[str, int] | None = None  # the dimension of each layer's inputs that is that of the samples
         self._shared: dict[str, set[torch.Size]] = {}  # inputs, of products where all samples share these
