@@ -100,8 +100,8 @@ class LayerInputs:
         if unseen := [name for name, total in sums.items() if total.count == 0]:
             raise ValueError(
                 f"no inputs of {some_of(map(repr, unseen))} were seen: no Linear or Conv layer multiplies with "
-                f"such a weight, or no sample reached it; leave them out with ignore={unseen}, or use a method that works "
-                "on gradients"
+                f"such a weight, or no sample reached it; leave them out with ignore={unseen}, or use a method that "
+                "works on gradients"
             )
         for name, total in sums.items():
             if not bool(total.value.isfinite().all()):
