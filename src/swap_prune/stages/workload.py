@@ -19,8 +19,8 @@ from swap_prune.distributed import process_count
 from swap_prune.fisher.capture.footprint import SavedBytes, saved_bytes, trainable
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import numbers_of_a_row
-from swap_prune.fisher.capture.products import check_products
 from swap_prune.fisher.capture.sketch import most_rows, sketch_draws, sketch_rows
+from swap_prune.fisher.capture.watch import check_products
 from swap_prune.fisher.noise import NoiseModel
 from swap_prune.losses import CrossEntropy
 from swap_prune.memory.forecast import Workload

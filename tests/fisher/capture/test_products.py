@@ -17,9 +17,9 @@ from swap_prune.fisher.capture import joined, layers, outer_products, recurrent
 from swap_prune.fisher.capture.hooks import OutputGradients
 from swap_prune.fisher.capture.layers import UnsupportedLayerError
 from swap_prune.fisher.capture.low_rank import capture_low_rank
-from swap_prune.fisher.capture.products import Watch
 from swap_prune.fisher.capture.rows import capture_gradients
 from swap_prune.fisher.capture.source import RowSource
+from swap_prune.fisher.capture.watch import Watch
 from swap_prune.losses import cross_entropy
 from swap_prune.selection import Selection, select_parameters
 from tests.cases import normal

@@ -4,7 +4,7 @@ Its projections of queries, keys and values lie in one parameter, and its output
 own. Here the projections are made first, torch's own function attends with identities in their places, and the output
 layer comes last.
 
-Place in the pipeline: beneath :mod:`~swap_prune.fisher.capture.products`.
+Place in the pipeline: beneath :mod:`~swap_prune.fisher.capture.watch`.
 """
 
 from __future__ import annotations

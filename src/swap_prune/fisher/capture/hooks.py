@@ -1,7 +1,7 @@
 """Gradients of single samples from one forward and one backward pass of a whole chunk of them.
 
 In the forward pass the inputs of every product with a selected weight are kept
-(:mod:`swap_prune.fisher.capture.products`). The backward pass goes to the products' outputs and no further: autograd
+(:mod:`swap_prune.fisher.capture.watch`). The backward pass goes to the products' outputs and no further: autograd
 forms no weight gradient, which it would sum over the samples. The gradient at an output and the input make those of the
 single samples (:mod:`swap_prune.fisher.capture.layers`), while the pass is under way.
 
@@ -25,7 +25,8 @@ from swap_prune.checks import first_line
 from swap_prune.fisher.capture.bound import Bound, functional_call
 from swap_prune.fisher.capture.joined import JoinedCalls, Sink
 from swap_prune.fisher.capture.layers import Layer, Linear, UnsupportedLayerError, items_of, put_weight_gradients
-from swap_prune.fisher.capture.products import Product, Watch
+from swap_prune.fisher.capture.products import Product
+from swap_prune.fisher.capture.watch import Watch
 from swap_prune.losses import LossFn, check_losses
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.samples.batches import batch_size, map_tensors, slice_batch

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from swap_prune.checks import some_of
 from swap_prune.fisher.capture.layers import Layer, Linear, Lookup, unfold_inputs
-from swap_prune.fisher.capture.products import Product, Watch
+from swap_prune.fisher.capture.products import Product
+from swap_prune.fisher.capture.watch import Watch
 from swap_prune.losses import LossFn, check_calibration, run_loss
 from swap_prune.network.modes import eval_mode
 from swap_prune.selection import Selection

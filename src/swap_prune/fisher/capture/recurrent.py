@@ -5,7 +5,7 @@ one product with the inputs for all of them, and one with the state for each. Th
 over steps of outer products, as for the tokens of any Linear layer.
 
 Source of the equations: the documentation of ``torch.nn.LSTM``, ``GRU`` and ``RNN``. Place in the pipeline: beneath
-:mod:`~swap_prune.fisher.capture.products`.
+:mod:`~swap_prune.fisher.capture.watch`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ statistics), so that samples do not see each other. Three back ends give the sam
 
 - ``hooks``: one forward pass of a chunk and one backward pass to the outputs of the selected layers
   (:mod:`swap_prune.fisher.capture.hooks`), for weights that are used in products alone
-  (:mod:`swap_prune.fisher.capture.products`). The rows of largest loss are checked against backward passes of their
+  (:mod:`swap_prune.fisher.capture.watch`). The rows of largest loss are checked against backward passes of their
   own, until two that are not zero have been.
 - ``vmap``: ``torch.func.vmap(grad(loss))`` over a chunk, for all other parameters, beside no recurrent layer.
 - ``loop``: one backward pass a sample, for networks, losses or batches that neither can take.
