@@ -124,7 +124,7 @@ class Watch(TorchFunctionMode):
             own, alone = read.weight.tensor, read.weight.tensor.detach()
             args = [alone if one is own else one for one in args]
             kwargs = {name: alone if one is own else one for name, one in kwargs.items()}
-            self._note(func, [one for one in given if one is not read.weight])
+            self._note(func, [one for one in given if one is not read.weight])  # such as a bias
             return self._shown(read.product, read.inputs, func(*args, **kwargs))
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, given, result)
@@ -166,8 +166,8 @@ class Watch(TorchFunctionMode):
 
     def _note(self, func: Any, others: Sequence[Weight]) -> None:
         """Keep in mind what weights were given to, if it should turn out to matter."""
-        called = resolve_name(func) or getattr(func, "__name__", str(func))
         for one in others:
+            called = resolve_name(func) or getattr(func, "__name__", str(func))
             self._others.setdefault(one.name, f"goes to {called}, which is no product that rows are made of")
 
     def _note_order(self, func: Any, args: Any, result: Any) -> None:
