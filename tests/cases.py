@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from swap_prune import LR
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.selection import Selection
+
+ONE = LR(ridge=0.025, damping=1.0, metric="diagonal", floor=0)  # one candidate; it holds samples out, and takes steps
 
 
 def generator(seed=0):

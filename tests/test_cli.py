@@ -103,7 +103,7 @@ def test_text_for_people_and_settings_of_the_method(call) -> None:
 
 
 def test_an_interrupted_run_goes_on_after_its_last_stage(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (*PRUNE, "--method", "lr", "--samples", "60", "--stages", "3", "--json")
+    arguments = (*PRUNE, "--method", "obd", "--samples", "60", "--stages", "3", "--json")
     expected = json.loads(call(*arguments)[1])
     own, numbers = StageRunner.run, []
 
@@ -170,7 +170,7 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
 def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
     joined = "labels:kind=pair,fraction=0.1+gradient:std=1"
     for name, noise in (("a", ["--noise", joined]), ("b", [v for s in joined.split("+") for v in ("--noise", s)])):
-        status, *_ = call(*PRUNE, "--method", "lr", "--samples", "60", *noise, "--out", str(tmp_path / name))
+        status, *_ = call(*PRUNE, "--method", "obd", "--samples", "60", *noise, "--out", str(tmp_path / name))
         assert status == 0
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("a", "b"))
     assert [noise["model"] for noise in first["settings"]["noise"]] == ["LabelNoise", "GradientNoise"]
@@ -179,7 +179,7 @@ def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
 
 
 def test_the_number_of_stages_is_found(call) -> None:
-    status, text, _ = call(*PRUNE, "--method", "lr", "--samples", "60", "--stages", "auto", "--json")
+    status, text, _ = call(*PRUNE, "--method", "obd", "--samples", "60", "--stages", "auto", "--json")
     assert status == 0 and json.loads(text)["stages"] in (1, 4, 16)
     status, text, _ = call("plan", *PRUNE[1:], "--samples", "60", "--stages", "auto", "--json")
     assert status == 0 and json.loads(text)["storage"] == "float32"

@@ -162,7 +162,7 @@ def test_second_order_update_lowers_the_loss_of_a_trained_network() -> None:
         nn.functional.cross_entropy(dense(inputs), labels).backward()
         optimiser.step()
     losses = {}
-    for method in METHODS:
+    for method in ("magnitude", "lr", "ewr"):
         model = copy.deepcopy(dense)
         prune(model, TensorDataset(inputs, labels), 0.7, method, samples=400, stages=5)
         losses[method] = nn.functional.cross_entropy(model(inputs), labels).item()

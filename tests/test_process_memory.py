@@ -157,7 +157,7 @@ def test_samples_that_are_offered_fit_when_they_are_asked_for(method: str) -> No
         return count_workload(model, data, run, torch.device("cpu"))
 
     whole, offers = counted(1500), []
-    for budget in range(whole.held + 10**7, whole.held + 10**9, 3 * 10**7):
+    for budget in range(whole.held + 10**7, whole.held + 10**9, 6 * 10**7):
         refused = plan_memory(whole, budget)
         if refused.chosen is None and (found := re.search(r"use samples=(\d+)", refused.why)):
             offers.append(int(found[1]))

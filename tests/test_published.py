@@ -59,7 +59,8 @@ def test_one_stage_of_lr_is_far_above_magnitude(capsys: pytest.CaptureFixture[st
     assert result["accuracy"] > 83.64 + 2
 
 
-def test_resnet20_is_repaired_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resnet20_is_repaired_and_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.surgery.batchnorm.RECALIBRATION_SAMPLES", 1000)
     weights = str(CHECKPOINTS / "resnet20_cifar10.safetensors")
     result = call(capsys, "eval", "--model", "resnet20", "--data", "cifar10", "--weights", weights)
     assert result["accuracy"] > 90.5 and result["notes"]

@@ -16,7 +16,7 @@ from swap_prune.selection import select_parameters
 from swap_prune.surgery.batchnorm import batchnorm_misfit, recalibrate_batchnorm
 from swap_prune.surgery.snapshot import Snapshot
 from swap_prune.surgery.weights import write_weights
-from tests.cases import generator, normal
+from tests.cases import ONE, generator, normal
 
 
 def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
@@ -234,7 +234,7 @@ def test_the_best_number_of_stages_is_found_though_cudnn_moves_weights(monkeypat
     torch.manual_seed(0)
     data, first = TensorDataset(torch.randn(120, 5, 6), torch.arange(120) % 4), Recurrent()
     second, settings = copy.deepcopy(first), {"samples": 32, "stages": "auto", "targets": ["LSTM"], "progress": False}
-    prune(first, data, 0.8, "lr", **settings)  # type: ignore[arg-type]
+    prune(first, data, 0.8, ONE, **settings)  # type: ignore[arg-type]
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", moved)
-    prune(second, data, 0.8, "lr", **settings)  # type: ignore[arg-type]
+    prune(second, data, 0.8, ONE, **settings)  # type: ignore[arg-type]
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())

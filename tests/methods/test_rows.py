@@ -19,7 +19,7 @@ from swap_prune.fisher.noise import GradientNoise
 from swap_prune.fisher.noise.base import Layers
 from swap_prune.fisher.noise.rows import RowNoise
 from swap_prune.problem import PruningProblem, PruningSolution
-from tests.cases import trained
+from tests.cases import ONE, trained
 
 
 def unused() -> FisherFactor:
@@ -103,7 +103,7 @@ def test_a_run_takes_both_in_any_storage_and_leaves_no_file(images: bool, storag
     for _ in range(2):
         model, data = normalised(images)
         settings: dict[str, Any] = {"samples": 160, "storage": storage, "scratch": tmp_path, "progress": False}
-        report = prune(model, data, 0.9, "lr", **settings)
+        report = prune(model, data, 0.9, ONE, **settings)
         evidence = report.stages[0].evidence
         assert {one["rows"] for one in evidence["candidates"]} == {"mini-batches", "samples"}
         assert evidence["rows"] in ("mini-batches", "samples") and list(tmp_path.iterdir()) == []

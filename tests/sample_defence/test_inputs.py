@@ -25,7 +25,7 @@ from swap_prune.sample_defence.inputs import (
 from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.selection import select_parameters
 from swap_prune.training.teaching import Teacher
-from tests.cases import generator
+from tests.cases import ONE, generator
 
 _CLASSES, _SIZE = 6, 40
 
@@ -267,7 +267,7 @@ def test_a_defence_looks_where_it_is_told_to(defence: str | None, network: nn.Mo
         model.load_state_dict(network.state_dict())
         data = TensorDataset(*task(600, 30))
         options: dict[str, Any] = {"samples": 300, "defence": defence, "progress": False}
-        report = swap_prune.prune(model, data, 0.8, "lr", noise=noise, **options)
+        report = swap_prune.prune(model, data, 0.8, ONE, noise=noise, **options)
         looked = {"auto": set(SEEN), None: set()}.get(defence, set((defence or "").split("+")))
         assert (SEEN[hit] in report.stages[0].evidence) == (hit in looked), hit
         said = [name for name, words in SAID.items() if any(words in note for note in report.notes)]

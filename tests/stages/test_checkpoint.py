@@ -33,6 +33,7 @@ from swap_prune.report import StageReport
 from swap_prune.stages import checkpoint, identity
 from swap_prune.stages.identity import described
 from swap_prune.stages.runner import StageRunner
+from tests.cases import ONE
 from tests.stages.test_runner import own_labels, sure_network
 from tests.test_pipeline import small_data, small_network
 
@@ -130,7 +131,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
     "labels doubted": (sure_network, own_labels, {"noise": "labels:fraction=0.5", "samples": 200}),
     "an attack seen": (sure_network, own_labels, {"noise": "adversarial:budget=0.5", "samples": 200}),
     "no data": (small_network, small_data, {"method": "magnitude"}),
-    "found by itself": (small_network, small_data, {"stages": "auto"}),
+    "found by itself": (small_network, small_data, {"stages": "auto", "method": "lr"}),
     "buffers": (Counting, small_data, {}),
 }
 
@@ -138,7 +139,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
 def run(case: str, directory: Path | None, **changes: Any) -> tuple[PruningReport, dict[str, Tensor]]:
     make, data, settings = CASES[case]
     model = make()
-    given = {"method": "lr", "samples": 40, "stages": 4, "progress": False, **settings, **changes}
+    given = {"method": ONE, "samples": 40, "stages": 4, "progress": False, **settings, **changes}
     report = prune(model, data(), 0.8, checkpoint=directory, **given)
     return report, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -239,7 +240,7 @@ def test_a_defence_in_other_words_is_the_same_run(tmp_path: Path) -> None:
 
 def test_other_weights_and_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(2, monkeypatch, lambda: run("dataset", tmp_path))
-    given = {"method": "lr", "samples": 40, "stages": 4, "progress": False, "checkpoint": tmp_path}
+    given = {"method": ONE, "samples": 40, "stages": 4, "progress": False, "checkpoint": tmp_path}
     with pytest.raises(ValueError, match=r"weights was .* on the dense network"):
         prune(small_network(seed=3), small_data(), 0.8, **given)
     fewer = TensorDataset(*(tensor[:-1] for tensor in small_data().tensors))

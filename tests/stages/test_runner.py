@@ -21,7 +21,7 @@ from swap_prune.selection import select_parameters
 from swap_prune.stages import runner as runner_module
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Teacher
-from tests.cases import generator
+from tests.cases import ONE, generator
 from tests.fisher.defence.test_gradients import perceptron
 from tests.stages.test_search import QUIET, net, scripted
 from tests.stages.test_trials import batches, network, trials_on, untaught
@@ -285,7 +285,7 @@ def test_poison_is_seen_among_few_rows_of_mini_batches_that_differ_by_orders_of_
     model.train()(labels.tensors[0])
     labels = TensorDataset(labels.tensors[0], model.eval()(labels.tensors[0]).argmax(1))
     for noise, share in ((None, 0.0), (POISON, 0.1)):
-        report = prune(copy.deepcopy(model), labels, 0.6, "lr", samples=320, stages=3, noise=noise, progress=False)
+        report = prune(copy.deepcopy(model), labels, 0.6, ONE, samples=320, stages=3, noise=noise, progress=False)
         seen = [stage.evidence.get("rows_clipped", 0.0) for stage in report.stages]
         assert seen == pytest.approx([share] * 3)
 

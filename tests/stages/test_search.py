@@ -11,6 +11,7 @@ import swap_prune
 from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Taught
+from tests.cases import ONE
 from tests.tiny import batches, data, network
 
 QUIET = {"method": "lr", "samples": 20, "stages": "auto", "progress": False, "sparsity": 0.8}
@@ -124,7 +125,7 @@ def test_what_judges_is_believed_as_far_as_the_run_believes_its_labels(monkeypat
         return loss(runner, judged)
 
     monkeypatch.setattr(staging, "_loss", watched)
-    settings = QUIET | {"samples": 256, "noise": "labels:fraction=0.4"}
+    settings = QUIET | {"method": ONE, "samples": 256, "noise": "labels:fraction=0.4"}
     swap_prune.prune(model, torch.utils.data.TensorDataset(inputs, labels), **settings)
     trust = torch.cat([one for one in trusts if one is not None])
     assert len(trusts) >= 2 and None not in trusts

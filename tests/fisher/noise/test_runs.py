@@ -14,7 +14,7 @@ from swap_prune import load_pruned, prune
 from swap_prune.fisher.noise import NOISE_MODELS, NoiseModel
 from swap_prune.losses import cross_entropy
 from swap_prune.surgery.batchnorm import batchnorm_layers
-from tests.cases import generator, normal
+from tests.cases import ONE, generator, normal
 
 SPECS = (
     "gradient:std=4,fraction=0.25,scope=layer,batch=4",
@@ -70,9 +70,9 @@ def test_watching_is_free():
 @pytest.mark.parametrize("spec", [*SPECS, ALL])
 def test_every_noise_changes_the_answer_repeatably_at_the_same_sparsity(spec, tmp_path):
     first, again, clean = network(), network(), network()
-    report = prune(first, data(), 0.7, "lr", samples=40, stages=2, noise=spec)
-    prune(again, data(), 0.7, "lr", samples=40, stages=2, noise=spec)
-    dense = prune(clean, data(), 0.7, "lr", samples=40, stages=2)
+    report = prune(first, data(), 0.7, ONE, samples=40, stages=2, noise=spec)
+    prune(again, data(), 0.7, ONE, samples=40, stages=2, noise=spec)
+    dense = prune(clean, data(), 0.7, ONE, samples=40, stages=2)
     assert report.kept == dense.kept
     assert torch.equal(first[4].weight, again[4].weight) and not torch.equal(first[4].weight, clean[4].weight)
     report.save(tmp_path / "out")
