@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swap_prune import EWR
+from swap_prune import EWR, LR
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.descent import Race, damping_of, gains, is_significant, mean_loss, step_down, take_steps
 from swap_prune.methods.pairing import pairing_regression
@@ -81,6 +81,40 @@ def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothin
     problem = replace(base, held_out=held_out, slope=lambda w, kept: 1e-20 * base.slope(w, kept))
     _, lengths = step_down(problem, regression, fit, "auto")
     assert len(lengths) == 2 * steps
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_no_more_steps_are_taken_in_a_metric_than_are_asked_for(most):
+    base = known_loss()
+    regression, fit = start_of(base)
+    trials = itertools.count(1)
+    problem = replace(
+        base,
+        held_out=lambda w, kept: torch.full((5,), 1e6 * 0.99 ** next(trials), dtype=torch.float64),
+        slope=lambda w, kept: 1e-20 * base.slope(w, kept),
+    )
+    assert len(step_down(problem, regression, fit, "auto", most)[1]) == 2 * most
+
+
+@pytest.mark.parametrize("method", [LR, EWR])
+@pytest.mark.parametrize("removed", ["half", "most"])
+def test_a_method_takes_as_many_as_it_is_told(method, removed):
+    """In stages that compare candidates as they start, and in those that compare them after their steps."""
+    base = known_loss()
+    goal = base.reference + 1.0
+    problem = replace(
+        base,
+        keep=int(base.reference.count_nonzero()) // (2 if removed == "half" else 5),
+        slope=lambda w, kept: w - goal,
+        held_out=lambda w, kept: (w - goal).square(),
+        blank=lambda: torch.full((len(goal),), math.inf),
+    )
+    taken = {n: method(steps=n).solve(problem, generator()).evidence["first_order"] for n in (1, 3, 12)}
+    assert len(taken[1]) <= 2 < len(taken[12]) and len(taken[3]) <= 6
+    assert method().solve(problem, generator()).evidence["first_order"] == taken[12]
+    for wrong in (0, 1.5, "auto", True):
+        with pytest.raises(ValueError, match="steps must be"):
+            method(steps=wrong)
 
 
 @pytest.mark.parametrize("turned", [0, 1, 6, 7])
@@ -331,7 +365,7 @@ def test_without_confidence_a_coupling_is_left(monkeypatch):
     from swap_prune.regression.tuning import Coupling
     from tests.samples.test_held_out import fit_of
 
-    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, *rest: (fit, []))
     problem = known_loss()
     paired, other = (EWR(epsilon=0.1, anchor=a, swaps=0).solve(problem, torch.Generator()) for a in (0.0, 1.0))
 

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from swap_prune.regression.pattern import GroupPattern
     from swap_prune.regression.top_k import Floors
 
-__all__ = ["FisherKind", "PruningProblem", "PruningSolution", "check_solution"]
+__all__ = ["FisherKind", "PruningProblem", "PruningSolution", "RowKind", "check_solution"]
 
 FisherKind = Literal["auto", "gauss-newton", "empirical"]  # what the rows of G stand for
+RowKind = Literal["auto", "mini-batches", "samples"]  # what makes one of them where BatchNorm will be recalibrated
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ class Request:
     @property
     def in_batches(self) -> bool:
         """Whether a mini-batch makes one row of G, with its own statistics."""
-        return self.recalibrates and self.curvature is not None
+        asked = getattr(self.solver, "rows", "auto")
+        return self.recalibrates and self.curvature is not None and asked != "samples"
 
     @property
     def compares_rows(self) -> bool:

@@ -42,6 +42,7 @@ def scripted(
         race: Race,
         losses: Tensor,
         blank: Tensor | None,
+        most: int,
     ) -> Steps:
         (number,) = (i for i, one in enumerate(returned) if one is losses)
         assert torch.equal(fit.weights, seen[number])

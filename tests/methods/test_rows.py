@@ -130,6 +130,54 @@ def test_a_run_takes_one_kind_where_there_is_nothing_to_compare(settings: dict[s
     assert "rows" not in evidence and all("rows" not in one for one in evidence["candidates"])
 
 
+@pytest.mark.parametrize("method", [LR(), EWR(), ONE])
+@pytest.mark.parametrize("sparsity", [0.9, 0.95])
+def test_the_kind_that_is_taken_can_be_asked_for(method: LR | EWR, sparsity: float) -> None:
+    """What is asked for comes out as if the other had been compared and left."""
+
+    def weights_and_evidence(rows: str) -> tuple[list[Tensor], dict[str, Any]]:
+        model, data = normalised()
+        report = prune(model, data, sparsity, replace(method, rows=rows), samples=160, progress=False)
+        return [p.detach() for p in model.parameters()], dict(report.stages[0].evidence)
+
+    weights, evidence = weights_and_evidence("auto")
+    own, alone = weights_and_evidence(evidence["rows"])
+    assert all(map(torch.equal, weights, own)) and "rows" not in alone
+    if "candidates" in alone:
+        assert alone["candidates"] == [
+            {name: value for name, value in one.items() if name != "rows"}
+            for one in evidence["candidates"]
+            if one["rows"] == evidence["rows"]
+        ]
+
+
+def test_the_kind_of_rows_decides_about_memory_and_is_noted_where_it_cannot_be_had() -> None:
+    model, data = normalised()
+    needs = {
+        rows: plan(model, data, 0.9, LR(rows=rows), samples=160).forecasts[0] for rows in ("mini-batches", "samples")
+    }
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert needs["mini-batches"].gradients == 4 * 10 * weights, "of sixteen samples"
+    assert needs["samples"].gradients == 4 * 6 * 160 * weights, "signs are drawn six times"
+    said = "rows='mini-batches' makes no difference: {}, and rows are those of samples"
+    report = prune(model, data, 0.9, LR(rows="mini-batches"), samples=60, recalibrate_batchnorm=False, progress=False)
+    assert said.format("no BatchNorm is recalibrated") in report.notes
+    plain: dict[str, Any] = {"loss_fn": lambda net, batch: (net(batch[0]).square()).mean(1)}
+    report = prune(model, data, 0.9, LR(rows="mini-batches"), samples=60, progress=False, **plain)
+    assert said.format("the loss does not know its curvature") in report.notes
+    report = prune(model, data, 0.9, LR(rows="samples"), samples=60, recalibrate_batchnorm=False, progress=False)
+    assert not any("rows=" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("rows", ["batches", None, 16])
+def test_a_kind_of_rows_that_is_none(rows: Any) -> None:
+    for method in (LR, EWR):
+        with pytest.raises(ValueError, match="rows must be one of auto, mini-batches, samples, got"):
+            method(rows=rows)
+        with pytest.raises(ValueError, match="needs Gauss-Newton rows"):
+            method(rows="mini-batches", fisher="empirical")
+
+
 class Late(RowNoise):
     """Noise that begins when it is told to."""
 

@@ -312,7 +312,7 @@ def test_without_gain_on_held_out_samples_ewr_is_lr() -> None:
 @pytest.mark.parametrize(("gain", "coupled"), [(0.0, False), (5e-4, False), (2e-3, True)])
 def test_a_coupling_that_hardly_gains_is_left(gain: float, coupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However sure the gain is: the samples agree on it."""
-    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, length: (fit, []))
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, *rest: (fit, []))
     problem = problem_with(None)
     paired, other = (
         EWR(epsilon=0.1, anchor=anchor, swaps=0).solve(problem, torch.Generator()) for anchor in (0.0, 1.0)

@@ -96,10 +96,10 @@ class Paired(NamedTuple):
     steps: Steps | None
     evidence: dict[str, Any]
 
-    def after_steps(self, problem: PruningProblem, length: float | str) -> tuple[SparseFit, list[float]]:
+    def after_steps(self, problem: PruningProblem, settings: RegressionSettings) -> tuple[SparseFit, list[float]]:
         """Return the fit after first-order steps, and their lengths; see :func:`step_down`."""
         if self.steps is None:
-            return step_down(problem, self.regression, self.fit, length)
+            return step_down(problem, self.regression, self.fit, settings.first_order, settings.steps)
         return self.steps.applied_to(self.fit), self.steps.lengths
 
 
@@ -236,6 +236,7 @@ class _Contest:
             Race(),
             fitted.losses,
             self._blank,
+            self._settings.steps,
         )
         self._best = fitted._replace(steps=steps)
         fitted.entry["loss_after_steps"] = steps.levels[-1]
@@ -319,6 +320,7 @@ class _Contest:
             Race(rival, lost, start),
             fitted.losses,
             self._blank,
+            self._settings.steps,
         )
 
     def _has_lost(self, loss: float) -> bool:

@@ -18,6 +18,7 @@ from swap_prune.regression.objective import WeightedRidge
 
 __all__ = [
     "LEAST_GAIN",
+    "STEPS",
     "Race",
     "Steps",
     "gains",
@@ -29,7 +30,7 @@ __all__ = [
     "take_steps",
 ]
 
-_STEPS = 12  # natural-gradient steps a stage in each metric, and with each slope, at the most
+STEPS = 12  # natural-gradient steps a stage in each metric, and with each slope, at the most, by default
 LEAST_GAIN = 0.001  # of the held-out loss above its floor; a step that gains less is the last one
 _STEP_RIDGE = 0.1  # their damping
 _STEP_METRIC = 30.0  # damping of the second metric; few rows tell little of single weights, and the fit's ends early
@@ -99,7 +100,7 @@ def _is_above(loss: float, other: float, floor: float) -> bool:
 
 
 def step_down(
-    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, length: float | str
+    problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, length: float | str, most: int = STEPS
 ) -> tuple[SparseFit, list[float]]:
     """Go down the loss along the natural gradient, on the support of a fit.
 
@@ -109,6 +110,7 @@ def step_down(
         fit: Its sparse solution.
         length: Length of a single step; ``"auto"`` takes several, each with a slope of its own and as long as the
             mean loss on held-out samples gains from it; none where nothing is held out.
+        most: So many in each metric, and with each slope, at the most.
 
     Returns:
         The fit with its weights moved, and the lengths of the steps taken.
@@ -119,7 +121,7 @@ def step_down(
         descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
         direction = descent.direction(problem.slope(fit.weights, fit.kept()))
         return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
-    steps = take_steps(problem, regression, fit)
+    steps = take_steps(problem, regression, fit, most=most)
     return steps.applied_to(fit), steps.lengths
 
 
@@ -130,6 +132,7 @@ def take_steps(
     race: Race = _ALONE,
     losses: Tensor | None = None,
     blank: Tensor | None = None,
+    most: int = STEPS,
 ) -> Steps:
     """Take steps of their own lengths, in both metrics, as long as held-out samples gain.
 
@@ -146,6 +149,7 @@ def take_steps(
         race: What they have to keep up with.
         losses: Held-out losses of the fit, (n_v,), where they are known already.
         blank: Those of the network without any of the p weights, (n_v,), where they are known.
+        most: Steps in each metric, and with each slope, at the most.
 
     Returns:
         The steps, given up where they fell behind.
@@ -154,7 +158,7 @@ def take_steps(
     ridge = damping_of(regression)
     model = NaturalGradient.on(regression, fit.support, ridge, fit.refit)
     walk, support = _Walk(problem, replace(fit, refit=None), race, blank, loss_floor(problem, losses)), fit.support
-    walk.aim = level_before(problem)
+    walk.aim, walk.most = level_before(problem), most
     del fit
     walk.arrive(losses)
     walk.descend(model)
@@ -205,6 +209,7 @@ class _Walk:
         race: What to keep up with.
         blank: Held-out losses without any weight, (n_v,), where they are known.
         floor: What losses are taken not to fall below.
+        most: Steps of one model, at the most.
         aim: A mean held-out loss, of no more than which only steps lead on that gain `_BELOW_AIM` standard errors.
         found: Held-out losses of where they have come to, (n_v,).
         losses: Mean held-out losses, before the first step and after each.
@@ -220,6 +225,7 @@ class _Walk:
     race: Race
     blank: Tensor | None
     floor: float
+    most: int = STEPS
     aim: float = -math.inf
     found: Tensor | None = None
     losses: list[float] = field(default_factory=list)
@@ -265,7 +271,7 @@ class _Walk:
         plain = self.problem.blank is None
         length, shrinks = (math.inf, _PLAIN_SHRINKS) if plain else (_FIRST_LENGTH, _SHRINKS)
         self.again = _AGAIN
-        for _ in range(_STEPS):
+        for _ in range(self.most):
             if self.slope is None:
                 self.slope = self.problem.slope(self.fit.weights, self.fit.kept())
             direction, least = descent.direction(self.slope), self.losses[-1]

@@ -17,6 +17,7 @@ from swap_prune.checks import is_finite, whole_number
 from swap_prune.methods.contest import finite_entries, fit_pairing
 from swap_prune.methods.descent import (
     LEAST_GAIN,
+    STEPS,
     gains,
     held_out_losses,
     is_significant,
@@ -31,7 +32,7 @@ from swap_prune.methods.pairing import (
     pairing_regression,
     solution_of,
 )
-from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
+from swap_prune.problem import FisherKind, PruningProblem, PruningSolution, RowKind
 from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse
 from swap_prune.regression.metric import Metric
 from swap_prune.regression.objective import WeightedRidge
@@ -66,7 +67,9 @@ class EWR:
         iterations: As for LR; not used by ``algorithm1``.
         swaps: As for LR; not used by ``algorithm1``.
         first_order: As for LR; not used by ``algorithm1``.
+        steps: As for LR; not used by ``algorithm1``.
         floor: As for LR; ``algorithm1`` keeps to one that is fixed.
+        rows: As for LR.
         relaxation: tau > 0, in units of ``epsilon_unit``: what it costs a plan to drop the mass of samples that lie far
             from all others, which then count less (unbalanced transport; ``iht`` only; ``debias`` has no effect then).
             None: all count alike.
@@ -86,7 +89,9 @@ class EWR:
     iterations: int = 10
     swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
+    steps: int = STEPS
     floor: float | Literal["auto"] = "auto"
+    rows: RowKind = "auto"
     relaxation: float | None = None
 
     name: ClassVar[str] = "ewr"
@@ -125,7 +130,7 @@ class EWR:
     @property
     def compares_rows(self) -> bool:
         """Whether rows of mini-batches are compared with those of single samples, where both may be had."""
-        return self.solver == "iht" and self.first_order == "auto"
+        return self.solver == "iht" and self.first_order == "auto" and self.rows == "auto"
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Couple, regress, and repeat; with nothing to gain from coupling this is LR."""
@@ -137,10 +142,10 @@ class EWR:
         pairing, evidence = paired.regression, paired.evidence
         coupling, reason = self._coupling(pairing, paired.fit, generator)
         evidence |= reason
-        fit, steps = paired.after_steps(problem, self.first_order)
+        fit, steps = paired.after_steps(problem, self)
         if not coupling.is_pairing:
             coupled, solved = self._coupled(pairing, paired.fit, coupling)
-            moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order)
+            moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order, self.steps)
             if self._earns_its_place(problem, fit, moved, evidence):
                 fit, steps = moved, coupled_steps
                 evidence["objective"] = pairing.value(coupled.weights)

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import torch
 
 from swap_prune.methods.contest import fit_pairing
+from swap_prune.methods.descent import STEPS
 from swap_prune.methods.pairing import check_regression_settings, chooses, solution_of
-from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
+from swap_prune.problem import FisherKind, PruningProblem, PruningSolution, RowKind
 from swap_prune.regression.metric import Metric
 
 __all__ = ["LR"]
@@ -34,10 +35,15 @@ class LR:
         iterations: Hard-thresholding iterations a stage at the most.
         swaps: Batches of kept and dropped weights that change places after them, at the most; 0 for none.
         first_order: Length of one natural-gradient step on the kept weights after the regression, which leaves the
-            mean gradient out (0, the paper); or ``"auto"``: up to twelve in each of two metrics, as far as held-out
-            samples gain.
+            mean gradient out (0, the paper); or ``"auto"``: several in each of two metrics, as far as held-out samples
+            gain.
+        steps: How many these are in each metric, at the most. Each costs a backward pass over the samples, and more of
+            them lead further.
         floor: Share in [0, 1) of what a layer would keep if all kept alike, which each keeps at the least (0, the
             paper); or ``"auto"``: 0, but 0.5 and 0.75 are tried where a layer would keep less and samples are held out.
+        rows: Gauss-Newton rows of G where BatchNorm will be recalibrated: ``"mini-batches"``, with statistics of their
+            own; ``"samples"``, with those that are stored; or ``"auto"``: mini-batches, and where much is removed
+            whichever of the two leads lower on held-out samples. Elsewhere rows are those of samples.
     """
 
     fisher: FisherKind = "auto"
@@ -47,7 +53,9 @@ class LR:
     iterations: int = 10
     swaps: int = 10
     first_order: float | Literal["auto"] = "auto"
+    steps: int = STEPS
     floor: float | Literal["auto"] = "auto"
+    rows: RowKind = "auto"
 
     name: ClassVar[str] = "lr"
     needs_gradients: ClassVar[bool] = True
@@ -64,12 +72,12 @@ class LR:
     @property
     def compares_rows(self) -> bool:
         """Whether rows of mini-batches are compared with those of single samples, where both may be had."""
-        return self.first_order == "auto"
+        return self.first_order == "auto" and self.rows == "auto"
 
     def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
         """Solve the regression by iterative hard thresholding with refits."""
         if problem.keep in (0, problem.reference.numel()):
             return problem.trivial_solution()
         paired = fit_pairing(self, problem)
-        fit, steps = paired.after_steps(problem, self.first_order)
+        fit, steps = paired.after_steps(problem, self)
         return solution_of(fit, paired.evidence | {"first_order": steps})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import is_finite, whole_number
-from swap_prune.problem import FisherKind, PruningProblem, PruningSolution
+from swap_prune.problem import FisherKind, PruningProblem, PruningSolution, RowKind
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.metric import Metric, damped_metric
 from swap_prune.regression.objective import WeightedRidge
@@ -65,7 +65,11 @@ class RegressionSettings(Protocol):
     @property
     def first_order(self) -> float | str: ...
     @property
+    def steps(self) -> int: ...
+    @property
     def floor(self) -> float | str: ...
+    @property
+    def rows(self) -> str: ...
 
 
 def chooses(settings: RegressionSettings) -> bool:
@@ -173,7 +177,11 @@ def check_regression_settings(settings: RegressionSettings) -> None:
             raise ValueError(f"{name} must be 'auto' or a number {least} 0, got {value!r}")
     if settings.floor != "auto" and not (is_finite(settings.floor) and 0 <= float(settings.floor) < 1):
         raise ValueError(f"floor must be 'auto' or lie in [0, 1), got {settings.floor!r}")
-    for name, lowest in (("iterations", 1), ("swaps", 0)):
+    if settings.rows not in get_args(RowKind):
+        raise ValueError(f"rows must be one of {', '.join(get_args(RowKind))}, got {settings.rows!r}")
+    if settings.rows == "mini-batches" and settings.fisher == "empirical":
+        raise ValueError("rows='mini-batches' needs Gauss-Newton rows (fisher='auto'), got fisher='empirical'")
+    for name, lowest in (("iterations", 1), ("swaps", 0), ("steps", 1)):
         whole_number(name, getattr(settings, name), lowest)
 
 

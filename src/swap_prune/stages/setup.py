@@ -77,6 +77,9 @@ def _without_effect(request: Request) -> list[str]:
         idle += [f"defence {name}" for name in sorted(named - {"labels", "inputs"})]
         verb = "makes" if len(idle) == 1 else "make"
         notes += [f"{solver.name} takes no gradients: {' and '.join(idle)} {verb} no difference"] if idle else []
+    if getattr(solver, "rows", "auto") == "mini-batches" and not request.in_batches:
+        why = "the loss does not know its curvature" if request.recalibrates else "no BatchNorm is recalibrated"
+        notes.append(f"rows='mini-batches' makes no difference: {why}, and rows are those of samples")
     if looks and not solver.needs_held_out:
         notes.append(f"{solver.name} holds no samples out: defence {' and '.join(looks)} makes no difference")
     elif looks and not isinstance(request.loss, CrossEntropy):
