@@ -185,6 +185,14 @@ def test_the_number_of_stages_is_found(call) -> None:
     assert status == 0 and json.loads(text)["storage"] == "float32"
 
 
+def test_the_number_of_samples_is_what_fits(call) -> None:
+    status, text, _ = call("plan", *PRUNE[1:], "--samples", "auto", "--json")
+    whole = json.loads(text)
+    assert status == 0 and whole["samples"] == 240, "of 300 a fifth is held out"
+    _, text, _ = call("plan", *PRUNE[1:], "--samples", "auto")
+    assert "of 240 samples a stage" in " ".join(text.split())
+
+
 def test_fine_tuning_after_each_stage(call, tmp_path: Path) -> None:
     gradual = (*PRUNE, "--method", "lr", "--sparsity", "0.97", "--samples", "60", "--stages", "2", "--json")
     _, text, _ = call(*gradual)
@@ -288,6 +296,8 @@ BAD = {
         "floor must be 'auto' or lie in [0, 1)",
     ),
     "stages text": ([*PRUNE, "--stages", "many"], "--stages needs a whole number or auto"),
+    "samples text": ([*PRUNE, "--samples", "all"], "--samples needs a whole number or auto"),
+    "no samples": ([*PRUNE, "--samples", "0"], "samples must be a whole number of at least 1, got 0"),
     "memory": ([*PRUNE, "--method", "lr", "--memory", "1MB"], "memory"),
     "both": (["eval", *PRUNE[1:], "--pruned", "x"], "not both"),
     "artifact of nobody": (["eval", *PRUNE[1:5], "--pruned", "~nosuchuser/x"], "home directory that is not known"),

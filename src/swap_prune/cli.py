@@ -64,14 +64,15 @@ from swap_prune.options import (
     Targets,
     Weights,
     Width,
+    parse_count,
     parse_shares,
-    parse_stages,
     with_options_of,
 )
 from swap_prune.pipeline import plan as plan_run
 from swap_prune.pipeline import prune as prune_model
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport
+from swap_prune.request import SAMPLES
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.stages.checkpoint import has_stages
 from swap_prune.training.settings import parse_finetune
@@ -139,7 +140,7 @@ def prune(
     weights: Weights = None,
     sparsity: Sparsity = 0.9,
     method: MethodName = "ewr",
-    samples: Samples = 1024,
+    samples: Samples = str(SAMPLES),
     stages: Stages = "1",
     schedule: Schedule = "exponential",
     min_keep: MinKeep = None,
@@ -187,8 +188,8 @@ def prune(
             solver,
             targets=targets or DEFAULT_TARGETS,
             ignore=ignore or (),
-            samples=samples,
-            stages=parse_stages(stages),
+            samples=parse_count("samples", samples),
+            stages=parse_count("stages", stages),
             schedule=schedule,
             min_keep=parse_shares(min_keep),
             pattern=pattern,
@@ -270,7 +271,7 @@ def _go_on(checkpoint: Path | None, *arguments: Any, **options: Any) -> PruningR
         ) from None
 
 
-_PASSED_ON = ("samples", "schedule", "pattern", "noise", "defence", "memory", "storage", "scratch", "keep_rows", "seed")
+_PASSED_ON = ("schedule", "pattern", "noise", "defence", "memory", "storage", "scratch", "keep_rows", "seed")
 
 
 @app.command()
@@ -303,7 +304,8 @@ def _forecast(given: dict[str, Any]) -> MemoryPlan:
         targets=given["targets"] or DEFAULT_TARGETS,
         ignore=given["ignore"] or (),
         recalibrate_batchnorm=given["recalibrate"],
-        stages=parse_stages(given["stages"]),
+        samples=parse_count("samples", given["samples"]),
+        stages=parse_count("stages", given["stages"]),
         min_keep=parse_shares(given["min_keep"]),
         finetune=None if given["finetune"] is None else parse_finetune(given["finetune"]),
         device=_device(given["device"]),

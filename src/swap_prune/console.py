@@ -199,7 +199,8 @@ def show_table(table: Table, width: int = 0) -> None:
 def show_plan(forecast: MemoryPlan) -> None:
     """Print a plan for people."""
     allowed = "unknown" if forecast.limit is None else f"{forecast.limit / 1e9:.2f} GB"
-    table = Table(title=f"GB held in each phase; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
+    of = f", of {forecast.samples} samples a stage" if forecast.samples else ""
+    table = Table(title=f"GB held in each phase{of}; memory allows {allowed}", box=None, padding=(0, 2, 0, 0))
     phases = list(forecast.forecasts[0].phases) if forecast.forecasts else []
     for column in ("storage", *phases, "G", "file", ""):
         table.add_column(column, justify="left" if column in ("storage", "") else "right", no_wrap=True)

@@ -37,9 +37,9 @@ __all__ = [
     "Targets",
     "Weights",
     "Width",
+    "parse_count",
     "parse_setting",
     "parse_shares",
-    "parse_stages",
     "with_options_of",
 ]
 
@@ -62,7 +62,9 @@ CheckpointDir = Annotated[
 ]
 Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
 MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
-Samples = Annotated[int, typer.Option(help="calibration samples a stage")]
+Samples = Annotated[
+    str, typer.Option(help="calibration samples a stage, or auto: as many as fit", metavar="INTEGER|auto")
+]
 Stages = Annotated[str, typer.Option(help="prune-and-recapture stages, or auto", metavar="INTEGER|auto")]
 Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")]
 MinKeep = Annotated[
@@ -92,14 +94,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parse_stages(text: str) -> int | Literal["auto"]:
-    """Return a number of stages, or that it is to be found."""
+def parse_count(option: str, text: str) -> int | Literal["auto"]:
+    """Return a number, such as that of stages, or that it is to be found."""
     if text == "auto":
         return "auto"
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"--stages needs a whole number or auto, got {text!r}") from None
+        raise ValueError(f"--{option} needs a whole number or auto, got {text!r}") from None
 
 
 def parse_shares(texts: list[str] | None) -> float | dict[str, float]:

@@ -25,7 +25,7 @@ from swap_prune.checks import user_path
 from swap_prune.distributed import is_first, local_count
 from swap_prune.losses import LossFn
 from swap_prune.meeting import all_or_none
-from swap_prune.memory.planning import MemoryPlan, plan_memory
+from swap_prune.memory.planning import MemoryPlan
 from swap_prune.memory.scratch import scratch_directory
 from swap_prune.methods import Method, takes_gradients
 from swap_prune.network.device import moved, usable_device
@@ -35,12 +35,12 @@ from swap_prune.process_memory import memory_limit, shortage_named
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport
-from swap_prune.request import calibrating, check_request
+from swap_prune.request import SAMPLES, calibrating, check_request
 from swap_prune.samples.peek import peek
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import DEFAULT_TARGETS
 from swap_prune.stages.accounting import account
-from swap_prune.stages.checkpoint import Checkpoint, kept_storage
+from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.identity import identity
 from swap_prune.stages.kept_rows import check_keepable
 from swap_prune.stages.oddities import no_number
@@ -48,13 +48,13 @@ from swap_prune.stages.search import search_stages
 from swap_prune.stages.setup import (
     agree,
     checkpointed,
+    planned,
     recorded_storage,
     settle_storage,
     shared_among,
     stage_runner,
     taught,
 )
-from swap_prune.stages.workload import count_workload
 from swap_prune.surgery.batchnorm import repair_batchnorm
 from swap_prune.surgery.snapshot import restored_on_error
 from swap_prune.training.masks import note_pruned
@@ -73,7 +73,7 @@ def prune(
     loss_fn: LossFn | None = None,
     targets: Sequence[str] = DEFAULT_TARGETS,
     ignore: Sequence[str] = (),
-    samples: int = 1024,
+    samples: int | Literal["auto"] = SAMPLES,
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
     min_keep: float | Mapping[str, float] = 0.0,
@@ -109,9 +109,10 @@ def prune(
         targets: Class names, parameter or module names, or ``"re:..."``, of what is pruned: weights of two dimensions
             and more. A parameter of one dimension is selected by its exact name alone.
         ignore: The same, for what is not.
-        samples: Calibration samples a stage; all there are, if the data holds fewer. A method that chooses its
-            settings by the loss on held-out samples draws up to 512 more; of data that hold fewer it takes a fifth, or
-            what is left beside ``samples``, if that is more, and none where that is less than four.
+        samples: Calibration samples a stage; all there are, if the data holds fewer. ``"auto"``: 1,024, or as many as
+            fit the memory where no storage holds G of so many. A method that chooses its settings by the loss on
+            held-out samples draws up to 512 more; of data that hold fewer it takes a fifth, or what is left beside
+            ``samples``, if that is more, and none where that is less than four.
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
             on up to 1,024 more samples falls; of a Dataset or a plain DataLoader no stage sees them.
         schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
@@ -189,9 +190,8 @@ def prune(
             with suppress(OSError):  # which the plan will word
                 check_keepable(request, scratch).mkdir(parents=True, exist_ok=True)
         place, data = _place(model, device), calibrating(data, recalibration_data, request)
-        earlier = None if checkpoint is None else kept_storage(checkpoint)
         meeting.shared = request.storage == "sharded"
-        held, notes = settle_storage(model, data, request, place, memory, scratch, earlier)
+        request, held, notes = settle_storage(model, data, request, place, memory, scratch, checkpoint)
     held = replace(held, kept=user_path(scratch) if keep_rows and scratch is not None else None)
     recorded = recorded_storage(storage, held) if request.solver.needs_gradients else None
     spill = None if held.spilled == "nothing" else Spill(held.scratch, activations=held.spilled == "activations")
@@ -255,7 +255,7 @@ def plan(
     loss_fn: LossFn | None = None,
     targets: Sequence[str] = DEFAULT_TARGETS,
     ignore: Sequence[str] = (),
-    samples: int = 1024,
+    samples: int | Literal["auto"] = SAMPLES,
     stages: int | Literal["auto"] = 1,
     schedule: str = "exponential",
     min_keep: float | Mapping[str, float] = 0.0,
@@ -306,11 +306,10 @@ def plan(
     limit = memory_limit(memory, local_count(), place)
     if not request.solver.needs_gradients:
         return MemoryPlan(limit, (), None, f"{request.solver.name} takes no gradients: there is no G to hold")
-    earlier = None if checkpoint is None else kept_storage(checkpoint)
     if keep_rows and scratch is not None:  # prune would make it
         wanted = user_path(scratch).absolute()
         scratch = next(path for path in (wanted, *wanted.parents) if path.is_dir())
-    return plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
+    return planned(model, data, request, place, limit, scratch, checkpoint)[1]
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +32,9 @@ from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery.batchnorm import batchnorm_layers
 from swap_prune.training.settings import FineTune
 
-__all__ = ["Request", "calibrating", "check_pattern", "check_request", "limits_of"]
+__all__ = ["SAMPLES", "Request", "calibrating", "check_pattern", "check_request", "limits_of"]
+
+SAMPLES = 1024  # calibration samples a stage
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Request:
         defences: Where noise is looked for, gradients, labels, inputs; or what is done to gradients.
         finetune: How the network is trained after each stage; None: not at all.
         samples: Calibration samples a stage.
+        fewer: Whether fewer of them are taken where so many do not fit the memory.
         seed: Of the run's random state.
         storage: The storage asked for; ``"auto"`` is ``"sharded"`` where there is a process group.
         settings: What the report says of all this, as plain types.
@@ -69,9 +72,14 @@ class Request:
     defences: frozenset[str]
     finetune: FineTune | None
     samples: int
+    fewer: bool
     seed: int
     storage: str
     settings: dict[str, Any]
+
+    def of(self, samples: int) -> Request:
+        """Return the same of so many samples a stage."""
+        return replace(self, samples=samples, settings=self.settings | {"samples": samples})
 
     @property
     def in_batches(self) -> bool:
@@ -107,7 +115,7 @@ def check_request(
     loss_fn: LossFn | None,
     targets: Sequence[str],
     ignore: Sequence[str],
-    samples: int,
+    samples: int | Literal["auto"],
     stages: int | Literal["auto"],
     schedule: str,
     min_keep: float | Mapping[str, float],
@@ -142,7 +150,7 @@ def check_request(
     loss = cross_entropy if loss_fn is None else loss_fn
     if finetune is not None:
         finetune.share_of_teacher(loss, known=True)
-    samples, seed = whole_number("samples", samples), checked_seed(seed)
+    count, seed = _samples_of(samples), checked_seed(seed)
     check_storage(storage)
     selection = select_parameters(model, targets, ignore)
     places = {str(parameter.device) for parameter in model.parameters()}
@@ -166,7 +174,8 @@ def check_request(
         recalibrates=bool(recalibrate_batchnorm) and bool(batchnorm_layers(model)),
         defences=defences,
         finetune=finetune,
-        samples=samples,
+        samples=count,
+        fewer=samples == "auto",
         seed=seed,
         storage="sharded" if storage == "auto" and process_count() > 0 else storage,
         settings={
@@ -174,7 +183,7 @@ def check_request(
             "method": {"name": solver.name} | _plain(solver),
             "targets": [targets] if isinstance(targets, str) else list(targets),
             "ignore": [ignore] if isinstance(ignore, str) else list(ignore),
-            "samples": samples,
+            "samples": count,
             "stages": stages if isinstance(stages, str) else int(stages),
             "schedule": schedule,
             "min_keep": _plain_shares(min_keep),
@@ -185,6 +194,15 @@ def check_request(
         | ({} if pattern is None else {"pattern": pattern})
         | ({} if finetune is None else {"finetune": finetune.settings()}),
     )
+
+
+def _samples_of(samples: int | str) -> int:
+    """Return how many samples a stage takes at the most."""
+    if isinstance(samples, str):
+        if samples != "auto":
+            raise ValueError(f"samples must be a whole number of at least 1 or 'auto', got {samples!r}")
+        return SAMPLES
+    return whole_number("samples", samples)
 
 
 def check_pattern(solver: Method, pattern: str | None) -> None:

@@ -103,12 +103,16 @@ class MemoryPlan:
         forecasts: The candidates, fastest first.
         chosen: The one taken.
         why: The reason, in words.
+        samples: Calibration samples a stage that it is for.
+        fitting: How many would fit, where so many do not; 0: few or none, or memory is not what stands in the way.
     """
 
     limit: int | None
     forecasts: tuple[Forecast, ...]
     chosen: Forecast | None
     why: str
+    samples: int = 0
+    fitting: int = 0
 
     @property
     def place(self) -> int:
@@ -155,7 +159,8 @@ class MemoryPlan:
             for f in self.forecasts
         ]
         chosen = None if self.chosen is None else self.chosen.name
-        return {"limit": self.limit, "storage": chosen, "why": self.why, "forecasts": rows}
+        plain = {"limit": self.limit, "storage": chosen, "samples": self.samples, "why": self.why}
+        return plain | {"forecasts": rows}
 
 
 def check_storage(storage: str) -> None:
@@ -193,7 +198,7 @@ def plan_memory(
             others = _forecasts(own, limit, storage, directory)
             same = (kept.kind, kept.lean)
             forecasts = tuple(again if (f.storage.kind, f.storage.lean) == same else f for f in others)
-            return MemoryPlan(limit, forecasts, again, "the same as in the finished stages")
+            return MemoryPlan(limit, forecasts, again, "the same as in the finished stages", load.samples)
     plan = _choose(load, limit, storage, directory)
     if load.compared and (plan.chosen is None or plan.place > 0):  # a faster storage is worth more than to compare rows
         alone = _choose(replace(load, compared=0), limit, storage, directory).without_comparing()
@@ -225,13 +230,14 @@ def _choose(load: Workload, limit: int | None, storage: str, directory: Path) ->
     if storage == "auto":
         forecasts = tuple(f if f.exact or f.obstacle else replace(f, obstacle=_BY_NAME) for f in forecasts)
     if chosen is None:
-        return MemoryPlan(limit, forecasts, None, _refusal(load, limit, storage, directory, forecasts))
+        why, fitting = _refusal(load, limit, storage, directory, forecasts)
+        return MemoryPlan(limit, forecasts, None, why, load.samples, fitting)
     if chosen is forecasts[0]:
         why = "asked for" if storage != "auto" else "the fastest, and it fits"
     else:
         passed = [f for f in forecasts[: forecasts.index(chosen)] if f.exact]
         why = "; ".join(f"{f.name}: {f.obstacle}" for f in passed)
-    return MemoryPlan(limit, forecasts, chosen, why)
+    return MemoryPlan(limit, forecasts, chosen, why, load.samples)
 
 
 def _forecast(load: Workload, kind: StorageKind, lean: bool, limit: int | None, directory: Path) -> Forecast:
@@ -295,13 +301,27 @@ def _fitting(load: Workload, limit: int, directory: Path, forecasts: Sequence[Fo
     return 0
 
 
+def _fewer(load: Workload, limit: int, directory: Path, forecasts: Sequence[Forecast]) -> tuple[str, int]:
+    """Say how many samples would fit, in words and as a number, 0 where they would be few."""
+    fitting = _fitting(load, int(_OFFERED * limit), directory, forecasts)
+    if fitting >= _FEW:
+        return f"use samples={fitting}", fitting
+    fitting = _fitting(load, int(_AT_MOST * limit), directory, forecasts)
+    if fitting >= _FEW:
+        return f"use samples={fitting}", fitting
+    more = "give more memory or select fewer weights; magnitude, wanda and sparsegpt hold no gradients"
+    return f"use samples={fitting}, which are few, or {more}" if fitting >= _LEAST else more, 0
+
+
 def _shown(size: int) -> str:
     """Return a number of bytes as people read it."""
     return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB" if size >= 1e4 else f"{size} bytes"
 
 
-def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, forecasts: tuple[Forecast, ...]) -> str:
-    """Say that nothing fits, and how many samples would."""
+def _refusal(
+    load: Workload, limit: int | None, storage: str, directory: Path, forecasts: tuple[Forecast, ...]
+) -> tuple[str, int]:
+    """Say that nothing fits, and how many samples would; see :class:`MemoryPlan`."""
     offer = next((f for f in forecasts if f.obstacle == _BY_NAME), None)
     forecasts = tuple(f for f in forecasts if f is not offer and (storage != "auto" or f.exact))
     least = min(forecasts, key=lambda f: f.need)
@@ -309,17 +329,13 @@ def _refusal(load: Workload, limit: int | None, storage: str, directory: Path, f
     asked = "" if storage == "auto" else f" in storage {storage!r}"
     offered = "" if offer is None else "; or storage='low-rank', which fits, and approximates G"
     if limit is None or any(f.need <= limit for f in forecasts):  # memory is not what stands in the way
-        return f"G cannot be held{asked}: {reason}{offered}"
+        return f"G cannot be held{asked}: {reason}{offered}", 0
     if max(least.phases, key=least.phases.__getitem__) == "finetune":
         remedy = f"lower its batch_size (now {load.trained}), or give more memory"
-        return f"fine-tuning does not fit: {least.obstacle}; {remedy}"
-    fitting = _fitting(load, int(_OFFERED * limit), directory, forecasts)
-    fitting = fitting if fitting >= _FEW else _fitting(load, int(_AT_MOST * limit), directory, forecasts)
-    remedy = f"use samples={fitting}"
-    if load.held >= limit:
-        remedy = "give more than that"
-    elif fitting < _FEW:
-        more = "give more memory or select fewer weights; magnitude, wanda and sparsegpt hold no gradients"
-        remedy = f"use samples={fitting}, which are few, or {more}" if fitting >= _LEAST else more
+        return f"fine-tuning does not fit: {least.obstacle}; {remedy}", 0
+    remedy, fitting = "give more than that", 0
+    if load.held < limit:
+        remedy, fitting = _fewer(load, limit, directory, forecasts)
     held = f" ({_shown(load.held)} are held already)"
-    return f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"
+    why = f"{load.samples} samples of {load.weights} weights do not fit{asked}: {reason}{held}; {remedy}{offered}"
+    return why, fitting

@@ -70,7 +70,7 @@ def account(
 def _of_samples(request: Request, settings: dict[str, Any], stages: list[StageReport]) -> list[str]:
     """Say what there is to know of the calibration samples, by the first and the last stage."""
     notes, first, last = list[str](), stages[0], stages[-1]
-    if 0 < last.samples < settings["samples"]:
+    if 0 < last.samples < settings["samples"] and not request.fewer:
         notes.append(f"samples used in a stage: {last.samples}, fewer than the {settings['samples']} asked for")
     if 0 < last.samples < _FEW and request.solver.needs_held_out:
         notes.append(f"{last.samples} calibration samples are too few to choose settings by: give some hundred")

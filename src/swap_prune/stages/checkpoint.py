@@ -31,7 +31,7 @@ from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
 from swap_prune.samples.spill import Spilled
 
-__all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering", "has_stages", "kept_storage"]
+__all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering", "has_stages", "kept_samples", "kept_storage"]
 
 _RUN, _STAGES, _DIGEST, _SUFFIX = "run.json", "stages", "sha256", "-stages.safetensors"
 
@@ -267,6 +267,17 @@ def kept_storage(directory: str | Path) -> Storage | None:
     except (KeyError, TypeError, ValueError):  # it is another's, as will be seen, or holds none
         return None
     return Storage(kind=recorded.used, scratch=Path(), **recorded.model_dump(exclude={"asked", "used"}))
+
+
+def kept_samples(directory: str | Path) -> int | None:
+    """Return how many samples a stage the first stages of a run took at the most, where they can be gone on with."""
+    if not has_stages(directory):
+        return None
+    try:
+        samples = _read_run(user_path(directory)).get("samples")
+    except ValueError:  # as will be seen
+        return None
+    return samples if type(samples) is int and samples > 0 else None
 
 
 def _read_run(directory: Path) -> dict[str, Any]:

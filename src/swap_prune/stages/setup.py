@@ -20,22 +20,38 @@ from swap_prune.distributed import Team, local_count, team_of
 from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, Storage
 from swap_prune.losses import CrossEntropy, GaussNewtonLoss
-from swap_prune.memory.planning import plan_memory
+from swap_prune.memory.planning import MemoryPlan, plan_memory
 from swap_prune.memory.scratch import delete_abandoned
 from swap_prune.process_memory import memory_limit
 from swap_prune.randomness import forked_generator
-from swap_prune.request import Request
+from swap_prune.request import SAMPLES, Request
 from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.spill import Spill
 from swap_prune.selection import Selection
-from swap_prune.stages.checkpoint import Checkpoint, NetworkState, RandomStates, Remembering
+from swap_prune.stages.checkpoint import (
+    Checkpoint,
+    NetworkState,
+    RandomStates,
+    Remembering,
+    kept_samples,
+    kept_storage,
+)
 from swap_prune.stages.runner import StageRunner
 from swap_prune.stages.workload import count_workload
 from swap_prune.surgery.snapshot import Snapshot
 from swap_prune.training.teaching import Teacher
 
-__all__ = ["agree", "checkpointed", "recorded_storage", "settle_storage", "shared_among", "stage_runner", "taught"]
+__all__ = [
+    "agree",
+    "checkpointed",
+    "planned",
+    "recorded_storage",
+    "settle_storage",
+    "shared_among",
+    "stage_runner",
+    "taught",
+]
 
 _IN_FILES = {"samples": ("samples",), "activations": ("samples", "activations")}
 
@@ -47,14 +63,14 @@ def settle_storage(
     place: torch.device,
     memory: str | int | None,
     scratch: str | Path | None,
-    earlier: Storage | None,
-) -> tuple[Storage, list[str]]:
-    """Choose how G is held, and say what a reader should know of that."""
+    checkpoint: str | Path | None,
+) -> tuple[Request, Storage, list[str]]:
+    """Choose how G is held, and of how many samples; and say what a reader should know of that."""
     limit, notes = memory_limit(memory, local_count(), place), _without_effect(request)
     if not request.solver.needs_gradients:
-        return Storage(), notes
+        return request, Storage(), notes
     delete_abandoned(scratch)  # it takes room that there might be
-    chosen = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
+    request, chosen = planned(model, data, request, place, limit, scratch, checkpoint)
     held = chosen.require().storage
     if held != chosen.forecasts[0].storage:
         notes.append(f"G is held in storage {chosen.require().name} ({chosen.why})")
@@ -62,7 +78,33 @@ def settle_storage(
         notes.append(f"{held.at_once} samples run at once, for more than that do not fit the memory")
     if held.spilled != "nothing":
         notes.append(f"{' and '.join(_IN_FILES[held.spilled])} lie in files, for they do not fit the memory")
-    return held, notes
+    if request.fewer and request.samples < SAMPLES:
+        notes.append(f"{request.samples} samples are taken in a stage, for more do not fit the memory")
+    return request, held, notes
+
+
+def planned(
+    model: nn.Module,
+    data: Any,
+    request: Request,
+    place: torch.device,
+    limit: int | None,
+    scratch: str | Path | None,
+    checkpoint: str | Path | None,
+) -> tuple[Request, MemoryPlan]:
+    """Plan a run, of fewer samples where so many do not fit and the request leaves their number open.
+
+    Storage and number are those of the stages that a checkpoint has, if any. Processes that share G would not all come
+    to the same number.
+    """
+    earlier, before = (None, None) if checkpoint is None else (kept_storage(checkpoint), kept_samples(checkpoint))
+    if request.fewer and before is not None:
+        request = request.of(before)
+    found = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
+    if not (request.fewer and found.fitting and request.storage != "sharded"):
+        return request, found
+    request = request.of(found.fitting)
+    return request, plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
 
 
 def _without_effect(request: Request) -> list[str]:
