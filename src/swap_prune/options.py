@@ -66,7 +66,7 @@ Samples = Annotated[
     str, typer.Option(help="calibration samples a stage, or auto: as many as fit", metavar="INTEGER|auto")
 ]
 Stages = Annotated[str, typer.Option(help="prune-and-recapture stages, or auto", metavar="INTEGER|auto")]
-Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric or constant")]
+Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric, constant, or auto")]
 MinKeep = Annotated[
     list[str] | None,
     typer.Option(help="share of every layer that is kept, 0.01, or of some, PATTERN=0.2, which may be repeated"),

@@ -115,7 +115,8 @@ def prune(
             ``samples``, if that is more, and none where that is less than four.
         stages: Number of prune-and-recapture stages; ``"auto"`` tries one, four and sixteen, as long as the loss
             on up to 1,024 more samples falls; of a Dataset or a plain DataLoader no stage sees them.
-        schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric.
+        schedule: Sparsity over the stages: exponential, cubic, linear, constant or geometric; ``"auto"``: the better
+            of the first two, by the same loss.
         min_keep: Share of each layer's weights that is kept whatever they are worth, in [0, 1], rounded up; or shares
             by pattern, as ``targets`` has them: ``{"fc": 0.2, "re:layer1.*": 0.05}``. By default weights compete over
             all layers, and a layer may be emptied; the report's notes say so.
@@ -223,10 +224,10 @@ def prune(
         runner = taught(replace(runner, storage=placed), changing, before)
         if kept is not None:
             runner = checkpointed(runner, kept, place)
-        if stages == "auto":
-            records = search_stages(runner, request.schedules, shown)
+        if len(request.courses) > 1:
+            records = search_stages(runner, request.courses, shown)
         else:
-            records = runner.run_all(request.schedules[0], shown)
+            records = runner.run_all(request.courses[0], shown)
         notes += no_number(model, request.loss, first if sound else None)
         if finetune is None:
             before.restore_bystanders()

@@ -27,7 +27,7 @@ from swap_prune.network.device import check_network, check_values
 from swap_prune.network.modes import check_no_inference
 from swap_prune.regression.pattern import GroupPattern, parse_pattern
 from swap_prune.samples.calibration import check_data
-from swap_prune.schedule import keep_count, stage_schedules
+from swap_prune.schedule import Course, courses_of, keep_count
 from swap_prune.selection import Selection, layer_floors, select_parameters
 from swap_prune.surgery.batchnorm import batchnorm_layers
 from swap_prune.training.settings import FineTune
@@ -44,7 +44,7 @@ class Request:
     Attributes:
         solver: The method.
         noise: What disturbs samples, weights and gradients.
-        schedules: Sparsity after each stage; several of them where their number is to be found.
+        courses: Sparsity after each stage; several of them where their number or the schedule is to be found.
         selection: Where the p weights lie.
         floors: How many weights of a layer are kept at the least, by its name.
         pattern: What groups of neighbouring weights are held to.
@@ -62,7 +62,7 @@ class Request:
 
     solver: Method
     noise: NoiseChain
-    schedules: Sequence[Sequence[float]]
+    courses: Sequence[Course]
     selection: Selection
     floors: Mapping[str, int]
     pattern: GroupPattern | None
@@ -104,7 +104,9 @@ class Request:
     @property
     def stages(self) -> int:
         """How many stages there will be, at the most."""
-        return sum(map(len, self.schedules))
+        own, counts = self.courses[0].schedule, [(one.schedule, len(one.sparsities)) for one in self.courses]
+        others = [count for schedule, count in counts if schedule != own]
+        return sum(count for schedule, count in counts if schedule == own) + max(others, default=0)
 
 
 def check_request(
@@ -141,7 +143,7 @@ def check_request(
     if recalibrate_batchnorm not in (True, False):
         raise ValueError(f"recalibrate_batchnorm must be True or False, got {recalibrate_batchnorm!r}")
     solver, noise_model = resolve_method(method), parse_noise(noise)
-    schedules = stage_schedules(sparsity, stages, schedule)
+    courses = courses_of(sparsity, stages, schedule)
     defences = parse_defence(defence)
     if finetune is not None and not isinstance(finetune, FineTune):
         raise ValueError(f"finetune must be a swap_prune.FineTune or None, got {finetune!r}")
@@ -165,7 +167,7 @@ def check_request(
     return Request(
         solver=solver,
         noise=noise_model,
-        schedules=schedules,
+        courses=courses,
         selection=selection,
         floors=floors,
         pattern=grouped,
@@ -252,7 +254,7 @@ def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
         f"method {request.solver.name!r}": request.solver.needs_gradients or request.solver.needs_inputs,
         "recalibrate_batchnorm": request.recalibrates and recalibration_data is None,
         "finetune": request.finetune is not None and recalibration_data is None,
-        "stages='auto'": len(request.schedules) > 1,
+        "stages='auto' or schedule='auto'": len(request.courses) > 1,
     }
     reading = [user for user, reads in users.items() if reads]
     if reading:

@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from swap_prune.checks import is_number, whole_number
 
@@ -17,14 +18,17 @@ __all__ = [
     "MOST_STAGES",
     "SCHEDULES",
     "STAGE_COUNTS",
+    "TRIED",
+    "Course",
+    "courses_of",
     "keep_count",
     "share_out",
     "sparsity_schedule",
-    "stage_schedules",
 ]
 
 MOST_STAGES = 10_000
 STAGE_COUNTS = (1, 4, 16)  # tried in this order, where the number is to be found; from 1 to 2 little changes
+TRIED = ("exponential", "cubic")  # where the schedule is to be found
 
 
 def _exponential(t: int, stages: int, target: float) -> float:
@@ -79,13 +83,31 @@ def sparsity_schedule(target: float, stages: int, schedule: str = "exponential")
     if stages > MOST_STAGES:
         raise ValueError(f"stages must be {MOST_STAGES} at the most, got {stages}")
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or auto, got {schedule!r}")
     early = (SCHEDULES[schedule](t, stages, float(target)) for t in range(1, stages))
     return (*early, float(target))
 
 
-def stage_schedules(target: float, stages: int | str, schedule: str = "exponential") -> tuple[tuple[float, ...], ...]:
-    """Return the schedules to choose from: one, or with ``"auto"`` one of each length in ``STAGE_COUNTS``.
+class Course(NamedTuple):
+    """A way to the target.
+
+    Attributes:
+        schedule: Its name.
+        sparsities: After each stage.
+    """
+
+    schedule: str
+    sparsities: tuple[float, ...]
+
+
+def courses_of(target: float, stages: int | str, schedule: str = "exponential") -> tuple[Course, ...]:
+    """Return the courses to choose from, in the order in which they are tried.
+
+    Args:
+        target: Final sparsity in [0, 1).
+        stages: T; ``"auto"``: one course of each length in ``STAGE_COUNTS``.
+        schedule: A name in ``SCHEDULES``; ``"auto"``: the first of ``TRIED``, and where there are stages on the way
+            those of the others after them.
 
     Raises:
         ValueError: If an argument is out of range or the schedule is not known.
@@ -93,7 +115,10 @@ def stage_schedules(target: float, stages: int | str, schedule: str = "exponenti
     if isinstance(stages, str) and stages != "auto":
         raise ValueError(f"stages must be a whole number of at least 1 or 'auto', got {stages!r}")
     counts = STAGE_COUNTS if isinstance(stages, str) else (stages,)
-    return tuple(sparsity_schedule(target, count, schedule) for count in counts)
+    first, *others = TRIED if isinstance(schedule, str) and schedule == "auto" else (schedule,)
+    own = [Course(first, sparsity_schedule(target, count, first)) for count in counts]
+    several = [count for count in counts if count > 1]
+    return (*own, *(Course(name, sparsity_schedule(target, count, name)) for name in others for count in several))
 
 
 def keep_count(total: int, sparsity: float) -> int:

@@ -132,6 +132,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
     "an attack seen": (sure_network, own_labels, {"noise": "adversarial:budget=0.5", "samples": 200}),
     "no data": (small_network, small_data, {"method": "magnitude"}),
     "found by itself": (small_network, small_data, {"stages": "auto", "method": "lr"}),
+    "schedule found by itself": (small_network, small_data, {"schedule": "auto"}),
     "buffers": (Counting, small_data, {}),
 }
 
@@ -196,8 +197,8 @@ def test_what_comes_back_lies_where_new_tensors_lie(tmp_path: Path) -> None:
     kept = checkpoint.Checkpoint(tmp_path / "kept", {}).of(odd=Odd())
     model, data, _ = CASES["dataset"]
     record = prune(model(), data(), 0.5, "lr", samples=40, progress=False).stages[0]
-    kept.keep([record], 2)
-    assert kept.resume(2) == [record]
+    kept.keep([record], "2")
+    assert kept.resume("2") == [record]
 
 
 def test_the_interrupted_network_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,11 +542,11 @@ def test_evidence_that_is_no_number_comes_back(tmp_path: Path) -> None:
         sparsity=0.5, kept=3, samples=2, loss=math.inf, seconds=1.5, converged=True, iterations=1,
         evidence={"a": math.nan, "b": [1e-300, None]},
     )  # fmt: skip
-    kept.keep([record], 2)
-    (found,) = kept.resume(2)
+    kept.keep([record], "2")
+    (found,) = kept.resume("2")
     assert math.isnan(found.evidence.pop("a")) and record.evidence.pop("a") and found == record
     with pytest.raises(ValueError, match="cannot be written"):
-        kept.keep([record.model_copy(update={"evidence": {"a": torch.zeros(1)}})], 2)
+        kept.keep([record.model_copy(update={"evidence": {"a": torch.zeros(1)}})], "2")
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 import swap_prune
 from swap_prune.sample_defence.record import SampleDefence
+from swap_prune.schedule import sparsity_schedule
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Taught
 from tests.cases import ONE
@@ -51,6 +52,55 @@ def test_the_number_is_raised_as_long_as_held_out_samples_gain(
     assert [one["held_out_loss"] for one in tried] == pytest.approx(means)
     kept = seen[counts.index(chosen)]
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("stages", "means", "tried", "chosen"),
+    [
+        (5, [2.0, 1.0], ["5 exponential", "5 cubic"], 1),
+        (5, [2.0, 2.0], ["5 exponential", "5 cubic"], 0),
+        ("auto", [2.0, 2.5], ["1 exponential", "4 exponential"], 0),
+        ("auto", [2.0, 1.0, 1.5, 0.5], ["1 exponential", "4 exponential", "16 exponential", "4 cubic"], 3),
+        ("auto", [3.0, 2.0, 1.0, 1.5], ["1 exponential", "4 exponential", "16 exponential", "16 cubic"], 2),
+    ],
+)
+def test_another_schedule_is_tried_for_the_best_number(
+    monkeypatch: pytest.MonkeyPatch, stages: int | str, means: list[float], tried: list[str], chosen: int
+) -> None:
+    model = net()
+    seen = scripted(monkeypatch, means)
+    report = swap_prune.prune(model, data()[0], **QUIET | {"method": "obd", "stages": stages, "schedule": "auto"})
+    found = report.stages[-1].evidence["stages_tried"]
+    assert [f"{one['stages']} {one['schedule']}" for one in found] == tried
+    assert [one["held_out_loss"] for one in found] == means and report.settings["schedule"] == "auto"
+    assert all(torch.equal(tensor, seen[chosen][name]) for name, tensor in model.state_dict().items())
+    count, schedule = tried[chosen].split()
+    assert [stage.sparsity for stage in report.stages] == [*sparsity_schedule(0.8, int(count), schedule)]
+
+
+def test_one_stage_has_one_schedule_and_the_first_to_be_tried_is_that_of_the_default() -> None:
+    outcomes = []
+    for schedule in ("auto", "exponential"):
+        model = net()
+        report = swap_prune.prune(model, data()[0], **QUIET | {"stages": 1, "schedule": schedule})
+        outcomes.append(model.state_dict())
+        assert "stages_tried" not in report.stages[0].evidence
+    assert all(torch.equal(tensor, outcomes[1][name]) for name, tensor in outcomes[0].items())
+
+
+def test_a_plan_counts_what_the_schedules_need() -> None:
+    """The cubic one keeps more weights in its first stage."""
+    needs = {
+        schedule: swap_prune.plan(net(), data()[0], 0.8, "lr", samples=20, stages=16, schedule=schedule).forecasts[0]
+        for schedule in ("exponential", "cubic", "auto")
+    }
+    assert needs["exponential"].phases["solve"] <= needs["cubic"].phases["solve"] <= needs["auto"].phases["solve"]
+    assert needs["auto"].need >= needs["cubic"].need
+
+
+def test_a_search_without_data_says_who_reads_them() -> None:
+    with pytest.raises(ValueError, match="stages='auto' or schedule='auto' reads it"):
+        swap_prune.prune(net(False), None, 0.8, "magnitude", stages=3, schedule="auto")
 
 
 def test_each_trial_starts_from_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:

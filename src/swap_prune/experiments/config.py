@@ -87,8 +87,8 @@ def _check_storage(name: str) -> str:
 
 
 def _check_schedule(name: str) -> str:
-    if name not in SCHEDULES:
-        raise ValueError(f"must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    if name not in (*SCHEDULES, "auto"):
+        raise ValueError(f"must be one of {', '.join(SCHEDULES)} or auto, got {name!r}")
     return name
 
 

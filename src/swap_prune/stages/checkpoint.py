@@ -148,16 +148,16 @@ class Checkpoint:
         self._parts = parts
         return self
 
-    def resume(self, stages: int) -> list[StageReport]:
+    def resume(self, course: str) -> list[StageReport]:
         """Bring all parts to where the last finished stage left them, and return what the stages so far did.
 
         Args:
-            stages: How many stages there are in all.
+            course: What the stages are called: how many there are in all, and the schedule where it is another.
 
         Raises:
             ValueError: If the file is damaged, or the data are others.
         """
-        path = self._path(stages)
+        path = self._path(course)
         if not path.exists():
             return []
         try:
@@ -176,12 +176,12 @@ class Checkpoint:
         self.seconds += sum(record.seconds for record in records)
         return records
 
-    def keep(self, records: Sequence[StageReport], stages: int) -> None:
+    def keep(self, records: Sequence[StageReport], course: str) -> None:
         """Replace what is kept by what all parts are now.
 
         Args:
             records: What the stages so far did.
-            stages: How many stages there are in all.
+            course: What the stages are called: how many there are in all, and the schedule where it is another.
 
         Raises:
             ValueError: If it cannot be written.
@@ -193,7 +193,7 @@ class Checkpoint:
             for part, remembering in self._parts.items()
             for name, tensor in remembering.remembered().items()
         }
-        path = self._path(stages)
+        path = self._path(course)
         try:
             text = json.dumps([record.model_dump() for record in records])
             with replacing(path, durable=True) as scratch:
@@ -201,8 +201,8 @@ class Checkpoint:
         except (OSError, SafetensorError, TypeError) as error:
             raise ValueError(f"checkpoint {path} cannot be written: {error}") from error
 
-    def _path(self, stages: int) -> Path:
-        return self._directory / f"{stages}{_SUFFIX}"
+    def _path(self, course: str) -> Path:
+        return self._directory / f"{course}{_SUFFIX}"
 
     def _make(self, run: Mapping[str, Any]) -> None:
         """Make the directory, where it is not there."""

@@ -8,7 +8,7 @@ What all stages of a run share is a :class:`StageRunner`; the pipeline makes one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
-from swap_prune.schedule import keep_count
+from swap_prune.schedule import Course, keep_count
 from swap_prune.selection import unnamed_zeros
 from swap_prune.stages.capturing import RowCapture, rows_in_batches
 from swap_prune.stages.checkpoint import Checkpoint
@@ -94,17 +94,18 @@ class StageRunner:
     sample_defence: SampleDefence | None = None
     checkpoint: Checkpoint | None = None
 
-    def run_all(self, sparsities: Sequence[float], shown: StageProgress) -> list[StageReport]:
+    def run_all(self, course: Course, shown: StageProgress) -> list[StageReport]:
         """Run one stage after another, but those that a checkpoint has."""
-        count = len(sparsities)
+        sparsities, count = course.sparsities, len(course.sparsities)
+        name = f"{count}" if course.schedule == self.request.courses[0].schedule else f"{count}-{course.schedule}"
         shown.expect(count)
-        records = [] if self.checkpoint is None else self.checkpoint.resume(count)
+        records = [] if self.checkpoint is None else self.checkpoint.resume(name)
         if self.storage.team is not None:
             self.storage.team.agree("finished stages in the checkpoint", str(len(records)))
         for number in range(len(records) + 1, count + 1):
             records.append(self.run(sparsities[number - 1], shown, number, final=number == count))
             if self.checkpoint is not None:
-                self.checkpoint.keep(records, count)
+                self.checkpoint.keep(records, name)
         return records
 
     def run(self, sparsity: float, shown: StageProgress, number: int, *, final: bool) -> StageReport:

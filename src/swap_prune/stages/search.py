@@ -1,8 +1,8 @@
-"""How many stages? As many as held-out samples favour.
+"""How many stages, and by which schedule? As held-out samples favour.
 
 More stages cost time, and gain where much is removed: each starts from gradients of a network closer to the last one.
 So their number is raised fourfold, each time from the dense network, as long as the loss on samples that no stage has
-seen falls.
+seen falls. Another schedule is tried for the best number alone.
 
 Place in the pipeline: around the stages.
 """
@@ -20,6 +20,7 @@ from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.samples.shares import JUDGED
+from swap_prune.schedule import Course
 from swap_prune.stages.findings import STAGES_TRIED
 from swap_prune.stages.runner import StageRunner
 from swap_prune.surgery.snapshot import Snapshot
@@ -29,7 +30,7 @@ __all__ = ["search_stages"]
 
 
 class _Outcome(NamedTuple):
-    """A network pruned in some number of stages.
+    """A network pruned on some course.
 
     Attributes:
         records: What the stages did.
@@ -42,32 +43,38 @@ class _Outcome(NamedTuple):
     network: Snapshot
 
 
-def search_stages(runner: StageRunner, schedules: Sequence[Sequence[float]], shown: StageProgress) -> list[StageReport]:
-    """Prune by one schedule after another, as long as each is better than the last; keep the best.
+def search_stages(runner: StageRunner, courses: Sequence[Course], shown: StageProgress) -> list[StageReport]:
+    """Prune on one course after another, as long as each is better than the last; keep the best.
 
     Args:
         runner: Runs the stages; its network is dense.
-        schedules: Sparsities of the stages, the shortest schedule first; all of them end at the target.
+        courses: Those of one schedule, the shortest first, then those of others, of which the ones are tried that
+            have as many stages as the best; all of them end at the target.
         shown: Progress.
 
     Returns:
-        What the stages of the best schedule did; the last one's evidence has ``stages_tried``.
+        What the stages of the best course did; the last one's evidence has ``stages_tried``.
     """
     judged = _judges(runner)
     changing = None if runner.request.finetune is not None else runner.request.selection
     dense = Snapshot(runner.model, changing)
     best: _Outcome | None = None
     tried: list[dict[str, Any]] = []
-    for sparsities in schedules:
+    longer_gains, own = True, courses[0].schedule
+    for course in courses:
+        count = len(course.sparsities)
+        if best is not None and not (longer_gains if course.schedule == own else count == len(best.records)):
+            continue
         dense.restore()
-        records = runner.run_all(sparsities, shown)
+        records = runner.run_all(course, shown)
         loss = _loss(runner, judged)
-        tried.append({"stages": len(sparsities), "held_out_loss": loss})
-        if best is not None and not loss < best.loss:
-            best.network.restore()
-            break
-        best = _Outcome(records, loss, Snapshot(runner.model, changing))
-    assert best is not None, "there is at least one schedule"
+        tried.append({"stages": count, "schedule": course.schedule, "held_out_loss": loss})
+        if best is None or loss < best.loss:
+            best = _Outcome(records, loss, Snapshot(runner.model, changing))
+        else:
+            longer_gains = False
+    assert best is not None, "there is at least one course"
+    best.network.restore()
     *before, last = best.records
     return [*before, last.model_copy(update={"evidence": last.evidence | {STAGES_TRIED: tried}})]
 

@@ -60,7 +60,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         **counts(request.samples),
         counts=counts,
         weights=request.selection.total,
-        kept=keep_count(request.selection.total, request.schedules[-1][0]),
+        kept=keep_count(request.selection.total, min(course.sparsities[0] for course in request.courses)),
         method=request.solver.name,
         itemsize=request.selection.dtype(model).itemsize,
         can_spill=can_spill(place) and not altered,
@@ -68,7 +68,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         trained=0 if finetune is None else finetune.batch_size,
         training=0 if finetune is None else (finetune.arrays + _temporaries(place)) * sum(trained),
         largest_parameter=max(trained, default=0),
-        copies=0 if finetune is None else (4 if len(request.schedules) > 1 else 2) * _bytes(model),
+        copies=0 if finetune is None else (4 if len(request.courses) > 1 else 2) * _bytes(model),
         in_batches=request.in_batches,
         row_noise=noise.acts_on_rows,
         slopes_held=chooses and not request.defences.isdisjoint(MEANS),
@@ -93,7 +93,7 @@ def _count_samples(known: int | None, request: Request, samples: int) -> dict[st
         samples: That.
     """
     size = sys.maxsize if known is None else known
-    judged = min(JUDGED, size // 5) if len(request.schedules) > 1 else 0
+    judged = min(JUDGED, size // 5) if len(request.courses) > 1 else 0
     held_out = min(samples, HELD_OUT) if request.solver.needs_held_out else 0
     drawn, spare = share_out_samples(size - judged, samples, held_out)
     weights = request.selection.total
