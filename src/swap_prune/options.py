@@ -63,7 +63,7 @@ CheckpointDir = Annotated[
 Sparsity = Annotated[float, typer.Option(help="fraction of the weights to remove, in [0, 1)")]
 MethodName = Annotated[str, typer.Option("--method", help=", ".join(METHODS))]
 Samples = Annotated[
-    str, typer.Option(help="calibration samples a stage, or auto: as many as fit", metavar="INTEGER|auto")
+    str, typer.Option(help="calibration samples a stage; auto: 1024, or as many as fit", metavar="INTEGER|auto")
 ]
 Stages = Annotated[str, typer.Option(help="prune-and-recapture stages, or auto", metavar="INTEGER|auto")]
 Schedule = Annotated[str, typer.Option(help="exponential, cubic, linear, geometric, constant, or auto")]

@@ -84,10 +84,10 @@ def test_where_all_fit_it_is_the_default(count: int) -> None:
 
 
 def test_few_are_not_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    least = min(
-        plan(wide(), samples_of_it(), 0.9, ONE, samples=n, storage="float16").forecasts[0].need for n in (1, 50)
-    )
-    monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: int(1.05 * least))
+    needs = {
+        n: plan(wide(), samples_of_it(), 0.9, ONE, samples=n, storage="float16").forecasts[0].need for n in (20, 80)
+    }
+    monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: sum(needs.values()) // 2)
     with pytest.raises(ValueError, match=r"use samples=\d\d, which are few"):
         run("auto")
 
@@ -105,8 +105,29 @@ def test_a_run_goes_on_with_as_many_as_it_began_with(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(StageRunner, "run", lambda *_, **__: pytest.fail("all stages are there"))
         assert same(weights, run("auto", stages=3, checkpoint=tmp_path / "run")[1])
-    with pytest.raises(ValueError, match=r"is of another run: samples was \d+ and is 200"):
+    with pytest.raises(ValueError, match=r'samples was \d+ and is 200; samples_asked was "auto" and is 200\. Repeat'):
         run(200, stages=3, checkpoint=tmp_path / "run")
+
+
+def test_a_run_of_a_number_is_not_gone_on_with_by_one_that_leaves_it_open(tmp_path: Path) -> None:
+    interrupted_after(1, pytest.MonkeyPatch(), lambda: run(300, stages=3, checkpoint=tmp_path / "run"))
+    with pytest.raises(
+        ValueError, match=r'is of another run: samples was 300 and is 1024; samples_asked was 300 and is "auto"'
+    ):
+        run("auto", stages=3, checkpoint=tmp_path / "run")
+
+
+def test_before_a_stage_is_finished_there_is_nothing_to_go_on_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The memory that there is the second time decides."""
+    budget_for(300, monkeypatch)
+    interrupted_after(0, monkeypatch, lambda: run("auto", stages=2, checkpoint=tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    budget_for(500, monkeypatch)
+    report, weights = run("auto", stages=2, checkpoint=tmp_path / "run")
+    assert report.settings["samples"] > 400
+    assert same(weights, run("auto", stages=2, checkpoint=tmp_path / "run")[1])
 
 
 @pytest.mark.parametrize("samples", ["all", "", "64", 0, -1, 2.5, True, None])

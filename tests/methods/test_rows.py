@@ -178,6 +178,26 @@ def test_a_kind_of_rows_that_is_none(rows: Any) -> None:
             method(rows="mini-batches", fisher="empirical")
 
 
+@pytest.mark.parametrize("settings", [{"rows": "samples"}, {"fisher": "empirical"}])
+def test_noisy_slopes_of_samples_are_followed_by_those_of_batches(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have the statistics that candidates are judged by."""
+    offered: list[bool] = []
+    real = LR.solve
+
+    def solve(self: LR, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        offered.append(problem.whole_slope is not None)
+        return real(self, problem, generator)
+
+    monkeypatch.setattr(LR, "solve", solve)
+    for noise, recalibrated in (("gradient:std=4,fraction=0.25", True), ("gradient:std=4", False), (None, True)):
+        model, data = normalised(images=True)
+        options: dict[str, Any] = {"samples": 160, "noise": noise, "recalibrate_batchnorm": recalibrated}
+        prune(model, data, 0.9, replace(ONE, **settings), progress=False, **options)
+    assert offered == [True, False, False]
+
+
 class Late(RowNoise):
     """Noise that begins when it is told to."""
 

@@ -146,6 +146,18 @@ def test_rows_of_other_code_are_not_believed(tmp_path: Path) -> None:
     assert "rows_reused" in run(tmp_path, Net(), data)[1]
 
 
+@pytest.mark.parametrize("order", [("auto", "samples"), ("samples", "auto")])
+def test_rows_of_another_number_of_draws_are_not_believed(order: tuple[str, str], tmp_path: Path) -> None:
+    """Of one sample no mini-batch can be made: it gives a row, or where rows of samples are asked for several."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    data = TensorDataset(torch.randn(60, 8), torch.arange(60) % 3)
+    methods = [LR(rows=rows) for rows in order]  # type: ignore[arg-type]
+    run(tmp_path, model, data, method=methods[0], samples=1)
+    found, evidence = run(tmp_path, model, data, method=methods[1], samples=1)
+    assert "rows_reused" not in evidence
+    assert same(found, run(None, model, data, method=methods[1], samples=1)[0])
+
+
 class Weighted:
     """A loss that remembers how much each class counts, of which its type says nothing."""
 

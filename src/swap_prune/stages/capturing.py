@@ -74,7 +74,8 @@ class RowCapture:
             if self.storage.kept is None or self.number > 1:
                 return self._rows(weights, batches, advance), None
             kept, batched = self.storage.kept, self.in_batches
-            rows = KeptRows.of(kept, self.model, self.request, batches, in_batches=batched)
+            draws = 1 if self.request.curvature is None else self._draws(batches)
+            rows = KeptRows.of(kept, self.model, self.request, batches, in_batches=batched, draws=draws)
             found = rows.find(lambda: self._first_row(weights, batches), lambda: self._losses(batches))
             if found is None:
                 return rows.keep(self._rows(weights, batches, advance)), None
@@ -121,9 +122,11 @@ class RowCapture:
             return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
 
     def _draws(self, batches: list[Any]) -> int:
-        """Return how often signs are drawn for each sample, at the most."""
-        if self.request.in_batches and (self.in_batches or not rows_in_batches(self.request, batches)):
-            return 1  # also where no batch can be made, and a plan has counted one row for many samples
+        """Return how often signs are drawn for each sample or mini-batch, at the most."""
+        if self.in_batches:
+            return sketch_draws(len(mini_batches(batches)), self.request.selection.total)
+        if self.request.in_batches and not rows_in_batches(self.request, batches):
+            return 1  # no batch can be made, and a plan has counted those of batches
         return sketch_draws(sum(map(batch_size, batches)), self.request.selection.total)
 
     def _products(

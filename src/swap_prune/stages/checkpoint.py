@@ -31,8 +31,19 @@ from swap_prune.randomness import global_states, set_global_states
 from swap_prune.report import StageReport
 from swap_prune.samples.spill import Spilled
 
-__all__ = ["Checkpoint", "NetworkState", "RandomStates", "Remembering", "has_stages", "kept_samples", "kept_storage"]
+__all__ = [
+    "SAMPLES_ASKED",
+    "Checkpoint",
+    "NetworkState",
+    "RandomStates",
+    "Remembering",
+    "has_stages",
+    "kept_samples",
+    "kept_storage",
+]
 
+SAMPLES_ASKED = "samples_asked"  # what a run says of the number of samples that it was asked for
+_ITS_OWN = {"seed", "weights", "versions"}  # entries of run.json, by which it is told from a file of the same name
 _RUN, _STAGES, _DIGEST, _SUFFIX = "run.json", "stages", "sha256", "-stages.safetensors"
 
 
@@ -205,16 +216,16 @@ class Checkpoint:
         return self._directory / f"{course}{_SUFFIX}"
 
     def _make(self, run: Mapping[str, Any]) -> None:
-        """Make the directory, where it is not there."""
+        """Make the directory, where it is not there; one without a finished stage is as good as new."""
         path = self._directory / _RUN
         if self._directory.exists() and not self._directory.is_dir():
             raise ValueError(f"checkpoint {self._directory} is not a directory: choose another")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                return
-            strange = [found.name for found in self._directory.iterdir() if replaced_name(found) != _RUN]
-            if strange:
+                if has_stages(self._directory) or not _read_run(self._directory).keys() >= _ITS_OWN:
+                    return
+            elif strange := [found.name for found in self._directory.iterdir() if replaced_name(found) != _RUN]:
                 raise ValueError(
                     f"checkpoint directory {self._directory} holds other files ({strange[0]}): choose an empty one"
                 )
@@ -225,13 +236,7 @@ class Checkpoint:
 
     def _compare(self, run: Mapping[str, Any]) -> None:
         """Refuse another run."""
-        found = _read_run(self._directory)
-        names = sorted(found.keys() | run.keys())
-        differ = [
-            f"{name} was {_shown(found.get(name))} and is {_shown(run.get(name))}"
-            for name in names
-            if found.get(name) != run.get(name)
-        ]
+        differ = _differences(_read_run(self._directory), run)
         if differ:
             raise ValueError(
                 f"checkpoint {self._directory} is of another run: {'; '.join(differ)}. Repeat that run's arguments on "
@@ -270,14 +275,15 @@ def kept_storage(directory: str | Path) -> Storage | None:
 
 
 def kept_samples(directory: str | Path) -> int | None:
-    """Return how many samples a stage the first stages of a run took at the most, where they can be gone on with."""
+    """Return how many samples a stage the first stages of a run took at the most, where the run had that left open."""
     if not has_stages(directory):
         return None
     try:
-        samples = _read_run(user_path(directory)).get("samples")
+        run = _read_run(user_path(directory))
     except ValueError:  # as will be seen
         return None
-    return samples if type(samples) is int and samples > 0 else None
+    samples = run.get("samples")
+    return samples if run.get(SAMPLES_ASKED) == "auto" and type(samples) is int and samples > 0 else None
 
 
 def _read_run(directory: Path) -> dict[str, Any]:
@@ -296,6 +302,18 @@ def _read_run(directory: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} was altered: choose another directory")
     return found
+
+
+def _differences(found: Mapping[str, Any], run: Mapping[str, Any], within: str = "") -> list[str]:
+    """Say in what two runs differ; of tables of the same entries, in which of these."""
+    differ = list[str]()
+    for name in sorted(found.keys() | run.keys()):
+        was, now = found.get(name), run.get(name)
+        if isinstance(was, dict) and isinstance(now, dict) and was.keys() == now.keys():
+            differ += _differences(was, now, f"{within}{name}.")
+        elif was != now:
+            differ.append(f"{within}{name} was {_shown(was)} and is {_shown(now)}")
+    return differ
 
 
 def _digest(state: Mapping[str, Tensor], stages: str) -> str:

@@ -36,7 +36,7 @@ from swap_prune.stages.identity import described
 
 __all__ = ["KeptRows", "check_keepable"]
 
-_FORMAT = 2  # of what a row is: raise it when rows of the same samples change
+_FORMAT = 3  # of what a row is: raise it when rows of the same samples change
 _ALIKE = 1e-3  # of a norm: two ways to compute a row, or losses, may differ by so much
 
 
@@ -71,7 +71,14 @@ class KeptRows:
 
     @classmethod
     def of(
-        cls, directory: Path, model: nn.Module, request: Request, batches: Sequence[Any], *, in_batches: bool
+        cls,
+        directory: Path,
+        model: nn.Module,
+        request: Request,
+        batches: Sequence[Any],
+        *,
+        in_batches: bool,
+        draws: int,
     ) -> KeptRows:
         """Name the rows of some samples.
 
@@ -81,6 +88,7 @@ class KeptRows:
             request: What is asked for.
             batches: The samples.
             in_batches: Whether rows are those of mini-batches.
+            draws: How often signs are drawn, at the most.
 
         Raises:
             ValueError: If the samples cannot be told from others.
@@ -96,7 +104,7 @@ class KeptRows:
             "network": type(model).__qualname__,
             "selected": {name: list(shape) for name, shape in request.selection.shapes.items()},
             "loss": described(request.loss),
-            "rows": [described(request.curvature), in_batches, request.seed, _FORMAT],
+            "rows": [described(request.curvature), in_batches, draws, request.seed, _FORMAT],
             "samples": samples.hexdigest(),
             "device": device.type,
             "versions": versions(),

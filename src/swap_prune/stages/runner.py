@@ -40,7 +40,7 @@ from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.request import Request
 from swap_prune.sample_defence.record import SampleDefence
-from swap_prune.samples.batches import batch_size, split_batches
+from swap_prune.samples.batches import batch_size, is_single, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import Course, keep_count
@@ -341,6 +341,9 @@ class StageRunner:
         slopes_cleaned = defence is not None and defence.cleans_slopes
         in_parts = rows_in_batches(self.request, fitting) and (slopes_cleaned or defended.clipped > 0)
         in_batches = in_parts and slopes_cleaned
+        stored = (
+            slopes_cleaned and not in_batches and self.request.recalibrates
+        )  # statistics that are judged by no more
         at_once = self.storage.at_once
         if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
@@ -360,17 +363,24 @@ class StageRunner:
             noisy=partial(self._noisy, generator=generator),
             defence=defence if slopes_cleaned else None,
             per_sample=not in_batches,
-            whole=self._whole(fitting, parts) if in_parts and held_out else (),
+            whole=self._whole(fitting, parts, stored) if (in_parts or stored) and held_out else (),
             clip=clip_rows_ if self.request.clips else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
         return trials, rate
 
-    def _whole(self, fitting: list[Any], parts: list[Any]) -> list[Taught]:
-        """Return samples in batches as large as run at once, with what is known of them, where that may help."""
+    def _whole(self, fitting: list[Any], parts: list[Any], stored: bool) -> list[Taught]:
+        """Return samples in batches as large as run at once, with what is known of them, where that may help.
+
+        Args:
+            fitting: The samples.
+            parts: The batches that slopes are over first.
+            stored: Whether those are of samples alone, with the statistics that are stored.
+        """
         batches = without_singles(split_batches(fitting, self.storage.at_once))
-        if not normalises_vectors(self.model) or max(map(batch_size, batches)) <= max(map(batch_size, parts)):
+        small = normalises_vectors(self.model) and max(map(batch_size, batches)) > max(map(batch_size, parts))
+        if all(map(is_single, batches)) or not (small or stored):
             return []
         whole = self.taught(batches)
         return whole if self.sample_defence is None else self.sample_defence.trusted(whole)

@@ -100,11 +100,11 @@ def planned(
     earlier, before = (None, None) if checkpoint is None else (kept_storage(checkpoint), kept_samples(checkpoint))
     if request.fewer and before is not None:
         request = request.of(before)
-    found = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
-    if not (request.fewer and found.fitting and request.storage != "sharded"):
-        return request, found
-    request = request.of(found.fitting)
-    return request, plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
+    while True:  # what the process holds may have grown since a number was found
+        found = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
+        if not (request.fewer and 0 < found.fitting < request.samples and request.storage != "sharded"):
+            return request, found
+        request = request.of(found.fitting)
 
 
 def _without_effect(request: Request) -> list[str]:
