@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,13 @@ def test_few_are_not_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_goes_on_with_as_many_as_it_began_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever memory there is then."""
     budget_for(300, monkeypatch)
-    expected, weights = run("auto", stages=3)
     interrupted_after(1, monkeypatch, lambda: run("auto", stages=3, checkpoint=tmp_path / "run"))
-    monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: None)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    budget_for(400, monkeypatch)
+    expected, weights = run("auto", stages=3, checkpoint=tmp_path / "again")
+    assert 250 < expected.settings["samples"] < 380
+    for place in ("swap_prune.pipeline.memory_limit", "swap_prune.stages.setup.memory_limit"):
+        monkeypatch.setattr(place, lambda *_: None)
     planned = plan(wide(), samples_of_it(), 0.9, ONE, samples="auto", storage="float16", checkpoint=tmp_path / "run")
     assert planned.samples == expected.settings["samples"]
     report, own = run("auto", stages=3, checkpoint=tmp_path / "run")
@@ -105,6 +110,11 @@ def test_a_run_goes_on_with_as_many_as_it_began_with(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(StageRunner, "run", lambda *_, **__: pytest.fail("all stages are there"))
         assert same(weights, run("auto", stages=3, checkpoint=tmp_path / "run")[1])
+    tight = plan(wide(), samples_of_it(), 0.9, ONE, samples=150, storage="float16").forecasts[0].need
+    monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: tight)
+    with pytest.raises(ValueError, match=r"\d+ samples of \d+ weights do not fit .*; use samples=\d+"):
+        run("auto", stages=3, checkpoint=tmp_path / "run")
+    monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: None)
     with pytest.raises(ValueError, match=r'samples was \d+ and is 200; samples_asked was "auto" and is 200\. Repeat'):
         run(200, stages=3, checkpoint=tmp_path / "run")
 

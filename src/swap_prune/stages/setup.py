@@ -102,7 +102,8 @@ def planned(
         request = request.of(before)
     while True:  # what the process holds may have grown since a number was found
         found = plan_memory(count_workload(model, data, request, place), limit, request.storage, scratch, earlier)
-        if not (request.fewer and 0 < found.fitting < request.samples and request.storage != "sharded"):
+        open_still = request.fewer and before is None and request.storage != "sharded"
+        if not (open_still and 0 < found.fitting < request.samples):
             return request, found
         request = request.of(found.fitting)
 
