@@ -108,12 +108,9 @@ def test_noise_on_weights_acts_where_gradients_are_taken() -> None:
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
 
 
-@pytest.mark.parametrize(("recalibrated", "draws", "agree"), [(True, 1, 0.98), (True, 8, 0.97), (False, 8, 0.98)])
-def test_a_pruned_convolution_of_low_rank_is_near_that_of_all_ranks(
-    recalibrated: bool, draws: int, agree: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("recalibrated", [True, False])
+def test_a_pruned_convolution_of_low_rank_is_near_that_of_all_ranks(recalibrated: bool) -> None:
     """By the same settings: which held-out samples favour may differ, where several are as good."""
-    monkeypatch.setattr("swap_prune.fisher.capture.sketch._MOST_DRAWS", draws)
     kept, method = [], ONE
     for storage in ("float32", "low-rank"):
         torch.manual_seed(0)
@@ -124,7 +121,7 @@ def test_a_pruned_convolution_of_low_rank_is_near_that_of_all_ranks(
                        recalibrate_batchnorm=recalibrated)  # fmt: skip
         assert report.kept == math.floor(report.total / 2) == int(masks(model).sum())
         kept.append(masks(model))
-    assert int((kept[0] & kept[1]).sum()) >= agree * int(kept[0].sum())
+    assert int((kept[0] & kept[1]).sum()) >= 0.98 * int(kept[0].sum())
 
 
 class Table(nn.Module):

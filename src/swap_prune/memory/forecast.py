@@ -153,8 +153,7 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
     drawn_at_once = max(forwards, MINI_BATCH) if load.in_batches else forwards
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
-    signs = max(load.rows * (MINI_BATCH if load.in_batches else 1), load.samples) * load.output_bytes  # times the root
-    signs = 0 if load.in_batches and storage.holds_rows else signs
+    signs = 0 if load.in_batches and storage.holds_rows else max(load.rows, load.samples) * load.output_bytes
     lasting = signs if kind == "matrix-free" else 0
     common = rest + factor + drawn * load.sample_bytes + lasting
     blocks = _BLOCKS * block_bytes(load.device) if lean else min(_GRAM, 2 * n * load.kept * load.itemsize)
@@ -206,7 +205,7 @@ def _slopes(load: Workload, storage: Storage) -> int:
     """Return what gradients of batches take: all of them together in float32, or sums that they are added to."""
     vector = load.itemsize * load.weights
     if (load.row_noise or load.slopes_held) and load.in_batches:  # those of mini-batches, and their mean
-        return (-(-load.samples // MINI_BATCH) + 1) * vector
+        return (load.rows + 1) * vector
     if storage.kind == "float32":
         return -(-load.samples // storage.at_once) * vector
     return (2 if storage.kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector

@@ -122,11 +122,9 @@ class RowCapture:
             return replace(capture, sizes=output_slopes(loss, self.model, list(map(Taught, batches))))
 
     def _draws(self, batches: list[Any]) -> int:
-        """Return how often signs are drawn for each sample or mini-batch, at the most."""
-        if self.in_batches:
-            return sketch_draws(len(mini_batches(batches)), self.request.selection.total)
-        if self.request.in_batches and not rows_in_batches(self.request, batches):
-            return 1  # no batch can be made, and a plan has counted those of batches
+        """Return how often signs are drawn for each sample, at the most."""
+        if self.request.in_batches and (self.in_batches or not rows_in_batches(self.request, batches)):
+            return 1  # also where no batch can be made, and a plan has counted one row for many samples
         return sketch_draws(sum(map(batch_size, batches)), self.request.selection.total)
 
     def _products(

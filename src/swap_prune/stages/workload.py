@@ -102,10 +102,8 @@ def _count_samples(known: int | None, request: Request, samples: int) -> dict[st
         sketch_rows(drawn, in_batches=False, draws=sketch_draws(drawn, weights) if single else 1),
         most_rows(weights) if single and known is None else 1,  # there may be few
     )
-    batches = sketch_rows(drawn, in_batches=True)
-    of_batches = max(batches * sketch_draws(batches, weights), most_rows(weights) if known is None else 1)
     return {
-        "rows": of_batches if request.in_batches else of_samples,
+        "rows": max(1, sketch_rows(drawn, in_batches=True)) if request.in_batches else of_samples,
         "compared": of_samples if request.in_batches and single else 0,
         "samples": max(1, drawn),
         "spare": spare,

@@ -191,35 +191,6 @@ def test_samples_give_several_rows_of_draws_of_their_own_where_they_are_few() ->
     torch.testing.assert_close(capture.losses, torch.cat(losses))
 
 
-def test_mini_batches_give_several_rows_of_draws_of_their_own_where_they_are_few() -> None:
-    model, batch, draws = normalised(), labelled(40, 1, 6, 6, classes=4, dtype=torch.float32), 3
-    selection = select_parameters(model, ("Conv2d", "Linear"), ())
-    progress: list[int] = []
-    capture = sketch_curvature(
-        model, selection, [batch], cross_entropy, generator(2), in_batches=True, draws=draws, advance=progress.append
-    )
-    parts = sketch.mini_batches([batch])
-    assert len(parts) == 3 and sum(progress) == len(capture.losses) == 40
-    assert (
-        capture.factor.shape[0] == len(capture.sizes) == draws * len(parts) == sketch_rows(40, in_batches=True, draws=3)
-    )
-    parameters = [dict(model.named_parameters())[name] for name in selection.names]
-    state, expected, losses = generator(2), [], []
-    model.train()
-    for part in parts:
-        outputs = model(part[0])
-        losses.append(cross_entropy.losses(outputs, part).detach())
-        for _ in range(draws):
-            root = cross_entropy.curvature_root(outputs.detach(), part, sketch.draw_signs(outputs, state))
-            value = (outputs * root).sum() / batch_size(part) ** 0.5
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True)
-            expected.append(torch.cat([g.flatten() for g in gradients]))
-    torch.testing.assert_close(capture.factor.matrix, torch.stack(expected), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(capture.losses, torch.cat(losses))
-    drawn = sketch.draw_sketch(model, [batch], cross_entropy, generator(2), in_batches=True, draws=draws)
-    assert drawn.draws == draws and len(drawn.batches) == draws * len(parts)
-
-
 @pytest.mark.parametrize(
     ("samples", "weights", "draws"),
     [(1, 100, 8), (50, 100, 8), (200, 100, 5), (512, 100, 2), (513, 100, 1), (1024, 100, 1), (50, 1_000_000, 2)],

@@ -187,5 +187,5 @@ class NetworkPasses:
 def _quiet() -> Iterator[None]:
     """Do without a warning that torch gives of its own code when it first differentiates forwards."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script`")  # a DeprecationWarning, from 2.14 a FutureWarning
         yield

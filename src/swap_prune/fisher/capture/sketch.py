@@ -11,7 +11,7 @@ so that ``G^T G / n`` is an unbiased estimate of it (Rademacher sketch; docs/met
 directions in which the loss of a sample is curved. Where samples are few, each gives several rows, of draws of its own.
 
 When BatchNorm will be recalibrated after pruning, what matters is the network on the statistics of its own batches.
-Rows then are gradients through whole mini-batches, over the root of their size, each of signs of its own.
+Rows then are gradients through whole mini-batches, over the root of their size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 MINI_BATCH = 16  # samples that share their statistics
-_ENOUGH_ROWS = 1024  # signs are drawn more than once for samples or mini-batches that give fewer,
+_ENOUGH_ROWS = 1024  # signs are drawn more than once for samples that give fewer,
 _MOST_DRAWS = 8  # so often at the most,
 _MOST_NUMBERS = 134_217_728  # where G has no more entries than that
 _MOST_COMPARED = 536_870_912  # entries of G of single samples, where that may be compared with G of mini-batches
@@ -73,10 +73,10 @@ class CurvatureSketch:
         return _products(self.loss.outputs(model, batch), root)
 
 
-def sketch_draws(count: int, weights: int) -> int:
-    """Return how often signs are drawn at the most for each sample or mini-batch, of so many, for rows of p weights."""
-    count = max(1, count)
-    return max(1, min(_MOST_DRAWS, _ENOUGH_ROWS // count, _MOST_NUMBERS // (count * weights)))
+def sketch_draws(samples: int, weights: int) -> int:
+    """Return how often signs are drawn at the most for each of some samples, where rows are of so many weights."""
+    samples = max(1, samples)
+    return max(1, min(_MOST_DRAWS, _ENOUGH_ROWS // samples, _MOST_NUMBERS // (samples * weights)))
 
 
 def comparable(samples: int, weights: int) -> bool:
@@ -85,13 +85,13 @@ def comparable(samples: int, weights: int) -> bool:
 
 
 def most_rows(weights: int) -> int:
-    """Return how many rows few samples or mini-batches give at the most, however few they turn out to be."""
+    """Return how many rows few samples give at the most, however few they turn out to be."""
     return min(_ENOUGH_ROWS, _MOST_NUMBERS // weights)
 
 
 def sketch_rows(samples: int, *, in_batches: bool, draws: int = 1) -> int:
     """Return how many rows a number of samples gives; batches that cannot be joined or split give a row each."""
-    return draws * (math.ceil(samples / MINI_BATCH) if in_batches else samples)
+    return math.ceil(samples / MINI_BATCH) if in_batches else samples * draws
 
 
 def sketch_curvature(
@@ -115,7 +115,7 @@ def sketch_curvature(
         loss: A loss that knows its curvature.
         generator: Draws the signs.
         in_batches: Whether BatchNorm sees mini-batches, as after recalibration, rather than single samples.
-        draws: Rows of each sample or mini-batch, of signs of their own, at the most.
+        draws: Rows of each sample, of signs of their own, at the most; mini-batches give one each.
         storage: How G is held; by default dense.
         advance: Called with the number of samples that were done, for progress.
 
@@ -130,8 +130,8 @@ def sketch_curvature(
             check_calibration(model, loss, batches)
         parts = mini_batches(batches)
         device = next(model.parameters()).device
-        store = open_store(storage or Storage(), len(parts) * draws, selection, selection.dtype(model), device)
-        losses, sizes = _mini_batch_rows(model, selection, parts, loss, generator, store, advance, draws)
+        store = open_store(storage or Storage(), len(parts), selection, selection.dtype(model), device)
+        losses, sizes = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
         return Capture(store.finish(), losses, "mini-batch", MINI_BATCH, sizes)
     source = draw_sketch(model, batches, loss, generator, in_batches=False, draws=draws)
     assert source.losses is not None, "found on the way"
@@ -152,9 +152,8 @@ def draw_sketch(
 ) -> RowSource:
     """Draw the signs, once: what :func:`sketch_curvature` takes gradients of, with the same random numbers.
 
-    One pass without gradients finds ``L xi`` of each draw, of the size of the outputs, which is kept. Of a sample there
-    are no more draws than directions in which its loss can be curved: as many as outputs, one less of the cross-entropy
-    of a class.
+    One pass without gradients finds ``L xi`` of each draw, of the size of the outputs, which is kept. There are no more
+    draws than directions in which a loss can be curved: as many as outputs, one less of the cross-entropy of a class.
 
     Raises:
         ValueError: If a batch does not fit the loss or the model, or a loss is not finite.
@@ -168,7 +167,7 @@ def draw_sketch(
             with failures_named("calibration batch", part):
                 outputs = loss.outputs(model, part)
                 found = loss.losses(outputs, part)
-                count = draws if in_batches else max(1, min(draws, _directions(loss, outputs)))
+                count = max(1, min(draws, _directions(loss, outputs)))
                 roots = [loss.curvature_root(outputs, part, draw_signs(outputs, generator)) for _ in range(count)]
             losses.append(check_losses(found, None))
             drawn += [(part, root) for root in roots]
@@ -226,12 +225,11 @@ def _mini_batch_rows(
     generator: torch.Generator,
     store: RowStore,
     advance: Callable[[int], None],
-    draws: int,
 ) -> tuple[Tensor, Tensor]:
-    """Store rows ``sum_i J_i^T L_i xi_i / sqrt(size)`` of each mini-batch, of signs of their own.
+    """Store a row ``sum_i J_i^T L_i xi_i / sqrt(size)`` for each mini-batch.
 
     Returns:
-        The losses of all samples, and the norm of ``L xi / sqrt(size)`` of each row.
+        The losses of all samples, and the norm of ``L xi / sqrt(size)`` of each mini-batch.
     """
     losses, sizes = [], []
 
@@ -244,7 +242,7 @@ def _mini_batch_rows(
 
     shared = store if isinstance(store, SharedStore) else None
     with batch_statistics(model):
-        for number, part in enumerate(part for part in parts for _ in range(draws)):
+        for part in parts:
             with failures_named("calibration batch", part):
                 if shared is None or shared.is_next:
                     write_batch_gradient(store.room(1)[0], model, selection, part, product)
@@ -255,8 +253,8 @@ def _mini_batch_rows(
                 store.keep(1)
             else:
                 shared.pass_on(1)
-            advance(batch_size(part) if number % draws == 0 else 0)
-    return torch.cat(losses[::draws]), _positive(torch.stack(sizes))
+            advance(batch_size(part))
+    return torch.cat(losses), _positive(torch.stack(sizes))
 
 
 def _positive(sizes: Tensor) -> Tensor:
