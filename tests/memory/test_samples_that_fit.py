@@ -115,14 +115,14 @@ def test_a_run_goes_on_with_as_many_as_it_began_with(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"\d+ samples of \d+ weights do not fit .*; use samples=\d+"):
         run("auto", stages=3, checkpoint=tmp_path / "run")
     monkeypatch.setattr("swap_prune.stages.setup.memory_limit", lambda *_: None)
-    with pytest.raises(ValueError, match=r'samples was \d+ and is 200; samples_asked was "auto" and is 200\. Repeat'):
+    with pytest.raises(ValueError, match=r"samples was \d+ and is 200; samples_open was true and is false\. Repeat"):
         run(200, stages=3, checkpoint=tmp_path / "run")
 
 
 def test_a_run_of_a_number_is_not_gone_on_with_by_one_that_leaves_it_open(tmp_path: Path) -> None:
     interrupted_after(1, pytest.MonkeyPatch(), lambda: run(300, stages=3, checkpoint=tmp_path / "run"))
     with pytest.raises(
-        ValueError, match=r'is of another run: samples was 300 and is 1024; samples_asked was 300 and is "auto"'
+        ValueError, match=r"is of another run: samples was 300 and is 1024; samples_open was false and is true\."
     ):
         run("auto", stages=3, checkpoint=tmp_path / "run")
 

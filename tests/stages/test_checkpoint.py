@@ -215,7 +215,7 @@ def test_the_interrupted_network_is_as_it_was(tmp_path: Path, monkeypatch: pytes
     ("changes", "words"),
     [
         ({"seed": 1}, "seed was 0 and is 1"),
-        ({"samples": 30}, "samples was 40 and is 30"),
+        ({"samples": 30}, r"samples was 40 and is 30\."),
         ({"stages": 5}, "stages was 4 and is 5"),
         ({"method": "obd"}, r"method was .*lr.* and is .*obd"),
         ({"method": replace(ONE, rows="samples")}, r'method.rows was "auto" and is "samples"\.'),

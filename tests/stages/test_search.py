@@ -94,8 +94,7 @@ def test_a_plan_counts_what_the_schedules_need() -> None:
         schedule: swap_prune.plan(net(), data()[0], 0.8, "lr", samples=20, stages=16, schedule=schedule).forecasts[0]
         for schedule in ("exponential", "cubic", "auto")
     }
-    assert needs["exponential"].phases["solve"] <= needs["cubic"].phases["solve"] <= needs["auto"].phases["solve"]
-    assert needs["auto"].need >= needs["cubic"].need
+    assert needs["exponential"].phases["solve"] < needs["cubic"].phases["solve"] < needs["auto"].phases["solve"]
 
 
 def test_a_search_without_data_says_who_reads_them() -> None:

@@ -32,7 +32,7 @@ from swap_prune.report import StageReport
 from swap_prune.samples.spill import Spilled
 
 __all__ = [
-    "SAMPLES_ASKED",
+    "SAMPLES_OPEN",
     "Checkpoint",
     "NetworkState",
     "RandomStates",
@@ -42,7 +42,7 @@ __all__ = [
     "kept_storage",
 ]
 
-SAMPLES_ASKED = "samples_asked"  # what a run says of the number of samples that it was asked for
+SAMPLES_OPEN = "samples_open"  # whether a run was asked to find the number of samples
 _ITS_OWN = {"seed", "weights", "versions"}  # entries of run.json, by which it is told from a file of the same name
 _RUN, _STAGES, _DIGEST, _SUFFIX = "run.json", "stages", "sha256", "-stages.safetensors"
 
@@ -283,7 +283,7 @@ def kept_samples(directory: str | Path) -> int | None:
     except ValueError:  # as will be seen
         return None
     samples = run.get("samples")
-    return samples if run.get(SAMPLES_ASKED) == "auto" and type(samples) is int and samples > 0 else None
+    return samples if run.get(SAMPLES_OPEN) is True and type(samples) is int and samples > 0 else None
 
 
 def _read_run(directory: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from swap_prune.artifact import weights_sha256
 from swap_prune.report import versions
 from swap_prune.request import Request
 from swap_prune.samples.numbered import NumberedSamples, known_length
-from swap_prune.stages.checkpoint import SAMPLES_ASKED
+from swap_prune.stages.checkpoint import SAMPLES_OPEN
 
 __all__ = ["described", "identity"]
 
@@ -51,7 +51,7 @@ def identity(
     own = {
         "seed": request.seed,
         "storage": storage,
-        SAMPLES_ASKED: "auto" if request.fewer else request.samples,
+        SAMPLES_OPEN: request.fewer,
         "loss": described(request.loss),
         "weights": weights_sha256(model),
         "data": _described_data(data),

@@ -341,9 +341,7 @@ class StageRunner:
         slopes_cleaned = defence is not None and defence.cleans_slopes
         in_parts = rows_in_batches(self.request, fitting) and (slopes_cleaned or defended.clipped > 0)
         in_batches = in_parts and slopes_cleaned
-        stored = (
-            slopes_cleaned and not in_batches and self.request.recalibrates
-        )  # statistics that are judged by no more
+        stored = slopes_cleaned and not in_batches and self.request.recalibrates
         at_once = self.storage.at_once
         if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
