@@ -214,8 +214,8 @@ def full_disk(model: nn.Module, *_: Any) -> list[str]:
     return []
 
 
-def less_memory(*_: Any) -> Any:
-    return Storage("sharded", lean=True, at_once=32), []
+def less_memory(_model: Any, _data: Any, request: Any, *_: Any) -> Any:
+    return request, Storage("sharded", lean=True, at_once=32), []
 
 
 def no_room(*_: Any) -> Any:

@@ -250,11 +250,12 @@ def calibrating(data: Any, recalibration_data: Any, request: Request) -> Any:
     if data is not None:
         check_data(data)
         return data
+    open_still = "stages" if request.settings["stages"] == "auto" else "schedule"
     users = {
         f"method {request.solver.name!r}": request.solver.needs_gradients or request.solver.needs_inputs,
         "recalibrate_batchnorm": request.recalibrates and recalibration_data is None,
         "finetune": request.finetune is not None and recalibration_data is None,
-        "stages='auto' or schedule='auto'": len(request.courses) > 1,
+        f"{open_still}='auto'": len(request.courses) > 1,
     }
     reading = [user for user, reads in users.items() if reads]
     if reading:

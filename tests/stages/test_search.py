@@ -98,7 +98,7 @@ def test_a_plan_counts_what_the_schedules_need() -> None:
 
 
 def test_a_search_without_data_says_who_reads_them() -> None:
-    with pytest.raises(ValueError, match="stages='auto' or schedule='auto' reads it"):
+    with pytest.raises(ValueError, match="got None, and schedule='auto' reads it"):
         swap_prune.prune(net(False), None, 0.8, "magnitude", stages=3, schedule="auto")
 
 
