@@ -18,7 +18,7 @@ from torch.nn.modules.loss import _Loss
 from swap_prune.checks import checked_seed, whole_number
 from swap_prune.defences import name_of, parse_defence
 from swap_prune.distributed import process_count
-from swap_prune.fisher.capture.sketch import comparable
+from swap_prune.fisher.capture.sketch import MINI_BATCH, comparable
 from swap_prune.fisher.noise import NoiseChain, parse_noise
 from swap_prune.losses import GaussNewtonLoss, LossFn, cross_entropy
 from swap_prune.memory.planning import check_storage
@@ -86,6 +86,11 @@ class Request:
         """Whether a mini-batch makes one row of G, with its own statistics."""
         asked = getattr(self.solver, "rows", "auto")
         return self.recalibrates and self.curvature is not None and asked != "samples"
+
+    @property
+    def mini_batch(self) -> int:
+        """How many samples make one mini-batch, at the most."""
+        return whole_number("mini_batch", getattr(self.solver, "mini_batch", MINI_BATCH), 2)
 
     @property
     def compares_rows(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,59 @@ def test_the_kind_of_rows_decides_about_memory_and_is_noted_where_it_cannot_be_h
     assert said.format("the loss does not know its curvature") in report.notes
     report = prune(model, data, 0.9, LR(rows="samples"), samples=60, recalibrate_batchnorm=False, progress=False)
     assert not any("rows=" in note for note in report.notes)
+    report = prune(model, data, 0.9, LR(rows="samples", mini_batch=8), samples=60, progress=False)
+    idle = "mini_batch=8 makes no difference: rows='samples' takes none, and rows are those of samples"
+    assert [note for note in report.notes if "difference" in note] == [idle]
+    both = EWR(rows="mini-batches", mini_batch=8)
+    report = prune(model, data, 0.9, both, samples=60, recalibrate_batchnorm=False, progress=False)
+    idle = "rows='mini-batches' and mini_batch=8 make no difference: no BatchNorm is recalibrated, "
+    assert [note for note in report.notes if "difference" in note] == [idle + "and rows are those of samples"]
+
+
+@pytest.mark.parametrize("storage", ["float32", "low-rank", "matrix-free", "mapped"])
+@pytest.mark.parametrize(("mini_batch", "count"), [(2, 80), (16, 10), (40, 4), (np.int64(64), 3), (1000, 1)])
+def test_the_size_of_a_mini_batch_decides_how_many_rows_there_are(
+    mini_batch: int, count: int, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = LR.solve
+
+    def solve(self: LR, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:
+        seen.append(problem.fisher().shape)
+        return real(self, problem, generator)
+
+    monkeypatch.setattr(LR, "solve", solve)
+    model, data = normalised()
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    method = replace(ONE, rows="mini-batches", mini_batch=mini_batch, steps=1)
+    options: dict[str, Any] = {"samples": 160, "storage": storage, "progress": False}
+    planned = plan(model, data, 0.9, method, **options).forecasts[0]
+    report = prune(model, data, 0.9, method, **options)
+    assert seen == [(count, weights)] and "rows" not in report.stages[0].evidence
+    if storage == "float32":
+        assert planned.gradients == 4 * count * weights
+    assert not any("mini_batch" in note for note in report.notes)
+    json.loads(json.dumps(report.to_dict()))
+
+
+def test_under_noise_slopes_are_over_mini_batches_of_that_size() -> None:
+    sizes: dict[int, list[int]] = {}
+    for size in (8, 40):
+        model, data = normalised(images=True)
+        seen: list[int] = []
+        model.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(len(inputs[0])))
+        method = replace(ONE, rows="mini-batches", mini_batch=size)
+        prune(model, data, 0.9, method, samples=160, noise="gradient:std=4,fraction=0.25", progress=False)
+        sizes[size] = seen
+    assert sizes[8].count(8) > 3 * 20 and sizes[8].count(40) == 0, "two looks, rows, and slopes"
+    assert sizes[40].count(40) > 3 * 4 and sizes[40].count(8) == 0
+
+
+@pytest.mark.parametrize("mini_batch", [1, 0, -16, 2.5, True, "auto", None])
+def test_a_mini_batch_of_no_size(mini_batch: Any) -> None:
+    for method in (LR, EWR):
+        with pytest.raises(ValueError, match="mini_batch must be a whole number of at least 2, got"):
+            method(mini_batch=mini_batch)
 
 
 @pytest.mark.parametrize("rows", ["batches", None, 16])

@@ -158,6 +158,19 @@ def test_rows_of_another_number_of_draws_are_not_believed(order: tuple[str, str]
     assert same(found, run(None, model, data, method=methods[1], samples=1)[0])
 
 
+@pytest.mark.parametrize("order", [(16, 12), (12, 16)])
+def test_rows_of_mini_batches_of_another_size_are_not_believed(order: tuple[int, int], tmp_path: Path) -> None:
+    """Of 40 samples sixteen at the most make three, and twelve four."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    data = TensorDataset(torch.randn(120, 8), torch.arange(120) % 3)
+    first, second = (LR(rows="mini-batches", mini_batch=size) for size in order)
+    run(tmp_path, model, data, method=first, samples=40)
+    found, evidence = run(tmp_path, model, data, method=second, samples=40)
+    assert "rows_reused" not in evidence
+    assert same(found, run(None, model, data, method=second, samples=40)[0])
+    assert "rows_reused" in run(tmp_path, model, data, method=second, samples=40)[1]
+
+
 class Weighted:
     """A loss that remembers how much each class counts, of which its type says nothing."""
 

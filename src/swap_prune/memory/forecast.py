@@ -63,6 +63,7 @@ class Workload:
         largest_bytes: Bytes of the largest tensor among them; 0: not known.
         unfused_bytes: As ``kept_bytes``, where attention is not fused, as passes along a direction need it.
         in_batches: Whether a row is the gradient of a mini-batch.
+        mini_batch: Samples of one.
         compared: Rows of single samples that may be taken beside those of mini-batches; 0: none.
         row_noise: Whether a noise model changes the rows of G.
         slopes_held: Whether slopes are averaged over gradients that are held together, whatever is in them.
@@ -107,6 +108,7 @@ class Workload:
     largest_parameter: int = 0
     copies: int = 0
     in_batches: bool = False
+    mini_batch: int = MINI_BATCH
     compared: int = 0
     row_noise: bool = False
     slopes_held: bool = False
@@ -150,7 +152,7 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
     rest = load.held + load.copies + libraries + 2 * vector  # copies of the weights: to restore, and those asked of
     rest += load.judged * load.sample_bytes if in_memory else 0
     forwards = storage.forwards
-    drawn_at_once = max(forwards, MINI_BATCH) if load.in_batches else forwards
+    drawn_at_once = max(forwards, load.mini_batch) if load.in_batches else forwards
     in_hand = _READ * drawn_at_once
     drawn = (load.samples + load.spare) if in_memory else min(load.samples + load.spare, in_hand)
     signs = 0 if load.in_batches and storage.holds_rows else max(load.rows, load.samples) * load.output_bytes
@@ -170,7 +172,7 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
     known = _PASS_VECTORS * vector if kind == "matrix-free" else 0
     passes = known + _passes(load, storage) if kind == "matrix-free" else 0
     compared = _COMPARED * min(forwards, load.samples) * load.output_bytes  # outputs beside the dense network's
-    drawing = MINI_BATCH * _COMPARED * load.output_bytes if load.in_batches else compared
+    drawing = load.mini_batch * _COMPARED * load.output_bytes if load.in_batches else compared
     shifted = 0
     if load.doubted:  # before G is there; shifted samples lie beside those that they were
         shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
@@ -258,10 +260,10 @@ def _capture(load: Workload, storage: Storage) -> int:
     piece = piece_bytes(load.device)
     if kind == "low-rank":  # inputs and gradients of the layers of a chunk, then the parts of a layer beside the whole
         chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)) // 2)
-        chunk = MINI_BATCH if load.in_batches else chunk
+        chunk = load.mini_batch if load.in_batches else chunk
         return chunk * (load.kept_bytes + _backward_bytes(load)) + 6 * vector + 4 * piece + held_of_g(load, kind)
     if load.in_batches:
-        return MINI_BATCH * _backward_bytes(load, storage.spilled) + 3 * vector
+        return load.mini_batch * _backward_bytes(load, storage.spilled) + 3 * vector
     chunk = max(1, min(2 * at_once, load.rows, budget // (load.kept_bytes + vector)))
     buffered = 1 if kind != "float32" else 0
     return chunk * (_backward_bytes(load) + (1 + buffered) * vector) + 2 * vector + 2 * piece

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from swap_prune.checks import user_path
-from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.fisher.storage import AT_ONCE, HOLDING_NO_ROWS, Storage, StorageKind
 from swap_prune.memory.forecast import Workload, held_of_g, memory_phases
 from swap_prune.samples.spill import Spilled
@@ -263,7 +262,7 @@ def _attempt(load: Workload, storage: Storage, limit: int | None, directory: Pat
     if storage.spilled != "nothing":
         disk += (load.samples + load.spare + load.judged) * load.sample_bytes
     if storage.spilled == "activations":
-        disk += max(storage.at_once, MINI_BATCH) * load.kept_bytes
+        disk += max(storage.at_once, load.mini_batch) * load.kept_bytes
     forecast = Forecast(storage, phases, held_of_g(load, kind), disk, "")
     if load.row_noise and kind != "float32":
         remedy = ", which storage='float32' holds whole in each process" if kind == "sharded" else ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from swap_prune.checks import is_finite, whole_number
+from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.methods.contest import finite_entries, fit_pairing
 from swap_prune.methods.descent import (
     LEAST_GAIN,
@@ -70,6 +71,7 @@ class EWR:
         steps: As for LR; not used by ``algorithm1``.
         floor: As for LR; ``algorithm1`` keeps to one that is fixed.
         rows: As for LR.
+        mini_batch: As for LR.
         relaxation: tau > 0, in units of ``epsilon_unit``: what it costs a plan to drop the mass of samples that lie far
             from all others, which then count less (unbalanced transport; ``iht`` only; ``debias`` has no effect then).
             None: all count alike.
@@ -92,6 +94,7 @@ class EWR:
     steps: int = STEPS
     floor: float | Literal["auto"] = "auto"
     rows: RowKind = "auto"
+    mini_batch: int = MINI_BATCH
     relaxation: float | None = None
 
     name: ClassVar[str] = "ewr"

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.methods.contest import fit_pairing
 from swap_prune.methods.descent import STEPS
 from swap_prune.methods.pairing import check_regression_settings, chooses, solution_of
@@ -44,6 +45,8 @@ class LR:
         rows: Gauss-Newton rows of G where BatchNorm will be recalibrated: ``"mini-batches"``, with statistics of their
             own; ``"samples"``, with those that are stored; or ``"auto"``: mini-batches, and where much is removed
             whichever of the two leads lower on held-out samples. Elsewhere rows are those of samples.
+        mini_batch: Samples of a mini-batch that makes a row, at the most, >= 2. Larger ones have statistics that are
+            nearer to those of all samples, and give fewer rows.
     """
 
     fisher: FisherKind = "auto"
@@ -56,6 +59,7 @@ class LR:
     steps: int = STEPS
     floor: float | Literal["auto"] = "auto"
     rows: RowKind = "auto"
+    mini_batch: int = MINI_BATCH
 
     name: ClassVar[str] = "lr"
     needs_gradients: ClassVar[bool] = True

@@ -70,6 +70,8 @@ class RegressionSettings(Protocol):
     def floor(self) -> float | str: ...
     @property
     def rows(self) -> str: ...
+    @property
+    def mini_batch(self) -> int: ...
 
 
 def chooses(settings: RegressionSettings) -> bool:
@@ -181,7 +183,7 @@ def check_regression_settings(settings: RegressionSettings) -> None:
         raise ValueError(f"rows must be one of {', '.join(get_args(RowKind))}, got {settings.rows!r}")
     if settings.rows == "mini-batches" and settings.fisher == "empirical":
         raise ValueError("rows='mini-batches' needs Gauss-Newton rows (fisher='auto'), got fisher='empirical'")
-    for name, lowest in (("iterations", 1), ("swaps", 0), ("steps", 1)):
+    for name, lowest in (("iterations", 1), ("swaps", 0), ("steps", 1), ("mini_batch", 2)):
         whole_number(name, getattr(settings, name), lowest)
 
 

@@ -84,13 +84,15 @@ class RowCapture:
 
     def _first_row(self, weights: Tensor, batches: list[Any]) -> Tensor:
         """Return the first row of G, (p,), taken alone."""
-        alone = (mini_batches(batches[:1]) if self.in_batches else split_batches(batches[:1], 1))[:1]
+        alone = split_batches(batches[:1], 1)[:1]
+        if self.in_batches:
+            alone = mini_batches(batches[:1], self.request.mini_batch)[:1]
         once = replace(self, storage=Storage(at_once=self.storage.at_once))
         return once._rows(weights, alone, lambda _count: None, draws=1).factor.row_span(0, 1)[0]
 
     def _losses(self, batches: list[Any]) -> Tensor:
         """Return the losses of all samples, as capture finds them, (n,)."""
-        parts = mini_batches(batches) if self.in_batches else batches
+        parts = mini_batches(batches, self.request.mini_batch) if self.in_batches else batches
         with (batch_statistics if self.in_batches else eval_mode)(self.model), torch.no_grad():
             return torch.cat([run_loss(self.model, part, self.request.loss) for part in parts])
 
@@ -111,6 +113,7 @@ class RowCapture:
                 signs,
                 in_batches=self.in_batches,
                 draws=self._draws(batches) if draws is None else draws,
+                mini_batch=self.request.mini_batch,
                 storage=self.storage,
                 advance=advance,
             )
@@ -140,6 +143,7 @@ class RowCapture:
                 signs,
                 in_batches=self.in_batches,
                 draws=self._draws(batches),
+                mini_batch=self.request.mini_batch,
             )
         advance = once_each(advance, source.draws)
         if self.storage.kind == "matrix-free":

@@ -159,7 +159,9 @@ class Defender:
         """Return what such rows are gradients of."""
         curvature = self.request.curvature
         if self.in_batches and curvature is not None:
-            return draw_sketch(self.model, mini_batches(fitting)[:count], curvature, generator, in_batches=True)
+            size = self.request.mini_batch
+            batches = mini_batches(fitting, size)[:count]
+            return draw_sketch(self.model, batches, curvature, generator, in_batches=True, mini_batch=size)
         alone = chain.from_iterable(split_batches([batch], 1) for batch in fitting)
         singles = list(islice(filter(is_single, alone), count))
         if curvature is None or not singles:

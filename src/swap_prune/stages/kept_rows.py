@@ -104,7 +104,7 @@ class KeptRows:
             "network": type(model).__qualname__,
             "selected": {name: list(shape) for name, shape in request.selection.shapes.items()},
             "loss": described(request.loss),
-            "rows": [described(request.curvature), in_batches, draws, request.seed, _FORMAT],
+            "rows": [described(request.curvature), in_batches and request.mini_batch, draws, request.seed, _FORMAT],
             "samples": samples.hexdigest(),
             "device": device.type,
             "versions": versions(),

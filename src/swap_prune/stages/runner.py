@@ -21,7 +21,7 @@ from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
 from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
 from swap_prune.fisher.capture.rows import Capture
-from swap_prune.fisher.capture.sketch import MINI_BATCH, mini_batches, without_singles
+from swap_prune.fisher.capture.sketch import mini_batches, without_singles
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
@@ -335,7 +335,7 @@ class StageRunner:
         generator: torch.Generator,
     ) -> tuple[Trials, float | None]:
         """Return what a method may ask of candidates, losses and slopes (with noise); and the share of wrong labels."""
-        if self.storage.forwards < MINI_BATCH:  # of which batches are made, for rows
+        if self.storage.forwards < self.request.mini_batch:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
         defence, rate = defended.defence, None
         slopes_cleaned = defence is not None and defence.cleans_slopes
@@ -345,7 +345,7 @@ class StageRunner:
         at_once = self.storage.at_once
         if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
             at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
-        parts = mini_batches(fitting) if in_batches else split_batches(fitting, at_once)
+        parts = mini_batches(fitting, self.request.mini_batch) if in_batches else split_batches(fitting, at_once)
         parts, spare = map(without_singles if self.request.recalibrates else list, (parts, spare))
         taught, held_out = self.taught(parts), self.judges(spare)
         if self.sample_defence is not None:

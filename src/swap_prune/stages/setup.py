@@ -120,14 +120,26 @@ def _without_effect(request: Request) -> list[str]:
         idle += [f"defence {name}" for name in sorted(named - {"labels", "inputs"})]
         verb = "makes" if len(idle) == 1 else "make"
         notes += [f"{solver.name} takes no gradients: {' and '.join(idle)} {verb} no difference"] if idle else []
-    if getattr(solver, "rows", "auto") == "mini-batches" and not request.in_batches:
-        why = "the loss does not know its curvature" if request.recalibrates else "no BatchNorm is recalibrated"
-        notes.append(f"rows='mini-batches' makes no difference: {why}, and rows are those of samples")
+    if not request.in_batches and (why := _without_batches(request)):
+        notes.append(why)
     if looks and not solver.needs_held_out:
         notes.append(f"{solver.name} holds no samples out: defence {' and '.join(looks)} makes no difference")
     elif looks and not isinstance(request.loss, CrossEntropy):
         notes.append(f"defence {' and '.join(looks)} makes no difference: only the default loss knows of labels")
     return notes
+
+
+def _without_batches(request: Request) -> str | None:
+    """Say which settings of mini-batches make no difference where rows are those of samples; None: there are none."""
+    asked = [f"rows={one!r}" for one in [getattr(request.solver, "rows", "auto")] if one == "mini-batches"]
+    asked += [f"mini_batch={request.mini_batch}"] if request.mini_batch != MINI_BATCH else []
+    if not asked:
+        return None
+    why = "no BatchNorm is recalibrated"
+    if request.recalibrates:
+        why = "the loss does not know its curvature" if request.curvature is None else "rows='samples' takes none"
+    verb = "makes" if len(asked) == 1 else "make"
+    return f"{' and '.join(asked)} {verb} no difference: {why}, and rows are those of samples"
 
 
 def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
@@ -173,9 +185,10 @@ def stage_runner(
 ) -> StageRunner:
     """Return what runs the stages, without a teacher: that is made once BatchNorm's statistics are right."""
     generator = torch.Generator().manual_seed(request.seed)
-    rows_of = MINI_BATCH if request.in_batches else 1
+    rows_of = request.mini_batch if request.in_batches else 1
     keep = None if spill is None else spill.keep
-    calibration = CalibrationStream(data, generator, place, max(held.forwards, rows_of), keep)
+    size = rows_of * max(1, held.forwards // rows_of)  # of batches that mini-batches can be made of without a rest
+    calibration = CalibrationStream(data, generator, place, size, keep)
     return StageRunner(
         model=model,
         request=request,

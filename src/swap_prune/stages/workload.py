@@ -70,6 +70,7 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         largest_parameter=max(trained, default=0),
         copies=0 if finetune is None else (4 if len(request.courses) > 1 else 2) * _bytes(model),
         in_batches=request.in_batches,
+        mini_batch=request.mini_batch,
         row_noise=noise.acts_on_rows,
         slopes_held=chooses and not request.defences.isdisjoint(MEANS),
         held=held_memory(place) + (_bytes(model) if place != own else 0),
@@ -102,8 +103,9 @@ def _count_samples(known: int | None, request: Request, samples: int) -> dict[st
         sketch_rows(drawn, in_batches=False, draws=sketch_draws(drawn, weights) if single else 1),
         most_rows(weights) if single and known is None else 1,  # there may be few
     )
+    of_batches = max(1, sketch_rows(drawn, in_batches=True, mini_batch=request.mini_batch))
     return {
-        "rows": max(1, sketch_rows(drawn, in_batches=True)) if request.in_batches else of_samples,
+        "rows": of_batches if request.in_batches else of_samples,
         "compared": of_samples if request.in_batches and single else 0,
         "samples": max(1, drawn),
         "spare": spare,

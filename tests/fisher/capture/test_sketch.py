@@ -120,16 +120,20 @@ def test_a_loss_that_fails_beyond_the_first_samples_is_named() -> None:
         sketch_curvature(model, selection, [labelled(7, 5), labelled(5, 5)], Late(), generator(5), in_batches=False)
 
 
-@pytest.mark.parametrize(("n", "parts"), [(32, 2), (40, 3), (33, 3), (130, 9), (1, 1)])
-def test_mini_batch_rows_go_through_the_statistics_of_their_batch(n: int, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "size", "parts"),
+    [(32, 16, 2), (40, 16, 3), (33, 16, 3), (130, 16, 9), (1, 16, 1), (40, 20, 2), (40, 2, 20), (9, 99, 1)],
+)
+def test_mini_batch_rows_go_through_the_statistics_of_their_batch(n: int, size: int, parts: int) -> None:
     """One row a batch, the gradient of the scaled product with BatchNorm in training mode."""
     model = normalised().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = labelled(n, 1, 6, 6, classes=4, dtype=torch.float32)
     selection = select_parameters(model, ("Conv2d", "Linear"), ())
-    capture = sketch_curvature(model, selection, [batch], cross_entropy, generator(2), in_batches=True)
+    how: dict[str, Any] = {"in_batches": True, "mini_batch": size}
+    capture = sketch_curvature(model, selection, [batch], cross_entropy, generator(2), **how)
     rows = capture.factor.matrix
-    assert rows.shape == (parts, selection.total) and sketch_rows(n, in_batches=True) >= len(rows)
+    assert rows.shape == (parts, selection.total) and sketch_rows(n, **how) >= len(rows)
     assert len(capture.losses) == n
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

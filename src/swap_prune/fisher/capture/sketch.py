@@ -50,7 +50,7 @@ __all__ = [
     "without_singles",
 ]
 
-MINI_BATCH = 16  # samples that share their statistics
+MINI_BATCH = 16  # samples that share their statistics, by default
 _ENOUGH_ROWS = 1024  # signs are drawn more than once for samples that give fewer,
 _MOST_DRAWS = 8  # so often at the most,
 _MOST_NUMBERS = 134_217_728  # where G has no more entries than that
@@ -89,9 +89,9 @@ def most_rows(weights: int) -> int:
     return min(_ENOUGH_ROWS, _MOST_NUMBERS // weights)
 
 
-def sketch_rows(samples: int, *, in_batches: bool, draws: int = 1) -> int:
+def sketch_rows(samples: int, *, in_batches: bool, draws: int = 1, mini_batch: int = MINI_BATCH) -> int:
     """Return how many rows a number of samples gives; batches that cannot be joined or split give a row each."""
-    return math.ceil(samples / MINI_BATCH) if in_batches else samples * draws
+    return math.ceil(samples / mini_batch) if in_batches else samples * draws
 
 
 def sketch_curvature(
@@ -103,6 +103,7 @@ def sketch_curvature(
     *,
     in_batches: bool,
     draws: int = 1,
+    mini_batch: int = MINI_BATCH,
     storage: Storage | None = None,
     advance: Callable[[int], None] = lambda _count: None,
 ) -> Capture:
@@ -116,6 +117,7 @@ def sketch_curvature(
         generator: Draws the signs.
         in_batches: Whether BatchNorm sees mini-batches, as after recalibration, rather than single samples.
         draws: Rows of each sample, of signs of their own, at the most; mini-batches give one each.
+        mini_batch: Samples of one, at the most.
         storage: How G is held; by default dense.
         advance: Called with the number of samples that were done, for progress.
 
@@ -128,11 +130,11 @@ def sketch_curvature(
     if in_batches:
         with eval_mode(model), torch.no_grad():
             check_calibration(model, loss, batches)
-        parts = mini_batches(batches)
+        parts = mini_batches(batches, mini_batch)
         device = next(model.parameters()).device
         store = open_store(storage or Storage(), len(parts), selection, selection.dtype(model), device)
         losses, sizes = _mini_batch_rows(model, selection, parts, loss, generator, store, advance)
-        return Capture(store.finish(), losses, "mini-batch", MINI_BATCH, sizes)
+        return Capture(store.finish(), losses, "mini-batch", mini_batch, sizes)
     source = draw_sketch(model, batches, loss, generator, in_batches=False, draws=draws)
     assert source.losses is not None, "found on the way"
     counted = once_each(advance, source.draws)
@@ -149,6 +151,7 @@ def draw_sketch(
     *,
     in_batches: bool,
     draws: int = 1,
+    mini_batch: int = MINI_BATCH,
 ) -> RowSource:
     """Draw the signs, once: what :func:`sketch_curvature` takes gradients of, with the same random numbers.
 
@@ -160,7 +163,7 @@ def draw_sketch(
     """
     with eval_mode(model), torch.no_grad():
         check_calibration(model, loss, batches)
-    parts = mini_batches(batches) if in_batches else batches
+    parts = mini_batches(batches, mini_batch) if in_batches else batches
     drawn, losses = [], []
     with (batch_statistics if in_batches else eval_mode)(model), torch.no_grad():
         for part in parts:
@@ -207,9 +210,9 @@ def draw_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def mini_batches(batches: Sequence[Any]) -> list[Any]:
-    """Return batches of about ``MINI_BATCH`` samples, without those of one sample where there are others."""
-    return without_singles(split_batches(batches, MINI_BATCH))
+def mini_batches(batches: Sequence[Any], size: int = MINI_BATCH) -> list[Any]:
+    """Return batches of about so many samples, without those of one sample where there are others."""
+    return without_singles(split_batches(batches, size))
 
 
 def without_singles(batches: Sequence[Any]) -> list[Any]:
