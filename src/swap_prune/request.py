@@ -89,8 +89,8 @@ class Request:
 
     @property
     def mini_batch(self) -> int:
-        """How many samples make one mini-batch, at the most."""
-        return whole_number("mini_batch", getattr(self.solver, "mini_batch", MINI_BATCH), 2)
+        """How many samples make one mini-batch, at the most; no more than a stage takes."""
+        return min(whole_number("mini_batch", getattr(self.solver, "mini_batch", MINI_BATCH), 2), max(2, self.samples))
 
     @property
     def compares_rows(self) -> bool:

@@ -216,6 +216,23 @@ def test_under_noise_slopes_are_over_mini_batches_of_that_size() -> None:
     assert sizes[40].count(40) > 3 * 4 and sizes[40].count(8) == 0
 
 
+def test_a_mini_batch_is_no_larger_than_a_stage_for_the_forecast() -> None:
+    """Nor are BatchNorm's statistics then estimated from more samples at once."""
+    needs = []
+    for size in (160, 10**6):
+        model, data = normalised(images=True)
+        seen: list[int] = []
+        model.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(len(inputs[0])))
+        method = replace(ONE, rows="mini-batches", mini_batch=size, steps=1)
+        needs.append(plan(model, data, 0.9, method, samples=160).forecasts[0])
+        prune(model, data, 0.9, method, samples=160, progress=False)
+        assert max(seen) == 160
+    assert needs[1].phases["capture"] < 1.1 * needs[0].phases["capture"], "a million would take gigabytes"
+    model, data = normalised()
+    report = prune(model, data, 0.9, LR(), samples=10, recalibrate_batchnorm=False, progress=False)
+    assert not any("mini_batch" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("mini_batch", [1, 0, -16, 2.5, True, "auto", None])
 def test_a_mini_batch_of_no_size(mini_batch: Any) -> None:
     for method in (LR, EWR):

@@ -132,7 +132,7 @@ def _without_effect(request: Request) -> list[str]:
 def _without_batches(request: Request) -> str | None:
     """Say which settings of mini-batches make no difference where rows are those of samples; None: there are none."""
     asked = [f"rows={one!r}" for one in [getattr(request.solver, "rows", "auto")] if one == "mini-batches"]
-    asked += [f"mini_batch={request.mini_batch}"] if request.mini_batch != MINI_BATCH else []
+    asked += [f"mini_batch={one}" for one in [getattr(request.solver, "mini_batch", MINI_BATCH)] if one != MINI_BATCH]
     if not asked:
         return None
     why = "no BatchNorm is recalibrated"

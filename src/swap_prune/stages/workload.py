@@ -70,7 +70,6 @@ def count_workload(model: nn.Module, data: Any, request: Request, place: torch.d
         largest_parameter=max(trained, default=0),
         copies=0 if finetune is None else (4 if len(request.courses) > 1 else 2) * _bytes(model),
         in_batches=request.in_batches,
-        mini_batch=request.mini_batch,
         row_noise=noise.acts_on_rows,
         slopes_held=chooses and not request.defences.isdisjoint(MEANS),
         held=held_memory(place) + (_bytes(model) if place != own else 0),
@@ -106,6 +105,7 @@ def _count_samples(known: int | None, request: Request, samples: int) -> dict[st
     of_batches = max(1, sketch_rows(drawn, in_batches=True, mini_batch=request.mini_batch))
     return {
         "rows": of_batches if request.in_batches else of_samples,
+        "mini_batch": max(2, min(request.mini_batch, drawn)),
         "compared": of_samples if request.in_batches and single else 0,
         "samples": max(1, drawn),
         "spare": spare,
