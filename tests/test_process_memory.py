@@ -424,6 +424,18 @@ def test_samples_held_out_are_of_those_that_there_are(
     assert (load.samples, load.spare + load.judged) == (fitted, spare)
 
 
+@pytest.mark.parametrize(
+    ("asked", "samples", "size"), [(16, 1024, 16), (1000, 1024, 80), (1000, 50, 50), (64, 1024, 64)]
+)
+def test_a_mini_batch_has_no_more_samples_than_are_fitted(asked: int, samples: int, size: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+    data = TensorDataset(torch.randn(100, 6), torch.randint(2, (100,)))
+    method = swap_prune.LR(mini_batch=asked)
+    run = check_request(model, sparsity=0.5, method=method, stages=1, samples=samples, **REST)
+    load = count_workload(model, data, run, torch.device("cpu"))
+    assert load.mini_batch == size and load.rows == -(-min(samples, 80) // size)
+
+
 def test_outputs_are_counted_where_they_are_held() -> None:
     """Signs of the sketch, one for each output, and the dense network's outputs, for samples held out as well."""
     load = Workload(rows=60, samples=1000, weights=10_000, kept=1000, method="lr", spare=200)

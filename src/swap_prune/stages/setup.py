@@ -120,8 +120,8 @@ def _without_effect(request: Request) -> list[str]:
         idle += [f"defence {name}" for name in sorted(named - {"labels", "inputs"})]
         verb = "makes" if len(idle) == 1 else "make"
         notes += [f"{solver.name} takes no gradients: {' and '.join(idle)} {verb} no difference"] if idle else []
-    if not request.in_batches and (why := _without_batches(request)):
-        notes.append(why)
+    if not request.in_batches:
+        notes += _without_batches(request)
     if looks and not solver.needs_held_out:
         notes.append(f"{solver.name} holds no samples out: defence {' and '.join(looks)} makes no difference")
     elif looks and not isinstance(request.loss, CrossEntropy):
@@ -129,17 +129,18 @@ def _without_effect(request: Request) -> list[str]:
     return notes
 
 
-def _without_batches(request: Request) -> str | None:
-    """Say which settings of mini-batches make no difference where rows are those of samples; None: there are none."""
-    asked = [f"rows={one!r}" for one in [getattr(request.solver, "rows", "auto")] if one == "mini-batches"]
-    asked += [f"mini_batch={one}" for one in [getattr(request.solver, "mini_batch", MINI_BATCH)] if one != MINI_BATCH]
+def _without_batches(request: Request) -> list[str]:
+    """Say which settings of mini-batches make no difference, where rows are those of samples."""
+    size = getattr(request.solver, "mini_batch", MINI_BATCH)
+    asked = ["rows='mini-batches'"] if getattr(request.solver, "rows", "auto") == "mini-batches" else []
+    asked += [f"mini_batch={size}"] if size != MINI_BATCH else []
     if not asked:
-        return None
+        return []
     why = "no BatchNorm is recalibrated"
     if request.recalibrates:
         why = "the loss does not know its curvature" if request.curvature is None else "rows='samples' takes none"
     verb = "makes" if len(asked) == 1 else "make"
-    return f"{' and '.join(asked)} {verb} no difference: {why}, and rows are those of samples"
+    return [f"{' and '.join(asked)} {verb} no difference: {why}, and rows are those of samples"]
 
 
 def recorded_storage(asked: str, held: Storage) -> dict[str, Any]:
