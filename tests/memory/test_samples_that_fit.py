@@ -17,6 +17,8 @@ from swap_prune.stages.runner import StageRunner
 from tests.cases import ONE as SKETCHED
 from tests.stages.test_checkpoint import interrupted_after
 
+pytestmark = pytest.mark.usefixtures("nothing_held")
+
 _COUNT = 2000
 ONE = replace(SKETCHED, fisher="empirical")  # a row a sample, however many there are
 
@@ -85,7 +87,7 @@ def test_where_all_fit_it_is_the_default(count: int) -> None:
 
 
 def test_few_are_not_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swap_prune.memory.planning._FEW", 1000)  # so that what this process holds does not matter
+    monkeypatch.setattr("swap_prune.memory.planning._FEW", 1000)
     budget_for(300, monkeypatch)
     assert plan(wide(), samples_of_it(), 0.9, ONE, samples="auto", storage="float16").samples == 1024
     with pytest.raises(ValueError, match=r"use samples=\d+, which are few"):

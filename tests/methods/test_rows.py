@@ -216,6 +216,7 @@ def test_under_noise_slopes_are_over_mini_batches_of_that_size() -> None:
     assert sizes[40].count(40) > 3 * 4 and sizes[40].count(8) == 0
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_a_mini_batch_is_no_larger_than_a_stage_for_the_forecast() -> None:
     """Nor are BatchNorm's statistics then estimated from more samples at once."""
     needs = []
@@ -298,6 +299,7 @@ def test_those_of_samples_are_left_where_noise_is_seen_in_them(begins: bool, mon
     assert [one is None for one in offered] == [begins]
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_a_plan_counts_both(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = normalised()
     needs = {
@@ -309,10 +311,11 @@ def test_a_plan_counts_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs["compared"]["float32"] >= needs["alone"]["float32"] + 4 * drawn * weights
     monkeypatch.setattr("swap_prune.fisher.capture.sketch._MOST_COMPARED", 160 * weights - 1)
     few = plan(model, data, 0.9, "lr", samples=160).forecasts[0].need
-    assert few == pytest.approx(needs["alone"]["float32"], abs=2**17), "what the process holds may change a little"
+    assert few == needs["alone"]["float32"]
     assert "rows" not in prune(model, data, 0.9, "lr", samples=160, progress=False).stages[0].evidence
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_where_both_do_not_fit_one_kind_is_taken_rather_than_a_slower_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = normalised()
     both = plan(model, data, 0.9, "lr", samples=160, memory="8GB")

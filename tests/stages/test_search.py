@@ -88,6 +88,7 @@ def test_one_stage_has_one_schedule_and_the_first_to_be_tried_is_that_of_the_def
     assert all(torch.equal(tensor, outcomes[1][name]) for name, tensor in outcomes[0].items())
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_a_plan_counts_what_the_schedules_need() -> None:
     """The cubic one keeps more weights in its first stage."""
     needs = {
