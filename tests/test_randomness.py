@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -9,7 +12,7 @@ from torch.utils.data import TensorDataset
 from swap_prune import prune
 from swap_prune.methods.lr import LR
 from swap_prune.problem import PruningProblem, PruningSolution
-from swap_prune.randomness import forked_generator
+from swap_prune.randomness import forked_generator, subset
 
 
 def test_forks_are_repeatable_and_apart() -> None:
@@ -23,6 +26,18 @@ def test_forks_are_repeatable_and_apart() -> None:
         torch.randn(4, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)
     ]  # torch looks at 32 bits
     assert len({tuple(numbers) for numbers in [*draws.values(), *own]}) == len(cases) + 2
+
+
+def test_each_subset_is_drawn_as_often_as_any_other() -> None:
+    generator = forked_generator(0, "subsets")
+    drawn = Counter(frozenset(subset(6, 3, generator).tolist()) for _ in range(20_000))
+    assert all(len(one) == 3 and one <= set(range(6)) for one in drawn) and len(drawn) == 20
+    assert sum((count - 1000) ** 2 / 1000 for count in drawn.values()) < 43.8, "chi-squared of 19 degrees, 0.1 %"
+    again = [subset(10**6, size, forked_generator(1, "subsets")) for size in (7, 400_000, 10**6)]
+    assert [len(one.unique()) for one in again] == [len(one) for one in again] == [7, 400_000, 10**6]
+    assert torch.equal(again[1], subset(10**6, 400_000, forked_generator(1, "subsets")))
+    with pytest.raises(ValueError, match="larger sample than population"):
+        subset(3, 4, generator)
 
 
 def test_what_a_method_draws_does_not_change_the_samples_of_later_stages() -> None:

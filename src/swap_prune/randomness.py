@@ -25,6 +25,7 @@ __all__ = [
     "seeded",
     "set_global_states",
     "standard_normal",
+    "subset",
     "uniform",
 ]
 
@@ -43,6 +44,15 @@ def standard_normal(shape: int | Sequence[int], generator: torch.Generator) -> T
 def uniform(shape: int | Sequence[int], generator: torch.Generator) -> Tensor:
     """Return numbers in [0, 1), float32 on the CPU, whatever the caller's defaults are."""
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def subset(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return so many of the numbers below a count, drawn without replacement, (size,) on the CPU.
+
+    NumPy draws them six times as fast as PyTorch puts all in random order.
+    """
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
+    return torch.from_numpy(np.random.default_rng(seed).choice(count, size, replace=False, shuffle=False))
 
 
 @contextmanager

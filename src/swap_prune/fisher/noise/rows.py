@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.fisher.noise.base import Layers, NoiseModel, check_choice, check_number
-from swap_prune.randomness import standard_normal
+from swap_prune.randomness import standard_normal, subset
 
 __all__ = ["GradientNoise", "RowNoise"]
 
@@ -72,7 +72,7 @@ class GradientNoise(RowNoise):
         hit = round(self.fraction * block.shape[1])
         if hit == 0 or self.std == 0:
             return
-        index = torch.randperm(block.shape[1], generator=generator, device="cpu")[:hit].to(block.device)
+        index = subset(block.shape[1], hit, generator).to(block.device)
         unit = standard_normal(hit, generator).to(block)
         for row in block:
-            row[index] += self.std * row.std(correction=0) * unit
+            row.index_add_(0, index, self.std * row.std(correction=0) * unit)
