@@ -12,12 +12,14 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "GlobalStates",
     "forked_generator",
     "global_states",
     "global_states_kept",
@@ -82,38 +84,58 @@ def global_states_kept() -> Iterator[None]:
         set_global_states(before)
 
 
-def global_states() -> dict[str, Tensor]:
-    """Return the global random states of PyTorch (on the CPU), Python and NumPy, as tensors.
+class GlobalStates(NamedTuple):
+    """The global random states of PyTorch (on the CPU), Python and NumPy, as these give them.
 
-    Those of the last two are words, and what is left of a pair of normal numbers. A bit generator that a user gave
-    NumPy in the place of its own is not among them: it cannot be seeded.
+    A bit generator that a user gave NumPy in the place of its own is not among them: it cannot be seeded.
     """
-    version, words, left = random.getstate()
-    found = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words], device="cpu"),
-        "python_left": torch.tensor(math.nan if left is None else left, dtype=torch.float64, device="cpu"),
-    }
-    state = np.random.get_state()
-    if isinstance(state, tuple):
-        _, keys, place, has_left, left = state
-        found["numpy"] = torch.tensor([*keys.tolist(), place, has_left], device="cpu")
-        found["numpy_left"] = torch.tensor(left, dtype=torch.float64, device="cpu")
-    return found
+
+    torch: Tensor
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return them as tensors: those of Python and NumPy are words, and what is left of a pair of normal numbers."""
+        version, words, left = self.python
+        found = {
+            "torch": self.torch,
+            "python": torch.tensor([version, *words], device="cpu"),
+            "python_left": torch.tensor(math.nan if left is None else left, dtype=torch.float64, device="cpu"),
+        }
+        if self.numpy is not None:
+            _, keys, place, has_left, left = self.numpy
+            found["numpy"] = torch.tensor([*keys.tolist(), place, has_left], device="cpu")
+            found["numpy_left"] = torch.tensor(left, dtype=torch.float64, device="cpu")
+        return found
+
+    @classmethod
+    def of_tensors(cls, found: Mapping[str, Tensor]) -> GlobalStates:
+        """Return the states that :meth:`tensors` gave."""
+        version, *words = found["python"].tolist()
+        left = float(found["python_left"])
+        python = (version, tuple(words), None if math.isnan(left) else left)
+        if "numpy" not in found:
+            return cls(found["torch"], python, None)
+        *keys, place, has_left = found["numpy"].tolist()
+        own = ("MT19937", np.array(keys, np.uint32), place, has_left, float(found["numpy_left"]))
+        return cls(found["torch"], python, own)
 
 
-def set_global_states(states: Mapping[str, Tensor]) -> None:
-    """Set the global random states that :func:`global_states` gave."""
-    torch.set_rng_state(states["torch"])
-    version, *words = states["python"].tolist()
-    left = float(states["python_left"])
-    random.setstate((version, tuple(words), None if math.isnan(left) else left))
-    if "numpy" in states and isinstance(np.random.get_state(), tuple):
-        *keys, place, has_left = states["numpy"].tolist()
-        np.random.set_state(("MT19937", np.array(keys, np.uint32), place, has_left, float(states["numpy_left"])))
+def global_states() -> GlobalStates:
+    """Return the global random states."""
+    own = np.random.get_state()
+    return GlobalStates(torch.get_rng_state(), random.getstate(), own if isinstance(own, tuple) else None)
 
 
-def global_states_of(seed: int) -> dict[str, Tensor]:
+def set_global_states(states: GlobalStates) -> None:
+    """Set the global random states."""
+    torch.set_rng_state(states.torch)
+    random.setstate(states.python)
+    if states.numpy is not None and isinstance(np.random.get_state(), tuple):
+        np.random.set_state(states.numpy)
+
+
+def global_states_of(seed: int) -> GlobalStates:
     """Return the global states that a seed gives."""
     with global_states_kept():
         torch.default_generator.manual_seed(seed)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from swap_prune.randomness import global_states, global_states_kept, global_states_of, set_global_states
+from swap_prune.randomness import GlobalStates, global_states, global_states_kept, global_states_of, set_global_states
 from swap_prune.samples.batches import (
     batch_size,
     in_own_containers,
@@ -108,7 +108,7 @@ class CalibrationStream:
         numbers |= {"taken": [self._taken], "rest": [rest], "size": [self._size_so_far()]}
         state = {name: torch.tensor(held, dtype=torch.int64, device="cpu") for name, held in numbers.items()}
         drawing = {f"own {i}": own.get_state() for i, own in enumerate(self._own_generators())}
-        reading = {_READING + name: held for name, held in self._reading.items()}
+        reading = {_READING + name: held for name, held in self._reading.tensors().items()}
         return state | drawing | reading | {"drawing": self._generator.get_state(), "digest": self._digest()}
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
@@ -140,7 +140,8 @@ class CalibrationStream:
             )
         self.is_altered = not torch.equal(self._digest(), state["digest"])
         self._generator.set_state(state["drawing"])
-        self._reading = {k.removeprefix(_READING): held for k, held in state.items() if k.startswith(_READING)}
+        reading = {k.removeprefix(_READING): held for k, held in state.items() if k.startswith(_READING)}
+        self._reading = GlobalStates.of_tensors(reading)
 
     def _size_so_far(self) -> int:
         """Return how many samples there are, or were read in the first pass."""

@@ -27,7 +27,7 @@ from swap_prune.distributed import Team
 from swap_prune.files import delete_abandoned, replaced_name, replacing, write_tensors
 from swap_prune.fisher.storage import Storage, StorageKind
 from swap_prune.network.aliasing import unexpanded
-from swap_prune.randomness import global_states, set_global_states
+from swap_prune.randomness import GlobalStates, global_states, set_global_states
 from swap_prune.report import StageReport
 from swap_prune.samples.spill import Spilled
 
@@ -114,13 +114,13 @@ class RandomStates:
 
     def remembered(self) -> dict[str, Tensor]:
         """Return them."""
-        states = {"noise": self._noise.get_state()} | global_states()
+        states = {"noise": self._noise.get_state()} | global_states().tensors()
         return states | ({"gpu": torch.cuda.get_rng_state(self._device)} if self._device.type == "cuda" else {})
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Set them."""
         self._noise.set_state(state["noise"])
-        set_global_states(state)
+        set_global_states(GlobalStates.of_tensors(state))
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state["gpu"], self._device)
 
