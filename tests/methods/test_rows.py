@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,6 +86,11 @@ def test_none_may_come() -> None:
 
 def normalised(images: bool = False) -> tuple[nn.Module, TensorDataset]:
     """A trained network with BatchNorm, and calibration samples."""
+    return copy.deepcopy(_normalised(images))
+
+
+@functools.cache
+def _normalised(images: bool) -> tuple[nn.Module, TensorDataset]:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(240, 16, generator=generator)
     labels = (inputs[:, :4] + 0.5 * inputs[:, 4:8]).argmax(1)
