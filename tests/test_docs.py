@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/extending.md", "docs/finetuning.md", "docs/migrating.md", "docs/transformers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("extending", "finetuning", "migrating", "transformers"))]
+)
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(METHODS, "diagonal", METHODS["magnitude"])  # both tables are restored afterwards
