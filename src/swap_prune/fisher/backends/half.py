@@ -250,7 +250,7 @@ def _is_right(operations: _Operations, device: torch.device, dtype: torch.dtype)
 
 def row_scales(rows: Tensor) -> Tensor:
     """Return the power of two (n,) that each row (n, p) is divided by before it is rounded to float16."""
-    largest = torch.maximum(rows.amax(1), -rows.amin(1))  # the infinity norm is nine times slower on a CPU
+    largest = torch.maximum(rows.amax(1), -rows.amin(1))  # torch's infinity norm is far slower on a CPU
     exponent = torch.frexp(largest).exponent - _TOP
     scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=_LEAST)).to(largest)
     return torch.where(largest > 0, scale, torch.ones_like(scale))

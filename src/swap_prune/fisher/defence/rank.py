@@ -67,7 +67,7 @@ def shares_beyond(matrices: Tensor) -> Tensor:
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return matrices of entries up to 1, and the powers of two (n, 1, 1) that make them what they were."""
-    largest = rows.abs().amax((1, 2), keepdim=True)  # the infinity norm, which is ten times slower on a CPU
+    largest = rows.abs().amax((1, 2), keepdim=True)  # torch's infinity norm is far slower on a CPU
     exponent = torch.frexp(largest).exponent.clamp(-_EXPONENT, _EXPONENT)
     unit = _times_power(torch.ones_like(largest), -exponent)
     return rows * unit, exponent  # the fourth power of one may be no number
