@@ -1,7 +1,7 @@
 # Everything starts from Python 3.11 (or newer), pip and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint types test check clean
+.PHONY: help setup demo lint types test test-long check clean
 
 TORCH := torch==2.13.0
 # Index to take torch from instead of pip's own, for instance one of CPU-only builds.
@@ -26,7 +26,7 @@ NEW_VENV = $(PYTHON) -m venv --clear $(VENV) || { \
 	$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 	@echo 'Variables: PYTHON (interpreter to start from), TORCH_INDEX (package index for torch alone)'
 
 setup: $(STAMP)  ## create .venv with the pinned dependencies and this package, editable
@@ -53,8 +53,11 @@ lint: setup  ## ruff: rules and format
 types: setup  ## mypy, strict, on src
 	$(BIN)/mypy
 
-test: setup  ## the default test suite (no slow, no gpu tests)
+test: setup  ## the default test suite (no long, slow or gpu tests)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-long: setup  ## the long tests, which the default suite leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'long and not slow and not gpu'
 
 check: lint types test  ## lint, types and test
 

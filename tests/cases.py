@@ -1,8 +1,10 @@
 """Problems with known answers, and makers of random ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,20 @@ ONE = LR(ridge=0.025, damping=1.0, metric="diagonal", floor=0)  # one candidate;
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def but_long(cases: Iterable[Any], short: int | Collection[Any] = 1) -> list[Any]:
+    """Return the cases of a parametrised test, all marked long but the first ``short`` of them, or but those named."""
+    marked = []
+    for number, case in enumerate(cases):
+        values, marks, name = (case, (), None)
+        if isinstance(case, type(pytest.param())):
+            values, marks, name = case
+        elif not isinstance(case, tuple):
+            values = (case,)
+        stays = number < short if isinstance(short, int) else case in short
+        marked.append(pytest.param(*values, marks=[*marks] if stays else [*marks, pytest.mark.long], id=name))
+    return marked
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -23,6 +23,7 @@ from swap_prune import METHODS, FineTune, finetune, load_pruned, load_report, pr
 from swap_prune.artifact import weights_sha256
 from swap_prune.files import check_output_directory, write_directory
 from swap_prune.weights_file import load_weights, read_weights
+from tests.cases import but_long
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -52,6 +53,7 @@ def test_round_trip_keeps_every_value_and_every_zero(method: str, tmp_path: Path
     assert sorted(safetensors.torch.load_file(tmp_path / "out" / "weights.safetensors")) == sorted(model.state_dict())
 
 
+@pytest.mark.long
 def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         pruned()[1].save(tmp_path / name)
@@ -185,7 +187,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("case", but_long(DAMAGE, short=3))
 def test_damaged_artifacts_are_refused_and_the_model_stays(case: str, tmp_path: Path) -> None:
     damage, message = DAMAGE[case]
     pruned()[1].save(tmp_path / "out")
@@ -477,7 +479,7 @@ def test_numbers_that_a_smaller_type_cannot_hold_are_refused(tmp_path: Path) -> 
     assert load_weights(network().half(), tmp_path / "large.safetensors")[0].bias.isinf().sum() == 1
 
 
-@pytest.mark.parametrize("case", ["inference", "hook"])
+@pytest.mark.parametrize("case", but_long(["inference", "hook"], short=["hook"]))
 def test_a_network_that_does_not_take_all_of_an_artifact_has_nothing_of_it(case: str, tmp_path: Path) -> None:
     _, report = pruned()
     report.save(tmp_path / "out")
@@ -496,7 +498,7 @@ def test_a_network_that_does_not_take_all_of_an_artifact_has_nothing_of_it(case:
         assert int(load_pruned(model, tmp_path / "out")[0].weight.count_nonzero()) == report.layers["0.weight"].kept
 
 
-@pytest.mark.parametrize("change", ["leaves out", "changes"])
+@pytest.mark.parametrize("change", but_long(["leaves out", "changes"]))
 def test_an_artifact_that_could_not_be_loaded_is_not_written(change: str, tmp_path: Path) -> None:
     model, report = pruned()
 

@@ -25,6 +25,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+@pytest.mark.long
 def test_a_solve_is_counted_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     one = load("solver", monkeypatch).measure(20, 400)
     assert one["n"] == 20 and one["p"] == 400
@@ -46,6 +47,7 @@ def test_a_capture_is_compared_with_a_plain_backward_pass(monkeypatch: pytest.Mo
     assert kinds == {("capture_gradients", "bfloat16"), ("sketch_curvature", "bfloat16")}
 
 
+@pytest.mark.long
 def test_what_choosing_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("tuning", monkeypatch)
     options = Namespace(weights=None, samples=20)
@@ -54,6 +56,7 @@ def test_what_choosing_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["one candidate"][1] < found["with a coupling: `ewr`"][1]
 
 
+@pytest.mark.long
 def test_processes_that_share_g_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
@@ -63,6 +66,7 @@ def test_processes_that_share_g_are_measured(monkeypatch: pytest.MonkeyPatch, tm
     assert one["process"] == "0 of 1" and one["rows"] == 20 and one["peak_mb"] > 0
 
 
+@pytest.mark.long
 def test_storages_are_compared_on_the_embedded_network(monkeypatch: pytest.MonkeyPatch) -> None:
     module, threads = load("storage", monkeypatch), torch.get_num_threads()
     try:
@@ -74,12 +78,14 @@ def test_storages_are_compared_on_the_embedded_network(monkeypatch: pytest.Monke
     assert all(run["accuracy"] > 50 and run["peak_gb"] > 0 and run["forecast_gb"] > 0 for run in runs.values())
 
 
+@pytest.mark.long
 def test_a_plan_is_compared_with_pot(monkeypatch: pytest.MonkeyPatch) -> None:
     one = load("transport", monkeypatch).measure(20, 0.1, 0.5)
     assert one["seconds"] > 0 and one["pot_seconds"] > 0
     assert one["residual"] <= 1e-6 and one["pot_residual"] < 1e-4, "both solve the same problem"
 
 
+@pytest.mark.long
 def test_the_search_for_the_largest_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [load("top_k", monkeypatch).measure(3_000_000, 1_000_000, searched) for searched in (False, True)]
     assert all(seconds > 0 for seconds, _ in found)

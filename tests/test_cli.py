@@ -29,6 +29,7 @@ from swap_prune.experiments.images import AugmentedBatches, AugmentedImages, Ima
 from swap_prune.fisher.noise import NOISE_MODELS
 from swap_prune.stages.runner import StageRunner
 from tests import tiny
+from tests.cases import but_long
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def call(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 PRUNE = ("prune", "--model", "mlpnet", "--data", "mnist", "--weights", "w.safetensors")
 
 
-@pytest.mark.parametrize("method", ["magnitude", "lr", "ewr"])
+@pytest.mark.parametrize("method", but_long(["magnitude", "lr", "ewr"], short=2))
 def test_prune_prints_one_json_object_and_writes_what_eval_reads(call, method: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     status, text, _ = call(
@@ -85,6 +86,7 @@ def test_prune_prints_one_json_object_and_writes_what_eval_reads(call, method: s
     assert sum(int((value == 0).sum()) for value in state.values()) == 32360 - result["kept"]
 
 
+@pytest.mark.long
 def test_the_same_seed_writes_the_same_bytes(call, tmp_path: Path) -> None:
     for name in ("a", "b"):
         status, *_ = call(*PRUNE, "--method", "ewr", "--samples", "80", "--stages", "2", "--out", str(tmp_path / name))
@@ -93,6 +95,7 @@ def test_the_same_seed_writes_the_same_bytes(call, tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.long
 def test_text_for_people_and_settings_of_the_method(call) -> None:
     status, text, _ = call(
         *PRUNE, "--method", "ewr", "--samples", "60", "--set", "anchor=0.5", "--set", "epsilon=0.1",
@@ -102,6 +105,7 @@ def test_text_for_people_and_settings_of_the_method(call) -> None:
     assert "accuracy" in text and "31880" not in text and "32160" in text
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_after_its_last_stage(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*PRUNE, "--method", "obd", "--samples", "60", "--stages", "3", "--json")
     expected = json.loads(call(*arguments)[1])
@@ -127,6 +131,7 @@ def test_an_interrupted_run_goes_on_after_its_last_stage(call, tmp_path: Path, m
     assert status == 130 and "kept" not in error
 
 
+@pytest.mark.long
 def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> None:
     arguments = ("--model", "mlpnet", "--data", "mnist", "--samples", "60", "--memory", "20GB")
     status, text, _ = call("plan", *arguments, "--json")
@@ -167,6 +172,7 @@ def test_plan_forecasts_without_running_and_prune_does_what_it_says(call) -> Non
     assert status == 0 and json.loads(text)["kept"] == math.floor(32360 * (1 - 0.9))
 
 
+@pytest.mark.long
 def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
     joined = "labels:kind=pair,fraction=0.1+gradient:std=1"
     for name, noise in (("a", ["--noise", joined]), ("b", [v for s in joined.split("+") for v in ("--noise", s)])):
@@ -178,6 +184,7 @@ def test_noise_repeated_and_joined(call, tmp_path: Path) -> None:
     assert first["weights_sha256"] == second["weights_sha256"]
 
 
+@pytest.mark.long
 def test_the_number_of_stages_is_found(call) -> None:
     status, text, _ = call(*PRUNE, "--method", "obd", "--samples", "60", "--stages", "auto", "--json")
     assert status == 0 and json.loads(text)["stages"] in (1, 4, 16)
@@ -193,6 +200,7 @@ def test_the_number_of_samples_is_what_fits(call) -> None:
     assert "of 240 samples a stage" in " ".join(text.split())
 
 
+@pytest.mark.long
 def test_fine_tuning_after_each_stage(call, tmp_path: Path) -> None:
     gradual = (*PRUNE, "--method", "lr", "--sparsity", "0.97", "--samples", "60", "--stages", "2", "--json")
     _, text, _ = call(*gradual)
@@ -343,6 +351,7 @@ def test_an_error_says_where_it_comes_from_if_asked(call, monkeypatch: pytest.Mo
     assert plain.count("\n") == 1 and traced.startswith("Traceback") and traced.endswith(plain)
 
 
+@pytest.mark.long
 def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp_path: Path) -> None:
     """As torchrun asks the other processes, where one is lost."""
     command = [
@@ -370,6 +379,7 @@ def test_an_end_that_is_asked_for_is_one_line_and_clears_up(workplace: Path, tmp
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_closes_ends_a_command_in_words_unless_that_is_ignored(ignored: bool) -> None:
     code = (
@@ -403,6 +413,7 @@ def test_work_is_saved_where_nothing_can_be_said(
     assert results.getvalue() == there, "errors are no results"
 
 
+@pytest.mark.long
 def test_rows_are_kept_for_the_next_command(call, tmp_path: Path) -> None:
     named = ("--model", "tests.tiny:network", "--data", "tests.tiny:data", "--samples", "40", "--method", "lr")
     kept = (*named, "--scratch", str(tmp_path), "--keep-rows")
@@ -419,6 +430,7 @@ def test_the_version(call) -> None:
     assert (status, out.strip(), err) == (0, version("swap-prune"), "")
 
 
+@pytest.mark.long
 def test_a_model_and_a_loader_of_ones_own(
     call, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +467,7 @@ def test_a_model_and_a_loader_of_ones_own(
     assert len({json.loads(text)["loss"] for text in figures}) == 1, "the seed decides what is split off"
 
 
+@pytest.mark.long
 def test_what_the_users_module_registers_has_a_name(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_registering.py").write_text(
         "from dataclasses import dataclass\n"
@@ -491,6 +504,7 @@ def test_what_the_users_module_registers_has_a_name(call, tmp_path: Path, monkey
         NOISE_MODELS.pop("loud", None)
 
 
+@pytest.mark.long
 def test_demo_needs_nothing_and_writes_a_report(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swap_prune.experiments.demo.SAMPLES", 60)
     monkeypatch.setattr("swap_prune.experiments.demo.STAGES", 1)
@@ -555,7 +569,7 @@ def test_interruptions_are_told(
     assert out == "" and message in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["eval", "prune", "plan"])
+@pytest.mark.parametrize("command", but_long(["eval", "prune", "plan"], short=["eval", "plan"]))
 def test_what_models_and_data_print_is_not_mixed_into_results(call, command: str) -> None:
     named = ("--model", "tests.chatty:network", "--data", "tests.chatty:data")
     status, text, error = call(command, *named, "--json", *(["--samples", "40"] if command != "eval" else []))
@@ -633,6 +647,7 @@ def test_a_network_that_ends_the_process_has_not_succeeded(
     assert "the model or the data called sys.exit(0); raise an error instead" in error
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     """As ``| head -1``."""
     code = "import sys; from swap_prune.console import own_output, run, show; from swap_prune.cli import app\n"

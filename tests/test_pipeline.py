@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import swap_prune
 from swap_prune import METHODS, FineTune, plan, prune
 from swap_prune.selection import layer_floors, select_parameters
+from tests.cases import but_long
 
 
 def small_network(seed: int = 0) -> nn.Module:
@@ -62,7 +63,7 @@ def with_an_idle_layer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sparsegpt"}))
+@pytest.mark.parametrize("method", but_long(sorted(METHODS.keys() - {"sparsegpt"}), short=METHODS.keys() - {"chita"}))
 @pytest.mark.parametrize("stages", [1, 3])
 def test_a_share_of_each_layer_is_kept(method: str, stages: int) -> None:
     config = METHODS[method](scope="global") if method in ("magnitude", "wanda") else METHODS[method]()
@@ -353,7 +354,7 @@ def test_a_model_without_weights_is_refused() -> None:
         prune(nn.ReLU(), small_data(), 0.5)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "lr", "ewr"])
+@pytest.mark.parametrize("method", but_long(["magnitude", "lr", "ewr"]))
 def test_gradual_pruning_trains_under_each_stages_mask(method: str) -> None:
     settings = FineTune(epochs=3, lr=0.05, batch_size=10, distillation=0)  # the dense network was never trained
     models, reports = [small_network() for _ in range(3)], []
@@ -421,7 +422,7 @@ def test_a_model_that_is_none_is_refused() -> None:
         prune({}, small_data())
 
 
-@pytest.mark.parametrize("size", [1, 2, 25])
+@pytest.mark.parametrize("size", but_long([1, 2, 25], short=[25]))
 def test_how_samples_are_batched_does_not_matter(size: int) -> None:
     """BatchNorm's statistics are those of many samples, however few the loader gives at a time."""
     inputs, labels = small_data(250)[:]
@@ -437,6 +438,7 @@ def test_how_samples_are_batched_does_not_matter(size: int) -> None:
     torch.testing.assert_close(models[0][1].running_var, models[1][1].running_var, rtol=1e-3, atol=0)
 
 
+@pytest.mark.long
 def test_one_sample_too_many_changes_little() -> None:
     """257 samples leave one alone in a batch of 128, and it must not switch the statistics of all others off."""
     inputs, labels = small_data(257)[:]
@@ -468,7 +470,7 @@ def test_a_loss_may_take_its_dict_apart() -> None:
     assert report.kept == 96
 
 
-@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+@pytest.mark.parametrize("around", but_long([torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")]))
 @pytest.mark.parametrize("data", [small_data, lambda: [small_data()[:]]])
 def test_what_is_set_around_changes_nothing(around: Callable[[], Any], data: Callable[[], Any]) -> None:
     inside, outside = small_network(), small_network()

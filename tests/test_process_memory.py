@@ -146,6 +146,7 @@ def test_the_number_of_samples_that_is_offered_fits_and_few_more_do_not(p: int, 
         plan_memory(load(int(fits / 0.9) + 2, p), budget, storage).require()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lr", "ewr", "obd"])
 def test_samples_that_are_offered_fit_when_they_are_asked_for(method: str) -> None:
     """Of fewer samples signs are drawn more often, and others are held out: rows are not in proportion."""

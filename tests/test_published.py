@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from swap_prune.cli import app, run
+from tests.cases import but_long
 
 SHARED = Path(__file__).parents[2] / "shared"
 CHECKPOINTS = Path(os.environ.get("SWAP_PRUNE_CHECKPOINTS", SHARED / "checkpoints"))
@@ -38,7 +39,7 @@ def test_magnitude_pruning_gives_the_published_figures(
     assert mlpnet(capsys, "--method", "magnitude", "--sparsity", sparsity)["accuracy"] == pytest.approx(published)
 
 
-@pytest.mark.parametrize(("sparsity", "published", "spread"), [("0.90", 91.97, 0.5), ("0.95", 87.17, 0.8)])
+@pytest.mark.parametrize(("sparsity", "published", "spread"), but_long([("0.90", 91.97, 0.5), ("0.95", 87.17, 0.8)]))
 def test_chita_is_where_its_own_code_is(
     capsys: pytest.CaptureFixture[str], sparsity: str, published: float, spread: float
 ) -> None:
@@ -46,7 +47,9 @@ def test_chita_is_where_its_own_code_is(
     assert result["accuracy"] == pytest.approx(published, abs=spread)
 
 
-@pytest.mark.parametrize(("method", "published"), [("woodfisher", 91.7), ("cbs", 93.1), ("obd", 88.6)])
+@pytest.mark.parametrize(
+    ("method", "published"), but_long([("woodfisher", 91.7), ("cbs", 93.1), ("obd", 88.6)], short=[("obd", 88.6)])
+)
 def test_baselines_are_near_the_published_figures_at_90_percent(
     capsys: pytest.CaptureFixture[str], method: str, published: float
 ) -> None:
@@ -54,11 +57,13 @@ def test_baselines_are_near_the_published_figures_at_90_percent(
     assert result["accuracy"] == pytest.approx(published, abs=1.5)
 
 
+@pytest.mark.long
 def test_one_stage_of_lr_is_far_above_magnitude(capsys: pytest.CaptureFixture[str]) -> None:
     result = mlpnet(capsys, "--method", "lr", "--sparsity", "0.95", "--samples", "500")
     assert result["accuracy"] > 83.64 + 2
 
 
+@pytest.mark.long
 def test_resnet20_is_repaired_and_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swap_prune.surgery.batchnorm.RECALIBRATION_SAMPLES", 1000)
     weights = str(CHECKPOINTS / "resnet20_cifar10.safetensors")

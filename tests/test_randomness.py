@@ -40,6 +40,7 @@ def test_each_subset_is_drawn_as_often_as_any_other() -> None:
         subset(3, 4, generator)
 
 
+@pytest.mark.long
 def test_what_a_method_draws_does_not_change_the_samples_of_later_stages() -> None:
     class Greedy(LR):
         def solve(self, problem: PruningProblem, generator: torch.Generator) -> PruningSolution:

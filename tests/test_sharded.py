@@ -1,7 +1,8 @@
 """G shared out to processes: the products of a dense G, the same bits for every number of processes, and failures.
 
-One set of four processes goes through all of it: as a group of four, as groups of two and of one, and as groups in
-which one of two processes fails. What they found is on disk, and looked at by the tests.
+One set of four processes goes through what takes long: as a group of four, as groups of two and of one, and groups in
+which one of two processes is waited for. Two processes go through the rest, in which one of them fails or differs.
+What they found is on disk, and looked at by the tests.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from tests.test_pipeline import small_data, small_network
 
 SIZES = (1, 2, 4)
 PATIENCE = 4.0  # seconds, for another process
+SOON = ("error", "samples", "seed", "memory", "disk", "plan", "room", "early", "end", "losses", "alone", "itself")
+SOON += ("loss",)  # the last, for it ends one of the processes
+LATE = ("wrapped", "kept", "absent", "silence")
 RUNS: dict[str, dict[str, Any]] = {
     "lr": {"method": "lr", "stages": 2},
     "ewr": {"method": "ewr", "sparsity": 0.9, "finetune": FineTune(epochs=1)},
@@ -222,28 +226,33 @@ def no_room(*_: Any) -> Any:
     raise ValueError("G cannot be held")
 
 
-def work(rank: int, folder: Path) -> None:
-    """What each of the four processes does."""
+def work(rank: int, folder: Path, sizes: tuple[int, ...], cases: tuple[str, ...]) -> None:
+    """What each of the processes does: prune in groups of these sizes, and go through these cases in groups of two."""
     torch.set_num_threads(1)
     capture._MAX_CHUNK = 7  # several chunks, which ranks take in turns
-    for size in SIZES:
+    for size in sizes:
         if rank < size:
             found = in_group(f"group{size}", rank, size, folder, lambda size=size: pruned(folder / f"run-{size}"))
             torch.save(found, folder / f"pruned-{size}-{rank}.pt")
-    pairs = {"error": 0, "samples": 2, "seed": 0, "memory": 2, "disk": 0, "loss": 2, "plan": 0, "room": 0, "early": 0}
-    pairs |= {"end": 0, "wrapped": 0, "kept": 0, "losses": 0, "alone": 0, "itself": 0, "absent": 0, "silence": 0}
-    for case, first in pairs.items():
+    for case in cases:
         if case in ("absent", "silence"):
             os.environ["SWAP_PRUNE_TIMEOUT"] = str(PATIENCE)
-        if first <= rank < first + 2:
-            said = in_group(case, rank - first, 2, folder, lambda case=case: refused(case, rank % 2))
-            torch.save(said, folder / f"{case}-{rank - first}.pt")
+        if rank < 2:
+            said = in_group(case, rank, 2, folder, lambda case=case: refused(case, rank))
+            torch.save(said, folder / f"{case}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(work, (path,), nprocs=4)
+    torch.multiprocessing.spawn(work, (path, SIZES, LATE), nprocs=4)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("pair")
+    torch.multiprocessing.spawn(work, (path, (), SOON), nprocs=2)
     return path
 
 
@@ -254,6 +263,7 @@ def bits(value: Any) -> Any:
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
+@pytest.mark.long
 def test_every_number_of_processes_gives_the_same_bits_on_every_rank(folder: Path) -> None:
     first = torch.load(folder / "pruned-1-0.pt")
     assert first["kind"] == "sharded" and set(RUNS) < set(first)
@@ -263,6 +273,7 @@ def test_every_number_of_processes_gives_the_same_bits_on_every_rank(folder: Pat
             assert bits(found) == bits(first) and bits(found["resumed"]) == bits(found["lr"]), (size, rank)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["lr", "empirical", "obd"])
 def test_the_mask_is_that_of_one_process_without_a_group(name: str, folder: Path) -> None:
     model = small_network()
@@ -281,30 +292,31 @@ def test_the_mask_is_that_of_one_process_without_a_group(name: str, folder: Path
         ("end", "OSError", "No space left on device"),
     ],
 )
-def test_what_fails_on_one_process_ends_the_other(case: str, kind: str, words: str, folder: Path) -> None:
+def test_what_fails_on_one_process_ends_the_other(case: str, kind: str, words: str, pair: Path) -> None:
     """In the middle, and at the last moment: neither is left pruned."""
-    own, text, _ = torch.load(folder / f"{case}-1.pt")
+    own, text, _ = torch.load(pair / f"{case}-1.pt")
     assert own == kind and re.search(words, text)
-    own, text, seconds = torch.load(folder / f"{case}-0.pt")
+    own, text, seconds = torch.load(pair / f"{case}-0.pt")
     assert own == "ConnectionError" and "process 0 of 2 lost the others" in text and seconds < 30
 
 
 @pytest.mark.parametrize(("case", "words"), [("room", "G cannot be held"), ("early", "sparsity must lie in [0, 1)")])
-def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(case: str, words: str, folder: Path) -> None:
-    kind, own, _ = torch.load(folder / f"{case}-1.pt")
+def test_a_run_that_one_process_refuses_is_refused_by_the_other_at_once(case: str, words: str, pair: Path) -> None:
+    kind, own, _ = torch.load(pair / f"{case}-1.pt")
     assert kind == "ValueError" and words in own
-    kind, text, seconds = torch.load(folder / f"{case}-0.pt")
+    kind, text, seconds = torch.load(pair / f"{case}-0.pt")
     assert (kind, text) == ("ValueError", f"process 1 of 2: {own}") and seconds < 10
 
 
 @pytest.mark.parametrize("case", ["alone", "itself"])
-def test_what_is_no_difference_keeps_no_process_from_its_run(case: str, folder: Path) -> None:
+def test_what_is_no_difference_keeps_no_process_from_its_run(case: str, pair: Path) -> None:
     """Calls that are not shared, or are refused by both, and losses that are rounding."""
     for rank in (0, 1):
-        kind, text, _ = torch.load(folder / f"{case}-{rank}.pt")
+        kind, text, _ = torch.load(pair / f"{case}-{rank}.pt")
         assert (kind, text) == ("", "nothing")
 
 
+@pytest.mark.long
 def test_a_process_that_prunes_alone_in_a_group_hears_whom_it_waits_for(folder: Path) -> None:
     kind, text, seconds = torch.load(folder / "absent-0.pt")
     assert kind == "ConnectionError" and PATIENCE < seconds < 10 * PATIENCE
@@ -313,6 +325,7 @@ def test_a_process_that_prunes_alone_in_a_group_hears_whom_it_waits_for(folder: 
     assert error.startswith(warning) and error.endswith(f"it gave up after {1.5 * PATIENCE:.0f} s")
 
 
+@pytest.mark.long
 def test_what_would_make_processes_wait_for_each_other_is_refused_by_all(folder: Path) -> None:
     words = {"wrapped": "pass model.module, the network in it", "kept": "must have the same settings, but process 1"}
     for case, expected in words.items():
@@ -321,6 +334,7 @@ def test_what_would_make_processes_wait_for_each_other_is_refused_by_all(folder:
             assert kind == "ValueError" and expected in text and seconds < 10
 
 
+@pytest.mark.long
 def test_a_process_that_says_nothing_is_not_waited_for_for_ever(folder: Path) -> None:
     kind, text, seconds = torch.load(folder / "silence-0.pt")
     assert kind == "ConnectionError" and f"did not answer for {PATIENCE:.0f} s" in text
@@ -335,9 +349,9 @@ def test_a_patience_that_is_none_is_refused(text: str, monkeypatch: pytest.Monke
         distributed.patience()
 
 
-def test_a_process_that_is_gone_ends_the_other(folder: Path) -> None:
-    assert not (folder / "loss-1.pt").exists()
-    kind, text, seconds = torch.load(folder / "loss-0.pt")
+def test_a_process_that_is_gone_ends_the_other(pair: Path) -> None:
+    assert not (pair / "loss-1.pt").exists()
+    kind, text, seconds = torch.load(pair / "loss-0.pt")
     assert kind == "ConnectionError" and "lost the others" in text and seconds < 30
 
 
@@ -350,9 +364,9 @@ def test_a_process_that_is_gone_ends_the_other(folder: Path) -> None:
         ("losses", "losses"),
     ],
 )
-def test_processes_that_do_not_do_the_same_are_refused_on_both(case: str, what: str, folder: Path) -> None:
+def test_processes_that_do_not_do_the_same_are_refused_on_both(case: str, what: str, pair: Path) -> None:
     for rank in (0, 1):
-        kind, text, _ = torch.load(folder / f"{case}-{rank}.pt")
+        kind, text, _ = torch.load(pair / f"{case}-{rank}.pt")
         assert kind == "ValueError" and f"the same {what}, but process 1 differs" in text
 
 

@@ -28,7 +28,7 @@ from swap_prune.network import aliasing
 from swap_prune.samples.batches import batch_size
 from swap_prune.schedule import keep_count
 from swap_prune.selection import select_parameters
-from tests.cases import blurred_classes, generator, trained
+from tests.cases import blurred_classes, but_long, generator, trained
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS, LABELS = torch.randn(80, 8, generator=GENERATOR), torch.randint(3, (80,), generator=GENERATOR)
@@ -162,6 +162,7 @@ def test_batchnorm_without_running_statistics() -> None:
         prune(model, DATA, 0.5, samples=32, progress=False)
 
 
+@pytest.mark.long
 def test_a_network_that_is_always_random_leaves_and_reads_no_global_state() -> None:
     class Random(nn.Module):
         def __init__(self) -> None:
@@ -229,7 +230,7 @@ def test_batches_that_have_attributes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which compiling imports
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("wrap", but_long([nn.DataParallel, torch.compile]))
 def test_an_artifact_of_a_wrapped_network(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model = perceptron()
     prune(wrap(model), DATA, 0.5, "magnitude", progress=False).save(tmp_path / "out")
@@ -653,7 +654,7 @@ def test_one_sample_has_no_statistics_and_rows_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("noise", [None, "labels+adversarial+gradient", "analog+poison+input"])
-@pytest.mark.parametrize("method", ["ewr", "cbs", "sparsegpt"])
+@pytest.mark.parametrize("method", but_long(["ewr", "cbs", "sparsegpt"], short=["cbs", "sparsegpt"]))
 def test_the_default_device_of_torch_is_not_where_numbers_are_drawn(method: str, noise: str | None) -> None:
     model, other = perceptron(), perceptron()
     with torch.device("meta"):
@@ -1195,6 +1196,7 @@ def vanishing(model: nn.Module, batch: Any) -> Tensor:
     return model(batch[0]).sum(1) * 0
 
 
+@pytest.mark.long
 def test_layers_may_be_in_any_unit() -> None:
     """The same network, its first layer in thousandths and its last in thousands, is pruned about as well."""
     with torch.random.fork_rng(devices=[]):
@@ -1564,7 +1566,7 @@ def test_a_branch_whose_weights_have_decayed_does_not_stop_the_others(scale: flo
     assert report.layers["first.weight"].kept > 0 and all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["lr", "chita", "obd"])
+@pytest.mark.parametrize("method", but_long(["lr", "chita", "obd"], short=["chita", "obd"]))
 def test_the_default_dtype_of_the_caller_makes_no_difference(method: str) -> None:
     def pruned(dtype: torch.dtype) -> nn.Module:
         model = perceptron()

@@ -230,6 +230,7 @@ def test_weights_that_cudnn_moved_are_given_back(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_the_best_number_of_stages_is_found_though_cudnn_moves_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     data, first = TensorDataset(torch.randn(120, 5, 6), torch.arange(120) % 4), Recurrent()

@@ -41,7 +41,7 @@ def pot_plan(x, y, epsilon, anchor):
 
 
 @pytest.mark.parametrize("anchor", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize("relative", [0.02, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("relative", [pytest.param(0.02, marks=pytest.mark.long), 0.1, 1.0, 30.0])
 def test_plan_is_that_of_pot(relative, anchor):
     x, y = paired_clouds(16, seed=1, noise=0.5)
     epsilon = relative * mean_cost(x, y)

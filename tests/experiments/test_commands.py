@@ -67,6 +67,7 @@ def test_resume_and_text_for_people(call) -> None:
         assert out == f"8 runs: {done} done, 0 failed, {there} were there\ntables and plots: swap-prune report out\n"
 
 
+@pytest.mark.long
 def test_a_home_directory_is_found_wherever_it_is_named(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     for name in ("dd", "ee"):
@@ -189,6 +190,7 @@ def test_what_a_method_cannot_do_is_refused_first(call, tmp_path: Path, setting:
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_report_that_cannot_be_written_is_shown_all_the_same(call, tmp_path: Path) -> None:
     assert call("experiment", "grid.toml", "--out", "out")[0] == 0
     (tmp_path / "file").touch()
@@ -199,6 +201,7 @@ def test_a_report_that_cannot_be_written_is_shown_all_the_same(call, tmp_path: P
     assert not (tmp_path / "out" / "tables.md").exists()
 
 
+@pytest.mark.long
 def test_what_a_killed_report_left_is_deleted_by_the_next(call, tmp_path: Path) -> None:
     assert call("experiment", "grid.toml", "--out", "out")[0] == 0
     left = tmp_path / "out" / f".{platform.node()}-{2**22 + 1}-{'0' * 32}.tables.md"
@@ -207,6 +210,7 @@ def test_what_a_killed_report_left_is_deleted_by_the_next(call, tmp_path: Path) 
     assert call("report", "out")[0] == 0 and not left.exists()
 
 
+@pytest.mark.long
 def test_rows_are_left_for_other_runs(call, tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(FILE.replace('name = "lr"', 'name = "lr"\nstorage = "mapped"'))
     assert "does not exist" in call("experiment", "grid.toml", "--out", "out", "--scratch", "rows")[2]
@@ -225,6 +229,7 @@ def test_rows_are_left_for_other_runs(call, tmp_path: Path) -> None:
         assert all(one[name] == other[name] for name in ("id", "accuracy", "loss", "kept", "layers", "evidence"))
 
 
+@pytest.mark.long
 def test_results_are_shown_whatever_letters_the_output_takes(call, tmp_path: Path) -> None:
     assert call("experiment", "grid.toml", "--out", "out")[0] == 0
     command = [sys.executable, "-m", "swap_prune", "report", "out"]

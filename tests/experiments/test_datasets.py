@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from swap_prune.experiments import datasets
 from swap_prune.experiments.datasets import DATASETS, ImageData, calibration_data, load_dataset
 from swap_prune.experiments.images import ImageTensors, iterate
+from tests.cases import but_long
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SWAP_PRUNE_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -84,7 +85,7 @@ def write_imagenet(root, listed=True):
     return folder
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", but_long([True, False], short=[False]))
 def test_mnist_reads_back(tmp_path, zipped):
     _, written = write_mnist(tmp_path, zipped)
     data = load_dataset("mnist", tmp_path)

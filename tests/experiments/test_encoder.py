@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swap_prune import SelfDistillation, prune
 from swap_prune.experiments.encoder import EncoderConfig, SentenceEncoder, load_encoder
-from tests.cases import generator
+from tests.cases import but_long, generator
 
 SMALL = EncoderConfig(
     vocab_size=20,
@@ -98,6 +98,7 @@ def test_an_encoder_is_read_from_a_directory(tmp_path: Path) -> None:
     torch.testing.assert_close(model(**sentences()), encoder()(**sentences()))
 
 
+@pytest.mark.long
 def test_the_defaults_are_those_of_minilm() -> None:
     with torch.device("meta"):
         model = SentenceEncoder()
@@ -123,7 +124,7 @@ def test_an_empty_directory(tmp_path: Path) -> None:
         load_encoder(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "lr", "ewr"])
+@pytest.mark.parametrize("method", but_long(["magnitude", "wanda", "sparsegpt", "lr", "ewr"], short=3))
 def test_it_is_pruned_by_what_it_said_itself(method: str) -> None:
     model, loss = encoder(), SelfDistillation()
     pairs = loss.label(model, [sentences(20, seed=2), sentences(20, 5, seed=3)])

@@ -13,6 +13,7 @@ from tests.experiments.test_results import record, write
 from tests.experiments.test_run import start
 
 
+@pytest.mark.long
 def test_every_key_of_the_file_reaches_prune(tmp_path, monkeypatch):
     calls = []
 

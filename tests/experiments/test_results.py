@@ -40,6 +40,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert second == records[1]
 
 
+@pytest.mark.long
 def test_wherever_the_last_line_tears_the_others_stay(tmp_path: Path) -> None:
     content = write(tmp_path, record(1), record(2), record(3))
     two = content[: content.rindex(b"\n", 0, -1) + 1]

@@ -40,6 +40,7 @@ def without_timings(out: Path) -> list[str]:
     return [json.dumps({key: value for key, value in line.items() if key not in TIMINGS}) for line in lines]
 
 
+@pytest.mark.long
 def test_results_are_those_of_the_users_own_calls(tmp_path: Path) -> None:
     assert start(tmp_path / "out", resume=False) == Outcome(total=8, done=8, failed=0, skipped=0)
     results = read_results(tmp_path / "out")
@@ -59,6 +60,7 @@ def test_results_are_those_of_the_users_own_calls(tmp_path: Path) -> None:
         assert result.seconds is not None and result.peak_memory is not None and result.peak_memory > 10**7
 
 
+@pytest.mark.long
 def test_fine_tuning_is_that_of_the_users_own_calls(tmp_path: Path) -> None:
     experiment = tiny.experiment(finetune={"epochs": 2, "batch_size": 20}, sparsities=0.8, seeds=1, stages=2)
     start(tmp_path, experiment)
@@ -74,6 +76,7 @@ def test_fine_tuning_is_that_of_the_users_own_calls(tmp_path: Path) -> None:
     assert "fine-tuning epochs 2" in as_markdown(summarise(read_results(tmp_path)))
 
 
+@pytest.mark.long
 def test_a_finished_experiment_has_nothing_to_do(tmp_path: Path) -> None:
     start(tmp_path)
     content = (tmp_path / "results.jsonl").read_bytes()
@@ -99,6 +102,7 @@ def test_what_is_said_tells_sparsities_apart(tmp_path: Path) -> None:
     assert "sparsity 0.8, stages" in said[1] and "sparsity 0.8000001, stages" in said[2]
 
 
+@pytest.mark.long
 def test_results_of_runs_that_are_not_planned_are_not_mixed_with_others(tmp_path: Path) -> None:
     start(tmp_path)
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
@@ -110,6 +114,7 @@ def test_results_of_runs_that_are_not_planned_are_not_mixed_with_others(tmp_path
     assert (tmp_path / "results.jsonl").read_text() == other
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("data", ["data", "batches", "shuffled"])
 def test_wherever_it_is_cut_it_ends_in_the_same_bytes(tmp_path: Path, data: str) -> None:
     experiment = tiny.experiment(data=f"tests.tiny:{data}", noise=["none", "gradient:std=2"], seeds=0)
@@ -127,6 +132,7 @@ def work(out: str) -> None:
     start(Path(out), tiny.experiment(seeds=list(range(12))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_and_resumed_it_ends_in_the_same_bytes(tmp_path: Path, kills: int) -> None:
     moments = random.Random(kills)
@@ -158,6 +164,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(tmp_path: Path, kills: int
     assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "config.json", "results.jsonl"]
 
 
+@pytest.mark.long
 def test_an_experiment_that_was_broken_off_after_a_failure_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +182,7 @@ def test_an_experiment_that_was_broken_off_after_a_failure_ends_as_one_that_was_
     assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_failed_run_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object, **settings: object) -> object:
         if settings["seed"] == 1:
@@ -244,6 +252,7 @@ def test_statistics_that_fit_nothing_are_repaired_before_pruning_without_recalib
     assert result.accuracy == own.measure(network).accuracy != own.measure(own.network).accuracy
 
 
+@pytest.mark.long
 def test_a_part_of_the_test_images(tmp_path: Path) -> None:
     start(tmp_path / "part", tiny.experiment(test_images=50))
     start(tmp_path / "more", tiny.experiment(test_images=1000))
@@ -266,6 +275,7 @@ def test_a_part_of_the_test_images_is_drawn_and_read_in_order(monkeypatch: pytes
     assert first == again == sorted(set(first)) and first != list(range(50))
 
 
+@pytest.mark.long
 def test_weights_that_changed_are_another_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(tmp_path)
     original = tiny.network

@@ -183,6 +183,7 @@ def test_csv_holds_the_same_figures() -> None:
     assert (lone["accuracy"], lone["accuracy_error"], lone["accuracy_before"]) == ("90.0", "", "")
 
 
+@pytest.mark.long
 def test_files_are_written_and_are_the_same_again(tmp_path: Path) -> None:
     results = [*RESULTS, result("lr", 0, 10.0, stages=5)]  # three panels on a grid of four
 

@@ -202,6 +202,7 @@ def test_the_root_over_all_signs_is_the_second_derivative(loss: TokenCrossEntrop
     torch.testing.assert_close(roots.T @ roots / len(signs), jacrev(jacrev(value))(z.flatten()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lr", "ewr"])
 def test_a_trained_transformer_is_pruned_better_than_by_magnitude(method: str) -> None:
     """Tokens are to be named; also what is padded and has no label takes part."""
@@ -222,6 +223,7 @@ def test_a_trained_transformer_is_pruned_better_than_by_magnitude(method: str) -
     assert report.stages[0].evidence["first_order"]
 
 
+@pytest.mark.long
 def test_hidden_states_are_distilled() -> None:
     model, data = transformer(), batch(80)
     del data["labels"]

@@ -20,11 +20,11 @@ from swap_prune.fisher.capture.sketch import CurvatureSketch
 from swap_prune.losses import CrossEntropy, GaussNewtonLoss
 from swap_prune.losses.values import _ValueLoss
 from swap_prune.selection import select_parameters
-from tests.cases import normal
+from tests.cases import but_long, normal
 
-LOSSES = pytest.mark.parametrize(
-    "loss", [SquaredError(), BinaryCrossEntropy(temperature=1.0)], ids=["squares", "binary"]
-)
+_OF_EACH_KIND, _KINDS = [SquaredError(), BinaryCrossEntropy(temperature=1.0)], ["squares", "binary"]
+LOSSES = pytest.mark.parametrize("loss", _OF_EACH_KIND, ids=_KINDS)
+LOSSES_BUT_LONG = pytest.mark.parametrize("loss", but_long(_OF_EACH_KIND), ids=_KINDS)
 
 
 def network(outputs: int = 3) -> nn.Module:
@@ -114,8 +114,8 @@ def test_divergence_is_the_loss_less_its_least_value(loss: Any) -> None:
     assert float(loss.divergence(teacher, (None, targets), teacher).abs().max()) < 1e-12
 
 
-@LOSSES
-@pytest.mark.parametrize("fisher", ["gauss-newton", "empirical"])
+@LOSSES_BUT_LONG
+@pytest.mark.parametrize("fisher", but_long(["gauss-newton", "empirical"]))
 def test_pruning_by_them_beats_magnitude(loss: _ValueLoss, fisher: str) -> None:
     dense, data, held_out = trained(loss)
     measured = {}
@@ -195,7 +195,7 @@ def test_the_default_loss_names_them() -> None:
             prune(network(outputs), [(x, targets)], 0.5, progress=False)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", but_long([float("nan"), float("inf")]))
 def test_a_target_that_is_no_number_is_refused_wherever_it_is_drawn_to(value: float) -> None:
     """Of sixty samples twelve are held out, and the others are what G is of."""
     x, y = normal(60, 4), normal(60, 3, seed=1)
@@ -234,8 +234,8 @@ def test_targets_that_are_missing_do_not_count(loss: Any, missing: float) -> Non
         loss.check_targets(batch)
 
 
-@LOSSES
-@pytest.mark.parametrize("fisher", ["gauss-newton", "empirical"])
+@LOSSES_BUT_LONG
+@pytest.mark.parametrize("fisher", but_long(["gauss-newton", "empirical"], short=["empirical"]))
 def test_networks_are_pruned_on_the_targets_that_there_are(loss: Any, fisher: str) -> None:
     dense, data, held_out = trained(loss)
     x, y = data.tensors

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from swap_prune import PruningReport, plan, prune
 from swap_prune.stages.runner import StageRunner
 from tests.cases import ONE as SKETCHED
+from tests.cases import but_long
 from tests.stages.test_checkpoint import interrupted_after
 
 pytestmark = pytest.mark.usefixtures("nothing_held")
@@ -52,6 +53,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.long
 def test_as_many_are_taken_as_fit_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = budget_for(300, monkeypatch)
     refused = plan(wide(), samples_of_it(), 0.9, ONE, storage="float16")
@@ -73,7 +75,7 @@ def test_a_storage_that_holds_all_is_taken_rather_than_fewer_samples(monkeypatch
     assert planned.samples == 1024 and planned.require().name in ("mapped", "matrix-free")
 
 
-@pytest.mark.parametrize("count", [150, _COUNT])
+@pytest.mark.parametrize("count", but_long([150, _COUNT]))
 def test_where_all_fit_it_is_the_default(count: int) -> None:
     outcomes = []
     for samples in ("auto", 1024):
@@ -94,6 +96,7 @@ def test_few_are_not_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         run("auto")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_as_many_as_it_began_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever memory there is then."""
     budget_for(300, monkeypatch)
@@ -120,6 +123,7 @@ def test_a_run_goes_on_with_as_many_as_it_began_with(monkeypatch: pytest.MonkeyP
         run(200, stages=3, checkpoint=tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_run_of_a_number_is_not_gone_on_with_by_one_that_leaves_it_open(tmp_path: Path) -> None:
     interrupted_after(1, pytest.MonkeyPatch(), lambda: run(300, stages=3, checkpoint=tmp_path / "run"))
     with pytest.raises(
@@ -128,6 +132,7 @@ def test_a_run_of_a_number_is_not_gone_on_with_by_one_that_leaves_it_open(tmp_pa
         run("auto", stages=3, checkpoint=tmp_path / "run")
 
 
+@pytest.mark.long
 def test_before_a_stage_is_finished_there_is_nothing_to_go_on_from(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def test_a_full_disk_is_one_line_when_the_lock_is_written(tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("moment", "finished"), [("*.partial", False), ("*.fisher", True)], ids=["capture", "solve"])
 def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, moment: str, finished: bool) -> None:
     (tmp_path / "killed").mkdir()

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from swap_prune import EWR, LR, METHODS, plan, prune
 from swap_prune.experiments.demo import embedded_data, embedded_network
 from swap_prune.experiments.zoo import build_model
-from tests.cases import ONE
+from tests.cases import ONE, but_long
 from tests.test_pipeline import small_data, small_network
 
 # share of the kept set that must agree with float32; measured on the embedded network, rounded down
@@ -33,7 +33,7 @@ def doubled(n: int) -> TensorDataset:
     return TensorDataset(inputs.double(), labels)
 
 
-@pytest.mark.parametrize("storage", AGREES)
+@pytest.mark.parametrize("storage", but_long(AGREES, short=["low-rank"]))
 def test_the_kept_set_is_that_of_float32(storage: str, tmp_path: Path) -> None:
     """In one metric: which of two that end alike is chosen, rounding can decide."""
     models, method = [], LR(fisher="empirical", metric="diagonal", damping=30.0)
@@ -52,7 +52,9 @@ def test_the_kept_set_is_that_of_float32(storage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.needs_gradients])
-@pytest.mark.parametrize("storage", ["float16", "bfloat16", "mapped", *PRODUCTS])
+@pytest.mark.parametrize(
+    "storage", but_long(["float16", "bfloat16", "mapped", *PRODUCTS], short=["float16", "low-rank"])
+)
 def test_every_method_is_exact_and_repeats_its_bits(storage: str, method: str, tmp_path: Path) -> None:
     first, second = small_network(), small_network()
     for model in (first, second):
@@ -65,8 +67,8 @@ def test_every_method_is_exact_and_repeats_its_bits(storage: str, method: str, t
 
 
 @pytest.mark.parametrize("fisher", ["gauss-newton", "empirical"])
-@pytest.mark.parametrize("recalibrated", [True, False])
-@pytest.mark.parametrize("method", [LR, EWR])
+@pytest.mark.parametrize("recalibrated", but_long([True, False]))
+@pytest.mark.parametrize("method", but_long([LR, EWR]))
 def test_products_of_the_network_choose_the_same_weights(method: type, fisher: str, recalibrated: bool) -> None:
     """Every kind of row, in double precision: the whole of the solver sees the same G."""
     kept, weights = [], []
@@ -84,6 +86,7 @@ def test_products_of_the_network_choose_the_same_weights(method: type, fisher: s
     assert passes["way"] == "forward" and min(passes["along"], passes["back"], passes["rows"]) >= 1
 
 
+@pytest.mark.long
 def test_the_solver_that_iterates_chooses_the_same_weights_but_does_not_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     for most in (400, 0):
@@ -108,7 +111,7 @@ def test_noise_on_weights_acts_where_gradients_are_taken() -> None:
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
 
 
-@pytest.mark.parametrize("recalibrated", [True, False])
+@pytest.mark.parametrize("recalibrated", but_long([True, False]))
 def test_a_pruned_convolution_of_low_rank_is_near_that_of_all_ranks(recalibrated: bool) -> None:
     """By the same settings: which held-out samples favour may differ, where several are as good."""
     kept, method = [], ONE
@@ -172,6 +175,7 @@ def test_where_nothing_else_has_room_the_network_is_asked_and_the_report_says_so
     assert any("storage matrix-free (float32: " in note and "mapped: " in note for note in report.notes)
 
 
+@pytest.mark.long
 def test_a_smaller_budget_leads_to_another_storage_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swap_prune.fisher.backends.blocked.BLOCK_BYTES", 2**20)
     torch.manual_seed(0)
@@ -235,8 +239,10 @@ def test_a_plan_leaves_the_model_and_the_random_state() -> None:
     assert plan(model, small_data(), 0.9, "magnitude").forecasts == ()
 
 
-@pytest.mark.parametrize("storage", ["float32", "low-rank", "matrix-free"])
-@pytest.mark.parametrize(("sparsity", "most"), [(0.1, 16), (0.9, 32)])  # 0.9: rows of samples come in larger chunks
+@pytest.mark.parametrize("storage", but_long(["float32", "low-rank", "matrix-free"], short=2))
+@pytest.mark.parametrize(
+    ("sparsity", "most"), but_long([(0.1, 16), (0.9, 32)])
+)  # 0.9: rows of samples come in larger chunks
 def test_no_more_samples_than_planned_run_at_once(
     storage: str, sparsity: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +260,7 @@ def test_no_more_samples_than_planned_run_at_once(
     assert 2 <= seen[True] <= most + 1 and seen[False] <= 33  # one sample left over joins the batch before it
 
 
+@pytest.mark.long
 def test_rows_are_of_sixteen_samples_however_few_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 

@@ -22,7 +22,7 @@ from swap_prune.fisher.noise import GradientNoise
 from swap_prune.fisher.noise.base import Layers
 from swap_prune.fisher.noise.rows import RowNoise
 from swap_prune.problem import PruningProblem, PruningSolution
-from tests.cases import ONE, trained
+from tests.cases import ONE, but_long, trained
 
 
 def unused() -> FisherFactor:
@@ -104,8 +104,8 @@ def _normalised(images: bool) -> tuple[nn.Module, TensorDataset]:
         return trained(nn.Sequential(*layers), inputs, labels, 120), TensorDataset(inputs, labels)
 
 
-@pytest.mark.parametrize("images", [False, True])
-@pytest.mark.parametrize("storage", ["float32", "float16", "mapped", "low-rank", "matrix-free"])
+@pytest.mark.parametrize("images", but_long([False, True]))
+@pytest.mark.parametrize("storage", but_long(["float32", "float16", "mapped", "low-rank", "matrix-free"]))
 def test_a_run_takes_both_in_any_storage_and_leaves_no_file(images: bool, storage: str, tmp_path: Path) -> None:
     found = []
     for _ in range(2):
@@ -124,11 +124,13 @@ def test_a_run_takes_both_in_any_storage_and_leaves_no_file(images: bool, storag
 @pytest.mark.parametrize(
     "settings",
     [
-        {"recalibrate_batchnorm": False},  # rows are of single samples anyway
+        pytest.param({"recalibrate_batchnorm": False}, marks=pytest.mark.long),  # rows are of single samples anyway
         {"method": LR(fisher="empirical")},
         {"method": LR(first_order=0)},
         {"sparsity": 0.4},
-        {"noise": "gradient:std=4,fraction=0.25"},  # seen in those of mini-batches
+        pytest.param(
+            {"noise": "gradient:std=4,fraction=0.25"}, marks=pytest.mark.long
+        ),  # seen in those of mini-batches
     ],
 )
 def test_a_run_takes_one_kind_where_there_is_nothing_to_compare(settings: dict[str, Any]) -> None:
@@ -138,8 +140,8 @@ def test_a_run_takes_one_kind_where_there_is_nothing_to_compare(settings: dict[s
     assert "rows" not in evidence and all("rows" not in one for one in evidence["candidates"])
 
 
-@pytest.mark.parametrize("method", [LR(), EWR(), ONE])
-@pytest.mark.parametrize("sparsity", [0.9, 0.95])
+@pytest.mark.parametrize("method", but_long([LR(), EWR(), ONE], short=[ONE]))
+@pytest.mark.parametrize("sparsity", but_long([0.9, 0.95]))
 def test_the_kind_that_is_taken_can_be_asked_for(method: LR | EWR, sparsity: float) -> None:
     """What is asked for comes out as if the other had been compared and left."""
 
@@ -159,6 +161,7 @@ def test_the_kind_that_is_taken_can_be_asked_for(method: LR | EWR, sparsity: flo
         ]
 
 
+@pytest.mark.long
 def test_the_kind_of_rows_decides_about_memory_and_is_noted_where_it_cannot_be_had() -> None:
     model, data = normalised()
     needs = {
@@ -185,7 +188,10 @@ def test_the_kind_of_rows_decides_about_memory_and_is_noted_where_it_cannot_be_h
 
 
 @pytest.mark.parametrize("storage", ["float32", "low-rank", "matrix-free", "mapped"])
-@pytest.mark.parametrize(("mini_batch", "count"), [(2, 80), (16, 10), (40, 4), (np.int64(64), 3), (1000, 1)])
+@pytest.mark.parametrize(
+    ("mini_batch", "count"),
+    [pytest.param(2, 80, marks=pytest.mark.long), (16, 10), (40, 4), (np.int64(64), 3), (1000, 1)],
+)
 def test_the_size_of_a_mini_batch_decides_how_many_rows_there_are(
     mini_batch: int, count: int, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +216,7 @@ def test_the_size_of_a_mini_batch_decides_how_many_rows_there_are(
     json.loads(json.dumps(report.to_dict()))
 
 
+@pytest.mark.long
 def test_under_noise_slopes_are_over_mini_batches_of_that_size() -> None:
     sizes: dict[int, list[int]] = {}
     for size in (8, 40):
@@ -223,6 +230,7 @@ def test_under_noise_slopes_are_over_mini_batches_of_that_size() -> None:
     assert sizes[40].count(40) > 3 * 4 and sizes[40].count(8) == 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("nothing_held")
 def test_a_mini_batch_is_no_larger_than_a_stage_for_the_forecast() -> None:
     """Nor are BatchNorm's statistics then estimated from more samples at once."""
@@ -257,6 +265,7 @@ def test_a_kind_of_rows_that_is_none(rows: Any) -> None:
             method(rows="mini-batches", fisher="empirical")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{"rows": "samples"}, {"fisher": "empirical"}])
 def test_noisy_slopes_of_samples_are_followed_by_those_of_batches(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import TensorDataset
 
 from swap_prune import prune
+from tests.cases import but_long
 
 Loss = Callable[[nn.Module, list[Tensor]], Tensor]
 
@@ -43,8 +44,8 @@ def pruned(loss: Loss, method: str = "lr", measure: Loss = squares) -> tuple[flo
         return float(measure(model, list(held_out)).mean()), len(report.stages[0].evidence["first_order"])
 
 
-@pytest.mark.parametrize("method", ["lr", "ewr"])
-@pytest.mark.parametrize("change", ["+1", "-1", "+100", "*1e-6", "*1e6"])
+@pytest.mark.parametrize("method", but_long(["lr", "ewr"]))
+@pytest.mark.parametrize("change", but_long(["+1", "-1", "+100", "*1e-6", "*1e6"]))
 def test_what_is_added_or_multiplied_changes_nothing(change: str, method: str) -> None:
     number = float(change[1:])
 
@@ -57,6 +58,7 @@ def test_what_is_added_or_multiplied_changes_nothing(change: str, method: str) -
     assert other == pytest.approx(plain, rel=0.1)  # rounding may end steps earlier or later
 
 
+@pytest.mark.long
 def test_a_loss_below_zero_is_gone_down_as_far_as_the_same_above_it() -> None:
     def away(model: nn.Module, batch: list[Tensor]) -> Tensor:
         return 1 - cosine_similarity(model(batch[0]), batch[1])

@@ -18,6 +18,7 @@ from swap_prune.losses import cross_entropy
 from swap_prune.network.layout import images_laid_out, takes_channels_last
 from swap_prune.samples.batches import slice_batch
 from swap_prune.selection import select_parameters
+from tests.cases import but_long
 
 SEEN: list[bool] = []  # whether the networks below saw channels last
 
@@ -72,7 +73,7 @@ def test_a_network_that_convolves_takes_it() -> None:
     assert takes_channels_last(network(), cross_entropy, one())
 
 
-@pytest.mark.parametrize("reason", REFUSALS)
+@pytest.mark.parametrize("reason", but_long(REFUSALS))
 def test_a_network_that_refuses_gets_images_as_they_come(reason: str) -> None:
     model = network(REFUSALS[reason])
     assert not takes_channels_last(model, cross_entropy, one())
@@ -141,7 +142,9 @@ def test_inputs_of_any_strides() -> None:
         prune(model, [(strided, images()[1])], 0.5, samples=40, progress=False)
 
 
-@pytest.mark.parametrize("method", ["lr", "magnitude", "sparsegpt", "obd"])
+@pytest.mark.parametrize(
+    "method", but_long(["lr", "magnitude", "sparsegpt", "obd"], short=["magnitude", "sparsegpt", "obd"])
+)
 def test_pruning_takes_it_and_gives_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = TensorDataset(*images(200))
     fast, slow = network(), network()

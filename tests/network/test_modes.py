@@ -73,6 +73,7 @@ def test_cuda_computes_in_full_float32_for_a_while() -> None:
     assert switches() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "setting",
     [

@@ -79,6 +79,7 @@ def images(count: int = 240) -> TensorDataset:
     return TensorDataset(x, x.mean((2, 3)).argmax(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_set_is_that_of_all_sets(seed: int) -> None:
     pattern, p = GroupPattern(2, 4, SHAPES), 16
@@ -264,6 +265,7 @@ def test_groups_are_filled_by_what_matters_most() -> None:
         torch.testing.assert_close(new, torch.where(old.abs() >= least, old, 0.0))
 
 
+@pytest.mark.long
 def test_the_update_pays_within_a_pattern() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
@@ -353,6 +355,7 @@ def test_it_outlives_fine_tuning_and_files(tmp_path: Path) -> None:
         assert fits(layer.weight, 2, 4) and int((layer.weight != 0).sum()) == layer.weight.numel() // 2
 
 
+@pytest.mark.long
 def test_the_command_line_and_experiments_take_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from swap_prune.sample_defence.inputs import (
 from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.selection import select_parameters
 from swap_prune.training.teaching import Teacher
-from tests.cases import ONE, generator
+from tests.cases import ONE, but_long, generator
 
 _CLASSES, _SIZE = 6, 40
 
@@ -237,6 +237,7 @@ def test_samples_without_a_label_are_not_asked_and_labels_of_one_byte_are(networ
     assert shift_seen(network, cross_entropy, small, generator(4)) == seen(network, "adversarial:budget=0.5")
 
 
+@pytest.mark.long
 def test_prune_reports_what_it_undid_and_gains_by_it(network: nn.Module) -> None:
     data, test = TensorDataset(*task(600, 30)), task(3000, 40)
 
@@ -258,7 +259,9 @@ SAID = {"labels": "% of the calibration labels seem wrong", "inputs": "inputs se
 SEEN = {"gradients": "noise_seen", "labels": "label_noise", "inputs": "inputs_shifted_back"}
 
 
-@pytest.mark.parametrize("defence", ["gradients", "labels", "inputs", "labels+inputs", "auto", None])
+@pytest.mark.parametrize(
+    "defence", but_long(["gradients", "labels", "inputs", "labels+inputs", "auto", None], short=["labels"])
+)
 def test_a_defence_looks_where_it_is_told_to(defence: str | None, network: nn.Module) -> None:
     """Each noise is seen by its own defence alone."""
     sources = {"gradients": "gradient:std=2", "labels": "labels:fraction=0.25", "inputs": "adversarial:budget=0.7"}

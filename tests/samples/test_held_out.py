@@ -411,6 +411,7 @@ def test_a_loss_less_a_constant_is_stepped_down_alike() -> None:
     assert steps > 0 and shifted_steps > 0 and shifted < 2 * plain
 
 
+@pytest.mark.long
 def test_floors_save_a_network_that_the_regression_would_cut() -> None:
     """At 97 % the regression leaves the middle layer thirty of 4,096 weights, its fair part being 123."""
     state = torch.Generator().manual_seed(5)
@@ -436,6 +437,7 @@ def test_floors_save_a_network_that_the_regression_would_cut() -> None:
     assert accuracies["auto"] > accuracies[0.0] + 0.25, accuracies
 
 
+@pytest.mark.long
 def test_a_handful_of_samples_does_not_send_the_weights_away() -> None:
     torch.manual_seed(0)
     x, y = blurred_classes(4000)

@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.numbered import NumberedSamples
-from tests.cases import generator
+from tests.cases import but_long, generator
 
 WHOLE = TensorDataset(torch.arange(70)[:, None].float(), torch.arange(70))
 
@@ -72,7 +72,7 @@ def test_a_loader_is_drawn_from_like_its_dataset(name):
     assert numbers(streams[0].hold_out(9)) == numbers(streams[1].hold_out(9))
 
 
-@pytest.mark.parametrize("name", loaders())
+@pytest.mark.parametrize("name", but_long(loaders(), short=loaders().keys() - {"with workers"}))
 def test_what_is_held_out_of_a_loader_is_never_fitted_or_trained_on(name):
     stream = CalibrationStream(loaders()[name], generator())
     judged = set(numbers(stream.hold_out(10)))

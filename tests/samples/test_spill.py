@@ -22,6 +22,7 @@ from swap_prune import EWR, METHODS, prune
 from swap_prune.memory.planning import plan_memory
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.spill import Spill, _Segment, can_spill
+from tests.cases import but_long
 from tests.test_pipeline import small_data, small_network
 from tests.test_process_memory import load
 
@@ -76,6 +77,7 @@ def test_pages_are_let_go_and_come_back() -> None:
     assert float(kept[12345]) == 12345 and 0 < resident(spill) < size // 4
 
 
+@pytest.mark.long
 def test_a_file_goes_with_its_last_tensor() -> None:
     spill = Spill()
     kept = spill.keep([torch.randn(100), torch.randn(100)])
@@ -244,7 +246,11 @@ def test_a_network_that_fails_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("spilled", ["samples", "activations"])
-@pytest.mark.parametrize("method", [*METHODS, EWR(epsilon=0.1, anchor=0.1)], ids=lambda method: str(method)[:7])
+@pytest.mark.parametrize(
+    "method",
+    but_long([*METHODS, EWR(epsilon=0.1, anchor=0.1)], short=["magnitude", "obd", "wanda", "sparsegpt"]),
+    ids=lambda method: str(method)[:7],
+)
 def test_a_run_has_the_same_bits(spilled: str, method: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swap_prune.samples.spill._LEAST", 64)
     monkeypatch.setattr("swap_prune.memory.planning._SPARING", ((16, spilled),))

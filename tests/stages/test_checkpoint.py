@@ -33,7 +33,7 @@ from swap_prune.report import StageReport
 from swap_prune.stages import checkpoint, identity
 from swap_prune.stages.identity import described
 from swap_prune.stages.runner import StageRunner
-from tests.cases import ONE
+from tests.cases import ONE, but_long
 from tests.stages.test_runner import own_labels, sure_network
 from tests.test_pipeline import small_data, small_network
 
@@ -166,7 +166,7 @@ def without_seconds(value: Any) -> Any:
     return [without_seconds(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", but_long(CASES, short=["dataset", "no data"]))
 def test_going_on_ends_in_the_same_bytes(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, weights = run(case, None)
     for done in (1, 3):
@@ -213,18 +213,21 @@ def test_the_interrupted_network_is_as_it_was(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [
-        ({"seed": 1}, "seed was 0 and is 1"),
-        ({"samples": 30}, r"samples was 40 and is 30\."),
-        ({"stages": 5}, "stages was 4 and is 5"),
-        ({"method": "obd"}, r"method was .*lr.* and is .*obd"),
-        ({"method": replace(ONE, rows="samples")}, r'method.rows was "auto" and is "samples"\.'),
-        ({"noise": "labels:fraction=0.1"}, "noise was null and is"),
-        ({"storage": "float16"}, 'storage.used was "float32" and is "float16"'),
-        ({"loss_fn": CrossEntropy(1.0)}, r'loss was "CrossEntropy\(temperature=4.0\)" and is "CrossEntropy\(temp'),
-        ({"loss_fn": lambda net, batch: net(batch[0]).sum(1)}, r"loss was .* and is .*<lambda> [0-9a-f]{16}"),
-        ({"recalibration_data": small_data()}, 'recalibration_data was null and is "TensorDataset of 60 samples"'),
-    ],
+    but_long(
+        [
+            ({"seed": 1}, "seed was 0 and is 1"),
+            ({"samples": 30}, r"samples was 40 and is 30\."),
+            ({"stages": 5}, "stages was 4 and is 5"),
+            ({"method": "obd"}, r"method was .*lr.* and is .*obd"),
+            ({"method": replace(ONE, rows="samples")}, r'method.rows was "auto" and is "samples"\.'),
+            ({"noise": "labels:fraction=0.1"}, "noise was null and is"),
+            ({"storage": "float16"}, 'storage.used was "float32" and is "float16"'),
+            ({"loss_fn": CrossEntropy(1.0)}, r'loss was "CrossEntropy\(temperature=4.0\)" and is "CrossEntropy\(temp'),
+            ({"loss_fn": lambda net, batch: net(batch[0]).sum(1)}, r"loss was .* and is .*<lambda> [0-9a-f]{16}"),
+            ({"recalibration_data": small_data()}, 'recalibration_data was null and is "TensorDataset of 60 samples"'),
+        ],
+        short=3,
+    ),
 )
 def test_another_run_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     run("dataset", tmp_path)
@@ -240,6 +243,7 @@ def test_a_defence_in_other_words_is_the_same_run(tmp_path: Path) -> None:
     assert first.settings == again.settings and all(torch.equal(weights[name], same[name]) for name in weights)
 
 
+@pytest.mark.long
 def test_other_weights_and_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(2, monkeypatch, lambda: run("dataset", tmp_path))
     given = {"method": ONE, "samples": 40, "stages": 4, "progress": False, "checkpoint": tmp_path}
@@ -323,7 +327,7 @@ LOSSES: dict[str, Callable[[float], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", but_long(LOSSES))
 def test_losses_are_told_apart_by_what_they_do(kind: str, tmp_path: Path) -> None:
     run("dataset", tmp_path, loss_fn=LOSSES[kind](2))
     run("dataset", tmp_path, loss_fn=LOSSES[kind](2))
@@ -335,7 +339,7 @@ def helped_inside(net: nn.Module, batch: Any) -> Tensor:
     return (lambda losses: losses * FACTOR)(cross_entropy(net, batch))
 
 
-@pytest.mark.parametrize("loss", [helped, helped_inside])
+@pytest.mark.parametrize("loss", but_long([helped, helped_inside]))
 def test_a_loss_is_told_apart_by_what_it_reads_around_it(
     loss: Callable[[nn.Module, Any], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +349,7 @@ def test_a_loss_is_told_apart_by_what_it_reads_around_it(
         run("dataset", tmp_path, loss_fn=loss)
 
 
-@pytest.mark.parametrize("make", [Tallying, counting])
+@pytest.mark.parametrize("make", but_long([Tallying, counting]))
 def test_what_changes_while_a_run_goes_on_does_not_make_it_another(make: Callable[[], Any], tmp_path: Path) -> None:
     loss = make()
     run("dataset", tmp_path, loss_fn=loss)
@@ -372,6 +376,7 @@ def test_helpers_that_call_each_other_are_read_once() -> None:
     assert described(scope["helper_39"]) != before
 
 
+@pytest.mark.long
 def test_what_a_loss_is_does_not_depend_on_the_process() -> None:
     program = (
         "from swap_prune.stages.identity import described; from tests.stages.test_checkpoint import LOSSES\n"
@@ -403,6 +408,7 @@ def test_a_network_that_no_file_can_hold_is_refused_first(tmp_path: Path) -> Non
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_data_that_are_read_again_and_give_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"method": "lr", "samples": 24, "stages": 4, "progress": False}
     stream = ((torch.randn(24, 1, 8, 8) + number, torch.arange(24) % 3) for number in itertools.count())
@@ -419,6 +425,7 @@ def test_data_that_are_read_again_and_give_others(tmp_path: Path, monkeypatch: p
         prune(small_network(), fewer, 0.8, checkpoint=tmp_path / "list", **given)
 
 
+@pytest.mark.long
 def test_the_storage_of_the_first_stages_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:  # as where memory was short
         patch.setattr("swap_prune.memory.planning._ORDER", (("matrix-free", True),))
@@ -481,6 +488,7 @@ def test_a_storage_that_was_altered_is_another_runs(
         run("dataset", tmp_path)
 
 
+@pytest.mark.long
 def test_what_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(1, monkeypatch, lambda: run("dataset", tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -497,6 +505,7 @@ def test_what_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted_after(1, monkeypatch, lambda: run("dataset", tmp_path))
     gone = subprocess.run(
@@ -518,6 +527,7 @@ def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path, monk
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["4-stages.safetensors", "run.json"]
 
 
+@pytest.mark.long
 def test_every_process_compares_and_writes_unless_it_shares_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +539,7 @@ def test_every_process_compares_and_writes_unless_it_shares_the_run(
     assert (tmp_path / "other" / "4-stages.safetensors").exists()
 
 
+@pytest.mark.long
 def test_networks_that_no_file_holds_are_refused_before_any_work(tmp_path: Path) -> None:
     for odd in (torch.eye(3).to_sparse(), torch.zeros(2, dtype=torch.complex128)):
         model = small_network()
@@ -551,6 +562,7 @@ def test_evidence_that_is_no_number_comes_back(tmp_path: Path) -> None:
         kept.keep([record.model_copy(update={"evidence": {"a": torch.zeros(1)}})], "2")
 
 
+@pytest.mark.long
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import torch; from tests.stages.test_checkpoint import run;"
@@ -589,6 +601,7 @@ def stamp(folder: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.long
 def test_what_a_run_is(tmp_path: Path) -> None:
     run("noise", tmp_path)
     kept = json.loads((tmp_path / "run.json").read_text())

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from swap_prune import LR, SelfDistillation, plan, prune
 from swap_prune.fisher.backends.mapped import _HEADER, MappedFactor
 from swap_prune.stages import capturing
-from tests.cases import generator
+from tests.cases import but_long, generator
 from tests.fisher.defence.test_gradients import perceptron
 from tests.stages.test_runner import Asking
 from tests.test_pipeline import small_data, small_network
@@ -33,7 +33,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("kind", ["mini-batches", "samples", "labels"])
+@pytest.mark.parametrize("kind", but_long(["mini-batches", "samples", "labels"], short=["labels"]))
 def test_a_later_run_takes_what_an_earlier_one_left(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = small_network(), small_data(80)
     options = {
@@ -75,6 +75,7 @@ def test_rows_are_found_where_the_losses_of_the_dense_network_are_zero(tmp_path:
     assert "rows_reused" in evidence and same(first, again)
 
 
+@pytest.mark.long
 def test_only_the_first_stage_is_kept(tmp_path: Path) -> None:
     model, data = small_network(), small_data(80)
     run(tmp_path, model, data, 0.1, stages=3)
@@ -113,7 +114,8 @@ def other_rows(model: nn.Module, data: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [other_weights, other_buffers, other_samples, another_seed, other_layers, another_loss, other_rows]
+    "change",
+    but_long([other_weights, other_buffers, other_samples, another_seed, other_layers, another_loss, other_rows]),
 )
 def test_what_rows_depend_on_names_them(change: Any, tmp_path: Path) -> None:
     model, data, options = small_network(), small_data(80), {"recalibrate_batchnorm": False}
@@ -124,6 +126,7 @@ def test_what_rows_depend_on_names_them(change: Any, tmp_path: Path) -> None:
     assert same(found, run(None, model, data, **options)[0])
 
 
+@pytest.mark.long
 def test_rows_of_other_code_are_not_believed(tmp_path: Path) -> None:
     """The network has the same name, weights and samples, and does something else."""
     model, _, batch = perceptron()
@@ -158,7 +161,7 @@ def test_rows_of_another_number_of_draws_are_not_believed(order: tuple[str, str]
     assert same(found, run(None, model, data, method=methods[1], samples=1)[0])
 
 
-@pytest.mark.parametrize("order", [(16, 12), (12, 16)])
+@pytest.mark.parametrize("order", [(16, 12), pytest.param((12, 16), marks=pytest.mark.long)])
 def test_rows_of_mini_batches_of_another_size_are_not_believed(order: tuple[int, int], tmp_path: Path) -> None:
     """Of 40 samples sixteen at the most make three, and twelve four."""
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
@@ -181,6 +184,7 @@ class Weighted:
         return nn.functional.cross_entropy(net(batch[0]), batch[1], self.counts, reduction="none")
 
 
+@pytest.mark.long
 def test_rows_of_another_loss_of_the_same_name_are_not_believed(tmp_path: Path) -> None:
     """The first sample is of a class that counts alike in both."""
     model, data = small_network(), small_data(80)
@@ -241,8 +245,11 @@ HEADERS = ("[]", "3", "null", 3000 * "[", '{"version": 1, "shape": [-1, -5]}')
 
 @pytest.mark.parametrize(
     "harm",
-    [cut, altered, of_other_rows, emptied, without_losses, gone, with_a_losses_past_counting, nested]
-    + [headed(header) for header in HEADERS],
+    but_long(
+        [cut, altered, of_other_rows, emptied, without_losses, gone, with_a_losses_past_counting, nested]
+        + [headed(header) for header in HEADERS],
+        short=2,
+    ),
 )
 def test_a_file_that_is_not_whole_is_made_anew(harm: Any, tmp_path: Path) -> None:
     model, data = small_network(), small_data(80)

@@ -27,6 +27,7 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(300, 6, generator=state), torch.randn(300, 2, generator=state)
 
 
+@pytest.mark.long
 def test_one_target_that_stands_for_a_missing_one_is_said() -> None:
     x, y = data()
     assert prune(network(), TensorDataset(x, y), 0.5, "lr", loss_fn=SquaredError(), progress=False).notes == [
@@ -72,6 +73,7 @@ def test_the_best_candidate_alone_tells_an_odd_sample() -> None:
     assert bool(broken(torch.ones(2), kept).isnan().any()) and broken.share_of_largest is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "loss_fn", [SquaredError(), lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)]
 )
@@ -179,6 +181,7 @@ def test_a_fit_in_float64_is_not_rounding_where_it_is_one_in_float32() -> None:
     assert 0 < report.stages[0].loss < 1e-12 and not any(note.startswith(ROUNDING) for note in report.notes)
 
 
+@pytest.mark.long
 def test_small_gradients_that_say_something_are_not_rounding() -> None:
     """Targets that are a thousandth off, and a classifier that has learnt its labels by heart."""
     model = network()

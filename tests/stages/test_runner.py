@@ -99,7 +99,11 @@ def own_labels(size=600):
 
 @pytest.mark.parametrize(
     ("noise", "seen"),
-    [("labels:fraction=0.5", "label_noise"), ("adversarial:budget=0.5", "inputs_shifted_back"), (None, None)],
+    [
+        ("labels:fraction=0.5", "label_noise"),
+        pytest.param("adversarial:budget=0.5", "inputs_shifted_back", marks=pytest.mark.long),
+        (None, None),
+    ],
 )
 def test_the_first_samples_held_out_judge_all_stages_where_something_was_seen(noise, seen):
     method = asking()
@@ -277,6 +281,7 @@ def test_label_gradients_of_unequal_sizes_that_were_scaled_are_clipped_for_every
     assert "rows_clipped" not in told.stages[0].evidence
 
 
+@pytest.mark.long
 def test_poison_is_seen_among_few_rows_of_mini_batches_that_differ_by_orders_of_magnitude():
     model = sure_network()
     model.append(nn.BatchNorm1d(4))
@@ -310,6 +315,7 @@ def test_rows_that_an_attacker_wrote_count_for_nothing_whatever_their_size(kind)
     assert float((slopes[1] - slopes[0]).norm()) < 0.6 * float(slopes[0].norm()), "of four samples in five"
 
 
+@pytest.mark.long
 def test_poison_is_seen_beside_noise_on_gradients():
     method, model = asking(), sure_network()
     noise = ["gradient:std=4,fraction=0.25", POISON]
@@ -408,6 +414,7 @@ def test_gradients_of_batches_are_added_up_where_memory_is_short(monkeypatch):
     torch.testing.assert_close(lean, plain)
 
 
+@pytest.mark.long
 def test_each_fine_tuned_trial_starts_from_the_dense_network_and_the_best_is_given_back(monkeypatch):
     """Biases are trained too."""
     model = net()
@@ -426,6 +433,7 @@ def test_each_fine_tuned_trial_starts_from_the_dense_network_and_the_best_is_giv
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_the_number_of_stages_is_judged_as_everything_else(monkeypatch):
     """On noisy samples, with the dense network's opinion, in eval mode."""
     original = {x.numpy().tobytes() for x, _ in data()[0]}

@@ -12,7 +12,7 @@ from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.schedule import sparsity_schedule
 from swap_prune.stages import search as staging
 from swap_prune.training.teaching import Taught
-from tests.cases import ONE
+from tests.cases import ONE, but_long
 from tests.tiny import batches, data, network
 
 QUIET = {"method": "lr", "samples": 20, "stages": "auto", "progress": False, "sparsity": 0.8}
@@ -37,7 +37,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, means: list[float]) -> list[dict[s
 
 @pytest.mark.parametrize(
     ("means", "chosen"),
-    [([2.0, 2.0], 1), ([2.0, 2.5], 1), ([2.0, 1.0, 1.0], 4), ([3.0, 2.0, 1.0], 16)],
+    but_long([([2.0, 2.0], 1), ([2.0, 2.5], 1), ([2.0, 1.0, 1.0], 4), ([3.0, 2.0, 1.0], 16)], short=2),
 )
 def test_the_number_is_raised_as_long_as_held_out_samples_gain(
     monkeypatch: pytest.MonkeyPatch, means: list[float], chosen: int
@@ -56,13 +56,16 @@ def test_the_number_is_raised_as_long_as_held_out_samples_gain(
 
 @pytest.mark.parametrize(
     ("stages", "means", "tried", "chosen"),
-    [
-        (5, [2.0, 1.0], ["5 exponential", "5 cubic"], 1),
-        (5, [2.0, 2.0], ["5 exponential", "5 cubic"], 0),
-        ("auto", [2.0, 2.5], ["1 exponential", "4 exponential"], 0),
-        ("auto", [2.0, 1.0, 1.5, 0.5], ["1 exponential", "4 exponential", "16 exponential", "4 cubic"], 3),
-        ("auto", [3.0, 2.0, 1.0, 1.5], ["1 exponential", "4 exponential", "16 exponential", "16 cubic"], 2),
-    ],
+    but_long(
+        [
+            (5, [2.0, 1.0], ["5 exponential", "5 cubic"], 1),
+            (5, [2.0, 2.0], ["5 exponential", "5 cubic"], 0),
+            ("auto", [2.0, 2.5], ["1 exponential", "4 exponential"], 0),
+            ("auto", [2.0, 1.0, 1.5, 0.5], ["1 exponential", "4 exponential", "16 exponential", "4 cubic"], 3),
+            ("auto", [3.0, 2.0, 1.0, 1.5], ["1 exponential", "4 exponential", "16 exponential", "16 cubic"], 2),
+        ],
+        short=3,
+    ),
 )
 def test_another_schedule_is_tried_for_the_best_number(
     monkeypatch: pytest.MonkeyPatch, stages: int | str, means: list[float], tried: list[str], chosen: int
@@ -78,6 +81,7 @@ def test_another_schedule_is_tried_for_the_best_number(
     assert [stage.sparsity for stage in report.stages] == [*sparsity_schedule(0.8, int(count), schedule)]
 
 
+@pytest.mark.long
 def test_one_stage_has_one_schedule_and_the_first_to_be_tried_is_that_of_the_default() -> None:
     outcomes = []
     for schedule in ("auto", "exponential"):
@@ -103,6 +107,7 @@ def test_a_search_without_data_says_who_reads_them() -> None:
         swap_prune.prune(net(False), None, 0.8, "magnitude", stages=3, schedule="auto")
 
 
+@pytest.mark.long
 def test_each_trial_starts_from_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     dense = {name: t.clone() for name, t in model.state_dict().items()}
@@ -137,6 +142,7 @@ class Watched(Dataset):
         return [self.set[i] for i in indices]
 
 
+@pytest.mark.long
 def test_what_judges_is_seen_by_no_stage() -> None:
     watched = Watched()
     swap_prune.prune(net(normalised=False), watched, **QUIET)
@@ -146,6 +152,7 @@ def test_what_judges_is_seen_by_no_stage() -> None:
     assert not set(judged) & {i for draw in later for i in draw} and {i for draw in later for i in draw}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("apart", [False, True])
 def test_what_judges_is_not_trained_on(apart: bool) -> None:
     """Also where training takes the same samples in another form."""
@@ -157,6 +164,7 @@ def test_what_judges_is_not_trained_on(apart: bool) -> None:
     assert len(judged) == 12 and trained == set(range(60)) - set(judged)
 
 
+@pytest.mark.long
 def test_what_judges_is_believed_as_far_as_the_run_believes_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(3000, 8)
@@ -182,7 +190,7 @@ def test_what_judges_is_believed_as_far_as_the_run_believes_its_labels(monkeypat
     assert 0.3 < float(trust.mean()) < 0.65 and float(trust.min()) < 0.01
 
 
-@pytest.mark.parametrize("method", ["magnitude", "ewr"])
+@pytest.mark.parametrize("method", but_long(["magnitude", "ewr"]))
 def test_the_best_of_what_was_tried_is_kept_exactly_sparse(method: str) -> None:
     first, second = net(), net()
     settings = QUIET | {"method": method}
@@ -200,6 +208,7 @@ def test_the_best_of_what_was_tried_is_kept_exactly_sparse(method: str) -> None:
     assert zeros == report.total - report.kept == 87  # 108 - floor(108 * 0.2)
 
 
+@pytest.mark.long
 def test_batches_do_as_well() -> None:
     report = swap_prune.prune(net(), batches()[0], **QUIET)
     assert report.stages[-1].evidence["stages_tried"][0]["stages"] == 1

@@ -307,6 +307,7 @@ def test_without_a_share_the_teacher_is_not_asked() -> None:
     assert FineTune(distillation=0.5).share_of_teacher(given, known=True) == 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["magnitude", "lr"])
 def test_gradual_pruning_learns_from_the_network_before_it(method: str) -> None:
     """With labels that are all wrong, only the dense network can say what it did."""

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from swap_prune import FineTune, finetune, prune, recalibrate_batchnorm
 from swap_prune.losses import cross_entropy
-from tests.cases import blurred_classes, trained
+from tests.cases import blurred_classes, but_long, trained
 
 
 def pruned() -> tuple[nn.Module, nn.Module, TensorDataset]:
@@ -33,7 +33,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", but_long(["sgd", "adamw"]))
 def test_statistics_are_estimated_anew_after_training(optimizer: str) -> None:
     dense, model, data = pruned()
     settings, found = FineTune(epochs=2, optimizer=optimizer, lr=0.003), []
@@ -48,6 +48,7 @@ def test_statistics_are_estimated_anew_after_training(optimizer: str) -> None:
     assert loss(found[0], data) < 0.8
 
 
+@pytest.mark.long
 def test_it_is_the_average_over_the_data_and_nothing_else_changes() -> None:
     _, model, data = pruned()
     before, state = copy.deepcopy(model), torch.random.get_rng_state()
@@ -60,12 +61,14 @@ def test_it_is_the_average_over_the_data_and_nothing_else_changes() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.long
 def test_data_that_can_be_read_once_are_trained_on_all_the_same() -> None:
     _, model, data = pruned()
     batches = iter(list(DataLoader(data, batch_size=100)))
     assert finetune(model, batches, FineTune(epochs=1), progress=False).steps == 15
 
 
+@pytest.mark.long
 def test_without_statistics_or_with_bad_data() -> None:
     plain = nn.Sequential(nn.Linear(12, 3))
     assert not recalibrate_batchnorm(plain, TensorDataset(torch.randn(8, 12), torch.zeros(8, dtype=torch.long)))

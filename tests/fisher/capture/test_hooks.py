@@ -439,6 +439,7 @@ def test_the_check_tells_rounding_from_error() -> None:
         check_against((singles, 1.1 * losses), (singles, losses), selection, torch.float32)
 
 
+@pytest.mark.long
 def test_no_compiler_is_loaded() -> None:
     """``vmap`` and ``torch.compiler`` import one, which takes longer than many a run."""
     code = (

@@ -20,7 +20,7 @@ from swap_prune.fisher.storage import AT_ONCE
 from swap_prune.losses import cross_entropy
 from swap_prune.regression.objective import WeightedRidge
 from swap_prune.selection import Selection, select_parameters
-from tests.cases import generator, normal
+from tests.cases import but_long, generator, normal
 
 N, CLASSES = 37, 4
 
@@ -259,7 +259,7 @@ def test_batches_that_cannot_be_split() -> None:
     torch.testing.assert_close(factor.rows(torch.tensor([4, 1])).matvec(G[0]), G[[4, 1]] @ G[0])
 
 
-@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("smoothed", but_long([False, True]))
 def test_a_refit_by_iteration_is_that_of_the_gram_matrix(smoothed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     factor, G, _ = both(build(convolutions), IMAGES, "sketch")
     n, p = G.shape

@@ -36,7 +36,7 @@ from swap_prune.selection import Selection, select_parameters
 from swap_prune.stages.trials import Trials
 from swap_prune.surgery.weights import temporary_weights
 from swap_prune.training.teaching import taught_losses
-from tests.cases import generator
+from tests.cases import but_long, generator
 from tests.test_pipeline import small_data, small_network
 
 
@@ -168,6 +168,7 @@ def test_what_is_asked_for_is_done_to_all_layers(asked: set[str], rows: str, slo
     torch.testing.assert_close(cleaned[:, place], expected)
 
 
+@pytest.mark.long
 def test_noise_on_gradients_of_mini_batches_is_seen_in_those_of_samples_and_left_out_of_slopes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -200,11 +201,15 @@ def test_noise_on_gradients_of_mini_batches_is_seen_in_those_of_samples_and_left
 @pytest.mark.parametrize(
     ("noise", "layer", "samples", "defence", "sizes"),
     [
-        ("gradient:std=8,fraction=0.25", nn.BatchNorm1d(144), 512, "auto", [64] * 8),
-        ("poison:fraction=0.2,strength=100", nn.BatchNorm1d(144), 512, "auto", [64] * 8),
+        pytest.param(
+            "gradient:std=8,fraction=0.25", nn.BatchNorm1d(144), 512, "auto", [64] * 8, marks=pytest.mark.long
+        ),
+        pytest.param(
+            "poison:fraction=0.2,strength=100", nn.BatchNorm1d(144), 512, "auto", [64] * 8, marks=pytest.mark.long
+        ),
         ("gradient:std=8,fraction=0.25", nn.BatchNorm1d(144), 512, None, []),  # no noise is looked for
         ("poison:fraction=0.2,strength=100", nn.BatchNorm1d(144), 1024, "auto", []),  # sixteenths are as large
-        ("gradient:std=8,fraction=0.25", nn.Identity(), 512, "auto", []),
+        pytest.param("gradient:std=8,fraction=0.25", nn.Identity(), 512, "auto", [], marks=pytest.mark.long),
         (None, nn.BatchNorm1d(144), 512, "auto", []),
     ],
 )
@@ -247,7 +252,7 @@ def test_steps_have_slopes_over_whole_batches_too_where_those_that_are_cleaned_h
 HARSH = "analog:levels=16,time=1000,stuck_off=0.02,stuck_on=0.01"
 
 
-@pytest.mark.parametrize("samples", [40, 300])
+@pytest.mark.parametrize("samples", but_long([40, 300]))
 def test_noise_that_all_rows_share_is_left_in_them(samples: int) -> None:
     """That of weights keeps the rank of rows; whatever makes them smaller would bring them nearer to a second look."""
     found, seen = [], []
@@ -324,7 +329,7 @@ def test_clean_runs_are_the_same_with_and_without_a_defence(method: str) -> None
     assert "noise_seen" not in report.stages[0].evidence and report.settings["defence"] == "auto"
 
 
-@pytest.mark.parametrize("method", ["lr", "obd"])
+@pytest.mark.parametrize("method", but_long(["lr", "obd"], short=["obd"]))
 def test_noisy_runs_say_what_was_seen_and_come_out_otherwise(method: str) -> None:
     model, _, batch = perceptron()
     other = copy.deepcopy(model)
@@ -353,7 +358,7 @@ def convolutions() -> tuple[nn.Module, TensorDataset]:
     return model, TensorDataset(x, x.flatten(1)[:, :3].argmax(1))
 
 
-@pytest.mark.parametrize("fisher", ["auto", "empirical"])
+@pytest.mark.parametrize("fisher", but_long(["auto", "empirical"]))
 def test_noise_is_seen_where_no_layer_has_rank_one(fisher: str) -> None:
     model, data = convolutions()
     settings = {"samples": 40, "progress": False}
@@ -394,6 +399,7 @@ def test_what_is_asked_for_is_done_without_a_look(asked: str, norm: bool) -> Non
     assert done["slopes"] == next((kind for kind in ("trimmed mean", "median of means") if kind[:6] in asked), "mean")
 
 
+@pytest.mark.long
 def test_rows_that_are_not_held_as_they_are_are_looked_at_and_left() -> None:
     for storage in ("bfloat16", "mapped"):
         model, data = convolutions()
@@ -406,6 +412,7 @@ def test_rows_that_are_not_held_as_they_are_are_looked_at_and_left() -> None:
     assert report.stages[0].evidence["noise_left"] == "rows in low-rank are not cleaned"
 
 
+@pytest.mark.long
 def test_poisoned_rows_alone_are_no_noise() -> None:
     model, _, batch = perceptron()
     settings = {"samples": 32, "stages": 6, "noise": "poison:fraction=0.1,strength=100", "progress": False}
@@ -455,8 +462,8 @@ def test_slopes_of_a_layer_whose_rows_no_treatment_helps_are_left_to_the_mean(mo
     assert defence.noise > 0.1 and not defence.open and not defence.cleans_slopes and not defence.said()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("fisher", ["auto", "empirical"])
+@pytest.mark.parametrize("dtype", but_long([torch.bfloat16, torch.float16, torch.float64]))
+@pytest.mark.parametrize("fisher", but_long(["auto", "empirical"]))
 def test_rounding_is_no_noise(dtype: torch.dtype, fisher: str) -> None:
     """A deep network whose rows and mini-batches are computed in few digits."""
     torch.manual_seed(0)

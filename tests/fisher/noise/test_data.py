@@ -9,7 +9,7 @@ from torch import nn
 
 from swap_prune.fisher.noise import InputNoise, LabelNoise
 from swap_prune.losses import cross_entropy
-from tests.cases import generator, normal
+from tests.cases import but_long, generator, normal
 
 KINDS = ("gaussian", "impulse", "blur", "occlusion")
 Pair = namedtuple("Pair", "images labels")
@@ -134,7 +134,7 @@ def test_a_sample_that_comes_again_has_the_same_label_again():
     assert not torch.equal(corrupt(noise, [(x, labels)], 2)[0][1], first)
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 200), (torch.int8, 100), (torch.int16, 5)])
+@pytest.mark.parametrize(("dtype", "classes"), but_long([(torch.uint8, 200), (torch.int8, 100), (torch.int16, 5)]))
 def test_labels_of_few_bits_go_to_every_other_class_alike(dtype, classes):
     labels = (torch.arange(20_000) % classes).to(dtype)
     ((_, noisy),) = corrupt(LabelNoise("symmetric", 1.0, classes), [(images(20_000, 2), labels)])
@@ -168,6 +168,7 @@ def test_a_pair_flip_goes_to_the_next_class():
     assert noisy.tolist() == [(label + 1) % 4 for label in labels.tolist()]
 
 
+@pytest.mark.long
 def test_a_symmetric_flip_goes_to_every_other_class_alike():
     labels = torch.arange(4).repeat_interleave(3_000)
     ((_, noisy),) = corrupt(LabelNoise("symmetric", 1.0, 4), [(images(12_000, 2), labels)])

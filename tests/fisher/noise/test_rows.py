@@ -157,6 +157,7 @@ def test_few_rows_are_poisoned_as_often_as_many():
     assert set(hits) == {0, 1} and sum(hits) == pytest.approx(800, abs=5 * 22)
 
 
+@pytest.mark.long
 def test_the_unit_of_short_rows_is_the_deviation_of_the_population():
     matrix = normal(20_000, 2, seed=8)
     noise = noise_of(GradientNoise(1.0, 1.0), matrix) / matrix.std(1, correction=0, keepdim=True)

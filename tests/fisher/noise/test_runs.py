@@ -14,7 +14,7 @@ from swap_prune import load_pruned, prune
 from swap_prune.fisher.noise import NOISE_MODELS, NoiseModel
 from swap_prune.losses import cross_entropy
 from swap_prune.surgery.batchnorm import batchnorm_layers
-from tests.cases import ONE, generator, normal
+from tests.cases import ONE, but_long, generator, normal
 
 SPECS = (
     "gradient:std=4,fraction=0.25,scope=layer,batch=4",
@@ -49,6 +49,7 @@ class Watch(NoiseModel):
         return batches
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lr", "ewr"])
 def test_noisy_and_clean_runs_of_a_seed_see_the_same_samples_in_every_stage(method):
     draws = []
@@ -59,6 +60,7 @@ def test_noisy_and_clean_runs_of_a_seed_see_the_same_samples_in_every_stage(meth
     assert len(draws[0]) >= 3 * 32 and torch.equal(draws[0], draws[1])
 
 
+@pytest.mark.long
 def test_watching_is_free():
     """A chain that changes nothing gives the same bits as no noise."""
     watched, clean = network(), network()
@@ -67,7 +69,7 @@ def test_watching_is_free():
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), clean.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("spec", [*SPECS, ALL])
+@pytest.mark.parametrize("spec", but_long([*SPECS, ALL], short=["labels:fraction=0.5"]))
 def test_every_noise_changes_the_answer_repeatably_at_the_same_sparsity(spec, tmp_path):
     first, again, clean = network(), network(), network()
     report = prune(first, data(), 0.7, ONE, samples=40, stages=2, noise=spec)
