@@ -471,7 +471,7 @@ def test_a_loss_may_take_its_dict_apart() -> None:
 
 
 @pytest.mark.parametrize("around", but_long([torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")]))
-@pytest.mark.parametrize("data", [small_data, lambda: [small_data()[:]]])
+@pytest.mark.parametrize("data", but_long([small_data, lambda: [small_data()[:]]]))
 def test_what_is_set_around_changes_nothing(around: Callable[[], Any], data: Callable[[], Any]) -> None:
     inside, outside = small_network(), small_network()
     with around():

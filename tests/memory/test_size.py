@@ -241,8 +241,9 @@ def test_a_plan_leaves_the_model_and_the_random_state() -> None:
 
 @pytest.mark.parametrize("storage", but_long(["float32", "low-rank", "matrix-free"], short=2))
 @pytest.mark.parametrize(
-    ("sparsity", "most"), but_long([(0.1, 16), (0.9, 32)])
-)  # 0.9: rows of samples come in larger chunks
+    ("sparsity", "most"),
+    but_long([(0.1, 16), (0.9, 32)]),  # 0.9: rows of samples come in larger chunks
+)
 def test_no_more_samples_than_planned_run_at_once(
     storage: str, sparsity: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

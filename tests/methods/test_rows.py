@@ -128,9 +128,8 @@ def test_a_run_takes_both_in_any_storage_and_leaves_no_file(images: bool, storag
         {"method": LR(fisher="empirical")},
         {"method": LR(first_order=0)},
         {"sparsity": 0.4},
-        pytest.param(
-            {"noise": "gradient:std=4,fraction=0.25"}, marks=pytest.mark.long
-        ),  # seen in those of mini-batches
+        # Seen in those of mini-batches.
+        pytest.param({"noise": "gradient:std=4,fraction=0.25"}, marks=pytest.mark.long),
     ],
 )
 def test_a_run_takes_one_kind_where_there_is_nothing_to_compare(settings: dict[str, Any]) -> None:

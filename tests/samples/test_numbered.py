@@ -137,7 +137,7 @@ class Failing(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("error", [KeyError("label"), ValueError("no such\nimage")])
+@pytest.mark.parametrize("error", but_long([KeyError("label"), ValueError("no such\nimage")]))
 def test_samples_that_fail_are_one_value_error(workers, error):
     stream = CalibrationStream(DataLoader(Failing(error), batch_size=4, num_workers=workers), generator())
     with pytest.raises(ValueError, match=r"image|label") as caught:

@@ -226,7 +226,7 @@ def test_the_interrupted_network_is_as_it_was(tmp_path: Path, monkeypatch: pytes
             ({"loss_fn": lambda net, batch: net(batch[0]).sum(1)}, r"loss was .* and is .*<lambda> [0-9a-f]{16}"),
             ({"recalibration_data": small_data()}, 'recalibration_data was null and is "TensorDataset of 60 samples"'),
         ],
-        short=3,
+        short=2,
     ),
 )
 def test_another_run_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
