@@ -9,7 +9,7 @@ import torch
 
 from swap_prune import EWR, LR
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import Race, damping_of, gains, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.descent import Race, Steps, damping_of, gains, is_significant, mean_loss, step_down, take_steps
 from swap_prune.methods.pairing import pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
@@ -339,6 +339,25 @@ def test_steps_that_do_not_come_below_where_others_start_are_given_up_after_thre
 def test_levels_have_to_come_near_where_others_start(race, losses, levels, left):
     """After three steps, and from then on; losses may be negative."""
     assert race.is_left(losses, levels) == left
+
+
+@pytest.mark.parametrize(
+    ("levels", "left"),
+    [
+        ([9.0, 8.0, 7.0, 6.0], False),
+        ([9.0, 8.0, 7.0, 6.0, 1.1], False),
+        ([9.0, 8.0, 7.0, 6.0, 1.2], False),
+        ([9.0, 8.0, 7.0, 6.0, 1.21], True),
+        ([9.0, 8.0, 7.0, 6.0, 1.1, 1.0], False),
+        ([9.0, 8.0, 7.0, 6.0, 1.1, 1.01], True),
+        ([9.0, 8.0, 7.0, 6.0, 1.1, 1.0, 1.0], False),  # the others have ended
+        ([9.0, 8.0, 7.0, 6.0, 1.1, 1.0, 1.01], True),
+    ],
+)
+def test_steps_on_other_rows_are_told_apart_after_four(levels: list[float], left: bool) -> None:
+    """By levels, and without a margin."""
+    other = Steps(torch.zeros(1), [0.1] * 5, [0.0] * 6, [2.0, 1.8, 1.6, 1.4, 1.2, 1.0])
+    assert Race(other=other).is_left([9.0] * len(levels), levels) == left
 
 
 def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost():

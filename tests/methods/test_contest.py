@@ -13,6 +13,7 @@ from torch import Tensor
 from swap_prune import EWR, LR
 from swap_prune.methods import contest
 from swap_prune.methods.descent import Race, Steps, is_significant, take_steps
+from swap_prune.methods.fitted import Fitted
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from tests.samples.test_held_out import problem_with, starving
@@ -96,6 +97,43 @@ def test_candidates_are_compared_where_their_steps_end(
     asked = {number for number, *_ in taken}
     ends = [after[number] if number in asked else None for number in range(4)]
     assert [one.get("loss_after_steps") for one in candidates] == ends
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "best", "taken"),
+    [
+        ((0.5, 0.6, 0.7, 0.8), (None, 0.1, 0.1, 0.1), 0, [4]),  # left, and those that start higher take none
+        ((0.5, 0.45, 0.4, 0.5), (None, None, None, 0.1), 0, [4, 6]),  # nor those that start as high as the lowest left
+        ((0.5, 0.6, 0.4, 0.8), (None, 0.1, 0.25, 0.1), 6, [4, 6]),  # one that starts lower keeps up, and ends lower
+        ((0.5, 0.6, 0.4, 0.8), (0.35, 0.1, None, 0.1), 0, [4, 6]),  # none was left before there was a best
+        ((math.inf, 0.6, 0.5, 0.8), (0.1,) * 4, 6, [6]),  # the first takes none
+    ],
+)
+def test_candidates_on_rows_of_mini_batches_have_to_keep_up_with_those_of_samples(
+    before: tuple[float, ...],
+    after: tuple[float | None, ...],
+    best: int,
+    taken: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first four candidates are on samples; what race the others run is said to them."""
+    others: list[Steps | None] = []
+    held_out, seen, walked = scripted(monkeypatch, (0.4, 0.9, 0.9, 0.9, *before), (0.3, *[None] * 3, *after))
+    script = contest.take_steps
+
+    def steps(problem: object, regression: object, fit: SparseFit, race: Race, *rest: object) -> Steps:
+        others.append(race.other)
+        return script(problem, regression, fit, race, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contest, "take_steps", steps)
+    problem = problem_with(held_out)
+    problem = replace(problem, rows_of_samples=lambda: problem.factor)
+    solution = LR(swaps=0, floor=0).solve(problem, torch.Generator())
+    assert torch.equal(solution.weights, seen[best])
+    assert solution.evidence["rows"] == ("samples" if best == 0 else "mini-batches")
+    assert [number for number, *_ in walked] == [0, *taken]
+    assert others[0] is None and all(one is not None and one.losses == [0.4, 0.3] for one in others[1:])
+    assert [one["rows"] for one in solution.evidence["candidates"]] == ["samples"] * 4 + ["mini-batches"] * 4
 
 
 @pytest.mark.parametrize(
@@ -216,12 +254,12 @@ def test_the_beginning_of_a_path_is_held_where_rows_are_many_and_until_steps(
     found: list[bool] = []
     fit_all, judge = contest._Contest._fit_all, contest._Contest._judge
 
-    def fitting(self: contest._Contest) -> list[contest._Fitted]:
+    def fitting(self: contest._Contest) -> list[Fitted]:
         fits = fit_all(self)
         found.append(self._beginning is not None)
         return fits
 
-    def judging(self: contest._Contest, fitted: contest._Fitted, start: float) -> None:
+    def judging(self: contest._Contest, fitted: Fitted, start: float) -> None:
         assert self._beginning is None and self._last is None
         assert fitted.packed.refit is not None and fitted.packed.refit.system is None
         judge(self, fitted, start)

@@ -25,6 +25,7 @@ from swap_prune.methods.descent import (
     step_down,
     take_steps,
 )
+from swap_prune.methods.fitted import Fitted
 from swap_prune.methods.pairing import Candidate, RegressionSettings, candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.process_memory import return_free_memory
@@ -39,46 +40,6 @@ __all__ = ["Paired", "finite_entries", "fit_pairing"]
 _MILD = 0.5  # of the weights that are there: a stage that keeps so many compares candidates as they start
 _OTHERS = 1.0  # steps of all other candidates, in units of those of the best
 _FLOORS = (0.5, 0.75)  # tried where a layer would keep less: shares of what it would keep if all kept alike
-
-
-class _Fitted(NamedTuple):
-    """A candidate's sparse fit.
-
-    Its regression is stated anew where it is asked for: the metric is as large as p.
-
-    Attributes:
-        candidate: What was solved.
-        packed: Its solution, of whose weights only those on the support are held, (k,).
-        losses: On held-out samples, (n_v,), where there are any.
-        loss: Their mean before steps, 0 where nothing is held out.
-        entry: What the report says of it.
-        steps: Those taken from it, if any were.
-    """
-
-    candidate: Candidate
-    packed: SparseFit
-    losses: Tensor | None
-    loss: float
-    entry: dict[str, Any]
-    steps: Steps | None = None
-
-    @classmethod
-    def of(cls, candidate: Candidate, fit: SparseFit, losses: Tensor | None, **more: int) -> _Fitted:
-        """Pack a solution; what more is to be said goes to the report."""
-        loss = 0.0 if losses is None else mean_loss(losses)
-        entry = candidate._asdict() | more | {"held_out_loss": loss}
-        return cls(candidate, _with_weights(fit, fit.weights.index_select(0, fit.support)), losses, loss, entry)
-
-    def fit(self, like: Tensor) -> SparseFit:
-        """Return the solution, its weights as large as another vector, (p,), again."""
-        weights = torch.zeros_like(like).index_copy_(0, self.packed.support, self.packed.weights)
-        return _with_weights(self.packed, weights)
-
-
-def _with_weights(fit: SparseFit, weights: Tensor) -> SparseFit:
-    """Return a fit and its refit with weights that are held otherwise, and without systems, which are large."""
-    refit = None if fit.refit is None else replace(fit.refit, weights=weights, normal=None, system=None)
-    return replace(fit, weights=weights, refit=refit)
 
 
 class Paired(NamedTuple):
@@ -108,22 +69,38 @@ def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired
 
     Where rows of mini-batches and of single samples may be compared, and much is removed, there is a contest on each of
     them, and the winner whose steps end lower is kept. Starts are no guide there: on single samples they are higher.
+    Single samples, which win more often, come first: candidates on mini-batches are left where they do not keep up.
     """
-    contest = _Contest(settings, problem)
-    contest.hold()
-    tried = contest.tried
-    other = problem.rows_of_samples() if problem.rows_of_samples is not None and contest.may_be_doubted else None
-    if other is not None:
-        second = _Contest(settings, replace(problem, factor=other))
+    doubted = _takes_steps(settings, problem) and not _is_mild(problem)
+    other = problem.rows_of_samples() if doubted and problem.rows_of_samples is not None else None
+    if other is None:
+        contest = _Contest(settings, problem)
+        contest.hold()
+        tried = contest.tried
+    else:
+        contest = _Contest(settings, replace(problem, factor=other))
+        contest.hold()
+        second = _Contest(settings, problem, contest.best.steps)
         second.hold()
-        tried = [{"rows": "mini-batches"} | one for one in tried] + [{"rows": "samples"} | one for one in second.tried]
-        contest, of = (second, "samples") if second.level < contest.level else (contest, "mini-batches")
+        tried = [{"rows": "samples"} | one for one in contest.tried]
+        tried += [{"rows": "mini-batches"} | one for one in second.tried]
+        contest, of = (second, "mini-batches") if second.level < contest.level else (contest, "samples")
     best = contest.best
     evidence: dict[str, Any] = {} if other is None else {"rows": of}
     evidence |= best.candidate._asdict() | {"objective": best.packed.value, "swaps": best.packed.swaps}
     if len(tried) > 1:
         evidence["candidates"] = list(map(finite_entries, tried))
     return Paired(contest.stated(best.candidate), best.fit(problem.reference), best.steps, finite_entries(evidence))
+
+
+def _takes_steps(settings: RegressionSettings, problem: PruningProblem) -> bool:
+    """Whether steps will be taken as far as held-out samples gain."""
+    return settings.first_order == "auto" and problem.held_out is not None and problem.slope is not None
+
+
+def _is_mild(problem: PruningProblem) -> bool:
+    """Whether a stage keeps most of the weights that are there."""
+    return problem.keep >= math.floor(_MILD * int(problem.reference.count_nonzero()))
 
 
 class _Contest:
@@ -149,28 +126,30 @@ class _Contest:
     Args:
         settings: Of the method.
         problem: The pruning problem.
+        other: The best steps on other rows, where there are any. A candidate that does not keep up with them is left,
+            and so are those that start no lower than it; there may be no best then.
     """
 
-    def __init__(self, settings: RegressionSettings, problem: PruningProblem) -> None:
-        self._settings, self._problem = settings, problem
+    def __init__(self, settings: RegressionSettings, problem: PruningProblem, other: Steps | None = None) -> None:
+        self._settings, self._problem, self._other = settings, problem, other
         fisher = problem.fisher()
         self._diagonal, self._target = fisher.diagonal(), fisher.matvec(problem.reference)
         self.tried: list[dict[str, Any]] = []  # for the report
-        self._best: _Fitted | None = None
+        self._best: Fitted | None = None
         self._least = math.inf  # level of the best after its steps, or its mean loss
-        self._last: _Fitted | None = None  # its path is not walked again
+        self._last: Fitted | None = None  # its path is not walked again
         self._beginning: tuple[tuple[float, Metric], ScaledGram] | None = None  # of paths in a metric
         self._taken = 0  # steps, of all candidates since there is a best
-        asked = settings.first_order == "auto" and problem.held_out is not None
-        self._takes_steps = asked and problem.slope is not None
+        self._left = math.inf  # the lowest start that was left, for candidates on other rows
+        self._takes_steps = _takes_steps(settings, problem)
         self._blank = problem.blank() if self._takes_steps and problem.blank is not None else None
         many = fisher.shape[0] >= problem.reference.numel()  # rows, so that swaps cost next to nothing
         self._swaps_each = many and problem.held_out is not None
-        self._is_mild = problem.keep >= math.floor(_MILD * int(problem.reference.count_nonzero()))
+        self._is_mild = _is_mild(problem)
         self._steps_later = False  # of the best alone
 
     @property
-    def best(self) -> _Fitted:
+    def best(self) -> Fitted:
         """The best of all so far: nothing else should hold it while others are fitted."""
         assert self._best is not None, "there is at least one candidate"
         return self._best
@@ -179,11 +158,6 @@ class _Contest:
     def level(self) -> float:
         """The level of the best after its steps, or its mean loss."""
         return self._least
-
-    @property
-    def may_be_doubted(self) -> bool:
-        """Whether other rows may lead elsewhere: much is removed, and candidates were compared after their steps."""
-        return self._takes_steps and not self._is_mild
 
     def hold(self) -> None:
         """Compare all candidates, try swaps, and take the steps that are left to take."""
@@ -205,7 +179,7 @@ class _Contest:
 
     def try_swaps(self) -> None:
         """Swap weights of the best, and keep that where held-out samples gain by it or cannot be asked."""
-        if self._has_ended or self._swaps_each:
+        if self._best is None or self._has_ended or self._swaps_each:
             return
         return_free_memory()
         best = self.best
@@ -215,10 +189,10 @@ class _Contest:
         if not swapped.swaps:
             return
         if best.losses is None:
-            self._best = _Fitted.of(best.candidate, swapped, None)
+            self._best = Fitted.of(best.candidate, swapped, None)
             return
         after = held_out_losses(self._problem, swapped)
-        fitted = _Fitted.of(best.candidate, swapped, after, swaps=swapped.swaps)
+        fitted = Fitted.of(best.candidate, swapped, after, swaps=swapped.swaps)
         del swapped
         self.tried.append(fitted.entry)
         if is_significant(gains(best.losses, after)):
@@ -245,7 +219,7 @@ class _Contest:
         """State the regression of a candidate."""
         return pairing_regression(self._problem, *candidate, diagonal=self._diagonal, target=self._target)
 
-    def _fit_all(self) -> list[_Fitted]:
+    def _fit_all(self) -> list[Fitted]:
         """Fit the candidates; others begin with the floor that the first has come to, the low one, or none."""
         candidates = candidates_of(self._settings, self._diagonal, self._problem.fisher().shape[0])
         if self._problem.held_out is None:
@@ -262,7 +236,7 @@ class _Contest:
             fits += self._fit_with(candidate._replace(floor=floor), floors)
         return fits
 
-    def _fit_with(self, candidate: Candidate, floors: Sequence[float]) -> list[_Fitted]:
+    def _fit_with(self, candidate: Candidate, floors: Sequence[float]) -> list[Fitted]:
         """Fit a candidate, with floors under which it starves a layer, and return what held-out samples favour.
 
         A fit that has lost all is returned too, before the one with a floor: which is better, later steps decide.
@@ -274,12 +248,12 @@ class _Contest:
             raised = self._fit(candidate._replace(floor=floor))
             if self._has_lost(fits[-1].loss):
                 fits.append(raised)
-            elif is_significant(gains(_losses_of(fits[-1]), _losses_of(raised))):
+            elif is_significant(gains(fits[-1].held_out(), raised.held_out())):
                 fits[-1] = raised
             del raised  # its arrays, while the next is fitted
         return fits
 
-    def _judge(self, fitted: _Fitted, start: float = math.inf) -> None:
+    def _judge(self, fitted: Fitted, start: float = math.inf) -> None:
         """Keep a fit where it is the best, after steps where they are taken; those after it start from some loss."""
         loss = fitted.loss
         if self._takes_steps:
@@ -289,6 +263,7 @@ class _Contest:
             if self._best is not None or not steps.behind:
                 self._taken += len(steps.lengths)
             if steps.behind:
+                self._left = min(self._left, fitted.loss)
                 return
             fitted, loss = fitted._replace(steps=steps), steps.levels[-1]
             fitted.entry["loss_after_steps"] = loss
@@ -303,7 +278,7 @@ class _Contest:
         own = len(self._best.steps.lengths)
         return self._taken - own >= _OTHERS * max(1, own)
 
-    def _steps_from(self, fitted: _Fitted, start: float) -> Steps | None:
+    def _steps_from(self, fitted: Fitted, start: float) -> Steps | None:
         """Take steps from a fit; None where it may not."""
         rival, lost = None if self._best is None else self._best.steps, False
         if rival is not None:
@@ -311,13 +286,15 @@ class _Contest:
             keeps_up = fitted.loss <= rival.losses[0] and not self._has_ended
             if fitted.loss == math.inf or not (lost or keeps_up or self._level(fitted) < self._least):
                 return None
+        elif self._other is not None and fitted.loss >= self._left:
+            return None
         elif fitted.loss == math.inf:  # there may be no slope either
             return Steps(fitted.packed.weights, [], [fitted.loss], [fitted.loss])
         return take_steps(
             self._problem,
             self.stated(fitted.candidate),
             fitted.fit(self._problem.reference),  # without a name, so that it is gone when it was left
-            Race(rival, lost, start),
+            Race(rival, lost, start, self._other),
             fitted.losses,
             self._blank,
             self._settings.steps,
@@ -327,11 +304,11 @@ class _Contest:
         """Whether a mean loss is no less than without any weight."""
         return self._blank is not None and loss >= mean_loss(self._blank)
 
-    def _level(self, fitted: _Fitted) -> float:
+    def _level(self, fitted: Fitted) -> float:
         """Return a mean of held-out losses of which none counts for more than without any weight, if that is known."""
-        return fitted.loss if self._blank is None else mean_loss(torch.fmin(_losses_of(fitted), self._blank))
+        return fitted.loss if self._blank is None else mean_loss(torch.fmin(fitted.held_out(), self._blank))
 
-    def _fit(self, candidate: Candidate) -> _Fitted:
+    def _fit(self, candidate: Candidate) -> Fitted:
         """Solve the regression of one candidate; in the metric of the last one its path need not be walked again."""
         return_free_memory()  # the heap grows with each fit, whose vectors come and go
         if self._last is not None and self._last.candidate.path != candidate.path:
@@ -362,20 +339,14 @@ class _Contest:
                 self._beginning = metric, fit.first
             fit = replace(fit, first=None)
         losses = None if self._problem.held_out is None else held_out_losses(self._problem, fit)
-        self._last = _Fitted.of(candidate, fit, losses)
+        self._last = Fitted.of(candidate, fit, losses)
         if swapped.swaps:
             assert losses is not None, "swaps of each are judged by them"
             after = held_out_losses(self._problem, swapped)
             if is_significant(gains(losses, after)):
-                self._last = _Fitted.of(candidate, swapped, after, swaps=swapped.swaps)
+                self._last = Fitted.of(candidate, swapped, after, swaps=swapped.swaps)
         self.tried.append(self._last.entry)
         return self._last
-
-
-def _losses_of(fitted: _Fitted) -> Tensor:
-    """Return held-out losses, (n_v,)."""
-    assert fitted.losses is not None, "the caller checks"
-    return fitted.losses
 
 
 def _is_starved(support: Tensor, floors: Floors) -> bool:

@@ -43,6 +43,7 @@ _BEHIND = 0.05  # of a rival's held-out loss after as many steps: more than that
 _AGAIN = 3  # slopes at one place, of which none leads anywhere, where each has noise of its own
 _ROUNDING = 1e-4  # of the norm, between slopes without noise
 _PATIENCE = 3  # steps after which they must not be that much above where others start
+_LATE = 4  # steps after which candidates on other rows are told apart: rows of samples start higher and soon are lower
 
 
 class Steps(NamedTuple):
@@ -75,24 +76,33 @@ class Race(NamedTuple):
         lost: Whether the rival started no better than the network without any weight. Its levels are compared then, and
             not before a few steps: a mean depends on how sure the network is where it is wrong.
         start: The lowest mean loss that other candidates start from; levels must come near it after a few steps.
+        other: The best steps on other rows, whose levels must not be lower after as many, once there are a few.
     """
 
     rival: Steps | None = None
     lost: bool = False
     start: float = math.inf
+    other: Steps | None = None
 
     def is_left(self, losses: list[float], levels: list[float], floor: float = 0.0) -> bool:
         """Whether steps have fallen behind, by what they have come to so far, above the floor of losses."""
         early = len(levels) <= _PATIENCE
         if not early and _is_above(levels[-1], self.start, floor):
             return True
+        if self.other is not None and len(levels) > _LATE and levels[-1] > _after(self.other.levels, len(levels)):
+            return True
         if self.rival is None or (self.lost and early):
             return False
         own, others = (levels, self.rival.levels) if self.lost else (losses, self.rival.losses)
-        return _is_above(own[-1], others[min(len(own), len(others)) - 1], floor)
+        return _is_above(own[-1], _after(others, len(own)), floor)
 
 
 _ALONE = Race()
+
+
+def _after(losses: list[float], count: int) -> float:
+    """Return the loss that stands at a place, or the last one."""
+    return losses[min(count, len(losses)) - 1]
 
 
 def _is_above(loss: float, other: float, floor: float) -> bool:
