@@ -83,6 +83,21 @@ def test_a_home_directory_is_found_wherever_it_is_named(call, tmp_path: Path, mo
     assert status == 0 and str(home / "out" / "tables.md") in json.loads(out)["files"]
 
 
+@pytest.mark.parametrize("options", [("--keep-rows", "--scratch", "."), ("--device", "cuda")])
+def test_runs_side_by_side_share_no_rows_and_no_gpu(call, tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "grid.toml").write_text(FILE + 'storage = "mapped"\n')
+    status, out, err = call("experiment", "grid.toml", "--out", "out", "--jobs", "2", *options)
+    assert (status, out) == (2, "") and "--jobs 2 is for runs on a CPU that share no rows: leave out" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_jobs_run_side_by_side(call, tmp_path: Path) -> None:
+    status, out, err = call("experiment", "grid.toml", "--out", "out", "--jobs", "2", "--json")
+    assert status == 0 and json.loads(out) == {"total": 8, "done": 8, "failed": 0, "skipped": 0, "out": "out"}
+    assert err.count("\n") == 9 and "[8/8] " in err
+
+
 def test_interrupted(call, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **settings: object) -> object:
         if settings["seed"] == 1:

@@ -40,6 +40,21 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert second == records[1]
 
 
+def test_lines_are_put_in_the_order_of_the_runs(tmp_path: Path) -> None:
+    write(tmp_path, record(2), record(1, error="x"), record(3), record(1))
+    before = (tmp_path / "results.jsonl").read_bytes().splitlines(keepends=True)
+    with open_results(tmp_path, CONFIG, resume=True) as results:
+        for _ in range(2):
+            results.put_in_order(["run0", "run1", "run2", "run3"])
+            assert [one.id for one in results.records] == ["run1", "run1", "run2", "run3"]
+            expected = b"".join(before[number] for number in (1, 3, 0, 2))
+            assert (tmp_path / "results.jsonl").read_bytes() == expected
+        results.append(record(4))
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(expected)
+    assert [one.id for one in read_results(tmp_path)][-1] == "run4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json", "results.jsonl"]
+
+
 @pytest.mark.long
 def test_wherever_the_last_line_tears_the_others_stay(tmp_path: Path) -> None:
     content = write(tmp_path, record(1), record(2), record(3))

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import random
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,48 @@ def test_wherever_it_is_cut_it_ends_in_the_same_bytes(tmp_path: Path, data: str)
 def work(out: str) -> None:
     """What is killed."""
     start(Path(out), tiny.experiment(seeds=list(range(12))))
+
+
+def test_side_by_side_they_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the grid, in which the runs did not end; one that fails does not stop the others."""
+    methods = [{"name": "lr", "settings": {"damping": 1.0, "first_order": 0.0}}, {"name": "magnitude"}]
+    experiment = tiny.experiment(methods=methods, noise=["none", "gradient:std=2"])
+    start(tmp_path / "one", experiment)
+    said: list[str] = []
+    shared = bench(experiment)
+    outcome = run_experiment(
+        shared, tmp_path / "two", resume=False, say=said.append, jobs=2, again=partial(bench, experiment)
+    )
+    assert without_timings(tmp_path / "two") == without_timings(tmp_path / "one")
+    assert outcome.done + outcome.failed == outcome.total == len(said) - 1
+    lines = (tmp_path / "two" / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "two" / "results.jsonl").write_bytes(b"".join(lines[3:]))
+    run_experiment(shared, tmp_path / "two", resume=True, say=said.append, jobs=2, again=partial(bench, experiment))
+    assert without_timings(tmp_path / "two") == without_timings(tmp_path / "one")
+
+
+def another_bench() -> Bench:
+    made = bench()
+    with torch.no_grad():
+        next(made.network.parameters()).add_(1)
+    return made
+
+
+@pytest.mark.long
+def test_side_by_side_every_process_has_the_same_dense_network(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the dense network is not the same in each process: give it weights"):
+        run_experiment(bench(), tmp_path, resume=True, say=lambda _: None, jobs=2, again=another_bench)
+    assert (tmp_path / "results.jsonl").read_bytes() == b""
+
+
+@pytest.mark.long
+def test_side_by_side_runs_share_the_memory(tmp_path: Path) -> None:
+    """A budget that nothing fits shows that it arrives; the experiment's own comes before it."""
+    for experiment, failed in ((tiny.experiment(), True), (tiny.experiment(memory="8GB"), False)):
+        shared, out = replace(bench(experiment), memory=1000), tmp_path / str(failed)
+        run_experiment(shared, out, resume=False, say=lambda _: None, jobs=2, again=partial(bench, experiment))
+        errors = [result.error for result in read_results(out) if result.label == "lr"]
+        assert all(error is not None and "memory" in error for error in errors) if failed else errors == [None] * 4
 
 
 @pytest.mark.long

@@ -50,6 +50,7 @@ class Bench:
             batches may be readable only once.
         scratch: Directory of temporary files; None: the system's.
         keep_rows: Whether G of first stages is left there for other runs, by methods that hold it in a file.
+        memory: Budget of a run in bytes where the experiment gives none; None: what is free when it starts.
     """
 
     experiment: Experiment
@@ -59,6 +60,7 @@ class Bench:
     images: ImageData | None
     scratch: Path | None = None
     keep_rows: bool = False
+    memory: int | None = None
 
     @property
     def weights_sha256(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +12,12 @@ import typer
 
 from swap_prune.checks import counted, user_path
 from swap_prune.console import print_json, say, show
-from swap_prune.experiments.bench import prepare
-from swap_prune.experiments.config import read_experiment
+from swap_prune.experiments.bench import Bench, prepare
+from swap_prune.experiments.config import Experiment, read_experiment
 from swap_prune.files import delete_abandoned
 from swap_prune.network.device import usable_device
 from swap_prune.options import AsJson, DataDir, Scratch
+from swap_prune.process_memory import memory_limit
 
 __all__ = ["experiment", "report"]
 
@@ -31,6 +33,10 @@ def experiment(
     keep_rows: Annotated[
         bool, typer.Option("--keep-rows", help='share G of first stages in --scratch, with storage = "mapped"')
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", "-j", min=1, help="runs side by side, each on one thread; 1: in turn, on all"),
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Do every run of a grid of methods, sparsities and seeds; can be interrupted at any time."""
@@ -43,18 +49,20 @@ def experiment(
     grid = read_experiment(file)
     if keep_rows and not any(method.storage == "mapped" for method in grid.methods):
         raise ValueError('--keep-rows is for methods with storage = "mapped", and the experiment has none')
+    if jobs > 1 and (keep_rows or device != "cpu"):
+        raise ValueError(f"--jobs {jobs} is for runs on a CPU that share no rows: leave out --device and --keep-rows")
     if scratch is not None and not user_path(scratch).is_dir():
         raise ValueError(f"scratch directory {scratch} does not exist: make it, or name another")
     check_directory(out, resume=resume)
     try:
-        bench = prepare(grid, file.parent, weights, data_dir, usable_device(device))
-        bench = replace(bench, scratch=scratch, keep_rows=keep_rows)
-        outcome = run_experiment(bench, out, resume=resume, say=say)
+        again = partial(_prepared, grid, file.parent, weights, data_dir, device, scratch)
+        bench = replace(again(), keep_rows=keep_rows, memory=memory_limit(None, jobs) if jobs > 1 else None)
+        outcome = run_experiment(bench, out, resume=resume, say=say, jobs=jobs, again=again)
     except KeyboardInterrupt:
         options = {"--weights": weights, "--data-dir": data_dir, "--device": None if device == "cpu" else device}
         options |= {"--scratch": scratch}
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
-        given += ["--keep-rows"] if keep_rows else []
+        given += (["--keep-rows"] if keep_rows else []) + (["--jobs", str(jobs)] if jobs > 1 else [])
         command = ["swap-prune", "experiment", str(file), "--out", str(out), *given, "--resume"]
         raise InterruptedError(f"interrupted; finished runs are kept. Go on with: {shlex.join(command)}") from None
     result = {**asdict(outcome), "out": str(out)}
@@ -68,6 +76,12 @@ def experiment(
         failed = counted(outcome.failed, "run")
         say(f"{failed} failed; errors are in {out / 'results.jsonl'}, and --resume tries them again")
         raise typer.Exit(1)
+
+
+def _prepared(
+    grid: Experiment, folder: Path, weights: Path | None, data_dir: Path | None, device: str, scratch: Path | None
+) -> Bench:
+    return replace(prepare(grid, folder, weights, data_dir, usable_device(device)), scratch=scratch)
 
 
 def report(

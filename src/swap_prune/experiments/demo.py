@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from swap_prune.experiments.evaluate import evaluate
+from swap_prune.experiments.side_by_side import side_by_side
 from swap_prune.experiments.zoo import MODELS, build_model
 from swap_prune.files import write_directory
 from swap_prune.methods import METHODS
@@ -71,34 +72,52 @@ def run_demo(target: Path, seed: int, say: Callable[[str], None]) -> list[dict[s
         One row a method: name, clean and noisy accuracy in percent (noisy None where gradients are not used)
         and seconds of both runs.
     """
-    calibration, test = embedded_data()
+    _, test = embedded_data()
     dense = evaluate(embedded_network(), test)
-    rows: list[dict[str, Any]] = [{"method": "dense", "clean": dense.accuracy, "noisy": None, "seconds": 0.0}]
+    rows: dict[str, dict[str, Any]] = {
+        name: {"method": name, "clean": None, "noisy": None, "seconds": 0.0} for name in ("dense", *_ORDER)
+    }
+    rows["dense"]["clean"] = dense.accuracy
+    conditions = [(name, noise) for noise in (NOISE, None) for name in reversed(_ORDER)]  # the longest runs first
+    conditions = [one for one in conditions if one[1] is None or METHODS[one[0]].needs_gradients]
+    runs = [(name, noise, SAMPLES, STAGES, seed) for name, noise in conditions]
     pixels: dict[str, Tensor] = {}
-    for name in _ORDER:
-        started = time.perf_counter()
-        accuracy: dict[str, float | None] = {"noisy": None}
-        for condition in ("clean", "noisy") if METHODS[name].needs_gradients else ("clean",):
-            say(f"{name}, {condition} gradients ...")
-            model = embedded_network()
-            report = prune(
-                model,
-                calibration,
-                SPARSITY,
-                name,
-                samples=SAMPLES,
-                stages=STAGES,
-                noise=NOISE if condition == "noisy" else None,
-                seed=seed,
-                progress=False,
-            )
-            _check(report)
-            accuracy[condition] = evaluate(model, test).accuracy
-            if condition == "clean":
-                pixels[name] = _inputs_read(model)
-        rows.append({"method": name, **accuracy, "seconds": time.perf_counter() - started})
-    _write(target, rows, _draw(rows, pixels), len(test), seed)
-    return rows
+    say(f"{len(runs)} runs, each on one thread ...")
+    with side_by_side(_run, runs, torch.get_num_threads(), embedded_data) as results:
+        for done in results:
+            condition = "clean" if done.pixels is not None else "noisy"
+            say(f"{done.method}, {condition} gradients: {done.accuracy:.2f} % in {done.seconds:.0f} s")
+            rows[done.method][condition] = done.accuracy
+            rows[done.method]["seconds"] += done.seconds
+            if done.pixels is not None:
+                pixels[done.method] = torch.tensor(done.pixels)
+    table = list(rows.values())
+    _write(target, table, _draw(table, {name: pixels[name] for name in _ORDER}), len(test), seed)
+    return table
+
+
+class _Done(NamedTuple):
+    """A run: its method, accuracy in percent, seconds, and pixels read, (28, 28), where gradients were clean."""
+
+    method: str
+    accuracy: float
+    seconds: float
+    pixels: list[list[int]] | None
+
+
+def _run(
+    data: tuple[TensorDataset, TensorDataset], method: str, noise: str | None, samples: int, stages: int, seed: int
+) -> _Done:
+    """Prune the embedded network, and measure it."""
+    started = time.perf_counter()
+    (calibration, test), model = data, embedded_network()
+    report = prune(
+        model, calibration, SPARSITY, method, samples=samples, stages=stages, noise=noise, seed=seed, progress=False
+    )
+    _check(report)
+    accuracy = evaluate(model, test).accuracy
+    pixels = _inputs_read(model).tolist() if noise is None else None
+    return _Done(method, accuracy, time.perf_counter() - started, pixels)
 
 
 def _check(report: PruningReport) -> None:

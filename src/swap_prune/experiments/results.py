@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from swap_prune.checks import user_path
 from swap_prune.experiments.config import comparable
-from swap_prune.files import force_to_disk
+from swap_prune.files import force_to_disk, replacing
 
 __all__ = ["Results", "RunResult", "check_directory", "open_results", "read_results", "shortest"]
 
@@ -139,6 +139,18 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
+
+    def put_in_order(self, ids: Sequence[str]) -> None:
+        """Put the lines in the order of some runs, those of one run as they follow each other."""
+        place = {one: number for number, one in enumerate(ids)}
+        order = sorted(range(len(self.records)), key=lambda number: place[self.records[number].id])
+        if order == sorted(order):
+            return
+        with _in_words(self.path, "; all lines are there, in the order in which runs ended"):
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            with replacing(self.path, durable=True) as scratch:
+                scratch.write_bytes(b"".join(lines[number] for number in order))
+        self.records = [self.records[number] for number in order]
 
 
 def check_directory(directory: str | Path, *, resume: bool) -> Path:

@@ -2,15 +2,18 @@
 
 Each run prunes a fresh copy of the dense network with ``swap_prune.prune``, as a user would, measures it, and adds a
 line to ``results.jsonl``. Nothing passes from one run to the next, so a resumed experiment ends in the same bytes,
-timings apart, as one that ran through.
+timings apart, as one that ran through. Where several runs go side by side, each in a process with one thread, lines are
+written as runs end, and put in the order of the grid when all are done.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from swap_prune.experiments.config import Run, plan_runs
 from swap_prune.experiments.datasets import calibration_data, recalibration_data
 from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import Results, RunResult, open_results, shortest
+from swap_prune.experiments.side_by_side import side_by_side
 from swap_prune.pipeline import prune
 from swap_prune.process_memory import peak_memory, reset_peak_memory, return_free_memory
 from swap_prune.randomness import seeded
@@ -47,7 +51,15 @@ class Outcome:
     skipped: int
 
 
-def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable[[str], None]) -> Outcome:
+def run_experiment(
+    bench: Bench,
+    out: str | Path,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+    jobs: int = 1,
+    again: Callable[[], Bench] | None = None,
+) -> Outcome:
     """Do every run that is not done yet.
 
     Args:
@@ -55,10 +67,14 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
         out: Directory of the results.
         resume: Whether it may hold results already. Once every run was tried, failed ones are tried again.
         say: Called with progress messages.
+        jobs: Runs side by side, each in a process with one thread. By default runs follow each other in this process,
+            with its threads.
+        again: Prepares the same bench in another process; needed for several jobs.
 
     Raises:
         ValueError: If the dense network cannot be measured, or the directory cannot be used. A run that fails
             is recorded with its error, and the next one goes on.
+        MemoryError: If a process of one of several jobs was ended from outside.
     """
     with seeded(0):
         dense_network = bench.dense()
@@ -75,12 +91,14 @@ def run_experiment(bench: Bench, out: str | Path, *, resume: bool, say: Callable
         waiting = len(broken) if missing is not broken else 0
         say(f"dense network: {dense.accuracy:.2f} %; {len(missing)} of {len(runs)} runs to do")
         failed, started = 0, time.perf_counter()
-        for number, run in enumerate(missing, start=1):
-            record = _record(bench, run, dense_network, dense)
-            results.append(record)
-            failed += record.error is not None
-            left = (time.perf_counter() - started) / number * (len(missing) - number)
-            say(f"[{number}/{len(missing)}] {_describe(record)}; {_duration(left)} left")
+        with _records(bench, missing, dense_network, dense, jobs, again) as records:
+            for number, record in enumerate(records, start=1):
+                results.append(record)
+                failed += record.error is not None
+                left = (time.perf_counter() - started) / number * (len(missing) - number)
+                say(f"[{number}/{len(missing)}] {_describe(record)}; {_duration(left)} left")
+        if jobs > 1:
+            results.put_in_order([run.id for run in runs])
     return Outcome(len(runs), len(missing) - failed, failed + waiting, len(runs) - len(missing) - waiting)
 
 
@@ -94,6 +112,40 @@ def _check_planned(results: Results, runs: Sequence[Run]) -> None:
             f"{strangers[0].id}, {strangers[0].label}, seed {strangers[0].seed}), as another version of swap-prune "
             "writes them; resume with that version, or choose another directory"
         )
+
+
+def _records(
+    bench: Bench,
+    runs: Sequence[Run],
+    dense_network: nn.Module,
+    dense: Evaluation,
+    jobs: int,
+    again: Callable[[], Bench] | None,
+) -> AbstractContextManager[Iterator[RunResult]]:
+    """Do some runs, and give their lines as they come."""
+    if jobs == 1:
+        return nullcontext(_record(bench, run, dense_network, dense) for run in runs)
+    assert again is not None, "several jobs need it"
+    share = partial(_shared, again, bench.memory, bench.weights_sha256)
+    return side_by_side(_record_shared, [(run, dense) for run in runs], jobs, share)
+
+
+def _shared(again: Callable[[], Bench], memory: int | None, sha256: str) -> tuple[Bench, nn.Module]:
+    """Prepare what all runs of a process share: the bench, and the dense network that was measured."""
+    bench = replace(again(), memory=memory)
+    if bench.weights_sha256 != sha256:
+        raise ValueError(
+            "the dense network is not the same in each process: give it weights from a file (the key weights, or "
+            "--weights), or let runs follow each other (--jobs 1)"
+        )
+    with seeded(0):
+        return bench, bench.dense()
+
+
+def _record_shared(shared: tuple[Bench, nn.Module], run: Run, dense: Evaluation) -> RunResult:
+    """Do one of several runs side by side."""
+    bench, dense_network = shared
+    return _record(bench, run, dense_network, dense)
 
 
 def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation) -> RunResult:
@@ -165,7 +217,7 @@ def _prune(bench: Bench, network: nn.Module, run: Run) -> PruningReport:
         finetune=experiment.finetune,
         noise=noise,
         defence=run.method.defence,
-        memory=experiment.memory,
+        memory=experiment.memory or bench.memory,
         storage=run.method.storage,
         scratch=bench.scratch,
         keep_rows=bench.keep_rows and run.method.storage == "mapped" and noise == "none",
