@@ -49,7 +49,9 @@ def side_by_side(
     workers = max(1, min(processes, len(tasks)))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (share,))
     try:
-        yield (future.result() for future in as_completed([pool.submit(_call, function, task) for task in tasks]))
+        with _unhurt_by_keyboard():
+            calls = [pool.submit(_call, function, task) for task in tasks]
+        yield (call.result() for call in as_completed(calls))
     except BrokenProcessPool as error:
         raise MemoryError(
             f"one of {workers} processes was ended from outside, most likely because memory ran out: "
@@ -62,11 +64,20 @@ def side_by_side(
             child.join()
 
 
+@contextmanager
+def _unhurt_by_keyboard() -> Iterator[None]:
+    """Let processes that are begun in a block never see an interruption; that of this one comes after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(share: Callable[[], Any]) -> None:
-    """Prepare a process: it has one thread, leaves Ctrl-C to the one that began it, and ends with that."""
+    """Prepare a process: it has one thread, and ends with the one that began it."""
     global _make
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _make = share
 
