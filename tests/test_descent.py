@@ -117,7 +117,7 @@ def test_a_method_takes_as_many_as_it_is_told(method, removed):
             method(steps=wrong)
 
 
-@pytest.mark.parametrize("turned", [0, 1, 6, 7])
+@pytest.mark.parametrize("turned", [0, 1, 2, 3])
 def test_a_slope_that_leads_nowhere_is_taken_again_as_noise_may_have_turned_it(turned):
     base = known_loss()
     regression, fit = start_of(base)
@@ -130,7 +130,7 @@ def test_a_slope_that_leads_nowhere_is_taken_again_as_noise_may_have_turned_it(t
     problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
     moved, lengths = step_down(problem, regression, fit, "auto")
     gained = float((moved.weights - goal).square().mean()) < float((fit.weights - goal).square().mean())
-    assert gained == (len(lengths) > 0) == (turned <= 6), "three times in each metric"
+    assert gained == (len(lengths) > 0) == (turned <= 2), "once in each metric"
 
 
 def test_a_slope_that_is_the_same_again_has_no_noise():

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -72,18 +71,17 @@ def run_demo(target: Path, seed: int, say: Callable[[str], None]) -> list[dict[s
         One row a method: name, clean and noisy accuracy in percent (noisy None where gradients are not used)
         and seconds of both runs.
     """
-    _, test = embedded_data()
-    dense = evaluate(embedded_network(), test)
     rows: dict[str, dict[str, Any]] = {
         name: {"method": name, "clean": None, "noisy": None, "seconds": 0.0} for name in ("dense", *_ORDER)
     }
-    rows["dense"]["clean"] = dense.accuracy
     conditions = [(name, noise) for noise in (NOISE, None) for name in reversed(_ORDER)]  # the longest runs first
     conditions = [one for one in conditions if one[1] is None or METHODS[one[0]].needs_gradients]
     runs = [(name, noise, SAMPLES, STAGES, seed) for name, noise in conditions]
     pixels: dict[str, Tensor] = {}
     say(f"{len(runs)} runs, each on one thread ...")
     with side_by_side(_run, runs, torch.get_num_threads(), embedded_data) as results:
+        _, test = embedded_data()
+        rows["dense"]["clean"] = evaluate(embedded_network(), test).accuracy
         for done in results:
             condition = "clean" if done.pixels is not None else "noisy"
             say(f"{done.method}, {condition} gradients: {done.accuracy:.2f} % in {done.seconds:.0f} s")
@@ -131,6 +129,8 @@ def _inputs_read(model: nn.Module) -> Tensor:
 
 
 def _draw(rows: list[dict[str, Any]], pixels: dict[str, Tensor]) -> bytes:
+    from matplotlib.figure import Figure  # slow to import, and a run needs none
+
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     top, bottom = halves
