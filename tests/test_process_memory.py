@@ -29,6 +29,7 @@ from swap_prune.process_memory import (
     parse_memory,
     peak_memory,
     reset_peak_memory,
+    share_of_free_memory,
 )
 from swap_prune.request import check_request
 from swap_prune.stages.workload import count_workload
@@ -77,6 +78,7 @@ def test_the_default_is_what_is_held_and_a_share_of_what_is_free(monkeypatch: py
     monkeypatch.setattr("swap_prune.process_memory._free_memory", lambda device: 1000)
     monkeypatch.setattr("swap_prune.process_memory.held_memory", lambda device=None: 5000)
     assert memory_limit(None) == 5900 and memory_limit(None, 2) == 5450
+    assert [share_of_free_memory(processes) for processes in (1, 2)] == [900, 450]
 
 
 @pytest.mark.parametrize("storage", ["float32", "matrix-free"])

@@ -70,6 +70,12 @@ def memory_limit(budget: str | int | None, processes: int = 1, device: torch.dev
     return held_memory(device) + int(_SHARE * free / (1 if _is_gpu(device) else processes))
 
 
+def share_of_free_memory(processes: int) -> int | None:
+    """Return the bytes that each of several processes may hold, none of which has begun; None where nobody knows."""
+    free = _free_memory(None)
+    return None if free is None else int(_SHARE * free / processes)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no memory. Then it says nothing of the network or the data."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import random
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -167,13 +166,22 @@ def test_side_by_side_every_process_has_the_same_dense_network(tmp_path: Path) -
 
 
 @pytest.mark.long
-def test_side_by_side_runs_share_the_memory(tmp_path: Path) -> None:
+def test_side_by_side_runs_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that nothing fits shows that it arrives; the experiment's own comes before it."""
+    asked: list[int] = []
+
+    def least(processes: int) -> int:
+        asked.append(processes)
+        return 1000
+
+    monkeypatch.setattr(run_module, "share_of_free_memory", least)
     for experiment, failed in ((tiny.experiment(), True), (tiny.experiment(memory="8GB"), False)):
-        shared, out = replace(bench(experiment), memory=1000), tmp_path / str(failed)
-        run_experiment(shared, out, resume=False, say=lambda _: None, jobs=2, again=partial(bench, experiment))
+        out = tmp_path / str(failed)
+        again = partial(bench, experiment)
+        run_experiment(bench(experiment), out, resume=False, say=lambda _: None, jobs=2 if failed else 9, again=again)
         errors = [result.error for result in read_results(out) if result.label == "lr"]
         assert all(error is not None and "memory" in error for error in errors) if failed else errors == [None] * 4
+    assert asked == [2, 8], "no more processes than runs"
 
 
 @pytest.mark.long

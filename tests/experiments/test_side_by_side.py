@@ -9,15 +9,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
+from swap_prune.experiments import side_by_side as module
 from swap_prune.experiments.side_by_side import side_by_side
 
 
 def made() -> list[int]:
+    print("printed")
     return []
 
 
@@ -40,11 +43,21 @@ def killed(shared: list[int], value: int) -> int:
 
 
 def sleeping(shared: list[int], seconds: float, folder: Path) -> None:
+    file = folder / str(os.getpid())
+    file.touch()
+    try:
+        time.sleep(seconds)
+    finally:
+        file.rename(file.with_suffix(".cleared"))
+
+
+def stubborn(shared: list[int], folder: Path) -> None:
     (folder / str(os.getpid())).touch()
-    time.sleep(seconds)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    time.sleep(60)
 
 
-def test_each_process_has_one_thread_and_what_its_calls_share() -> None:
+def test_each_process_has_one_thread_and_what_its_calls_share(capfd: pytest.CaptureFixture[str]) -> None:
     with side_by_side(counted, [(value,) for value in range(5)], 2, made) as results:
         found = list(results)
     assert sorted(value for value, *_ in found) == [0, 1, 2, 3, 4]
@@ -55,6 +68,8 @@ def test_each_process_has_one_thread_and_what_its_calls_share() -> None:
         assert sorted(calls) == list(range(1, len(calls) + 1)), "what is shared is made once"
     assert {threads for *_, threads in found} == {1}
     assert multiprocessing.active_children() == []
+    out, err = capfd.readouterr()
+    assert out == "" and err == len(processes) * "printed\n", "results alone go to standard output"
 
 
 @pytest.mark.long
@@ -76,15 +91,43 @@ def test_a_process_that_is_gone_is_said() -> None:
 
 
 @pytest.mark.long
-def test_all_end_with_the_block(tmp_path: Path) -> None:
+def test_all_clear_up_and_end_with_the_block(tmp_path: Path) -> None:
     begun = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),
-        side_by_side(sleeping, [(0.0, tmp_path), *[(60.0, tmp_path)] * 3], 2, made) as results,
+        side_by_side(sleeping, [(0.0, tmp_path), *[(60.0, tmp_path)] * 4], 2, made) as results,
     ):
         next(results)
+        _wait_for(tmp_path, 2)
         raise KeyboardInterrupt
     assert multiprocessing.active_children() == [] and time.monotonic() - begun < 50
+    assert {path.suffix for path in tmp_path.iterdir()} == {".cleared"}
+
+
+@pytest.mark.long
+def test_one_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swap_prune.experiments.side_by_side._GRACE", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), side_by_side(stubborn, [(tmp_path,)], 1, made):
+        _wait_for(tmp_path, 1)
+        raise KeyboardInterrupt
+    assert multiprocessing.active_children() == [] and time.monotonic() - begun < 50
+
+
+@pytest.mark.long
+def test_a_signal_while_they_end_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = module._end
+
+    def interrupted(children: set[BaseProcess]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        ending(children)
+
+    monkeypatch.setattr(module, "_end", interrupted)
+    with pytest.raises(KeyboardInterrupt), side_by_side(sleeping, [(60.0, tmp_path)], 1, made):
+        _wait_for(tmp_path, 1)
+        raise ValueError("why they end")
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.long

@@ -17,7 +17,6 @@ from swap_prune.experiments.config import Experiment, read_experiment
 from swap_prune.files import delete_abandoned
 from swap_prune.network.device import usable_device
 from swap_prune.options import AsJson, DataDir, Scratch
-from swap_prune.process_memory import memory_limit
 
 __all__ = ["experiment", "report"]
 
@@ -56,7 +55,7 @@ def experiment(
     check_directory(out, resume=resume)
     try:
         again = partial(_prepared, grid, file.parent, weights, data_dir, device, scratch)
-        bench = replace(again(), keep_rows=keep_rows, memory=memory_limit(None, jobs) if jobs > 1 else None)
+        bench = replace(again(), keep_rows=keep_rows)
         outcome = run_experiment(bench, out, resume=resume, say=say, jobs=jobs, again=again)
     except KeyboardInterrupt:
         options = {"--weights": weights, "--data-dir": data_dir, "--device": None if device == "cpu" else device}

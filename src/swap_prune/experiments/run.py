@@ -3,7 +3,7 @@
 Each run prunes a fresh copy of the dense network with ``swap_prune.prune``, as a user would, measures it, and adds a
 line to ``results.jsonl``. Nothing passes from one run to the next, so a resumed experiment ends in the same bytes,
 timings apart, as one that ran through. Where several runs go side by side, each in a process with one thread, lines are
-written as runs end, and put in the order of the grid when all are done.
+written as runs end. When all are done they are put in the order of the grid.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swap_prune.experiments.evaluate import Evaluation
 from swap_prune.experiments.results import Results, RunResult, open_results, shortest
 from swap_prune.experiments.side_by_side import side_by_side
 from swap_prune.pipeline import prune
-from swap_prune.process_memory import peak_memory, reset_peak_memory, return_free_memory
+from swap_prune.process_memory import peak_memory, reset_peak_memory, return_free_memory, share_of_free_memory
 from swap_prune.randomness import seeded
 from swap_prune.report import PruningReport, versions
 from swap_prune.surgery.batchnorm import batchnorm_layers
@@ -97,8 +97,7 @@ def run_experiment(
                 failed += record.error is not None
                 left = (time.perf_counter() - started) / number * (len(missing) - number)
                 say(f"[{number}/{len(missing)}] {_describe(record)}; {_duration(left)} left")
-        if jobs > 1:
-            results.put_in_order([run.id for run in runs])
+        results.put_in_order([run.id for run in runs])
     return Outcome(len(runs), len(missing) - failed, failed + waiting, len(runs) - len(missing) - waiting)
 
 
@@ -126,7 +125,8 @@ def _records(
     if jobs == 1:
         return nullcontext(_record(bench, run, dense_network, dense) for run in runs)
     assert again is not None, "several jobs need it"
-    share = partial(_shared, again, bench.memory, bench.weights_sha256)
+    memory = share_of_free_memory(max(1, min(jobs, len(runs))))
+    share = partial(_shared, again, memory, bench.weights_sha256)
     return side_by_side(_record_shared, [(run, dense) for run in runs], jobs, share)
 
 
