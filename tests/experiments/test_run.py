@@ -133,6 +133,7 @@ def work(out: str) -> None:
     start(Path(out), tiny.experiment(seeds=list(range(12))))
 
 
+@pytest.mark.long
 def test_side_by_side_they_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the grid, in which the runs did not end; one that fails does not stop the others."""
     methods = [{"name": "lr", "settings": {"damping": 1.0, "first_order": 0.0}}, {"name": "magnitude"}]

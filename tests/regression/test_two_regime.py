@@ -10,7 +10,7 @@ from swap_prune.fisher.factor import DenseFactor
 from swap_prune.regression.iht import hard_threshold
 from swap_prune.regression.top_k import top_k
 from swap_prune.regression.two_regime import critical_step, two_regime_step
-from tests.cases import but_long, dense_parts, generator, normal, random_regression
+from tests.cases import dense_parts, generator, normal, random_regression
 
 
 def sparse_start(problem, keep):
@@ -72,8 +72,9 @@ def test_a_step_never_raises_the_objective(n, p, keep, smoothed, dtype):
             w, support, value = fit.weights, fit.support, fit.value
 
 
-@pytest.mark.parametrize("smoothed", but_long([False, True]))
-@pytest.mark.parametrize("seed", but_long(range(3)))
+@pytest.mark.long
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("seed", range(3))
 def test_first_regime_is_the_best_of_a_grid(seed, smoothed):
     """Large weights near their optimum: the parabola's minimum comes long before any change of support."""
     problem = random_regression(12, 10, generator(seed), ridge=0.01, smoothed=smoothed)

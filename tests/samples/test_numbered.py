@@ -145,6 +145,7 @@ def test_samples_that_fail_are_one_value_error(workers, error):
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_augmentation_is_reproducible_and_differs_from_batch_to_batch():
     class Noisy(Dataset):
         def __len__(self):

@@ -9,7 +9,7 @@ from torch import nn
 
 from swap_prune.fisher.noise import InputNoise, LabelNoise
 from swap_prune.losses import cross_entropy
-from tests.cases import but_long, generator, normal
+from tests.cases import generator, normal
 
 KINDS = ("gaussian", "impulse", "blur", "occlusion")
 Pair = namedtuple("Pair", "images labels")
@@ -134,7 +134,8 @@ def test_a_sample_that_comes_again_has_the_same_label_again():
     assert not torch.equal(corrupt(noise, [(x, labels)], 2)[0][1], first)
 
 
-@pytest.mark.parametrize(("dtype", "classes"), but_long([(torch.uint8, 200), (torch.int8, 100), (torch.int16, 5)]))
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 200), (torch.int8, 100), (torch.int16, 5)])
 def test_labels_of_few_bits_go_to_every_other_class_alike(dtype, classes):
     labels = (torch.arange(20_000) % classes).to(dtype)
     ((_, noisy),) = corrupt(LabelNoise("symmetric", 1.0, classes), [(images(20_000, 2), labels)])
