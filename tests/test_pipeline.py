@@ -43,7 +43,7 @@ def zeros(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.98, 0.999])
+@pytest.mark.parametrize("sparsity", but_long([0.0, 0.1, 0.5, 0.9, 0.98, 0.999], short=[0.0, 0.1, 0.5, 0.9, 0.999]))
 def test_zeros_are_exact(method: str, sparsity: float) -> None:
     model = small_network()
     report = prune(model, small_data(), sparsity, method, samples=40, stages=2)
@@ -63,7 +63,9 @@ def with_an_idle_layer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", but_long(sorted(METHODS.keys() - {"sparsegpt"}), short=METHODS.keys() - {"chita"}))
+@pytest.mark.parametrize(
+    "method", but_long(sorted(METHODS.keys() - {"sparsegpt"}), short=METHODS.keys() - {"chita", "ewr"})
+)
 @pytest.mark.parametrize("stages", [1, 3])
 def test_a_share_of_each_layer_is_kept(method: str, stages: int) -> None:
     config = METHODS[method](scope="global") if method in ("magnitude", "wanda") else METHODS[method]()
@@ -132,7 +134,7 @@ def test_a_network_with_its_channels_last_is_pruned_alike(method: str) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-@pytest.mark.parametrize("method", but_long(METHODS, short=METHODS.keys() - {"cbs", "chita"}))
+@pytest.mark.parametrize("method", but_long(METHODS, short=METHODS.keys() - {"cbs", "chita", "woodfisher"}))
 def test_same_seed_gives_the_same_bits_and_leaves_the_global_random_state(method: str) -> None:
     first, second = small_network(), small_network()
     state = torch.get_rng_state()

@@ -28,6 +28,7 @@ def test_forks_are_repeatable_and_apart() -> None:
     assert len({tuple(numbers) for numbers in [*draws.values(), *own]}) == len(cases) + 2
 
 
+@pytest.mark.long
 def test_each_subset_is_drawn_as_often_as_any_other() -> None:
     generator = forked_generator(0, "subsets")
     drawn = Counter(frozenset(subset(6, 3, generator).tolist()) for _ in range(20_000))

@@ -632,7 +632,7 @@ def test_swaps_of_weights_that_are_next_to_nothing_come_to_an_end(scale: float) 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which compiling imports
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("wrap", but_long([nn.DataParallel, torch.compile]))
 @pytest.mark.parametrize("written", ["plain", "wrapped"])
 def test_what_a_wrapper_puts_before_names_may_be_in_the_file_or_in_the_model(
     wrap: Any, written: str, tmp_path: Path
@@ -733,7 +733,15 @@ def told_by_the_first(n: int = 200) -> TensorDataset:
     return TensorDataset(x, (x[:, 0] > 0).long())
 
 
-@pytest.mark.parametrize("options", [{}, {"storage": "matrix-free"}, {"finetune": FineTune(epochs=1)}, {"stages": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"storage": "matrix-free"}, marks=pytest.mark.long),
+        {"finetune": FineTune(epochs=1)},
+        {"stages": 2},
+    ],
+)
 @pytest.mark.parametrize("method", ["lr", "obd"])
 def test_modules_of_two_names(method: str, options: dict[str, Any]) -> None:
     models = []
