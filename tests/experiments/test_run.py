@@ -134,8 +134,8 @@ def work(out: str) -> None:
 
 
 @pytest.mark.long
-def test_side_by_side_they_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the grid, in which the runs did not end; one that fails does not stop the others."""
+def test_side_by_side_they_end_in_the_same_bytes(tmp_path: Path) -> None:
+    """In the order of the grid, whatever the order in which runs end, and after an interruption."""
     methods = [{"name": "lr", "settings": {"damping": 1.0, "first_order": 0.0}}, {"name": "magnitude"}]
     experiment = tiny.experiment(methods=methods, noise=["none", "gradient:std=2"])
     start(tmp_path / "one", experiment)
@@ -145,7 +145,7 @@ def test_side_by_side_they_end_in_the_same_bytes(tmp_path: Path, monkeypatch: py
         shared, tmp_path / "two", resume=False, say=said.append, jobs=2, again=partial(bench, experiment)
     )
     assert without_timings(tmp_path / "two") == without_timings(tmp_path / "one")
-    assert outcome.done + outcome.failed == outcome.total == len(said) - 1
+    assert outcome.done == outcome.total == len(said) - 1
     lines = (tmp_path / "two" / "results.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "two" / "results.jsonl").write_bytes(b"".join(lines[3:]))
     run_experiment(shared, tmp_path / "two", resume=True, say=said.append, jobs=2, again=partial(bench, experiment))

@@ -123,11 +123,11 @@ def _records(
 ) -> AbstractContextManager[Iterator[RunResult]]:
     """Do some runs, and give their lines as they come."""
     if jobs == 1:
-        return nullcontext(_record(bench, run, dense_network, dense) for run in runs)
+        return nullcontext(_record((bench, dense_network), run, dense) for run in runs)
     assert again is not None, "several jobs need it"
     memory = share_of_free_memory(max(1, min(jobs, len(runs))))
     share = partial(_shared, again, memory, bench.weights_sha256)
-    return side_by_side(_record_shared, [(run, dense) for run in runs], jobs, share)
+    return side_by_side(_record, [(run, dense) for run in runs], jobs, share)
 
 
 def _shared(again: Callable[[], Bench], memory: int | None, sha256: str) -> tuple[Bench, nn.Module]:
@@ -142,19 +142,13 @@ def _shared(again: Callable[[], Bench], memory: int | None, sha256: str) -> tupl
         return bench, bench.dense()
 
 
-def _record_shared(shared: tuple[Bench, nn.Module], run: Run, dense: Evaluation) -> RunResult:
-    """Do one of several runs side by side."""
-    bench, dense_network = shared
-    return _record(bench, run, dense_network, dense)
-
-
-def _record(bench: Bench, run: Run, dense_network: nn.Module, dense: Evaluation) -> RunResult:
-    """Do a run, and return its line; a failure is a line too."""
+def _record(shared: tuple[Bench, nn.Module], run: Run, dense: Evaluation) -> RunResult:
+    """Do a run from the bench and the dense network, and return its line; a failure is a line too."""
     line: dict[str, Any] = {"id": run.id, "label": run.method.label, "seed": run.seed, "settings": run.settings}
     line |= {"versions": versions(), "dense_accuracy": dense.accuracy}
     try:
         with seeded(run.seed):
-            return RunResult(**line, **_figures(bench, run, dense_network))
+            return RunResult(**line, **_figures(*shared, run))
     except (Exception, SystemExit) as error:  # out of memory, LAPACK, the user's data or model: others may do well
         return RunResult(**line, error=_reason(error))
 
@@ -167,7 +161,7 @@ def _reason(error: BaseException) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _figures(bench: Bench, run: Run, dense_network: nn.Module) -> dict[str, Any]:
+def _figures(bench: Bench, dense_network: nn.Module, run: Run) -> dict[str, Any]:
     """Prune a copy of the dense network, and measure it."""
     start = bench.network if bench.experiment.recalibrate_batchnorm else dense_network  # else `prune` repairs it
     network = copy.deepcopy(start)
