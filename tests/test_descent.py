@@ -9,7 +9,8 @@ import torch
 
 from swap_prune import EWR, LR
 from swap_prune.fisher.factor import DenseFactor
-from swap_prune.methods.descent import Race, Steps, damping_of, gains, is_significant, mean_loss, step_down, take_steps
+from swap_prune.methods.descent import Race, Steps, damping_of, step_down, take_steps
+from swap_prune.methods.held_out import gains, is_significant, mean_loss
 from swap_prune.methods.pairing import pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import solve_sparse
@@ -29,6 +30,12 @@ def start_of(problem):
     return regression, solve_sparse(regression, problem.keep)
 
 
+def stepped(problem, regression, fit, *rest):
+    """Return a fit after its steps, and their lengths."""
+    steps = step_down(problem, regression, fit, *rest)
+    return steps.applied_to(fit), steps.lengths
+
+
 def test_each_step_goes_down_the_slope_where_it_starts():
     asked = []
     base = known_loss()
@@ -40,7 +47,7 @@ def test_each_step_goes_down_the_slope_where_it_starts():
         return w - goal
 
     problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
-    _moved, lengths = step_down(problem, regression, fit, "auto")
+    _moved, lengths = stepped(problem, regression, fit, "auto")
     assert len(lengths) >= 3
     w = fit.weights
     first = NaturalGradient.on(regression, fit.support, 0.1, fit.refit)
@@ -63,7 +70,7 @@ def test_a_second_metric_is_tried_where_the_first_has_ended():
         along = float(move @ direction / (move.norm() * direction.norm()).clamp_min(1e-30))
         return torch.full((5,), 1e6 - (along > 1 - 1e-5) * 5e5)
 
-    moved, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
+    moved, lengths = stepped(replace(base, held_out=held_out), regression, fit, "auto")
     assert lengths == [0.3]
     torch.testing.assert_close(moved.weights, fit.weights + 0.3 * direction)
 
@@ -79,7 +86,7 @@ def test_steps_end_after_twelve_in_each_metric_or_where_one_gains_next_to_nothin
         return torch.full((5,), 1e6 * left ** next(trials), dtype=torch.float64)
 
     problem = replace(base, held_out=held_out, slope=lambda w, kept: 1e-20 * base.slope(w, kept))
-    _, lengths = step_down(problem, regression, fit, "auto")
+    _, lengths = stepped(problem, regression, fit, "auto")
     assert len(lengths) == 2 * steps
 
 
@@ -93,7 +100,7 @@ def test_no_more_steps_are_taken_in_a_metric_than_are_asked_for(most):
         held_out=lambda w, kept: torch.full((5,), 1e6 * 0.99 ** next(trials), dtype=torch.float64),
         slope=lambda w, kept: 1e-20 * base.slope(w, kept),
     )
-    assert len(step_down(problem, regression, fit, "auto", most)[1]) == 2 * most
+    assert len(stepped(problem, regression, fit, "auto", most)[1]) == 2 * most
 
 
 @pytest.mark.parametrize("method", [LR, EWR])
@@ -128,7 +135,7 @@ def test_a_slope_that_leads_nowhere_is_taken_again_as_noise_may_have_turned_it(t
         return (goal - w) * (1 + number) if number < turned else w - goal
 
     problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
-    moved, lengths = step_down(problem, regression, fit, "auto")
+    moved, lengths = stepped(problem, regression, fit, "auto")
     gained = float((moved.weights - goal).square().mean()) < float((fit.weights - goal).square().mean())
     assert gained == (len(lengths) > 0) == (turned <= 2), "once in each metric"
 
@@ -143,7 +150,7 @@ def test_a_slope_that_is_the_same_again_has_no_noise():
         return goal - w
 
     problem = replace(base, slope=slope, held_out=lambda w, kept: (w - goal).square())
-    moved, lengths = step_down(problem, regression, fit, "auto")
+    moved, lengths = stepped(problem, regression, fit, "auto")
     assert lengths == [] and torch.equal(moved.weights, fit.weights)
     assert len(asked) == 2, "once more, and not in the second metric"
 
@@ -153,9 +160,9 @@ def test_steps_go_on_with_the_slope_of_larger_batches_where_the_first_leads_no_f
     regression, fit = start_of(base)
     goal = fit.weights + 1.0
     astray = replace(base, slope=lambda w, kept: goal - w, held_out=lambda w, kept: (w - goal).square())
-    moved, lengths = step_down(astray, regression, fit, "auto")
+    moved, lengths = stepped(astray, regression, fit, "auto")
     assert lengths == [] and torch.equal(moved.weights, fit.weights)
-    moved, lengths = step_down(replace(astray, whole_slope=lambda w, kept: w - goal), regression, fit, "auto")
+    moved, lengths = stepped(replace(astray, whole_slope=lambda w, kept: w - goal), regression, fit, "auto")
     assert len(lengths) > 1
     assert float((moved.weights - goal).square().mean()) < float((fit.weights - goal).square().mean())
 
@@ -170,9 +177,9 @@ def test_steps_of_larger_batches_that_one_sample_alone_gains_by_are_left():
         return torch.cat([(w - goal).square().mean().view(1), torch.zeros(9)])
 
     problem = replace(base, slope=lambda w, kept: goal - w, held_out=losses, blank=lambda: torch.full((10,), math.inf))
-    own, lengths = step_down(replace(problem, slope=lambda w, kept: w - goal), regression, fit, "auto")
+    own, lengths = stepped(replace(problem, slope=lambda w, kept: w - goal), regression, fit, "auto")
     assert lengths and not torch.equal(own.weights, fit.weights), "steps of their own need no such gain"
-    moved, lengths = step_down(replace(problem, whole_slope=lambda w, kept: w - goal), regression, fit, "auto")
+    moved, lengths = stepped(replace(problem, whole_slope=lambda w, kept: w - goal), regression, fit, "auto")
     assert lengths == [] and torch.equal(moved.weights, fit.weights)
 
 
@@ -183,7 +190,7 @@ def test_a_length_is_divided_until_it_gains():
     d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
     goal = fit.weights + 0.3 / 27 * d
     problem = replace(base, held_out=lambda w, kept: 1e6 * (w - goal).square())
-    _, lengths = step_down(problem, regression, fit, "auto")
+    _, lengths = stepped(problem, regression, fit, "auto")
     assert lengths[0] == pytest.approx(0.3 / 27)
 
 
@@ -194,7 +201,7 @@ def test_a_length_grows_only_as_long_as_it_gains_on_the_last():
     d = NaturalGradient.on(regression, fit.support, 0.1, fit.refit).direction(base.slope(fit.weights, None))
     goal = fit.weights + 0.5 * d
     problem = replace(base, held_out=lambda w, kept: 1e6 * (w - goal).square())
-    _, lengths = step_down(problem, regression, fit, "auto")
+    _, lengths = stepped(problem, regression, fit, "auto")
     assert lengths[0] == pytest.approx(0.3)
 
 
@@ -211,7 +218,7 @@ def test_of_a_plain_function_the_first_length_is_that_of_the_whole_way_to_its_fl
         asked.append(float((w - fit.weights) @ d / (d @ d)))
         return losses + len(asked)
 
-    _, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
+    _, lengths = stepped(replace(base, held_out=held_out), regression, fit, "auto")
     assert lengths == [] and asked[0] == 0, "and then at the weights before the stage"
     assert asked[2:9] == pytest.approx([first / 3**i for i in range(7)], rel=1e-4)
 
@@ -229,7 +236,7 @@ def test_of_a_plain_function_steps_below_the_loss_before_the_stage_need_a_signif
             return torch.full((4,), before)
         return torch.ones(4) if torch.equal(w, fit.weights) else 1 - torch.tensor(gain)
 
-    _, lengths = step_down(replace(base, held_out=held_out), regression, fit, "auto")
+    _, lengths = stepped(replace(base, held_out=held_out), regression, fit, "auto")
     allowed = known or before == 0.5 or gain[0] == 0.1
     assert bool(lengths) == allowed
 
@@ -382,9 +389,9 @@ def test_fits_that_have_lost_all_are_compared_by_the_samples_that_are_not_lost()
 def test_without_confidence_a_coupling_is_left(monkeypatch):
     """A large mean gain that rests on one sample."""
     from swap_prune.regression.tuning import Coupling
-    from tests.samples.test_held_out import fit_of
+    from tests.samples.test_held_out import fit_of, no_steps
 
-    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, *rest: (fit, []))
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", no_steps)
     problem = known_loss()
     paired, other = (EWR(epsilon=0.1, anchor=a, swaps=0).solve(problem, torch.Generator()) for a in (0.0, 1.0))
 

@@ -65,4 +65,4 @@ __all__ = [
     "recalibrate_batchnorm",
 ]
 
-__version__ = "0.18.0"
+__version__ = "0.19.0"

@@ -17,6 +17,7 @@ __all__ = [
     "is_number",
     "positive_number",
     "some_of",
+    "true_or_false",
     "user_path",
     "whole_number",
 ]
@@ -69,6 +70,16 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     if number >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got a number of {number.bit_length()} bits")
     return number
+
+
+def true_or_false(name: str, value: Any) -> None:
+    """Refuse what is neither.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 def checked_seed(seed: Any) -> int:

@@ -65,6 +65,8 @@ class PruningProblem:
             there are no gradients.
         whole_slope: The same over larger batches and as it is, for where those of ``slope`` are small, so that noise
             can be told in them, and BatchNorm's statistics are those of a batch; else None.
+        all_samples: Returns the same problem with slopes over held-out samples as well; None where there are none, or a
+            later stage asks them again.
         rows_of_samples: Takes G of single samples, where ``factor`` is that of mini-batches and both may be compared;
             returns None where that is too noisy. Else None.
         blank: Returns the network's losses on the same samples without any of the p weights, (n_v,); None where the
@@ -81,6 +83,7 @@ class PruningProblem:
     held_out: Callable[[Tensor, Tensor], Tensor] | None = None
     slope: Callable[[Tensor, Tensor], Tensor] | None = None
     whole_slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    all_samples: Callable[[], PruningProblem] | None = None
     rows_of_samples: Callable[[], FisherFactor | None] | None = None
     blank: Callable[[], Tensor] | None = None
     selection: Selection | None = None

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from swap_prune import EWR, LR
 from swap_prune.methods import contest
-from swap_prune.methods.descent import Race, Steps, is_significant, take_steps
+from swap_prune.methods.descent import Race, Steps, take_steps
 from swap_prune.methods.fitted import Fitted
+from swap_prune.methods.held_out import is_significant
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from tests.samples.test_held_out import problem_with, starving

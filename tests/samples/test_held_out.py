@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from swap_prune import EWR, LR, prune
 from swap_prune.fisher.factor import DenseFactor
 from swap_prune.methods.contest import _is_starved
-from swap_prune.methods.descent import polyak_length
+from swap_prune.methods.descent import Steps, polyak_length
 from swap_prune.methods.pairing import candidates_of, fair_floors
 from swap_prune.problem import PruningProblem, PruningSolution
 from swap_prune.regression import iht
@@ -309,10 +309,14 @@ def test_without_gain_on_held_out_samples_ewr_is_lr() -> None:
     assert torch.equal(ewr.weights, lr.weights) and ewr.evidence["anchor"] == 0
 
 
+def no_steps(_problem: PruningProblem, _regression: WeightedRidge, fit: SparseFit, *_rest: object) -> Steps:
+    return Steps(fit.weights[fit.support], [], [], [])
+
+
 @pytest.mark.parametrize(("gain", "coupled"), [(0.0, False), (5e-4, False), (2e-3, True)])
 def test_a_coupling_that_hardly_gains_is_left(gain: float, coupled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However sure the gain is: the samples agree on it."""
-    monkeypatch.setattr("swap_prune.methods.ewr.step_down", lambda problem, regression, fit, *rest: (fit, []))
+    monkeypatch.setattr("swap_prune.methods.ewr.step_down", no_steps)
     problem = problem_with(None)
     paired, other = (
         EWR(epsilon=0.1, anchor=anchor, swaps=0).solve(problem, torch.Generator()) for anchor in (0.0, 1.0)

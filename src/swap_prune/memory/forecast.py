@@ -178,16 +178,18 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
         shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
     if (load.row_noise or load.slopes_held) and not load.in_batches:  # as rows of G
-        again = factor + _capture(load, replace(storage, kind="float32", lean=False))
+        rows = max(factor, (load.samples + load.spare) * vector)  # slopes end with those of all samples
+        again = rows + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     looks = 2 if load.in_batches else 1  # in small batches, where there is noise, and in whole ones
-    taught = (looks * load.samples + load.spare) * load.output_bytes  # outputs of the dense network
+    taught = looks * load.samples + load.spare  # outputs of the dense network, and where slopes are over all samples
+    taught += looks * (load.samples + load.spare) if load.spare else 0
     trial = max(forward + compared, max(backward, again) + _slopes(load, storage), passes)
     phases = {
         "capture": common + known + signs - lasting + max(_capture(load, storage), asking + drawing),
         "defend": max(common + _defence(load, kind), shifted),
         "solve": solve + copies + passes,
-        "trials": solve + taught + step + trial,
+        "trials": solve + taught * load.output_bytes + step + trial,
         "recalibrate": rest + (read * load.sample_bytes + asking if load.recalibrated else 0),
     }
     return phases | ({"finetune": rest + _training(load, storage.spilled)} if load.trained else {})
@@ -207,9 +209,9 @@ def _slopes(load: Workload, storage: Storage) -> int:
     """Return what gradients of batches take: all of them together in float32, or sums that they are added to."""
     vector = load.itemsize * load.weights
     if (load.row_noise or load.slopes_held) and load.in_batches:  # those of mini-batches, and their mean
-        return (load.rows + 1) * vector
+        return (max(load.rows, -(-(load.samples + load.spare) // load.mini_batch)) + 1) * vector
     if storage.kind == "float32":
-        return -(-load.samples // storage.at_once) * vector
+        return -(-(load.samples + load.spare) // storage.at_once) * vector
     return (2 if storage.kind != "sharded" else 3 + -(-PARTS // load.processes)) * vector
 
 

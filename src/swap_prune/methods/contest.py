@@ -15,17 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.methods.descent import (
-    Race,
-    Steps,
-    gains,
-    held_out_losses,
-    is_significant,
-    mean_loss,
-    step_down,
-    take_steps,
-)
+from swap_prune.methods.descent import Race, Steps, step_down, take_steps
 from swap_prune.methods.fitted import Fitted
+from swap_prune.methods.held_out import gains, held_out_losses, is_significant, mean_loss
 from swap_prune.methods.pairing import Candidate, RegressionSettings, candidates_of, fair_floors, pairing_regression
 from swap_prune.problem import PruningProblem
 from swap_prune.process_memory import return_free_memory
@@ -57,11 +49,11 @@ class Paired(NamedTuple):
     steps: Steps | None
     evidence: dict[str, Any]
 
-    def after_steps(self, problem: PruningProblem, settings: RegressionSettings) -> tuple[SparseFit, list[float]]:
-        """Return the fit after first-order steps, and their lengths; see :func:`step_down`."""
+    def steps_from(self, problem: PruningProblem, settings: RegressionSettings) -> Steps:
+        """Return first-order steps from the fit; see :func:`step_down`."""
         if self.steps is None:
             return step_down(problem, self.regression, self.fit, settings.first_order, settings.steps)
-        return self.steps.applied_to(self.fit), self.steps.lengths
+        return self.steps
 
 
 def fit_pairing(settings: RegressionSettings, problem: PruningProblem) -> Paired:

@@ -1,15 +1,17 @@
-"""Asking the network: candidates compared, and first-order steps taken, by the loss on held-out samples."""
+"""First-order steps from a fit, taken as long as the loss on held-out samples gains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swap_prune.methods.held_out import gains, held_out_losses, is_significant, loss_floor, mean_loss
 from swap_prune.problem import PruningProblem
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.metric import damped_metric
@@ -21,11 +23,8 @@ __all__ = [
     "STEPS",
     "Race",
     "Steps",
-    "gains",
-    "held_out_losses",
-    "is_significant",
-    "loss_floor",
-    "mean_loss",
+    "first_model",
+    "second_model",
     "step_down",
     "take_steps",
 ]
@@ -55,6 +54,7 @@ class Steps(NamedTuple):
         losses: Mean losses on held-out samples, before the first and after each.
         levels: The same, no sample counting for more than without any weight, where that is known.
         behind: Whether they were given up behind a rival.
+        counts: How many were taken in the first metric, in the second, and then with whole slopes.
     """
 
     values: Tensor
@@ -62,6 +62,7 @@ class Steps(NamedTuple):
     losses: list[float]
     levels: list[float]
     behind: bool = False
+    counts: tuple[int, ...] = ()
 
     def applied_to(self, fit: SparseFit) -> SparseFit:
         """Return the fit that they were taken from with its weights moved."""
@@ -111,7 +112,7 @@ def _is_above(loss: float, other: float, floor: float) -> bool:
 
 def step_down(
     problem: PruningProblem, regression: WeightedRidge, fit: SparseFit, length: float | str, most: int = STEPS
-) -> tuple[SparseFit, list[float]]:
+) -> Steps:
     """Go down the loss along the natural gradient, on the support of a fit.
 
     Args:
@@ -123,16 +124,35 @@ def step_down(
         most: So many in each metric, and with each slope, at the most.
 
     Returns:
-        The fit with its weights moved, and the lengths of the steps taken.
+        The steps; losses are those that were asked for.
     """
-    if length == 0 or problem.slope is None or (length == "auto" and problem.held_out is None):
-        return fit, []
-    if length != "auto":
-        descent = NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
-        direction = descent.direction(problem.slope(fit.weights, fit.kept()))
-        return replace(fit, weights=fit.weights + float(length) * direction), [float(length)]
-    steps = take_steps(problem, regression, fit, most=most)
-    return steps.applied_to(fit), steps.lengths
+    if length == "auto" and problem.slope is not None and problem.held_out is not None:
+        return take_steps(problem, regression, fit, most=most)
+    values = fit.weights.index_select(0, fit.support)
+    if length in (0, "auto") or problem.slope is None:
+        return Steps(values, [], [], [])
+    direction = first_model(regression, fit).direction(problem.slope(fit.weights, fit.kept()))
+    return Steps(values + float(length) * direction[fit.support], [float(length)], [], [], counts=(1,))
+
+
+def first_model(regression: WeightedRidge, fit: SparseFit) -> NaturalGradient:
+    """Return what says where the first steps from a fit go: in the metric that it was found in."""
+    return NaturalGradient.on(regression, fit.support, damping_of(regression), fit.refit)
+
+
+def second_model(
+    problem: PruningProblem, regression: WeightedRidge, support: Tensor
+) -> Callable[[], NaturalGradient] | None:
+    """Return what makes the model of further steps, in a metric of more damping; None where that is the first.
+
+    Not the model: the first need not be held beside it.
+    """
+    f = regression.factor.diagonal()
+    metric = damped_metric(f, _STEP_METRIC, "diagonal", problem.layers(), reference=problem.reference)
+    del f
+    if damping_of(regression) == _STEP_RIDGE and torch.equal(metric, regression.metric):
+        return None
+    return partial(NaturalGradient.on, replace(regression, metric=metric), support, _STEP_RIDGE)
 
 
 def take_steps(
@@ -165,22 +185,18 @@ def take_steps(
         The steps, given up where they fell behind.
     """
     losses = held_out_losses(problem, fit) if losses is None else losses
-    ridge = damping_of(regression)
-    model = NaturalGradient.on(regression, fit.support, ridge, fit.refit)
+    model = first_model(regression, fit)
     walk, support = _Walk(problem, replace(fit, refit=None), race, blank, loss_floor(problem, losses)), fit.support
     walk.aim, walk.most = level_before(problem), most
     del fit
     walk.arrive(losses)
     walk.descend(model)
     if not walk.is_behind:
-        f = regression.factor.diagonal()
-        metric = damped_metric(f, _STEP_METRIC, "diagonal", problem.layers(), reference=problem.reference)
-        del f
-        if ridge != _STEP_RIDGE or not torch.equal(metric, regression.metric):
+        second = second_model(problem, regression, support)
+        if second is not None:
             del model
-            regression = replace(regression, metric=metric)
-            model = NaturalGradient.on(regression, support, _STEP_RIDGE)
-        del metric
+            model = second()
+        del second  # its metric is as large as p
         walk.descend(model)
         if problem.whole_slope is not None and not walk.is_behind:
             there, before = walk.steps(support), walk.found
@@ -225,6 +241,7 @@ class _Walk:
         losses: Mean held-out losses, before the first step and after each.
         levels: The same, no sample counting for more than without any weight.
         lengths: Of the steps.
+        counts: How many of them were taken with each model and slope.
         slope: gamma at the fit, (p,), where it is known: when no length gained.
         again: How often it may be taken again there.
         same: Whether it was the same when it was: then there is no noise in it.
@@ -241,6 +258,7 @@ class _Walk:
     losses: list[float] = field(default_factory=list)
     levels: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     slope: Tensor | None = None
     again: int = _AGAIN
     same: bool = False
@@ -259,7 +277,7 @@ class _Walk:
     def steps(self, support: Tensor) -> Steps:
         """Return the steps so far, on a support (k,)."""
         values = self.fit.weights.index_select(0, support)
-        return Steps(values, [*self.lengths], [*self.losses], [*self.levels], self.is_behind)
+        return Steps(values, [*self.lengths], [*self.losses], [*self.levels], self.is_behind, (*self.counts,))
 
     def follow(self, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Go on with another slope."""
@@ -281,6 +299,7 @@ class _Walk:
         plain = self.problem.blank is None
         length, shrinks = (math.inf, _PLAIN_SHRINKS) if plain else (_FIRST_LENGTH, _SHRINKS)
         self.again = _AGAIN
+        self.counts.append(0)
         for _ in range(self.most):
             if self.slope is None:
                 self.slope = self.problem.slope(self.fit.weights, self.fit.kept())
@@ -300,6 +319,7 @@ class _Walk:
             length = step
             self.again, self.same = _AGAIN, False
             self.lengths.append(step)
+            self.counts[-1] += 1
             self.arrive(reached)
             if least - self.losses[-1] < LEAST_GAIN * abs(least - self.floor) or self.is_behind:
                 break
@@ -355,46 +375,3 @@ def line_search(
         if mean_loss(losses) < least:
             return length, losses
     return 0.0, None
-
-
-def held_out_losses(problem: PruningProblem, fit: SparseFit) -> Tensor:
-    """Return the network's losses on held-out samples with the weights of a fit, (n_v,)."""
-    assert problem.held_out is not None, "the caller checks"
-    return problem.held_out(fit.weights, fit.kept())
-
-
-def loss_floor(problem: PruningProblem, losses: Tensor) -> float:
-    """Return what losses on held-out samples, (n_v,), are taken not to fall below.
-
-    That is 0 where the loss knows its curvature and its mean is above that. The zero of a plain function may mean
-    nothing (a log density, a reward, a constant added): of it the lowest loss is as low as losses go.
-    """
-    known = losses.double()[losses.isfinite()]
-    if len(known) == 0 or (problem.blank is not None and float(known.mean()) > 0):
-        return 0.0
-    return float(known.min())
-
-
-def gains(before: Tensor, after: Tensor) -> Tensor:
-    """Return by how much losses on held-out samples have fallen, (n_v,), float64.
-
-    One that is not a number counts as infinite. A sample that is lost before and after has gained nothing.
-    """
-    before, after = (losses.double().masked_fill(losses.isnan(), math.inf) for losses in (before, after))
-    return torch.where(before == after, 0.0, before - after)
-
-
-def is_significant(gain: Tensor, errors: float = 1.0) -> bool:
-    """Whether the mean of paired gains on held-out samples, (n_v,), is above so many of its standard errors.
-
-    A sample whose loss is infinite no longer is a gain whatever the others say.
-    """
-    if math.isinf(float(gain.mean())):
-        return bool(gain.mean() > 0)
-    return len(gain) > 1 and bool(gain.mean() > errors * gain.std() / len(gain) ** 0.5)
-
-
-def mean_loss(losses: Tensor) -> float:
-    """Return the mean of losses, (n_v,), infinite when it is not a number; those in 16 bits have no such mean."""
-    mean = float(losses.double().mean())
-    return mean if math.isfinite(mean) else math.inf

@@ -13,19 +13,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from swap_prune.checks import is_finite, whole_number
+from swap_prune.checks import is_finite, true_or_false, whole_number
 from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.methods.contest import finite_entries, fit_pairing
-from swap_prune.methods.descent import (
-    LEAST_GAIN,
-    STEPS,
-    gains,
-    held_out_losses,
-    is_significant,
-    loss_floor,
-    mean_loss,
-    step_down,
-)
+from swap_prune.methods.descent import LEAST_GAIN, STEPS, step_down
+from swap_prune.methods.held_out import gains, held_out_losses, is_significant, loss_floor, mean_loss
 from swap_prune.methods.pairing import (
     candidates_of,
     check_regression_settings,
@@ -33,6 +25,7 @@ from swap_prune.methods.pairing import (
     pairing_regression,
     solution_of,
 )
+from swap_prune.methods.steps_again import steps_again
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution, RowKind
 from swap_prune.regression.iht import SparseFit, hard_threshold, solve_sparse
 from swap_prune.regression.metric import Metric
@@ -72,6 +65,7 @@ class EWR:
         floor: As for LR; ``algorithm1`` keeps to one that is fixed.
         rows: As for LR.
         mini_batch: As for LR.
+        all_samples: As for LR.
         relaxation: tau > 0, in units of ``epsilon_unit``: what it costs a plan to drop the mass of samples that lie far
             from all others, which then count less (unbalanced transport; ``iht`` only; ``debias`` has no effect then).
             None: all count alike.
@@ -95,6 +89,7 @@ class EWR:
     floor: float | Literal["auto"] = "auto"
     rows: RowKind = "auto"
     mini_batch: int = MINI_BATCH
+    all_samples: bool = True
     relaxation: float | None = None
 
     name: ClassVar[str] = "ewr"
@@ -114,8 +109,7 @@ class EWR:
         for setting, allowed in choices.items():
             if getattr(self, setting) not in allowed:
                 raise ValueError(f"{setting} must be {' or '.join(map(repr, allowed))}, got {getattr(self, setting)!r}")
-        if not isinstance(self.debias, bool):
-            raise ValueError(f"debias must be true or false, got {self.debias!r}")
+        true_or_false("debias", self.debias)
         if self.relaxation is not None and self.solver == "algorithm1":
             raise ValueError("relaxation needs solver='iht', got 'algorithm1', whose plan has exact marginals")
         whole_number("couplings", self.couplings)
@@ -145,19 +139,20 @@ class EWR:
         pairing, evidence = paired.regression, paired.evidence
         coupling, reason = self._coupling(pairing, paired.fit, generator)
         evidence |= reason
-        fit, steps = paired.after_steps(problem, self)
+        fit, steps = paired.fit, paired.steps_from(problem, self)
         if not coupling.is_pairing:
-            coupled, solved = self._coupled(pairing, paired.fit, coupling)
-            moved, coupled_steps = step_down(problem, pairing, coupled, self.first_order, self.steps)
-            if self._earns_its_place(problem, fit, moved, evidence):
-                fit, steps = moved, coupled_steps
+            coupled, solved = self._coupled(pairing, fit, coupling)
+            others = step_down(problem, pairing, coupled, self.first_order, self.steps)
+            if self._earns_its_place(problem, steps.applied_to(fit), others.applied_to(coupled), evidence):
+                fit, steps = coupled, others
                 evidence["objective"] = pairing.value(coupled.weights)
                 if not solved:
                     evidence["plan_converged"] = False
             else:
                 coupling = replace(coupling, anchor=0.0, relaxation=math.inf)
                 evidence["coupling"] = "held-out samples do not confirm it"
-        evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon, "first_order": steps}
+        fit, walked = steps_again(self, problem, pairing, fit, steps)
+        evidence |= {"anchor": coupling.anchor, "epsilon": coupling.epsilon} | walked
         if coupling.relaxation < math.inf:
             evidence["relaxation"] = coupling.relaxation
         return solution_of(fit, finite_entries(evidence))

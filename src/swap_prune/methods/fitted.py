@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swap_prune.methods.descent import Steps, mean_loss
+from swap_prune.methods.descent import Steps
+from swap_prune.methods.held_out import mean_loss
 from swap_prune.methods.pairing import Candidate
 from swap_prune.regression.iht import SparseFit
 

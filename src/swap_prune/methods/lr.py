@@ -14,6 +14,7 @@ from swap_prune.fisher.capture.sketch import MINI_BATCH
 from swap_prune.methods.contest import fit_pairing
 from swap_prune.methods.descent import STEPS
 from swap_prune.methods.pairing import check_regression_settings, chooses, solution_of
+from swap_prune.methods.steps_again import steps_again
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution, RowKind
 from swap_prune.regression.metric import Metric
 
@@ -47,6 +48,8 @@ class LR:
             whichever of the two leads lower on held-out samples. Elsewhere rows are those of samples.
         mini_batch: Samples of a mini-batch that makes a row, at the most, >= 2. Larger ones have statistics that are
             nearer to those of all samples, and give fewer rows.
+        all_samples: Whether the steps that held-out samples have chosen are taken once more, with slopes over these
+            samples as well, where no later stage asks them again.
     """
 
     fisher: FisherKind = "auto"
@@ -60,6 +63,7 @@ class LR:
     floor: float | Literal["auto"] = "auto"
     rows: RowKind = "auto"
     mini_batch: int = MINI_BATCH
+    all_samples: bool = True
 
     name: ClassVar[str] = "lr"
     needs_gradients: ClassVar[bool] = True
@@ -83,5 +87,6 @@ class LR:
         if problem.keep in (0, problem.reference.numel()):
             return problem.trivial_solution()
         paired = fit_pairing(self, problem)
-        fit, steps = paired.after_steps(problem, self)
-        return solution_of(fit, paired.evidence | {"first_order": steps})
+        steps = paired.steps_from(problem, self)
+        fit, evidence = steps_again(self, problem, paired.regression, paired.fit, steps)
+        return solution_of(fit, paired.evidence | evidence)

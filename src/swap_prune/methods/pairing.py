@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from swap_prune.checks import is_finite, whole_number
+from swap_prune.checks import is_finite, true_or_false, whole_number
 from swap_prune.problem import FisherKind, PruningProblem, PruningSolution, RowKind
 from swap_prune.regression.iht import SparseFit
 from swap_prune.regression.metric import Metric, damped_metric
@@ -72,6 +72,8 @@ class RegressionSettings(Protocol):
     def rows(self) -> str: ...
     @property
     def mini_batch(self) -> int: ...
+    @property
+    def all_samples(self) -> bool: ...
 
 
 def chooses(settings: RegressionSettings) -> bool:
@@ -185,6 +187,7 @@ def check_regression_settings(settings: RegressionSettings) -> None:
         raise ValueError("rows='mini-batches' needs Gauss-Newton rows (fisher='auto'), got fisher='empirical'")
     for name, lowest in (("iterations", 1), ("swaps", 0), ("steps", 1), ("mini_batch", 2)):
         whole_number(name, getattr(settings, name), lowest)
+    true_or_false("all_samples", settings.all_samples)
 
 
 def pairing_regression(

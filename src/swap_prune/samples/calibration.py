@@ -161,6 +161,11 @@ class CalibrationStream:
         """Whether data are read again that have no numbers: nobody knows which were seen."""
         return self._pass_size is not None
 
+    @property
+    def holds_out_anew(self) -> bool:
+        """Whether what the last :meth:`draw_apart` held out will surely not be held out again by the next."""
+        return self._samples is not None and not self._reserved
+
     def draw(self, samples: int) -> list[Any]:
         """Return batches with ``samples`` samples together, or all the data if it holds fewer.
 
@@ -210,7 +215,7 @@ class CalibrationStream:
             done += batch_size(part)
 
     def draw_apart(self, samples: int, held_out: int, draws: int = 1) -> tuple[list[Any], list[Any]]:
-        """Draw ``samples`` samples, and ``held_out`` more that are not among them.
+        """Draw ``samples`` samples, and ``held_out`` more that are not among them; return both as batches.
 
         Data that hold fewer are shared out (:func:`share_out_samples`). Numbered samples that are too few for all the
         draws are held out alike in each of them, so that what is chosen by them was never fitted before.
@@ -219,16 +224,12 @@ class CalibrationStream:
             samples: To fit.
             held_out: To choose by, at the most.
             draws: How many such draws there will be.
-
-        Returns:
-            Both as batches.
         """
         if self._samples is not None and held_out > 0 and self._left() < draws * (samples + held_out):
             return self._draw_reserving(samples, held_out)
         drawn = self.draw(samples + held_out)
         missing, spare = share_out_samples(sum(map(batch_size, drawn)), samples, held_out)
-        fitting: list[Any] = []
-        apart: list[Any] = []
+        fitting, apart = list[Any](), list[Any]()
         for batch in drawn:
             size = batch_size(batch)
             if missing >= size or not is_sliceable(batch):

@@ -21,7 +21,7 @@ from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
 from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
 from swap_prune.fisher.capture.rows import Capture
-from swap_prune.fisher.capture.sketch import mini_batches, without_singles
+from swap_prune.fisher.capture.sketch import without_singles
 from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
@@ -40,7 +40,7 @@ from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.request import Request
 from swap_prune.sample_defence.record import SampleDefence
-from swap_prune.samples.batches import batch_size, is_single, split_batches
+from swap_prune.samples.batches import batch_size, split_batches
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import Course, keep_count
@@ -52,8 +52,9 @@ from swap_prune.stages.findings import StageFindings, check_names
 from swap_prune.stages.oddities import WatchedLosses, few_classes, is_stationary, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.single_rows import SingleRows
+from swap_prune.stages.slope_batches import SlopeBatches
 from swap_prune.stages.trials import Trials
-from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, normalises_vectors, recalibrate_batchnorm
+from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
 from swap_prune.surgery.weights import write_weights
 from swap_prune.training.finetune import train
 from swap_prune.training.settings import FineTune
@@ -62,7 +63,6 @@ from swap_prune.training.teaching import Taught, Teacher
 __all__ = ["StageRunner"]
 
 _T = TypeVar("_T")
-_LEAST_PARTS = 16  # of a slope, to tell a poisoned one from the others by
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class StageRunner:
         floors = [(places[name], least) for name, least in request.floors.items()]
         reference = selection.read(self.model)
         problem = PruningProblem(reference, keep, selection=selection, floors=floors, pattern=request.pattern)
-        solution, samples, loss, findings = self._solve(problem, sparsity, shown, number)
+        solution, samples, loss, findings = self._solve(problem, sparsity, shown, number, final=final)
         check_solution(solution, problem, request.solver.name)
         check_names(solution.evidence, request.solver.name)
         write_weights(self.model, selection, solution.weights, solution.kept)
@@ -142,7 +142,7 @@ class StageRunner:
         )
 
     def _solve(
-        self, problem: PruningProblem, sparsity: float, shown: StageProgress, number: int
+        self, problem: PruningProblem, sparsity: float, shown: StageProgress, number: int, *, final: bool
     ) -> tuple[PruningSolution, int, float | None, StageFindings]:
         """Draw samples, capture, and let the method solve; what G takes is free again afterwards.
 
@@ -162,9 +162,12 @@ class StageRunner:
             defended, losses, findings = self._gradients(problem.reference, fitting, number, shown.advance, findings)
             samples, loss, defence = len(losses), float(losses.double().mean()), defended.defence
             slopes = forked_generator(self.request.seed, f"slopes {number}")
-            trials, rate = self._trials(fitting, spare, defended, slopes)
+            trials, made, rate = self._trials(fitting, spare, defended, slopes)
             watched = WatchedLosses(trials.losses, self.request.loss, shown.try_one)
             problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
+            if trials.held_out and (final or self._holds_out_anew):
+                all_samples = partial(self._over_all, problem, trials, made, [*fitting, *spare])
+                problem = replace(problem, all_samples=all_samples)
             compares = self.request.compares_rows and self.storage.compares_rows and defended.is_clean
             if compares and rows_in_batches(self.request, fitting):
                 single = SingleRows(self, problem.reference, fitting, number)
@@ -261,6 +264,20 @@ class StageRunner:
         bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
         return replace(problem, held_out=watched, blank=trials.blank if bears_any else None)
 
+    @property
+    def _holds_out_anew(self) -> bool:
+        """Whether the samples that a stage holds out are not those of later ones."""
+        judges = None if self.sample_defence is None else self.sample_defence.judges
+        return judges is None and self.calibration.holds_out_anew
+
+    def _over_all(
+        self, problem: PruningProblem, trials: Trials, made: SlopeBatches, samples: list[Any]
+    ) -> PruningProblem:
+        """Return a problem with slopes over so many samples."""
+        whole = self._trusted(made.whole(samples)) if trials.whole else ()
+        wide = replace(trials, fitting=self._trusted(made.parts(samples)), whole=whole)
+        return replace(problem, slope=wide.slope, whole_slope=wide.whole_slope if wide.whole else None)
+
     def _solution(self, problem: PruningProblem, number: int) -> PruningSolution:
         """Let the method solve a problem."""
         solver = self.request.solver
@@ -333,23 +350,19 @@ class StageRunner:
         spare: list[Any],
         defended: Defended,
         generator: torch.Generator,
-    ) -> tuple[Trials, float | None]:
-        """Return what a method may ask of candidates, losses and slopes (with noise); and the share of wrong labels."""
+    ) -> tuple[Trials, SlopeBatches, float | None]:
+        """Return what a method may ask of candidates, losses and slopes (with noise).
+
+        Beside it how the batches of slopes are made, and the share of wrong labels.
+        """
         if self.storage.forwards < self.request.mini_batch:  # of which batches are made, for rows
             spare = split_batches(spare, self.storage.forwards)
-        defence, rate = defended.defence, None
-        slopes_cleaned = defence is not None and defence.cleans_slopes
-        in_parts = rows_in_batches(self.request, fitting) and (slopes_cleaned or defended.clipped > 0)
-        in_batches = in_parts and slopes_cleaned
-        stored = slopes_cleaned and not in_batches and self.request.recalibrates
-        at_once = self.storage.at_once
-        if defended.clipped > 0:  # slopes are clipped by the batches that they are averaged over
-            at_once = min(at_once, max(2, sum(map(batch_size, fitting)) // _LEAST_PARTS))
-        parts = mini_batches(fitting, self.request.mini_batch) if in_batches else split_batches(fitting, at_once)
-        parts, spare = map(without_singles if self.request.recalibrates else list, (parts, spare))
-        taught, held_out = self.taught(parts), self.judges(spare)
+        made = SlopeBatches.of(self.model, self.request, self.storage, fitting, defended)
+        taught = self.taught(made.parts(fitting))
+        held_out, rate = self.judges(without_singles(spare) if self.request.recalibrates else spare), None
         if self.sample_defence is not None:
             taught, held_out, rate = self.sample_defence.weigh(taught, held_out)
+        cleaned = defended.defence if defended.defence is not None and defended.defence.cleans_slopes else None
         trials = Trials(
             model=self.model,
             selection=self.request.selection,
@@ -359,26 +372,16 @@ class StageRunner:
             recalibrates=self.request.recalibrates,
             disturb=partial(self.disturb, generator=generator),
             noisy=partial(self._noisy, generator=generator),
-            defence=defence if slopes_cleaned else None,
-            per_sample=not in_batches,
-            whole=self._whole(fitting, parts, stored) if (in_parts or stored) and held_out else (),
+            defence=cleaned,
+            per_sample=not made.in_batches,
+            whole=self._trusted(made.whole(fitting)) if held_out else (),
             clip=clip_rows_ if self.request.clips else None,
             lean=self.storage.kind != "float32",
             team=self.storage.team,
         )
-        return trials, rate
+        return trials, made, rate
 
-    def _whole(self, fitting: list[Any], parts: list[Any], stored: bool) -> list[Taught]:
-        """Return samples in batches as large as run at once, with what is known of them, where that may help.
-
-        Args:
-            fitting: The samples.
-            parts: The batches that slopes are over first.
-            stored: Whether those are of samples alone, with the statistics that are stored.
-        """
-        batches = without_singles(split_batches(fitting, self.storage.at_once))
-        small = normalises_vectors(self.model) and max(map(batch_size, batches)) > max(map(batch_size, parts))
-        if all(map(is_single, batches)) or not (small or stored):
-            return []
-        whole = self.taught(batches)
-        return whole if self.sample_defence is None else self.sample_defence.trusted(whole)
+    def _trusted(self, batches: list[Any]) -> list[Taught]:
+        """Return batches with what is known of them, their labels with the trust that they deserve."""
+        taught = self.taught(batches)
+        return taught if self.sample_defence is None else self.sample_defence.trusted(taught)

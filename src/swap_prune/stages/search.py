@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swap_prune.methods.descent import mean_loss
+from swap_prune.methods.held_out import mean_loss
 from swap_prune.network.modes import eval_mode
 from swap_prune.progress import StageProgress
 from swap_prune.randomness import forked_generator
