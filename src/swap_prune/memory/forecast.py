@@ -178,12 +178,13 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
         shifted = rest + (2 if in_memory else 1) * drawn * load.sample_bytes + backward
     again = 0
     if (load.row_noise or load.slopes_held) and not load.in_batches:  # as rows of G
-        rows = max(factor, (load.samples + load.spare) * vector)  # slopes end with those of all samples
+        rows = max(factor, (load.samples + load.spare) * vector)  # in the end of all samples
         again = rows + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     looks = 2 if load.in_batches else 1  # in small batches, where there is noise, and in whole ones
-    taught = looks * load.samples + load.spare  # outputs of the dense network, and where slopes are over all samples
-    taught += looks * (load.samples + load.spare) if load.spare else 0
+    taught = (
+        looks * load.samples + (1 + looks) * load.spare
+    )  # outputs of the dense network: slopes end over all samples
     trial = max(forward + compared, max(backward, again) + _slopes(load, storage), passes)
     phases = {
         "capture": common + known + signs - lasting + max(_capture(load, storage), asking + drawing),

@@ -53,8 +53,8 @@ def steps_again(
         for length in islice(lengths, count):
             direction = model.direction(slope(moved.weights, moved.kept()))
             moved = replace(moved, weights=moved.weights + length * direction)
-    before, after = held_out_losses(problem, end), held_out_losses(problem, moved)
-    better = mean_loss(after) < mean_loss(before)
+    before = steps.losses[-1] if steps.losses else mean_loss(held_out_losses(problem, end))
+    better = mean_loss(held_out_losses(problem, moved)) < before
     return (moved if better else end), evidence | {"all_samples": better}
 
 

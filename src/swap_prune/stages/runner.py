@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +20,6 @@ from swap_prune.fisher.backends.mapped import MappedFactor
 from swap_prune.fisher.capture.layer_inputs import LayerInputs
 from swap_prune.fisher.capture.matrix_free import MatrixFreeFactor
 from swap_prune.fisher.capture.rows import Capture
-from swap_prune.fisher.capture.sketch import without_singles
-from swap_prune.fisher.defence.outliers import clip_rows_
 from swap_prune.fisher.factor import DenseFactor, FisherFactor
 from swap_prune.fisher.storage import Storage
 from swap_prune.losses import (
@@ -40,20 +37,19 @@ from swap_prune.randomness import forked_generator
 from swap_prune.report import StageReport
 from swap_prune.request import Request
 from swap_prune.sample_defence.record import SampleDefence
-from swap_prune.samples.batches import batch_size, split_batches
+from swap_prune.samples.batches import batch_size
 from swap_prune.samples.calibration import CalibrationStream
 from swap_prune.samples.shares import HELD_OUT
 from swap_prune.schedule import Course, keep_count
 from swap_prune.selection import unnamed_zeros
+from swap_prune.stages.asking import Asking
 from swap_prune.stages.capturing import RowCapture, rows_in_batches
 from swap_prune.stages.checkpoint import Checkpoint
 from swap_prune.stages.defending import Defended, Defender
 from swap_prune.stages.findings import StageFindings, check_names
-from swap_prune.stages.oddities import WatchedLosses, few_classes, is_stationary, share_of_largest, without_gradient
+from swap_prune.stages.oddities import few_classes, is_stationary, share_of_largest, without_gradient
 from swap_prune.stages.reached import check_reached
 from swap_prune.stages.single_rows import SingleRows
-from swap_prune.stages.slope_batches import SlopeBatches
-from swap_prune.stages.trials import Trials
 from swap_prune.surgery.batchnorm import RECALIBRATION_SAMPLES, recalibrate_batchnorm
 from swap_prune.surgery.weights import write_weights
 from swap_prune.training.finetune import train
@@ -151,7 +147,8 @@ class StageRunner:
         """
         solver = self.request.solver
         fitting, spare, findings = self._samples(sparsity, shown, number)
-        samples, loss, defence, watched = sum(map(batch_size, fitting)), None, None, None
+        samples, loss, defence = sum(map(batch_size, fitting)), None, None
+        asking: Asking | None = None
         single: SingleRows | None = None
         if solver.needs_gradients:
             if number == 1:
@@ -162,18 +159,15 @@ class StageRunner:
             defended, losses, findings = self._gradients(problem.reference, fitting, number, shown.advance, findings)
             samples, loss, defence = len(losses), float(losses.double().mean()), defended.defence
             slopes = forked_generator(self.request.seed, f"slopes {number}")
-            trials, made, rate = self._trials(fitting, spare, defended, slopes)
-            watched = WatchedLosses(trials.losses, self.request.loss, shown.try_one)
-            problem = self._asking(replace(problem, factor=defended.factor), trials, watched)
-            if trials.held_out and (final or self._holds_out_anew):
-                all_samples = partial(self._over_all, problem, trials, made, [*fitting, *spare])
-                problem = replace(problem, all_samples=all_samples)
+            asking = Asking.of(self, fitting, spare, defended, slopes, shown.try_one)
+            learns = final or self._holds_out_anew
+            problem = asking.stated(replace(problem, factor=defended.factor), learns=learns)
             compares = self.request.compares_rows and self.storage.compares_rows and defended.is_clean
             if compares and rows_in_batches(self.request, fitting):
                 single = SingleRows(self, problem.reference, fitting, number)
                 problem = replace(problem, rows_of_samples=single.take)
-            alone = solver.needs_held_out and not trials.held_out
-            findings = replace(findings, label_noise=rate, nothing_held_out=alone)
+            alone = solver.needs_held_out and not asking.trials.held_out
+            findings = replace(findings, label_noise=asking.label_noise, nothing_held_out=alone)
         if solver.needs_inputs:
             weights = self.disturb(problem.reference, self.noise_generator)
             inputs = LayerInputs(self.model, self.request.selection, fitting, self.request.loss, weights)
@@ -185,8 +179,8 @@ class StageRunner:
         if single is not None:
             findings = replace(findings, rows_of_samples_left=single.left)
             self._let_go(single.file)
-        if watched is not None and watched.share_of_largest is not None:
-            findings = replace(findings, one_sample_rules=watched.share_of_largest)
+        if asking is not None and asking.watched.share_of_largest is not None:
+            findings = replace(findings, one_sample_rules=asking.watched.share_of_largest)
         if defence is not None and defence.said():
             findings = replace(findings, gradients_cleaned=defence.said())
         return solution, samples, loss, findings
@@ -252,31 +246,15 @@ class StageRunner:
     ) -> Defended:
         """Return G with the noise of the run, and cleaned of it."""
         if isinstance(capture.factor, DenseFactor):
-            noisy = self._noisy(capture.factor, generator)
+            noisy = self.noisy(capture.factor, generator)
             capture = replace(capture, factor=replace(noisy, limit=capture.factor.limit))
         return Defender(self.model, self.request, self.storage, number, in_batches).defend(capture, fitting)
-
-    def _asking(self, problem: PruningProblem, trials: Trials, watched: WatchedLosses) -> PruningProblem:
-        """Return a problem whose method may ask the network."""
-        problem = replace(problem, slope=trials.slope, whole_slope=trials.whole_slope if trials.whole else None)
-        if not trials.held_out:
-            return problem
-        bears_any = isinstance(self.request.loss, GaussNewtonLoss)  # a loss that reads outputs, whatever they are
-        return replace(problem, held_out=watched, blank=trials.blank if bears_any else None)
 
     @property
     def _holds_out_anew(self) -> bool:
         """Whether the samples that a stage holds out are not those of later ones."""
         judges = None if self.sample_defence is None else self.sample_defence.judges
         return judges is None and self.calibration.holds_out_anew
-
-    def _over_all(
-        self, problem: PruningProblem, trials: Trials, made: SlopeBatches, samples: list[Any]
-    ) -> PruningProblem:
-        """Return a problem with slopes over so many samples."""
-        whole = self._trusted(made.whole(samples)) if trials.whole else ()
-        wide = replace(trials, fitting=self._trusted(made.parts(samples)), whole=whole)
-        return replace(problem, slope=wide.slope, whole_slope=wide.whole_slope if wide.whole else None)
 
     def _solution(self, problem: PruningProblem, number: int) -> PruningSolution:
         """Let the method solve a problem."""
@@ -341,47 +319,6 @@ class StageRunner:
         """Return weights with the noise of the run."""
         return self.request.noise.disturb(weights, generator, self.request.selection.slices())
 
-    def _noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
+    def noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor:
+        """Return rows of G with the noise of the run, which acts in place."""
         return self.request.noise.apply_(factor, generator, self.request.selection.slices())
-
-    def _trials(
-        self,
-        fitting: list[Any],
-        spare: list[Any],
-        defended: Defended,
-        generator: torch.Generator,
-    ) -> tuple[Trials, SlopeBatches, float | None]:
-        """Return what a method may ask of candidates, losses and slopes (with noise).
-
-        Beside it how the batches of slopes are made, and the share of wrong labels.
-        """
-        if self.storage.forwards < self.request.mini_batch:  # of which batches are made, for rows
-            spare = split_batches(spare, self.storage.forwards)
-        made = SlopeBatches.of(self.model, self.request, self.storage, fitting, defended)
-        taught = self.taught(made.parts(fitting))
-        held_out, rate = self.judges(without_singles(spare) if self.request.recalibrates else spare), None
-        if self.sample_defence is not None:
-            taught, held_out, rate = self.sample_defence.weigh(taught, held_out)
-        cleaned = defended.defence if defended.defence is not None and defended.defence.cleans_slopes else None
-        trials = Trials(
-            model=self.model,
-            selection=self.request.selection,
-            loss_fn=self.request.loss,
-            fitting=taught,
-            held_out=held_out,
-            recalibrates=self.request.recalibrates,
-            disturb=partial(self.disturb, generator=generator),
-            noisy=partial(self._noisy, generator=generator),
-            defence=cleaned,
-            per_sample=not made.in_batches,
-            whole=self._trusted(made.whole(fitting)) if held_out else (),
-            clip=clip_rows_ if self.request.clips else None,
-            lean=self.storage.kind != "float32",
-            team=self.storage.team,
-        )
-        return trials, made, rate
-
-    def _trusted(self, batches: list[Any]) -> list[Taught]:
-        """Return batches with what is known of them, their labels with the trust that they deserve."""
-        taught = self.taught(batches)
-        return taught if self.sample_defence is None else self.sample_defence.trusted(taught)

@@ -68,11 +68,15 @@ class SlopeBatches:
             parts = split_batches(samples, self.at_once)
         return without_singles(parts) if self.request.recalibrates else parts
 
+    def large(self, samples: list[Any]) -> list[Any]:
+        """Return samples in batches as large as run at once."""
+        return without_singles(split_batches(samples, self.largest))
+
     def whole(self, samples: list[Any]) -> list[Any]:
         """Return samples in batches as large as run at once, where steps may go on with those; else none."""
         if not (self.small or self.stored):
             return []
-        batches, parts = without_singles(split_batches(samples, self.largest)), self.parts(samples)
+        batches, parts = self.large(samples), self.parts(samples)
         larger = max(map(batch_size, batches)) > max(map(batch_size, parts))
         helps = self.stored or (normalises_vectors(self.model) and larger)
         return batches if helps and not all(map(is_single, batches)) else []
