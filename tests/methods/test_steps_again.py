@@ -56,7 +56,7 @@ def test_it_follows_the_slopes_of_all_samples_from_the_fit() -> None:
     problem, regression, fit = stated()
     far = fit.weights + 2.0
     wide = replace(problem, slope=lambda w, kept: w - far)
-    steps = Steps(fit.weights[fit.support], [0.2, 0.1], [9.0], [9.0], counts=(1, 1))
+    steps = Steps(fit.weights[fit.support] + 0.5, [0.2, 0.1], [9.0], [9.0], counts=(1, 1))
     moved, _ = steps_again(LR(), replace(problem, all_samples=lambda: wide), regression, fit, steps)
     first = NaturalGradient.on(regression, fit.support, 0.1)
     w = fit.weights + 0.2 * first.direction(fit.weights - far)
@@ -90,6 +90,23 @@ def test_it_can_be_left_out(method: Any) -> None:
 def network(x: Tensor, y: Tensor) -> nn.Module:
     torch.manual_seed(0)
     return trained(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 3)), x, y, 150)
+
+
+def test_those_of_a_coupling_that_was_taken_start_at_its_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _, _ = stated()
+    problem = replace(problem, all_samples=lambda: problem)
+    seen: list[tuple[SparseFit, Steps]] = []
+
+    def again(_: EWR, __: PruningProblem, ___: WeightedRidge, fit: SparseFit, steps: Steps) -> Any:
+        seen.append((fit, steps))
+        return steps.applied_to(fit), {}
+
+    monkeypatch.setattr("swap_prune.methods.ewr.steps_again", again)
+    for anchor in (0.0, 1.0):
+        EWR(anchor=anchor, epsilon=0.1, swaps=0).solve(problem, torch.Generator())
+    (paired, _), (coupled, steps) = seen
+    assert problem.held_out is not None and not torch.equal(paired.weights, coupled.weights)
+    assert steps.losses[0] == float(problem.held_out(coupled.weights, coupled.kept()).double().mean())
 
 
 def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

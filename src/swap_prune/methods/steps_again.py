@@ -29,8 +29,8 @@ def steps_again(
 ) -> tuple[SparseFit, dict[str, Any]]:
     """Go the way of some steps again, in as many of the same lengths, with slopes over all samples of the stage.
 
-    Held-out samples cannot tell whether that is better, for it learns from them. Only where even their loss is higher
-    than before, so that it went astray, is it left.
+    Held-out samples cannot tell whether that is better, for it learns from them. Only where even their loss is no lower
+    than before, so that it went astray, is it left. What is as large as p is dropped as soon as it was used.
 
     Args:
         settings: Of the method.
@@ -43,9 +43,9 @@ def steps_again(
         The fit with its weights moved, and for the report the lengths and whether they were gone anew, where held-out
         samples may be learned from and there was a step.
     """
-    end, evidence = steps.applied_to(fit), {"first_order": steps.lengths}
+    evidence = {"first_order": steps.lengths}
     if not settings.all_samples or problem.all_samples is None or problem.held_out is None or not steps.lengths:
-        return end, evidence
+        return steps.applied_to(fit), evidence
     wide, lengths, moved = problem.all_samples(), iter(steps.lengths), replace(fit, refit=None)
     for model, whole, count in _models(problem, regression, fit, steps.counts):
         slope = wide.whole_slope if whole else wide.slope
@@ -53,6 +53,9 @@ def steps_again(
         for length in islice(lengths, count):
             direction = model.direction(slope(moved.weights, moved.kept()))
             moved = replace(moved, weights=moved.weights + length * direction)
+            del direction  # before the next one is there
+        del model
+    end = steps.applied_to(fit)
     before = steps.losses[-1] if steps.losses else mean_loss(held_out_losses(problem, end))
     better = mean_loss(held_out_losses(problem, moved)) < before
     return (moved if better else end), evidence | {"all_samples": better}
