@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from typing import Any
@@ -74,6 +75,24 @@ def test_where_even_held_out_samples_lose_the_first_way_stays() -> None:
     steps = take_steps(problem, regression, fit)
     moved, evidence = steps_again(LR(), replace(problem, all_samples=lambda: astray), regression, fit, steps)
     assert evidence["all_samples"] is False and torch.equal(moved.weights, steps.applied_to(fit).weights)
+
+
+def test_the_first_model_is_gone_when_the_second_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has columns of G."""
+    alive = []
+
+    class Counted(NaturalGradient):
+        @classmethod
+        def on(cls, *arguments: Any) -> NaturalGradient:
+            gc.collect()
+            alive.append(sum(isinstance(one, NaturalGradient) for one in gc.get_objects()))
+            return super().on(*arguments)
+
+    problem, regression, fit = stated()
+    monkeypatch.setattr("swap_prune.methods.descent.NaturalGradient", Counted)
+    steps = take_steps(problem, regression, fit)
+    steps_again(LR(), replace(problem, all_samples=lambda: problem), regression, fit, steps)
+    assert alive == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("method", [LR, EWR])
