@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from swap_prune.experiments import datasets
 from swap_prune.experiments.datasets import DATASETS, ImageData, calibration_data, load_dataset
 from swap_prune.experiments.images import ImageTensors, iterate
+from swap_prune.experiments.zoo import build_model
 from tests.cases import but_long
 
 REPOSITORY = Path(__file__).parents[2]
@@ -331,6 +332,9 @@ def tensors():
 
 def nothing():
     return None
+
+one_batch = batches[0]
+net = torch.nn.Linear(2, 2)
 """
 
 
@@ -345,6 +349,10 @@ def test_user_loader(tmp_path, monkeypatch):
             load_dataset(f"user_loaders:{bad}")
     with pytest.raises(ValueError, match=r"data must be an importable package\.module:name"):
         load_dataset("user_loaders:absent")
+    with pytest.raises(ValueError, match="returns the data, got 'user_loaders:one_batch', which is a tuple itself"):
+        load_dataset("user_loaders:one_batch")
+    with pytest.raises(ValueError, match="returns the model, got 'user_loaders:net', which is a Linear itself"):
+        build_model("user_loaders:net")
     sys.modules.pop("user_loaders")
 
 

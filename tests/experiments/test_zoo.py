@@ -146,7 +146,7 @@ def test_user_factory_from_the_working_directory(user_module):
         ("zoo_user:", {}, "AttributeError"),
         ("zoo_user:absent", {}, "AttributeError"),
         ("zoo_user_bad:factory", {}, "SyntaxError"),
-        ("zoo_user:number", {}, "not callable"),
+        ("zoo_user:number", {}, "a function that returns the model"),
         ("zoo_user:linear", {"breadth": 1}, "unexpected keyword argument 'breadth'"),
         ("mlpnet", {"spec": "a"}, r"must be among \[\], got \['spec'\]"),
         ("zoo_user:linear", {"spec": "a"}, "unexpected keyword argument 'spec'"),

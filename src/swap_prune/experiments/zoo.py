@@ -281,12 +281,14 @@ def call_named(spec: str, parameter: str, /, **options: Any) -> Any:
     `parameter` names the setting that the spec was given for.
 
     Raises:
-        ValueError: The import, the attribute or the call fails; the cause is chained.
+        ValueError: The import, the attribute or the call fails; the cause is chained. Or it is an object, no function.
     """
     module_name, _, attribute = spec.partition(":")
     with _importable_working_directory(), contextlib.redirect_stdout(sys.stderr):  # standard output is the program's
         try:
-            return operator.attrgetter(attribute)(importlib.import_module(module_name))(**options)
+            named = operator.attrgetter(attribute)(importlib.import_module(module_name))
+            if callable(named) and not isinstance(named, nn.Module):
+                return named(**options)
         except (Exception, SystemExit) as error:  # a user's module may raise anything, even call sys.exit
             pass_on_shortage(error)
             cause = first_line(error, typed=True)
@@ -295,6 +297,10 @@ def call_named(spec: str, parameter: str, /, **options: Any) -> Any:
                 f"{sorted(options)}, got {spec!r}, which raised {cause}: correct it, or start from the "
                 "folder that holds the module"
             ) from error
+    raise ValueError(
+        f"{parameter} must name a function that returns the {parameter}, got {spec!r}, which is a "
+        f"{type(named).__name__} itself: wrap it in one"
+    )
 
 
 def named_method(name: str, settings: Sequence[str], *specs: str) -> Method:
