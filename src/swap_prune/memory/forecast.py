@@ -182,9 +182,8 @@ def _phases(load: Workload, storage: Storage) -> dict[str, int]:
         again = rows + _capture(load, replace(storage, kind="float32", lean=False))
     read = min(load.recalibrated, max(MISFIT_SAMPLES, in_hand) if in_memory else in_hand)
     looks = 2 if load.in_batches else 1  # in small batches, where there is noise, and in whole ones
-    taught = (
-        looks * load.samples + (1 + looks) * load.spare
-    )  # outputs of the dense network: slopes end over all samples
+    # outputs of the dense network, for slopes and trials; in the end slopes are over all samples
+    taught = looks * load.samples + (1 + looks) * load.spare
     trial = max(forward + compared, max(backward, again) + _slopes(load, storage), passes)
     phases = {
         "capture": common + known + signs - lasting + max(_capture(load, storage), asking + drawing),
