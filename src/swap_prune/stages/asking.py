@@ -10,44 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swap_prune.fisher.capture.sketch import without_singles
 from swap_prune.fisher.defence.outliers import clip_rows_
-from swap_prune.fisher.factor import DenseFactor
-from swap_prune.fisher.storage import Storage
 from swap_prune.losses import GaussNewtonLoss
 from swap_prune.problem import PruningProblem
-from swap_prune.request import Request
-from swap_prune.sample_defence.record import SampleDefence
 from swap_prune.samples.batches import split_batches
 from swap_prune.stages.defending import Defended
 from swap_prune.stages.oddities import WatchedLosses
 from swap_prune.stages.slope_batches import SlopeBatches
+from swap_prune.stages.stage import Stage
 from swap_prune.stages.trials import Trials
 from swap_prune.training.teaching import Taught
 
 __all__ = ["Asking"]
-
-
-class _Stage(Protocol):
-    """What it needs of :class:`StageRunner`."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def request(self) -> Request: ...
-    @property
-    def storage(self) -> Storage: ...
-    @property
-    def sample_defence(self) -> SampleDefence | None: ...
-    def disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor: ...
-    def noisy(self, factor: DenseFactor, generator: torch.Generator) -> DenseFactor: ...
-    def taught(self, batches: list[Any]) -> list[Taught]: ...
-    def judges(self, batches: list[Any]) -> list[Taught]: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +44,7 @@ class Asking:
         label_noise: Share of labels that seem wrong, if that was found out.
     """
 
-    stage: _Stage
+    stage: Stage
     trials: Trials
     watched: WatchedLosses
     held_out: list[Any]
@@ -75,7 +55,7 @@ class Asking:
     @classmethod
     def of(
         cls,
-        stage: _Stage,
+        stage: Stage,
         fitting: list[Any],
         held_out: list[Any],
         defended: Defended,
@@ -149,7 +129,7 @@ class Asking:
         return replace(problem, slope=partial(told, wide.slope), whole_slope=whole_slope)
 
 
-def _trusted(stage: _Stage, batches: list[Any]) -> list[Taught]:
+def _trusted(stage: Stage, batches: list[Any]) -> list[Taught]:
     """Return batches with what is known of them, their labels with the trust that they deserve."""
     taught = stage.taught(batches)
     return taught if stage.sample_defence is None else stage.sample_defence.trusted(taught)

@@ -6,38 +6,19 @@ Place in the pipeline: in the solution of a stage that compares both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swap_prune.checks import first_line
 from swap_prune.fisher.backends.mapped import MappedFactor
-from swap_prune.fisher.capture.rows import Capture
 from swap_prune.fisher.factor import FisherFactor
-from swap_prune.fisher.storage import Storage
 from swap_prune.process_memory import pass_on_shortage
 from swap_prune.randomness import forked_generator
-from swap_prune.request import Request
 from swap_prune.stages.capturing import RowCapture
-from swap_prune.stages.defending import Defended
+from swap_prune.stages.stage import Stage
 
 __all__ = ["SingleRows"]
-
-
-class _Stage(Protocol):
-    """What it needs of :class:`StageRunner`."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def request(self) -> Request: ...
-    @property
-    def storage(self) -> Storage: ...
-    def disturb(self, weights: Tensor, generator: torch.Generator) -> Tensor: ...
-    def defended(
-        self, capture: Capture, fitting: list[Any], number: int, generator: torch.Generator, *, in_batches: bool
-    ) -> Defended: ...
 
 
 @dataclass
@@ -53,7 +34,7 @@ class SingleRows:
         left: Why they were not handed over.
     """
 
-    stage: _Stage
+    stage: Stage
     weights: Tensor
     fitting: list[Any]
     number: int
